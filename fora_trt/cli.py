@@ -1,0 +1,438 @@
+"""The commands: options, one call, one print. The only place that turns errors into exit codes and knows a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fora_trt import __version__
+from fora_trt.errors import ForaError, InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fora_trt.bundle import Bundle
+    from fora_trt.models.recipes import Recipe
+
+PRECISION = click.Choice(["fp32", "fp16", "bf16"])
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+BACKEND = click.option("--backend", default="auto", help="auto, or a name that 'fora-trt doctor' lists.")
+DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers between commas."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 3,7,7", param, ctx)
+
+
+class Commands(click.Group):
+    """Prints the sentence of a user's mistake and exits with 1; anything else is a defect and shows its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ForaError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """FORA caching for diffusion transformers: two graphs, two engines, one runtime that alternates them.
+
+    \b
+    Examples:
+      fora-trt demo
+      fora-trt export digits
+      fora-trt run export/digits --class-labels 3,7,7 --cache-interval 3 -o digits.png
+    """
+
+
+@main.command()
+@click.argument("source")
+@click.option("--name", help="Name of the bundle.  [default: from the source]", show_default=False)
+@click.option("--out", type=click.Path(path_type=Path), default="export", help="Folder to make the bundle in.")
+@click.option("--precision", type=PRECISION, help="Of weights and arithmetic.  [default: fp32]", show_default=False)
+@click.option("--image-size", type=click.IntRange(min=1), help="Pixels a side.  [default: the model's own]")
+@click.option("--cache", help="Kinds of sites, or patterns over module paths, between commas.  [default: all kinds]")
+@click.option("--opset", type=int, help="ONNX opset.  [default: 23]")
+@click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+@AS_JSON
+def export(source: str, out: Path, force: bool, as_json: bool, **given: Any) -> None:
+    """Split a model into a full and a reuse graph and write them as a bundle.
+
+    SOURCE is `digits` (trained, comes with fora-trt), a diffusers folder or hub id of a DiT, `random:DiT-XL/2` or a
+    sister (random weights, for timing), or a recipe file.
+
+    \b
+    Examples:
+      fora-trt export digits
+      fora-trt export facebook/DiT-XL-2-256 --precision fp16
+      fora-trt export random:DiT-S/2 --name s2
+      fora-trt export export/dit-xl-2-256.toml
+    """
+    recipe = _recipe(source, given)
+    from fora_trt.bundle import bundle_from_model
+    from fora_trt.models.sources import model_from_source
+
+    _say(as_json, f"loading {recipe.source}")
+    target = None if recipe.name is None else out / _folder_name(recipe.name)
+    model = model_from_source(recipe.source, recipe.precision or "fp32", recipe.image_size)
+    bundle = bundle_from_model(
+        model,
+        target or out / _folder_name(model.name),
+        cache=recipe.cache,
+        opset=recipe.opset or 23,
+        force=force,
+        report=lambda stage: _say(as_json, stage),
+    )
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle.folder), **bundle.manifest.model_dump(mode="json")}))
+        return
+    errors = bundle.manifest.measured_error
+    click.echo(f"wrote {bundle.folder}: {len(bundle.manifest.cache_sites)} cache sites, {recipe.precision or 'fp32'}")
+    if errors is None:
+        click.echo(
+            "not measured against PyTorch: onnxruntime is missing or has no kernels of this precision on the CPU"
+        )
+    else:
+        shown = ", ".join(f"{name} graph {error.relative:.1e}" for name, error in errors.items())
+        click.echo(f"largest error relative to PyTorch in fp32: {shown}")
+
+
+def _recipe(source: str, given: dict[str, Any]) -> Recipe:
+    """The options of a recipe file, or of the command line alone; what was typed goes before what the file says."""
+    from fora_trt.models.recipes import Recipe, read_recipe
+
+    recipe = read_recipe(Path(source)) if source.endswith(".toml") else Recipe(source=source)
+    if given["cache"] is not None:
+        given["cache"] = tuple(part.strip() for part in given["cache"].split(",") if part.strip())
+    return recipe.model_copy(update={key: value for key, value in given.items() if value is not None})
+
+
+def _folder_name(name: str) -> str:
+    if name in ("", ".", "..") or name != Path(name).name or name.startswith("."):
+        raise click.BadParameter(f"{name!r} is not the name of one folder", param_hint="--name")
+    return name
+
+
+@main.command()
+@BUNDLE
+@BACKEND
+@DEVICE
+@click.option("--steps", type=click.IntRange(min=1), default=50, help="Steps of the trajectories.")
+@click.option("--cache-intervals", type=Numbers(), default="2,3,5", help="Cache intervals of the trajectories.")
+@AS_JSON
+def verify(
+    bundle: Path, backend: str, device: str, steps: int, cache_intervals: tuple[int, ...], as_json: bool
+) -> None:
+    """Compare a bundle with PyTorch: both graphs, then whole cached trajectories.
+
+    PyTorch runs the checkpoint with hooks, in fp32, so the checkpoint must still be where it was. Exits with 1 if an
+    error is over the tolerance of the bundle's precision.
+
+    \b
+    Example:
+      fora-trt verify export/digits
+    """
+    from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.evaluate.verify import compare_with_pytorch
+
+    chosen, where = backend_from_name(backend).name, device_from_name(device)
+    comparisons = compare_with_pytorch(_open(bundle), chosen, where, steps, cache_intervals)
+    table = _table(f"{bundle} on {chosen} against PyTorch", "compared", "maximum error", "relative", "admitted", "")
+    done = []
+    for one in _watched("comparing", as_json)(comparisons):
+        done.append(one)
+        verdict = "ok" if one.passed else "TOO LARGE"
+        error = one.error
+        table.add_row(one.what, f"{error.maximum:.2e}", f"{error.relative:.2e}", f"{one.tolerance:.0e}", verdict)
+    passed = all(one.passed for one in done)
+    if as_json:
+        rows = [{"what": one.what, **vars(one.error), "tolerance": one.tolerance, "passed": one.passed} for one in done]
+        click.echo(json.dumps({"backend": chosen, "passed": passed, "comparisons": rows}))
+    else:
+        _print(table)
+    if not passed:
+        raise click.ClickException(f"{bundle} differs from PyTorch by more than its precision admits")
+
+
+@main.command()
+@BUNDLE
+@click.option("--class-labels", type=Numbers(), required=True, help="A class for each image.")
+@click.option("--steps", type=click.IntRange(min=1), default=50)
+@click.option("--cache-interval", type=click.IntRange(min=1), default=3, help="1 is no caching.")
+@click.option("--guidance-scale", type=click.FloatRange(min=0), default=2.0, help="Up to 1 is no guidance.")
+@click.option("--scheduler", help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together.")
+@BACKEND
+@DEVICE
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A .png for a grid, or a folder.")
+@click.option("--latents-out", type=click.Path(path_type=Path), help="Keep the latents as a .npy file.")
+@AS_JSON
+def run(
+    bundle: Path,
+    class_labels: tuple[int, ...],
+    steps: int,
+    cache_interval: int,
+    guidance_scale: float,
+    scheduler: str | None,
+    seed: int,
+    batch_size: int,
+    backend: str,
+    device: str,
+    output: Path | None,
+    latents_out: Path | None,
+    as_json: bool,
+) -> None:
+    """Make images with the two engines of a bundle.
+
+    Without -o the pictures go to NAME.png in this folder, if the bundle makes any.
+
+    \b
+    Examples:
+      fora-trt run export/digits --class-labels 3,7,7 -o digits.png
+      fora-trt run export/digits --class-labels 0,1,2 --scheduler dpm-solver++ --steps 20 -o folder/
+      fora-trt run export/dit-xl-2-256 --class-labels 207 --cache-interval 5 --json
+    """
+    opened = _open(bundle)
+    from fora_trt.runtime.denoiser import load
+    from fora_trt.runtime.images import can_decode, images_from_latents
+    from fora_trt.runtime.outputs import save_images, save_latents, writable_file, writable_images
+    from fora_trt.runtime.sampling import check_labels, sample_in_batches, timesteps_of
+    from fora_trt.runtime.schedulers import scheduler_from_config
+    from fora_trt.schedule import Schedule
+
+    manifest = opened.manifest
+    check_labels(class_labels, manifest)
+    if output is None and can_decode(manifest):
+        output = Path(f"{manifest.name}.png")
+    if output is not None and not can_decode(manifest):
+        raise InputError(
+            f"{bundle} makes latents and has no VAE to decode them; give --latents-out FILE.npy instead of -o"
+        )
+    for path, check in ((output, writable_images), (latents_out, writable_file)):
+        if path is not None:
+            check(path)
+    chosen = scheduler_from_config(opened.scheduler_config, scheduler, manifest.latents.learned_sigma)
+    schedule = Schedule.static(timesteps_of(chosen, steps), cache_interval)
+    denoiser = load(opened, schedule=schedule, backend=backend, device=device)
+    trajectory = sample_in_batches(
+        denoiser,
+        chosen,
+        steps,
+        schedule,
+        class_labels,
+        seed,
+        guidance_scale,
+        batch_size,
+        _watched("denoising", as_json),
+    )
+    if latents_out is not None:
+        save_latents(trajectory.latents, latents_out)
+    if output is not None:
+        save_images(images_from_latents(trajectory.latents, manifest, denoiser.device), output)
+    figures: dict[str, Any] = {
+        "bundle": str(bundle),
+        "backend": denoiser.backend,
+        "device": str(denoiser.device),
+        "scheduler": type(chosen).__name__,
+        "images": len(class_labels),
+        "batch_size": min(batch_size, len(class_labels)),
+        "guidance_scale": guidance_scale,
+        "steps": schedule.steps,
+        "full_steps": schedule.full_steps,
+        "cache_interval": cache_interval,
+        "ideal_speedup": schedule.ideal_speedup,
+        "seconds": trajectory.seconds,
+        "seconds_per_image": trajectory.seconds / len(class_labels),
+        **trajectory.median_milliseconds(),
+        "output": None if output is None else str(output),
+        "latents_out": None if latents_out is None else str(latents_out),
+    }
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    click.echo(
+        f"{len(class_labels)} images in {trajectory.seconds:.2f} s on {denoiser.backend} ({denoiser.device}): "
+        f"{schedule.steps} steps, {schedule.full_steps} of them full, {type(chosen).__name__}"
+    )
+    for path in (output, latents_out):
+        if path is not None:
+            click.echo(f"wrote {path}")
+
+
+@main.command()
+@BUNDLE
+@AS_JSON
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what a bundle holds and what caching can save with it.
+
+    \b
+    Example:
+      fora-trt inspect export/digits
+    """
+    from fora_trt.evaluate.inspection import inspect_bundle
+
+    found = inspect_bundle(_open(bundle))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    made = f"{found['architecture']} from {found['source']}, {found['precision']}, opset {found['opset']}"
+    click.echo(f"{found['name']}: {made}")
+    sites = ", ".join(f"{count} {kind}" for kind, count in found["cache_sites"].items())
+    size = _bytes(found["feature_bytes_per_sample"])
+    click.echo(f"cache sites: {sites}; a feature is {found['feature_shape']}, all of them {size} a sample")
+    graphs = _table("graphs", "graph", "nodes", "weights", "operations a sample")
+    for name, graph in found["graphs"].items():
+        graphs.add_row(name, str(graph["nodes"]), _bytes(graph["weight_bytes"]), f"{graph['flops'] / 1e9:.3f} GFLOP")
+    _print(graphs)
+    click.echo(f"a reuse step keeps {found['arithmetic_kept']:.2%} of the arithmetic of a full step")
+    table = _table(
+        f"{found['steps']} steps", "cache interval", "full steps", "ideal speed-up", "with the reuse steps' arithmetic"
+    )
+    for interval, row in found["cache_intervals"].items():
+        table.add_row(
+            str(interval), str(row["full_steps"]), f"{row['ideal_speedup']:.2f}x", f"{row['arithmetic_speedup']:.2f}x"
+        )
+    _print(table)
+
+
+@main.command()
+@AS_JSON
+def doctor(as_json: bool) -> None:
+    """Show which backends work here, their versions, the GPU, and how to install what is missing.
+
+    \b
+    Example:
+      fora-trt doctor
+    """
+    from fora_trt.evaluate.doctor import findings
+
+    report = findings()
+    if as_json:
+        click.echo(json.dumps([vars(finding) for finding in report]))
+        return
+    table = _table("", "", "found", "to do")
+    for finding in report:
+        table.add_row(finding.what, finding.found, finding.remedy)
+    _print(table)
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default="export", help="Folder to make the bundle in.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="digits-demo.png", help="The picture.")
+@click.option("--steps", type=click.IntRange(min=5), default=50)
+@click.option("--cache-intervals", type=Numbers(), default="1,2,3,5", help="The first must be 1.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, help="Timed runs of each row.")
+@BACKEND
+@DEVICE
+def demo(
+    out: Path, output: Path, steps: int, cache_intervals: tuple[int, ...], repeats: int, backend: str, device: str
+) -> None:
+    """Export, verify and run the digits at several cache intervals, from the same noise.
+
+    Prints a table and writes one picture that shows all rows.
+
+    \b
+    Example:
+      fora-trt demo -o digits-demo.png
+    """
+    if cache_intervals[0] != 1:
+        raise click.BadParameter("the first must be 1: all others are compared with it", param_hint="--cache-intervals")
+    from fora_trt.runtime.outputs import save_image, writable_file
+
+    writable_file(output)
+    context = click.get_current_context()
+    context.invoke(export, source="digits", name="digits", out=out, force=True)
+    bundle = out / "digits"
+    context.invoke(verify, bundle=bundle, backend=backend, device=device)
+    from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.evaluate.demo import demo_rows, picture_of
+
+    chosen, where = backend_from_name(backend).name, device_from_name(device)
+    rows = list(_watched("measuring", False)(demo_rows(_open(bundle), chosen, where, steps, cache_intervals, repeats)))
+    baseline = next(row for row in rows if row.full_steps == steps and row.name.startswith("interval"))
+    table = _table(
+        f"{len(rows[0].images)} digits on {chosen} ({where}), median of {repeats}",
+        "", "full steps", "seconds", "speed-up", "ideal", "difference of 255",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.full_steps} of {row.steps}",
+            f"{row.seconds:.2f} ({row.fastest:.2f} to {row.slowest:.2f})",
+            f"{baseline.seconds / row.seconds:.2f}x",
+            f"{steps / row.full_steps:.2f}x",
+            f"{row.difference:.1f}",
+        )
+    _print(table)
+    save_image(picture_of(rows), output)
+    click.echo(f"wrote {output}: each row of the table, from the same noise")
+
+
+def _open(folder: Path) -> Bundle:
+    from fora_trt.bundle import Bundle
+
+    return Bundle.open(folder)
+
+
+def _say(as_json: bool, stage: str) -> None:
+    """Tell how far a command is, on the side where it is in nobody's way."""
+    if not as_json:
+        click.echo(f"{stage} ...", err=True)
+
+
+def _watched(what: str, quiet: bool) -> Callable[[Iterable[Any]], Iterator[Any]]:
+    """A progress bar around an iteration, on a terminal only."""
+
+    def watch(items: Iterable[Any]) -> Iterator[Any]:
+        if quiet or not sys.stderr.isatty():
+            yield from items
+            return
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, description=what, console=Console(stderr=True), transient=True)
+
+    return watch
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

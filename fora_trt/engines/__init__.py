@@ -1,0 +1,1 @@
+"""Fourth stage: something that runs one graph on tensors that the caller owns, for each backend."""

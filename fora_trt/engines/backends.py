@@ -1,0 +1,96 @@
+"""The table of backends: which there are, which work here, and how to make one work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from fora_trt.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fora_trt.bundle import Bundle
+    from fora_trt.engines.base import Engine
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where engines come from: the distributions it needs one of, the module that makes its engines.
+
+    `problem` says why it cannot be used here and what mends that; None where it works.
+    """
+
+    name: str
+    distributions: tuple[str, ...]
+    module: str
+    problem: Callable[[], str | None]
+
+    def engines(self, bundle: Bundle, device: torch.device) -> dict[str, Engine]:
+        """An engine for every graph of `bundle`. Raises `BackendError`."""
+        if problem := self.problem():
+            raise BackendError(f"the backend {self.name} cannot be used: {problem}")
+        engines: dict[str, Engine] = import_module(self.module).engines_from_bundle(bundle, device)
+        return engines
+
+
+def _onnxruntime_problem() -> str | None:
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed_version(name)]
+    if len(installed) == 2:
+        return (
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
+            "pip uninstall both, then pip install 'fora-trt[cpu]' or 'fora-trt[gpu]'"
+        )
+    if find_spec("onnxruntime") is None:
+        return "onnxruntime is not installed; pip install 'fora-trt[cpu]', or 'fora-trt[gpu]' for an NVIDIA GPU"
+    return None
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (  # best first: the order in which `auto` tries them
+        Backend(
+            "onnxruntime",
+            ("onnxruntime", "onnxruntime-gpu"),
+            "fora_trt.engines.onnxruntime_engine",
+            _onnxruntime_problem,
+        ),
+        Backend("torch", ("torch",), "fora_trt.engines.torch_engine", lambda: None),
+    )
+}
+AUTO = "auto"
+
+
+def backend_from_name(name: str) -> Backend:
+    """The backend of this name; for `auto` the first that works here. Raises `BackendError`."""
+    if name == AUTO:
+        return next(backend for backend in BACKENDS.values() if backend.problem() is None)
+    if name not in BACKENDS:
+        raise BackendError(f"there is no backend {name!r}; known are {AUTO}, {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def device_from_name(name: str) -> torch.device:
+    """`auto` is the first GPU where there is one, else the CPU. Raises `BackendError`."""
+    import torch
+
+    if name == AUTO:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BackendError(f"there is no device {name!r}; give cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError("there is no CUDA device here; give --device cpu, and see 'fora-trt doctor'")
+    return device
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, without importing it; None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,32 @@
+"""The `Engine` interface, which every backend implements; the runtime knows nothing else of a backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fora_trt.models.spec import TensorSpec
+
+
+class Engine(ABC):
+    """Runs one graph on tensors that the caller owns.
+
+    `inputs` and `outputs` map a tensor's name to its dtype and symbolic shape. The caller keeps bound tensors alive
+    and in place until it binds others.
+    """
+
+    def __init__(self, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], device: torch.device) -> None:
+        self.inputs: Mapping[str, TensorSpec] = {tensor.name: tensor for tensor in inputs}
+        self.outputs: Mapping[str, TensorSpec] = {tensor.name: tensor for tensor in outputs}
+        self.device = device
+
+    @abstractmethod
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the addresses of `tensors` by name, once for many steps; names of other engines are passed over."""
+
+    @abstractmethod
+    def enqueue(self) -> None:
+        """Run the graph on what is bound, on the current stream; may return before it is done."""

@@ -1,0 +1,80 @@
+"""The `onnxruntime` backend: both graphs on the CPU or CUDA provider, bound to the addresses of torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnxruntime
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from fora_trt.bundle import Bundle
+from fora_trt.engines.base import Engine
+from fora_trt.errors import BackendError
+
+_ELEMENT_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int64": TensorProto.INT64,
+}
+
+
+class OnnxRuntimeEngine(Engine):
+    """An inference session with its IO binding. `enqueue` returns when the step is done."""
+
+    def __init__(self, bundle: Bundle, graph: str, device: torch.device) -> None:
+        record = bundle.manifest.graphs[graph]
+        super().__init__(record.inputs, record.outputs, device)
+        self._session = _session(bundle, graph, device)
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        binding = self._session.io_binding()
+        for bind, names in ((binding.bind_input, self.inputs), (binding.bind_output, self.outputs)):
+            for name, spec in names.items():
+                tensor = tensors[name]
+                assert tensor.is_contiguous() and tensor.device.type == self.device.type
+                bind(
+                    name,
+                    self.device.type,
+                    self.device.index or 0,
+                    _ELEMENT_TYPES[spec.dtype],
+                    tuple(tensor.shape),
+                    tensor.data_ptr(),
+                )
+        self._binding = binding
+
+    def enqueue(self) -> None:
+        if self.device.type == "cuda":  # the session has a stream of its own and waits for it at its end
+            torch.cuda.current_stream(self.device).synchronize()
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime raises many kinds, all with one sentence
+            raise BackendError(f"onnxruntime failed: {error}") from error
+
+
+def engines_from_bundle(bundle: Bundle, device: torch.device) -> dict[str, Engine]:
+    """One engine per graph of the bundle."""
+    if bundle.manifest.precision == "bf16" and device.type == "cpu":
+        raise BackendError(
+            "onnxruntime has no bfloat16 kernels for the CPU; use --backend torch, or export with --precision fp32"
+        )
+    return {name: OnnxRuntimeEngine(bundle, name, device) for name in bundle.manifest.graphs}
+
+
+def _session(bundle: Bundle, graph: str, device: torch.device) -> Any:
+    provider: Any = "CPUExecutionProvider"
+    if device.type == "cuda":
+        provider = ("CUDAExecutionProvider", {"device_id": device.index or 0})
+    options = onnxruntime.SessionOptions()
+    # Sessions alternate: a thread of the one that spins while it waits would slow the other down.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(bundle.graph_path(graph), options, providers=[provider])
+    except Exception as error:
+        raise BackendError(f"onnxruntime cannot load {bundle.graph_path(graph)}: {error}") from error
+    if device.type == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise BackendError("onnxruntime could not start its CUDA provider; see 'fora-trt doctor', or give --device cpu")
+    return session

@@ -1,0 +1,64 @@
+"""The `torch` backend: the module itself, split at its cache sites and run eagerly. It is the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fora_trt.bundle import Bundle, weights_digest
+from fora_trt.engines.base import Engine
+from fora_trt.errors import BackendError, ModelError
+from fora_trt.export.split import FULL, REUSE, FullStep, ReuseStep, Split
+from fora_trt.models.sources import model_from_source
+from fora_trt.models.spec import Model
+
+
+class TorchEngine(Engine):
+    """One step of a split module; its results are copied to the bound outputs."""
+
+    def __init__(self, step: Split, bundle: Bundle, graph: str, device: torch.device) -> None:
+        record = bundle.manifest.graphs[graph]
+        super().__init__(record.inputs, record.outputs, device)
+        self._step = step
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        self._sources = [tensors[name] for name in self.inputs]
+        self._targets = [tensors[name] for name in self.outputs]
+
+    @torch.inference_mode()
+    def enqueue(self) -> None:
+        for target, result in zip(self._targets, self._step(*self._sources), strict=True):
+            target.copy_(result)
+
+
+def engines_from_bundle(bundle: Bundle, device: torch.device) -> dict[str, Engine]:
+    """Both engines, over one copy of the module."""
+    model = model_from_bundle(bundle)
+    module, sites = model.module.to(device), [site.module for site in bundle.manifest.cache_sites]
+    return {
+        FULL: TorchEngine(FullStep(module, model.spec, sites), bundle, FULL, device),
+        REUSE: TorchEngine(ReuseStep(module, model.spec, sites), bundle, REUSE, device),
+    }
+
+
+def model_from_bundle(bundle: Bundle) -> Model:
+    """Load the module that a bundle was exported from, and make sure that it is the same.
+
+    Raises `BackendError` if the source is no longer there or has other weights.
+    """
+    record = bundle.manifest.model
+    try:
+        model = model_from_source(record.source, bundle.manifest.precision, record.image_size)
+    except ModelError as error:
+        raise BackendError(
+            f"PyTorch needs the checkpoint that {bundle.folder} was exported from, "
+            f"and {record.source!r} cannot be loaded: {error}"
+        ) from error
+    if weights_digest(model.module) != record.weights_sha256:
+        raise BackendError(
+            f"{record.source!r} has other weights than those {bundle.folder} was exported from; "
+            f"export it again: fora-trt export {record.source} --name {bundle.manifest.name} --force"
+        )
+    return model

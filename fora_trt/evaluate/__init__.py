@@ -1,0 +1,1 @@
+"""Last stage: what caching saves and what it costs, and whether the graphs still compute what the module did."""

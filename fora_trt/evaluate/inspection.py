@@ -1,0 +1,53 @@
+"""What a bundle holds and what caching can save with it, from its files alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from fora_trt.bundle import Bundle
+from fora_trt.export.split import FULL, REUSE
+from fora_trt.export.statistics import graph_statistics
+from fora_trt.schedule import Schedule
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+STEPS = 50
+CACHE_INTERVALS = (1, 2, 3, 4, 5, 7, 10)
+
+
+def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Graphs, features and the ideal speed-up per cache interval, as plain values.
+
+    `arithmetic_kept` is the part of a full step's operations that a reuse step does; `arithmetic_speedup` takes it
+    into account where `ideal_speedup` lets a reuse step cost nothing.
+    """
+    manifest = bundle.manifest
+    graphs = {name: graph_statistics(bundle.graph_path(name)) for name in (FULL, REUSE)}
+    kept = graphs[REUSE].flops / graphs[FULL].flops
+    schedules = {interval: Schedule.static(STEPS, interval) for interval in CACHE_INTERVALS}
+    return {
+        "name": manifest.name,
+        "source": manifest.model.source,
+        "architecture": manifest.model.architecture,
+        "precision": manifest.precision,
+        "opset": manifest.opset,
+        "versions": manifest.versions,
+        "measured_error": {name: vars(error) for name, error in (manifest.measured_error or {}).items()},
+        "graphs": {name: vars(statistics) for name, statistics in graphs.items()},
+        "cache_sites": dict(Counter(site.kind for site in manifest.cache_sites)),
+        "feature_shape": [*manifest.cache_sites[0].feature.shape],
+        "feature_bytes_per_sample": sum(
+            math.prod(site.feature.sized(1)) * BYTES[site.feature.dtype] for site in manifest.cache_sites
+        ),
+        "arithmetic_kept": kept,
+        "steps": STEPS,
+        "cache_intervals": {
+            interval: {
+                "full_steps": schedule.full_steps,
+                "ideal_speedup": schedule.ideal_speedup,
+                "arithmetic_speedup": STEPS / (schedule.full_steps + kept * (STEPS - schedule.full_steps)),
+            }
+            for interval, schedule in schedules.items()
+        },
+    }

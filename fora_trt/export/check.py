@@ -1,0 +1,71 @@
+"""Measure exported graphs against the PyTorch module that they were traced from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fora_trt.export.split import FULL, REUSE, CacheSite, FullStep, ReuseStep, example_inputs
+from fora_trt.models.spec import Model
+
+
+@dataclass(frozen=True)
+class GraphError:
+    """Largest absolute difference from PyTorch, and the same relative to PyTorch's largest value."""
+
+    maximum: float
+    relative: float
+
+    @classmethod
+    def between(cls, measured: Tensor, reference: Tensor) -> GraphError:
+        """The error of `measured`; a value that is not finite counts as infinitely wrong."""
+        difference = (measured.double() - reference.double()).abs().max().item()
+        largest = reference.double().abs().max().item()
+        finite = difference == difference
+        return cls(difference if finite else float("inf"), difference / largest if finite and largest else float("inf"))
+
+
+@torch.no_grad()
+def measure_errors(model: Model, sites: Sequence[CacheSite], paths: Mapping[str, Path]) -> dict[str, GraphError] | None:
+    """Error of the full graph (worst over its outputs) and of the reuse graph, on seeded inputs.
+
+    The reference is the module in fp32, which it becomes. ONNX Runtime runs the graphs on the CPU; the result is
+    None where it is not installed, or where it has no kernels (bfloat16).
+    """
+    if model.precision == "bf16" or find_spec("onnxruntime") is None:
+        return None
+    module, names = model.module.float(), [site.module for site in sites]
+    spec = model.spec
+    first, second = (example_inputs(spec.inputs, spec.guidance, batch=2, seed=seed) for seed in (1, 2))
+    expected = FullStep(module, spec, names)(*_widened(first))
+    features = expected[1:]
+    (reused,) = ReuseStep(module, spec, names)(*_widened(second), *features)
+    module.to("meta")  # its weights make room for those of the session
+
+    full = _outputs(paths[FULL], first)
+    stale = {
+        site.feature.name: feature.to(getattr(torch, site.feature.dtype))
+        for site, feature in zip(sites, features, strict=True)
+    }
+    (reuse,) = _outputs(paths[REUSE], second | stale)
+    worst = [GraphError.between(got, want) for got, want in zip(full, expected, strict=True)]
+    return {
+        FULL: GraphError(max(error.maximum for error in worst), max(error.relative for error in worst)),
+        REUSE: GraphError.between(reuse, reused),
+    }
+
+
+def _widened(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    return [value.float() if value.is_floating_point() else value for value in inputs.values()]
+
+
+def _outputs(path: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(output) for output in session.run(None, {k: v.numpy() for k, v in inputs.items()})]

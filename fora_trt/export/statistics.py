@@ -1,0 +1,74 @@
+"""What a graph holds and how much arithmetic it does, read from its ONNX file without its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from fora_trt.models.spec import BATCH
+
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class GraphStatistics:
+    """Nodes, bytes of the initializers, and floating-point operations per sample.
+
+    Only matrix products, convolutions and attention are counted, a multiplication and an addition as two.
+    """
+
+    nodes: int
+    weight_bytes: int
+    flops: int
+
+
+def graph_statistics(path: Path) -> GraphStatistics:
+    """Statistics of an ONNX file for a batch of one."""
+    graph = ir.load(path).graph
+    weights = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
+    return GraphStatistics(graph.num_nodes(), weights, sum(map(_flops, graph)))
+
+
+def _flops(node: ir.Node) -> int:
+    count = _COUNTS.get(node.op_type)
+    if count is None:
+        return 0
+    inputs = [_sizes(value) for value in node.inputs if value is not None]
+    return 2 * count(node, inputs, _sizes(node.outputs[0]))
+
+
+def _sizes(value: ir.Value) -> Shape:
+    if value.shape is None:
+        return ()
+    return [1 if str(getattr(size, "value", size)) == BATCH else int(size) for size in value.shape]  # type: ignore[arg-type]
+
+
+def _matmul(node: ir.Node, inputs: list[Shape], output: Shape) -> int:
+    return math.prod(output) * inputs[0][-1]
+
+
+def _gemm(node: ir.Node, inputs: list[Shape], output: Shape) -> int:
+    transposed = node.attributes.get_int("transA", 0)
+    return math.prod(output) * inputs[0][0 if transposed else -1]
+
+
+def _conv(node: ir.Node, inputs: list[Shape], output: Shape) -> int:
+    return math.prod(output) * math.prod(inputs[1][1:])
+
+
+def _attention(node: ir.Node, inputs: list[Shape], output: Shape) -> int:
+    """Both products, on (B, heads, tokens, head size)."""
+    query, key, value = inputs[:3]
+    return math.prod(query) * key[-2] + math.prod(output) * value[-2]
+
+
+_COUNTS: dict[str, Callable[[ir.Node, list[Shape], Shape], int]] = {
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Conv": _conv,
+    "Attention": _attention,
+}

@@ -1,0 +1,128 @@
+"""The denoiser: called like the network that it replaces, it alternates a full and a reuse engine on shared buffers.
+
+Shapes: B is the batch of one call (twice the images under guidance), C, H, W are the latents' channels and sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fora_trt.bundle import Bundle, Manifest
+from fora_trt.engines.backends import AUTO, backend_from_name, device_from_name
+from fora_trt.engines.base import Engine
+from fora_trt.errors import InputError, ScheduleError
+from fora_trt.export.split import FULL, REUSE
+from fora_trt.models.spec import LATENTS, NOISE_PREDICTION, TIMESTEP
+from fora_trt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from fora_trt.runtime.transformer import DenoiserTransformer
+
+
+def load(
+    bundle: str | Path | Bundle, *, schedule: Schedule, backend: str = AUTO, device: str | torch.device = AUTO
+) -> Denoiser:
+    """Open a bundle and start its engines.
+
+    `backend` is `auto` or a name that `fora-trt doctor` lists; `device` is `auto`, `cpu` or `cuda:N`.
+    Raises `BundleError` for a damaged bundle and `BackendError` where the backend does not work.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    where = device if isinstance(device, torch.device) else device_from_name(device)
+    chosen = backend_from_name(backend)
+    return Denoiser(chosen.engines(opened, where), opened.manifest, schedule, chosen.name)
+
+
+class Denoiser:
+    """Alternates the engines of one bundle over a schedule.
+
+    It allocates every tensor of both graphs once per batch size. The features that the full engine writes are the
+    very memory that the reuse engine reads: tensors are bound by name, and a feature has one name in both graphs.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], manifest: Manifest, schedule: Schedule, backend: str) -> None:
+        self.full, self.reuse = engines[FULL], engines[REUSE]
+        self.manifest = manifest
+        self.schedule = schedule
+        self.backend = backend
+        self.device = self.full.device
+        self.buffers: dict[str, Tensor] = {}
+        self._inputs = [tensor for tensor in self.full.inputs.values() if tensor.name not in (LATENTS, TIMESTEP)]
+        self._step = 0
+
+    def __call__(self, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+        """Run the next step of the schedule; return the prediction (B, out_channels, H, W).
+
+        `latents` is (B, C, H, W), `timestep` a scalar or (B,), `conditioning` the model's other inputs by name
+        (`class_labels`, (B,)). The result is the denoiser's own buffer, valid until the next call.
+        Raises `ScheduleError` past the end of the schedule, `InputError` for what the graphs do not take.
+        """
+        engine = self._engine_of_this_step(len(latents))
+        self._fill(latents, timestep, conditioning)
+        engine.enqueue()
+        self._step += 1
+        return self.buffers[NOISE_PREDICTION]
+
+    def reset(self, schedule: Schedule | None = None) -> None:
+        """Go back to the first step, of another schedule if one is given."""
+        self.schedule = schedule or self.schedule
+        self._step = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step of the schedule is done."""
+        return self._step >= self.schedule.steps
+
+    @property
+    def next_step_is_full(self) -> bool:
+        """Whether the next call computes every layer."""
+        return not self.finished and self.schedule.full[self._step]
+
+    def as_transformer(self) -> DenoiserTransformer:
+        """A stand-in for the transformer of a diffusers pipeline: `pipe.transformer = denoiser.as_transformer()`."""
+        from fora_trt.runtime.transformer import DenoiserTransformer
+
+        return DenoiserTransformer(self)
+
+    def _engine_of_this_step(self, batch: int) -> Engine:
+        if self.finished:
+            raise ScheduleError(
+                f"all {self.schedule.steps} steps of the schedule are done; call reset() before the next trajectory"
+            )
+        if not self.buffers or len(self.buffers[LATENTS]) != batch:
+            if not self.next_step_is_full:
+                raise ScheduleError(
+                    f"the batch became {batch} within a trajectory, whose features are for another; call reset() first"
+                )
+            self._allocate(batch)
+        return self.full if self.next_step_is_full else self.reuse
+
+    def _allocate(self, batch: int) -> None:
+        if batch < 1:
+            raise InputError(f"the batch is {batch}; at least one latent is needed")
+        self.buffers.clear()  # before the new ones: both need not fit at once
+        for tensors in (self.full.inputs, self.full.outputs):
+            for name, tensor in tensors.items():
+                dtype = getattr(torch, tensor.dtype)
+                self.buffers[name] = torch.zeros(tensor.sized(batch), dtype=dtype, device=self.device)
+        self.full.bind(self.buffers)
+        self.reuse.bind(self.buffers)
+
+    def _fill(self, latents: Tensor, timestep: Tensor | float, conditioning: Mapping[str, Tensor]) -> None:
+        """Copy the arguments to their buffers, cast to the graphs' dtypes."""
+        expected = self.buffers[LATENTS].shape
+        if latents.shape != expected:
+            raise InputError(f"latents have shape {tuple(latents.shape)}; this bundle takes {tuple(expected)}")
+        self.buffers[LATENTS].copy_(latents)
+        self.buffers[TIMESTEP].copy_(torch.as_tensor(timestep))
+        if unknown := conditioning.keys() - {tensor.name for tensor in self._inputs}:
+            raise InputError(f"this bundle takes no {min(unknown)!r}; it takes {', '.join(self.full.inputs)}")
+        for tensor in self._inputs:
+            if tensor.name not in conditioning:
+                raise InputError(f"{tensor.name!r} is missing; this bundle takes {', '.join(self.full.inputs)}")
+            self.buffers[tensor.name].copy_(conditioning[tensor.name])

@@ -1,0 +1,55 @@
+"""Which steps of a trajectory are full and which reuse; knows nothing of tensors, models or engines.
+
+The default rule is the one of the FORA authors (arXiv 2407.01425): number the S steps from S-1 (first) down to
+0 (last); step i is full when it is the first or when N divides i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fora_trt.errors import ScheduleError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One flag per step, in the order in which steps are taken: True is a full step, False a reuse step."""
+
+    full: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if not self.full or not self.full[0]:
+            raise ScheduleError("a schedule must begin with a full step: there are no features to reuse before it")
+
+    @classmethod
+    def static(cls, steps: int, cache_interval: int) -> Schedule:
+        """FORA's rule: a full step at least every `cache_interval` steps; 1 means no caching.
+
+        Raises `ScheduleError` unless 1 <= cache_interval <= steps.
+        """
+        if steps < 1:
+            raise ScheduleError(f"the number of steps is {steps}; at least 1 is needed")
+        if cache_interval < 1:
+            raise ScheduleError(f"the cache interval is {cache_interval}; 1 (no caching) is the smallest")
+        if cache_interval > steps:
+            raise ScheduleError(
+                f"the cache interval {cache_interval} is larger than the number of steps {steps}; "
+                f"choose an interval from 1 to {steps}"
+            )
+        remaining = range(steps - 1, -1, -1)
+        return cls(tuple(i == steps - 1 or i % cache_interval == 0 for i in remaining))
+
+    @property
+    def steps(self) -> int:
+        """Length of the trajectory."""
+        return len(self.full)
+
+    @property
+    def full_steps(self) -> int:
+        """How many steps compute every layer."""
+        return sum(self.full)
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Speed-up over no caching if a reuse step cost nothing."""
+        return self.steps / self.full_steps
