@@ -111,7 +111,7 @@ def save(model: DiTTransformer2DModel, out: Path) -> None:
     model.save_config(transformer)
     weights = {name: value.half().contiguous().clone() for name, value in model.state_dict().items()}
     save_file(weights, transformer / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    DDIMScheduler(**NOISE, clip_sample=True).save_pretrained(out / "scheduler")
+    DDIMScheduler(**NOISE, clip_sample=False).save_pretrained(out / "scheduler")
     index = {
         "_class_name": "DiTPipeline",
         "id2label": {str(digit): str(digit) for digit in range(NUM_CLASSES)},

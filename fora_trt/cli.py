@@ -177,7 +177,7 @@ def verify(
 @click.option("--class-labels", type=Numbers(), required=True, help="A class for each image.")
 @click.option("--steps", type=click.IntRange(min=1), default=50)
 @click.option("--cache-interval", type=click.IntRange(min=1), default=3, help="1 is no caching.")
-@click.option("--guidance-scale", type=click.FloatRange(min=0), default=2.0, help="Up to 1 is no guidance.")
+@click.option("--guidance-scale", type=click.FloatRange(min=0), default=1.5, help="Up to 1 is no guidance.")
 @click.option("--scheduler", help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together.")

@@ -69,8 +69,8 @@ def _session(bundle: Bundle, graph: str, device: torch.device) -> Any:
     if device.type == "cuda":
         provider = ("CUDAExecutionProvider", {"device_id": device.index or 0})
     options = onnxruntime.SessionOptions()
-    # Sessions alternate: a thread of the one that spins while it waits would slow the other down.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The sessions alternate: threads of the one that spin after its run would slow the other one down.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(bundle.graph_path(graph), options, providers=[provider])
     except Exception as error:

@@ -17,7 +17,7 @@ from fora_trt.runtime.sampling import Steps, sample, timesteps_of
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.schedule import Schedule
 
-GUIDANCE_SCALE = 2.0
+GUIDANCE_SCALE = 1.5
 CLASSES = range(10)
 CONTROL_INTERVAL = 3
 

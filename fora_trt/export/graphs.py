@@ -23,6 +23,7 @@ from onnx_ir.passes.common import (
 from torch import Tensor
 
 from fora_trt.errors import ExportError
+from fora_trt.export.slice_projections import SliceProjectionsPass
 from fora_trt.export.split import FULL, REUSE, CacheSite, FullStep, ReuseStep, Split, example_inputs, find_sites
 from fora_trt.models.spec import BATCH, Model, TensorSpec
 
@@ -105,6 +106,7 @@ def _traced(step: Split, inputs: dict[str, Tensor], outputs: Sequence[str], opse
     Sequential(
         DeduplicateInitializersPass(),
         CommonSubexpressionEliminationPass(),
+        SliceProjectionsPass(),
         RemoveUnusedNodesPass(),
         ClearMetadataAndDocStringPass(),
     )(model)

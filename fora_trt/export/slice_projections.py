@@ -1,0 +1,67 @@
+"""Graph pass: a projection that is split into parts, some of which nobody reads, computes only those that are read.
+
+In a reuse graph only the gates of each adaLN projection are read: two parts of six, so two thirds of the weights go.
+
+Rules, cited below: (1) the split is along the last axis, into parts of known width; (2) its input is a Gemm over
+initializers that nothing else reads; (3) what is sliced away has no reader and is no graph output.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+
+class SliceProjectionsPass(InPlacePass):
+    """Shrinks every Gemm whose Split has unread outputs; numbers that are read stay bit for bit the same."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        splits = [node for node in model.graph if node.op_type == "Split"]
+        return PassResult(model, modified=any([_sliced(model.graph, split) for split in splits]))
+
+
+def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
+    joined = split.inputs[0]
+    gemm = joined.producer() if joined is not None else None
+    if joined is None or gemm is None or gemm.op_type != "Gemm" or len(joined.uses()) != 1:
+        return False  # rule 2
+    weight, bias = gemm.inputs[1], gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    if weight is None or weight.const_value is None or (bias is not None and bias.const_value is None):
+        return False  # rule 2
+    widths = [output.shape[-1] if output.shape is not None else None for output in split.outputs]
+    rank = len(joined.shape) if joined.shape is not None else 0
+    if split.attributes.get_int("axis", 0) not in (-1, rank - 1) or not all(isinstance(w, int) for w in widths):
+        return False  # rule 1
+    read = [bool(output.uses()) or output.is_graph_output() for output in split.outputs]
+    if all(read) or not any(read):
+        return False  # rule 3
+
+    kept = np.repeat(read, widths)  # a flag per column of the product
+    axis = 0 if gemm.attributes.get_int("transB", 0) else 1
+    operands = [gemm.inputs[0], _initializer(graph, weight, np.compress(kept, weight.const_value.numpy(), axis=axis))]
+    if bias is not None and bias.const_value is not None:
+        operands.append(_initializer(graph, bias, bias.const_value.numpy()[kept]))
+    product = ir.Node("", "Gemm", operands, list(gemm.attributes.values()), num_outputs=1)
+    parts = [output for output, is_read in zip(split.outputs, read, strict=True) if is_read]
+    sizes = ir.tensor([part.shape[-1] for part in parts], dtype=ir.DataType.INT64)  # type: ignore[index]
+    lengths = _initializer(graph, joined, sizes.numpy(), suffix="lengths")
+    again = ir.Node(
+        "", "Split", [product.outputs[0], lengths], [ir.AttrInt64("axis", rank - 1)], num_outputs=len(parts)
+    )
+    graph.insert_before(split, [product, again])
+    product.outputs[0].dtype = joined.dtype
+    for old, new in zip(parts, again.outputs, strict=True):
+        new.dtype, new.shape = old.dtype, old.shape
+        ir.convenience.replace_all_uses_with(old, new)
+    assert joined.shape is not None
+    product.outputs[0].shape = ir.Shape([*list(joined.shape)[:-1], int(kept.sum())])
+    return True
+
+
+def _initializer(graph: ir.Graph, origin: ir.Value, array: np.ndarray, suffix: str = "read") -> ir.Value:
+    """A constant named after the value that it is made from."""
+    tensor = ir.tensor(np.ascontiguousarray(array), name=f"{origin.name}.{suffix}")
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value

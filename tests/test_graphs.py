@@ -1,0 +1,131 @@
+import site
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fora_trt.bundle import Bundle
+from fora_trt.errors import ExportError
+from fora_trt.export.graphs import full_graph_from_model
+from fora_trt.export.split import example_inputs
+from fora_trt.export.statistics import graph_statistics
+from fora_trt.models import dit
+from fora_trt.models.spec import Model, ModelSpec, TensorSpec
+from tests.conftest import TINY
+
+
+def test_edges_have_stable_names_and_one_symbolic_dimension(exported: Bundle) -> None:
+    features = [f"feature.transformer_blocks.{i}.{part}" for i in range(3) for part in ("attn1", "ff")]
+    inputs, outputs = ["latents", "timestep", "class_labels"], ["noise_prediction"]
+    for name, wanted in (("full", (inputs, outputs + features)), ("reuse", (inputs + features, outputs))):
+        graph = onnx.load(exported.graph_path(name)).graph
+        for edges, expected in zip((graph.input, graph.output), wanted, strict=True):
+            assert [edge.name for edge in edges] == expected
+            for edge in edges:
+                first, *rest = edge.type.tensor_type.shape.dim
+                assert first.dim_param == "batch", edge.name
+                assert all(size.dim_value > 0 for size in rest), edge.name
+
+
+def test_graphs_are_opset_23_with_one_attention_node_a_block_in_full_and_none_in_reuse(exported: Bundle) -> None:
+    for name, count in (("full", TINY["num_layers"]), ("reuse", 0)):
+        model = onnx.load(exported.graph_path(name))
+        assert {entry.domain: entry.version for entry in model.opset_import}[""] == 23
+        operators = [node.op_type for node in model.graph.node]
+        assert operators.count("Attention") == count
+        assert operators.count("LayerNormalization") == (2 * count + 1)
+
+
+def test_no_path_of_this_machine_is_in_any_file(exported: Bundle) -> None:
+    machine = [str(Path.home()), *site.getsitepackages(), str(Path(__file__).parents[1])]
+    for path in exported.folder.glob("*.onnx"):
+        content = path.read_bytes()
+        assert not [place for place in machine if place.encode() in content]
+        assert not onnx.load(path, load_external_data=False).metadata_props
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_graphs_equal_the_module_at_any_batch(exported: Bundle, module: nn.Module, batch: int) -> None:
+    import onnxruntime
+
+    manifest = exported.manifest
+    inputs = example_inputs(manifest.graphs["full"].inputs, manifest.guidance, batch, seed=3)
+    session = onnxruntime.InferenceSession(exported.graph_path("full"))
+    prediction, *features = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    expected = module(inputs["latents"], inputs["timestep"], inputs["class_labels"], return_dict=False)[0].numpy()
+    np.testing.assert_allclose(prediction, expected, atol=1e-5)
+
+    names = [site.feature.name for site in manifest.cache_sites]
+    feeds = {name: value.numpy() for name, value in inputs.items()} | dict(zip(names, features, strict=True))
+    (reused,) = onnxruntime.InferenceSession(exported.graph_path("reuse")).run(None, feeds)
+    np.testing.assert_allclose(reused, expected, atol=1e-5)
+
+
+def test_embedders_are_stored_once(exported: Bundle) -> None:
+    """The checkpoint has other weights in each block's embedder, but blocks that do agree share theirs."""
+    same = dit.random_module(TINY, torch.float32)
+    embedders = {id(block.norm1.emb) for block in same.transformer_blocks}  # type: ignore[union-attr]
+    assert len(embedders) == 1
+    graph = onnx.load(exported.graph_path("full"), load_external_data=False).graph
+    tables = [tensor for tensor in graph.initializer if "class_embedder" in tensor.name]
+    assert len(tables) == TINY["num_layers"]
+
+
+def test_statistics_count_the_arithmetic_by_hand(exported: Bundle) -> None:
+    tokens, width, blocks = 16, 16, 3
+    a_block = tokens * (3 + 1 + 4 + 4) * width**2 + 2 * tokens**2 * width  # qkv, projection, feed-forward; attention
+    conditioning = 256 * width + width**2 + 6 * width**2
+    edges = tokens * 16 * width + 2 * width**2 + tokens * width * 32
+    counted = graph_statistics(exported.graph_path("full")).flops
+    assert counted == 2 * (blocks * (a_block + conditioning) + edges)
+    assert graph_statistics(exported.graph_path("reuse")).flops == 2 * (blocks * conditioning + edges)
+
+
+class Halves(nn.Module):
+    """Mixes guidance inside, as some published code does: its batch must be even."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layer(x).chunk(2, dim=0)
+        return torch.cat([first + second, first - second])
+
+
+class Fixed(nn.Module):
+    """Makes its batch a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + torch.ones(2, 4) if x.shape[0] == 2 else self.layer(x)
+
+
+@pytest.mark.parametrize("module_class", [Halves, Fixed])
+def test_a_model_that_specialises_its_batch_is_refused(module_class: type[nn.Module]) -> None:
+    spec = dit.spec_from_config(TINY, "fp32", sample_size=8, scale=1.0, pixels=False)
+    odd = ModelSpec(
+        module_class.__name__,
+        (TensorSpec("latents", "float32", ("batch", 4)),),
+        TensorSpec("noise_prediction", "float32", ("batch", 4)),
+        lambda module, inputs: module(inputs["latents"]),
+        {"layer": ("layer",)},
+        spec.latents,
+        spec.guidance,
+    )
+    model = Model("here", "odd", module_class().eval(), odd, {}, "fp32", {})
+    with pytest.raises(ExportError, match="batch"):
+        full_graph_from_model(model, None, 23)
+
+
+def test_an_opset_out_of_range_is_refused(pipeline_folder: Path) -> None:
+    from fora_trt.models.sources import model_from_source
+
+    with pytest.raises(ExportError, match="the opset is 17; fora-trt writes 20 to 24"):
+        full_graph_from_model(model_from_source(str(pipeline_folder)), None, 17)
