@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -236,8 +237,7 @@ def bundle_from_model(
 ) -> Bundle:
     """Split, trace, measure and write `model` as the bundle `target`, whose name is the folder's.
 
-    `report` is told each stage as it begins. The module is spent: measuring leaves it in fp32.
-    Raises `ExportError`; then `target` is as it was.
+    `report` is told each stage as it begins. Raises `ExportError`; then `target` is as it was.
     """
     with staging(target, force) as folder:
         weights = weights_digest(model.module)
@@ -250,7 +250,8 @@ def bundle_from_model(
         written = [file for name, graph in graphs.items() for file in save_graph(graph, folder / f"{name}.onnx")]
         (folder / SCHEDULER).write_text(json.dumps(model.scheduler, indent=2) + "\n", encoding="utf-8")
         records = {name: _record_of_graph(name, graph) for name, graph in graphs.items()}
-        del graphs, full, reuse  # their tensors keep the weights in memory
+        del graphs, full, reuse
+        gc.collect()  # the exporter leaves cycles that keep the weights in memory
         report("measuring the graphs against PyTorch")
         errors = measure_errors(model, sites, {name: folder / record.file for name, record in records.items()})
         manifest = Manifest(

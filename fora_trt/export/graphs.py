@@ -87,9 +87,7 @@ def _traced(step: Split, inputs: dict[str, Tensor], outputs: Sequence[str], opse
             program = torch.export.export(
                 step.eval(),
                 tuple(inputs.values()),
-                dynamic_shapes={
-                    "tensors" if isinstance(step, ReuseStep) else "inputs": tuple({0: batch} for _ in inputs)
-                },
+                dynamic_shapes=(tuple({0: batch} for _ in inputs),),  # of the one variadic argument
                 strict=False,
             )
         except ExportError:

@@ -17,8 +17,8 @@ class SliceProjectionsPass(InPlacePass):
     """Shrinks every Gemm whose Split has unread outputs; numbers that are read stay bit for bit the same."""
 
     def call(self, model: ir.Model) -> PassResult:
-        splits = [node for node in model.graph if node.op_type == "Split"]
-        return PassResult(model, modified=any([_sliced(model.graph, split) for split in splits]))
+        sliced = [_sliced(model.graph, node) for node in tuple(model.graph) if node.op_type == "Split"]
+        return PassResult(model, modified=any(sliced))
 
 
 def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
@@ -29,9 +29,11 @@ def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
     weight, bias = gemm.inputs[1], gemm.inputs[2] if len(gemm.inputs) > 2 else None
     if weight is None or weight.const_value is None or (bias is not None and bias.const_value is None):
         return False  # rule 2
-    widths = [output.shape[-1] if output.shape is not None else None for output in split.outputs]
+    widths = [
+        size for output in split.outputs if output.shape is not None and isinstance(size := output.shape[-1], int)
+    ]
     rank = len(joined.shape) if joined.shape is not None else 0
-    if split.attributes.get_int("axis", 0) not in (-1, rank - 1) or not all(isinstance(w, int) for w in widths):
+    if split.attributes.get_int("axis", 0) not in (-1, rank - 1) or len(widths) != len(split.outputs):
         return False  # rule 1
     read = [bool(output.uses()) or output.is_graph_output() for output in split.outputs]
     if all(read) or not any(read):
@@ -44,24 +46,26 @@ def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
         operands.append(_initializer(graph, bias, bias.const_value.numpy()[kept]))
     product = ir.Node("", "Gemm", operands, list(gemm.attributes.values()), num_outputs=1)
     parts = [output for output, is_read in zip(split.outputs, read, strict=True) if is_read]
-    sizes = ir.tensor([part.shape[-1] for part in parts], dtype=ir.DataType.INT64)  # type: ignore[index]
-    lengths = _initializer(graph, joined, sizes.numpy(), suffix="lengths")
+    sizes = [width for width, is_read in zip(widths, read, strict=True) if is_read]
+    lengths = _initializer(graph, joined, np.array(sizes, dtype=np.int64), suffix="lengths")
     again = ir.Node(
         "", "Split", [product.outputs[0], lengths], [ir.AttrInt64("axis", rank - 1)], num_outputs=len(parts)
     )
     graph.insert_before(split, [product, again])
-    product.outputs[0].dtype = joined.dtype
-    for old, new in zip(parts, again.outputs, strict=True):
-        new.dtype, new.shape = old.dtype, old.shape
-        ir.convenience.replace_all_uses_with(old, new)
     assert joined.shape is not None
+    product.outputs[0].type = joined.type
     product.outputs[0].shape = ir.Shape([*list(joined.shape)[:-1], int(kept.sum())])
+    for old, new in zip(parts, again.outputs, strict=True):
+        new.type, new.shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, new)
     return True
 
 
 def _initializer(graph: ir.Graph, origin: ir.Value, array: np.ndarray, suffix: str = "read") -> ir.Value:
     """A constant named after the value that it is made from."""
     tensor = ir.tensor(np.ascontiguousarray(array), name=f"{origin.name}.{suffix}")
-    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
