@@ -175,9 +175,11 @@ def verify(
 @main.command()
 @BUNDLE
 @click.option("--class-labels", type=Numbers(), required=True, help="A class for each image.")
-@click.option("--steps", type=click.IntRange(min=1), default=50)
-@click.option("--cache-interval", type=click.IntRange(min=1), default=3, help="1 is no caching.")
-@click.option("--guidance-scale", type=click.FloatRange(min=0), default=1.5, help="Up to 1 is no guidance.")
+@click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps.")
+@click.option("--cache-interval", type=click.IntRange(min=1), default=3, help="Full step every N steps; 1: no caching.")
+@click.option(
+    "--guidance-scale", type=click.FloatRange(min=0), default=1.5, help="Classifier-free guidance; up to 1: none."
+)
 @click.option("--scheduler", help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together.")
@@ -329,7 +331,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([vars(finding) for finding in report]))
         return
-    table = _table("", "", "found", "to do")
+    table = _table("", "", "found", "to do", numbers=False)
     for finding in report:
         table.add_row(finding.what, finding.found, finding.remedy)
     _print(table)
@@ -338,7 +340,7 @@ def doctor(as_json: bool) -> None:
 @main.command()
 @click.option("--out", type=click.Path(path_type=Path), default="export", help="Folder to make the bundle in.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="digits-demo.png", help="The picture.")
-@click.option("--steps", type=click.IntRange(min=5), default=50)
+@click.option("--steps", type=click.IntRange(min=5), default=50, help="Denoising steps.")
 @click.option("--cache-intervals", type=Numbers(), default="1,2,3,5", help="The first must be 1.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, help="Timed runs of each row.")
 @BACKEND
@@ -364,26 +366,28 @@ def demo(
     bundle = out / "digits"
     context.invoke(verify, bundle=bundle, backend=backend, device=device)
     from fora_trt.engines.backends import backend_from_name, device_from_name
-    from fora_trt.evaluate.demo import demo_rows, picture_of
+    from fora_trt.evaluate.comparison import grey_levels_between, measure, name_of, picture_of, settings_of
 
-    chosen, where = backend_from_name(backend).name, device_from_name(device)
-    rows = list(_watched("measuring", False)(demo_rows(_open(bundle), chosen, where, steps, cache_intervals, repeats)))
-    baseline = next(row for row in rows if row.full_steps == steps and row.name.startswith("interval"))
+    opened, chosen, where = _open(bundle), backend_from_name(backend).name, device_from_name(device)
+    settings = settings_of(opened, chosen, where, steps, cache_intervals)
+    for _ in _watched("measuring", False)(measure(settings, opened, range(10), 1.5, repeats)):
+        pass
+    baseline = next(setting for setting in settings if setting.name == name_of(1))
     table = _table(
-        f"{len(rows[0].images)} digits on {chosen} ({where}), median of {repeats}",
+        f"10 digits on {chosen} ({where}), median of {repeats} (fastest to slowest)",
         "", "full steps", "seconds", "speed-up", "ideal", "difference of 255",
     )  # fmt: skip
-    for row in rows:
+    for setting in settings:
         table.add_row(
-            row.name,
-            f"{row.full_steps} of {row.steps}",
-            f"{row.seconds:.2f} ({row.fastest:.2f} to {row.slowest:.2f})",
-            f"{baseline.seconds / row.seconds:.2f}x",
-            f"{steps / row.full_steps:.2f}x",
-            f"{row.difference:.1f}",
+            setting.name,
+            f"{setting.schedule.full_steps} of {setting.schedule.steps}",
+            "{:.2f} ({:.2f} to {:.2f})".format(setting.seconds, *setting.spread),
+            f"{baseline.seconds / setting.seconds:.2f}x",
+            f"{steps / setting.schedule.full_steps:.2f}x",
+            f"{grey_levels_between(setting.latents, baseline.latents):.1f}",
         )
     _print(table)
-    save_image(picture_of(rows), output)
+    save_image(picture_of(settings, opened, baseline), output)
     click.echo(f"wrote {output}: each row of the table, from the same noise")
 
 
@@ -414,13 +418,13 @@ def _watched(what: str, quiet: bool) -> Callable[[Iterable[Any]], Iterator[Any]]
     return watch
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str, numbers: bool = True) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="right" if numbers and i else "left")
     return table
 
 

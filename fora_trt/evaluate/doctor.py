@@ -49,7 +49,7 @@ def findings() -> list[Finding]:
         if problem is None and backend.name == "onnxruntime":
             import onnxruntime
 
-            providers = onnxruntime.get_available_providers()
-            found += " on " + ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
+            providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+            found += " on " + ", ".join(name for name in ("CUDA", "CPU") if name in providers)
         report.append(Finding(f"backend {backend.name}", found, problem or ""))
     return report

@@ -46,7 +46,7 @@ def full_graph_from_model(model: Model, cache: Sequence[str] | None, opset: int)
     `cache` names kinds or patterns; all kinds of the architecture when it is None. Raises `ExportError`.
     """
     spec = model.spec
-    found = find_sites(model.module, spec, tuple(cache or spec.cache_sites))
+    found = find_sites(model.module, spec, tuple(spec.cache_sites if cache is None else cache))
     names = [f"feature.{path}" for path, _ in found]
     step = FullStep(model.module, spec, (path for path, _ in found))
     graph = _traced(step, example_inputs(spec.inputs, spec.guidance, TRACED_BATCH), [spec.output.name, *names], opset)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -122,16 +125,31 @@ def _load_scheduler(location: str, subfolder: str) -> dict[str, Any]:
 
 def _config(load: Callable[..., Any], source: str, location: str, part: str | None) -> dict[str, Any]:
     try:
-        return dict(load(location, subfolder=part))
+        with _quiet_hub():
+            return dict(load(location, subfolder=part))
     except json.JSONDecodeError as error:
         raise ModelError(f"the {part or 'model'} configuration of {source!r} is not JSON: {error}") from error
     except (OSError, ValueError) as error:
         mend = (
             f"a diffusers folder has transformer/config.json and scheduler/scheduler_config.json; {KNOWN}"
             if Path(location).is_dir()
-            else f"download the repository where there is a network and give the path of its folder; {KNOWN}"
+            else "download the repository where there is a network, copy it here and give the path of its folder"
         )
         raise ModelError(f"no {part or 'model'} configuration was found for {source!r}: {mend}") from error
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep what the hub's client says of each retry off the terminal: the error at the end says enough."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _optional_config(source: str, location: str, part: str) -> dict[str, Any] | None:

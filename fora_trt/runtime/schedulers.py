@@ -29,7 +29,7 @@ def scheduler_from_config(config: Mapping[str, Any], name: str | None, learned_s
     With `learned_sigma` the stochastic DDPM takes its variance from the model; all others do without it.
     Raises `InputError` for a name that DiT pipelines do not admit.
     """
-    wanted = SHORT_NAMES.get(name or "", name) or str(config.get("_class_name", "DDIMScheduler"))
+    wanted = str(config.get("_class_name")) if name is None else SHORT_NAMES.get(name, name)
     admitted = {scheduler.name for scheduler in KarrasDiffusionSchedulers}
     if wanted not in admitted:
         raise InputError(

@@ -1,0 +1,148 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from fora_trt.bundle import Bundle, bundle_from_model, record_of, staging
+from fora_trt.errors import BundleError, ExportError
+from fora_trt.models.sources import model_from_source
+
+
+def rewrite(folder: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_link(path: Path) -> None:
+    moved = path.rename(path.parent.parent / path.name)
+    path.symlink_to(moved)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a missing file": (lambda f: (f / "reuse.onnx").unlink(), "reuse.onnx is missing"),
+    "a missing manifest": (lambda f: (f / "manifest.json").unlink(), "is not a bundle: it has no manifest.json"),
+    "a truncated file": (lambda f: os.truncate(f / "full.onnx.data", 100), "has 100 bytes where the manifest says"),
+    "an altered graph": (lambda f: flip_a_byte(f / "full.onnx"), "full.onnx was altered"),
+    "altered weights": (lambda f: flip_a_byte(f / "reuse.onnx.data"), "reuse.onnx.data was altered"),
+    "an altered scheduler": (lambda f: flip_a_byte(f / "scheduler_config.json"), "scheduler_config.json was altered"),
+    "a link": (lambda f: replace_by_link(f / "full.onnx.data"), "full.onnx.data is a link"),
+    "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "is not the manifest of a bundle"),
+    "another kind of JSON": (lambda f: (f / "manifest.json").write_text("[1]"), "is not the manifest of a bundle"),
+    "a newer format": (
+        lambda f: rewrite(f, lambda m: m.update(format_version=2)),
+        "has format version 2; this fora-trt reads up to 1: pip install -U fora-trt",
+    ),
+    "a path that leaves the folder": (
+        lambda f: rewrite(f, lambda m: m["files"].update({"../full.onnx": m["files"].pop("full.onnx")})),
+        "lists '../full.onnx', which leaves the folder",
+    ),
+    "an absolute path": (
+        lambda f: rewrite(f, lambda m: m["files"].update({"/etc/hostname": m["files"].pop("full.onnx")})),
+        "lists '/etc/hostname', which leaves the folder",
+    ),
+    "a graph that is not listed": (
+        lambda f: rewrite(f, lambda m: m["files"].pop("full.onnx")),
+        "does not list full.onnx",
+    ),
+    "a missing key": (lambda f: rewrite(f, lambda m: m.pop("graphs")), "is damaged at graphs"),
+    "a value of a wrong type": (
+        lambda f: rewrite(f, lambda m: m["latents"].update(channels="many")),
+        "is damaged at latents.channels",
+    ),
+    "an unknown key": (lambda f: rewrite(f, lambda m: m.update(plugin="x.so")), "is damaged at plugin"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_bundle_is_refused_by_name(bundle_copy: Path, damage: str) -> None:
+    harm, message = DAMAGE[damage]
+    harm(bundle_copy)
+    with pytest.raises(BundleError) as raised:
+        Bundle.open(bundle_copy)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_from_a_file_that_is_not_listed_are_refused(bundle_copy: Path) -> None:
+    model = onnx.load(bundle_copy / "full.onnx", load_external_data=False)
+    tensor = next(one for one in model.graph.initializer if one.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = "../other.data"
+    (bundle_copy / "full.onnx").write_bytes(model.SerializeToString())
+    record = record_of(bundle_copy / "full.onnx").model_dump()
+    rewrite(bundle_copy, lambda m: m["files"].update({"full.onnx": record}))
+    with pytest.raises(BundleError, match=r"takes weights from '\.\./other\.data'"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_bundle_records_where_it_came_from(exported: Bundle, pipeline_folder: Path) -> None:
+    manifest = Bundle.open(exported.folder).manifest
+    assert manifest == exported.manifest
+    assert manifest.model.source == str(pipeline_folder)
+    assert manifest.model.config["num_layers"] == 3
+    assert manifest.versions.keys() == {"fora_trt", "torch", "onnx"}
+    assert [site.kind for site in manifest.cache_sites] == ["attention", "feed-forward"] * 3
+    assert manifest.measured_error is not None
+    assert 0 < manifest.measured_error["full"].maximum < 1e-5
+    assert 0 < manifest.measured_error["reuse"].relative < 1e-5
+    assert manifest.latents.learned_sigma
+    assert not manifest.latents.pixels
+    assert sorted(manifest.files) == sorted(
+        path.name for path in exported.folder.iterdir() if path.name != "manifest.json"
+    )
+
+
+def test_two_exports_of_one_checkpoint_are_the_same_files(
+    exported: Bundle, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    again = bundle_from_model(model_from_source(str(pipeline_folder)), tmp_path / "tiny")
+    assert again.manifest.files == exported.manifest.files
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_failed_export_leaves_the_old_bundle_and_nothing_else(
+    bundle_copy: Path, pipeline_folder: Path, failure: type[BaseException]
+) -> None:
+    before = {path.name: path.read_bytes() for path in bundle_copy.iterdir()}
+
+    def fail(stage: str) -> None:
+        if stage.startswith("measuring"):
+            raise failure
+
+    with pytest.raises(failure):
+        bundle_from_model(model_from_source(str(pipeline_folder)), bundle_copy, force=True, report=fail)
+    assert {path.name: path.read_bytes() for path in bundle_copy.iterdir()} == before
+    assert names_in(bundle_copy.parent) == ["tiny"]
+
+
+def test_replacing_needs_force_and_a_bundle(bundle_copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="is there already; give --force"), staging(bundle_copy, force=False):
+        pass
+    with staging(bundle_copy, force=True) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert names_in(bundle_copy) == ["manifest.json"]
+    assert names_in(bundle_copy.parent) == ["tiny"]
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ExportError, match="is not a bundle, so --force does not"), staging(tmp_path / "papers", True):
+        pass
+    assert (tmp_path / "papers" / "thesis.txt").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="cannot be written"), staging(tmp_path / "file" / "bundle", False):
+        pass

@@ -1,0 +1,220 @@
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from fora_trt.bundle import Bundle
+from fora_trt.cli import main
+
+COMMANDS = ["export", "verify", "run", "inspect", "doctor", "demo"]
+
+
+def fora(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception  # a traceback on the user's screen is a defect
+    return result
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_instant_and_has_an_example(command: str) -> None:
+    began = time.perf_counter()
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "fora_trt", *command.split(), "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert time.perf_counter() - began < 1.5  # half a second on a machine that does nothing else
+    assert f"fora-trt {command or 'demo'}" in shown.stdout.partition("Example")[2]
+    loaded = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
+    assert "click" in loaded
+    assert not loaded & {"torch", "onnx", "numpy", "diffusers", "rich", "pydantic"}
+
+
+def test_a_checkpoint_goes_through_every_command(pipeline_folder: Path, tmp_path: Path) -> None:
+    exported = fora("export", pipeline_folder, "--out", tmp_path, "--name", "mine", "--json")
+    manifest = json.loads(exported.stdout)
+    assert manifest["name"] == "mine"
+    assert manifest["precision"] == "fp32"
+
+    verified = fora("verify", tmp_path / "mine", "--steps", 6, "--cache-intervals", "2,3")
+    assert verified.exit_code == 0
+    for row in ("full graph", "reuse graph", "6 steps, cache interval 2", "6 steps, cache interval 3", "ok"):
+        assert row in verified.stdout
+
+    picture, latents = tmp_path / "grid.png", tmp_path / "latents.npy"
+    ran = fora(
+        "run", tmp_path / "mine", "--class-labels", "3,7,7", "--steps", 6, "--json",
+        "-o", picture, "--latents-out", latents,
+    )  # fmt: skip
+    figures = json.loads(ran.stdout)
+    assert (figures["steps"], figures["full_steps"], figures["images"]) == (6, 3, 3)
+    assert figures["backend"] == "onnxruntime"
+    assert 0 < figures["reuse_step_ms"] < figures["full_step_ms"] < 1000 * figures["seconds"]
+    assert np.load(latents).shape == (3, 4, 8, 8)
+    assert Image.open(picture).size == (2 * 68 + 4, 2 * 68 + 4)
+
+    inspected = fora("inspect", tmp_path / "mine")
+    for text in ("3 attention, 3 feed-forward", "['batch', 16, 16]", "6.0 KiB a sample", "GFLOP", "2.78x"):
+        assert text in inspected.stdout
+
+
+def test_caching_some_sites_only(pipeline_folder: Path, tmp_path: Path) -> None:
+    fora("export", pipeline_folder, "--out", tmp_path, "--name", "some", "--cache", "transformer_blocks.*.ff")
+    sites = json.loads(fora("inspect", tmp_path / "some", "--json").stdout)["cache_sites"]
+    assert sites == {"feed-forward": 3}
+    assert fora("verify", tmp_path / "some", "--steps", 4, "--cache-intervals", 2).exit_code == 0
+
+
+def test_images_go_to_a_folder_one_file_each(exported: Bundle, tmp_path: Path) -> None:
+    fora(
+        "run", exported.folder, "--class-labels", "1,2", "--steps", 2, "--cache-interval", 1, "-o", tmp_path / "images"
+    )
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["0000.png", "0001.png"]
+    assert Image.open(tmp_path / "images" / "0001.png").size == (16, 16)
+
+
+def test_what_was_typed_goes_before_the_recipe(pipeline_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f"source = '{pipeline_folder}'\nname = 'mine'\nprecision = 'fp16'\ncache = ['attention']\n")
+    manifest = json.loads(fora("export", recipe, "--out", tmp_path, "--name", "other", "--json").stdout)
+    assert manifest["name"] == "other"
+    assert manifest["precision"] == "fp16"
+    assert {site["kind"] for site in manifest["cache_sites"]} == {"attention"}
+
+
+def test_doctor_names_every_backend() -> None:
+    shown = fora("doctor")
+    assert shown.exit_code == 0
+    for text in ("fora-trt", "torch", "GPU", "backend onnxruntime", "backend torch"):
+        assert text in shown.stdout
+    assert {line["what"] for line in json.loads(fora("doctor", "--json").stdout)} >= {"Python", "GPU"}
+
+
+def test_verify_fails_where_the_graphs_differ(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("fora_trt.evaluate.verify").evaluate.verify.GRAPH_TOLERANCE, "fp32", 1e-12)
+    result = fora("verify", exported.folder, "--steps", 2, "--cache-intervals", 2)
+    assert result.exit_code == 1
+    assert "TOO LARGE" in result.stdout
+    assert "differs from PyTorch by more than its precision admits" in result.stderr
+
+
+BAD = {
+    "unknown source": (["export", "mnist"], 1, "the source 'mnist' is neither a folder nor a name"),
+    "unknown size": (["export", "random:DiT-Q/2"], 1, "no model 'random:DiT-Q/2'"),
+    "unknown precision": (["export", "digits", "--precision", "fp8"], 2, "'fp8' is not one of"),
+    "a name that leaves the folder": (["export", "digits", "--name", "../x"], 2, "is not the name of one folder"),
+    "missing recipe": (["export", "none.toml"], 1, "the recipe none.toml cannot be read"),
+    "pattern without a match": (
+        ["export", "PIPELINE", "--cache", "blocks.*.attn"],
+        1,
+        "'blocks.*.attn' matches no module",
+    ),
+    "nothing to cache": (["export", "PIPELINE", "--cache", ","], 1, "nothing to cache was named"),
+    "opset": (["export", "PIPELINE", "--opset", "9"], 1, "the opset is 9"),
+    "no bundle": (["run", "nowhere", "--class-labels", "1"], 1, "nowhere is not a bundle"),
+    "class out of range": (["run", "BUNDLE", "--class-labels", "1000"], 1, "there is no class 1000"),
+    "negative class": (["run", "BUNDLE", "--class-labels", "-1"], 1, "there is no class -1"),
+    "no number": (["run", "BUNDLE", "--class-labels", "cat"], 2, "'cat' is not a list of whole numbers"),
+    "no classes": (["run", "BUNDLE"], 2, "Missing option '--class-labels'"),
+    "zero steps": (["run", "BUNDLE", "--class-labels", "1", "--steps", "0"], 2, "0 is not in the range x>=1"),
+    "negative steps": (["run", "BUNDLE", "--class-labels", "1", "--steps", "-5"], 2, "-5 is not in the range"),
+    "more steps than noise levels": (
+        ["run", "BUNDLE", "--class-labels", "1", "--steps", "1001"],
+        1,
+        "does not admit 1001",
+    ),
+    "zero interval": (["run", "BUNDLE", "--class-labels", "1", "--cache-interval", "0"], 2, "0 is not in the range"),
+    "interval over steps": (
+        ["run", "BUNDLE", "--class-labels", "1", "--steps", "4", "--cache-interval", "5"],
+        1,
+        "the cache interval 5 is larger than the number of steps 4",
+    ),
+    "unknown backend": (["run", "BUNDLE", "--class-labels", "1", "--backend", "mxnet"], 1, "no backend 'mxnet'"),
+    "unknown device": (["run", "BUNDLE", "--class-labels", "1", "--device", "abacus"], 1, "no device 'abacus'"),
+    "unknown scheduler": (["run", "BUNDLE", "--class-labels", "1", "--scheduler", "x"], 1, "no scheduler 'x'"),
+    "no suffix of a picture": (["run", "BUNDLE", "--class-labels", "1", "-o", "a.docx"], 1, "a.docx has no suffix"),
+    "no folder for the output": (
+        ["run", "BUNDLE", "--class-labels", "1", "-o", "no/such/a.png"],
+        1,
+        "no/such/a.png cannot be written: No such file or directory",
+    ),
+    "a folder where latents go": (["run", "BUNDLE", "--class-labels", "1", "--latents-out", "."], 1, "is a folder"),
+    "verify an interval over steps": (["verify", "BUNDLE", "--steps", "2"], 1, "cache interval 3 is larger"),
+    "inspect no bundle": (["inspect", "."], 1, "is not a bundle"),
+    "demo that does not begin with 1": (["demo", "--cache-intervals", "2,3"], 2, "the first must be 1"),
+    "unknown command": (["exprot"], 2, "No such command 'exprot'"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_a_mistake_gets_a_sentence_and_leaves_nothing(
+    mistake: str, exported: Bundle, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, code, message = BAD[mistake]
+    monkeypatch.chdir(tmp_path)
+    places = {"BUNDLE": str(exported.folder), "PIPELINE": str(pipeline_folder)}
+    result = fora(*(places.get(argument, argument) for argument in arguments))
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not left, "something half-written"
+
+
+def test_a_bundle_that_is_there_is_kept(bundle_copy: Path, pipeline_folder: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in bundle_copy.iterdir()}
+    result = fora("export", pipeline_folder, "--out", bundle_copy.parent, "--name", "tiny")
+    assert result.exit_code == 1
+    assert "is there already; give --force" in result.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in bundle_copy.iterdir()} == before
+
+
+def test_a_model_of_latents_without_a_vae_wants_latents_out(pipeline_folder: Path, tmp_path: Path) -> None:
+    fora("export", pipeline_folder / "transformer", "--out", tmp_path, "--name", "bare")
+    refused = fora("run", tmp_path / "bare", "--class-labels", "1", "-o", tmp_path / "a.png")
+    assert refused.exit_code == 1
+    assert "has no VAE to decode them; give --latents-out FILE.npy instead of -o" in refused.stderr
+    taken = fora("run", tmp_path / "bare", "--class-labels", "1", "--steps", 3, "--latents-out", tmp_path / "l.npy")
+    assert taken.exit_code == 0, taken.output
+    assert np.load(tmp_path / "l.npy").shape == (1, 4, 8, 8)
+
+
+def test_ctrl_c_during_export_leaves_the_old_bundle(bundle_copy: Path, pipeline_folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in bundle_copy.iterdir()}
+    command = [sys.executable, "-m", "fora_trt", "export", str(pipeline_folder), "--out", str(bundle_copy.parent)]
+    process = subprocess.Popen(
+        [*command, "--name", "tiny", "--force"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("tracing the reuse graph"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait() == 1
+    assert "Aborted!" in rest
+    assert "Traceback" not in rest
+    assert {path.name: path.read_bytes() for path in bundle_copy.iterdir()} == before
+    assert [path.name for path in bundle_copy.parent.iterdir()] == ["tiny"]
+
+
+def test_a_progress_bar_on_a_terminal_and_none_in_a_pipe(exported: Bundle, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fora_trt", "run", str(exported.folder), "--class-labels", "1", "--steps", "6"]
+    command += ["-o", str(tmp_path / "a.png")]
+    piped = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "denoising" not in piped.stdout + piped.stderr
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, env={**os.environ, "TERM": "xterm"})
+    process.wait()
+    os.close(theirs)
+    assert b"denoising" in os.read(ours, 1 << 16)

@@ -1,0 +1,144 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from fora_trt import Denoiser, Schedule, load
+from fora_trt.bundle import Bundle
+from fora_trt.engines.backends import BACKENDS
+from fora_trt.errors import InputError, ScheduleError
+from fora_trt.export.split import example_inputs
+
+SITES = [f"transformer_blocks.{i}.{part}" for i in range(3) for part in ("attn1", "ff")]
+
+
+def eager_fora(module: nn.Module, latents: Tensor, labels: Tensor, steps: int, interval: int) -> list[Tensor]:
+    """FORA in ten lines, written from the paper alone: the latents after every step."""
+    cache: dict[str, Tensor] = {}
+    scheduler, trajectory = DDIMScheduler(clip_sample=False), []
+    for path in SITES:
+        site = module.get_submodule(path)
+        original = site.forward
+        site.forward = lambda *a, path=path, original=original, **k: (
+            cache.setdefault(path, original(*a, **k)) if path not in cache else cache[path]
+        )
+    scheduler.set_timesteps(steps)
+    for number, t in zip(range(steps - 1, -1, -1), scheduler.timesteps, strict=True):
+        if number == steps - 1 or number % interval == 0:
+            cache.clear()
+        output = module(latents, t.expand(len(latents)), labels).sample[:, :4]
+        latents = scheduler.step(output, t, latents).prev_sample
+        trajectory.append(latents)
+    return trajectory
+
+
+def two_graphs(denoiser: Denoiser, latents: Tensor, labels: Tensor) -> list[Tensor]:
+    scheduler, trajectory = DDIMScheduler(clip_sample=False), []
+    scheduler.set_timesteps(denoiser.schedule.steps)
+    denoiser.reset()
+    for t in scheduler.timesteps:
+        latents = scheduler.step(denoiser(latents, t, class_labels=labels)[:, :4], t, latents).prev_sample
+        trajectory.append(latents)
+    return trajectory
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("steps", "interval"), [(50, 1), (50, 2), (50, 3), (20, 5), (7, 7)])
+def test_trajectories_equal_an_independent_eager_fora(
+    exported: Bundle, module: nn.Module, backend: str, steps: int, interval: int
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    latents, labels = torch.randn(3, 4, 8, 8, generator=generator), torch.tensor([1, 999, 1000])
+    denoiser = load(exported, schedule=Schedule.static(steps, interval), backend=backend, device="cpu")
+    measured = two_graphs(denoiser, latents, labels)
+    with torch.no_grad():
+        expected = eager_fora(module, latents, labels, steps, interval)
+    for step, (got, want) in enumerate(zip(measured, expected, strict=True)):
+        assert (got - want).abs().max() <= 1e-3 * want.abs().max(), f"step {step}"
+    if interval > 1:  # the comparison can fail: no caching gives something else
+        uncached = two_graphs(load(exported, schedule=Schedule.static(steps, 1), backend=backend), latents, labels)
+        assert (measured[-1] - uncached[-1]).abs().max() > 1e-3 * expected[-1].abs().max()
+
+
+def test_interval_one_is_no_caching(exported: Bundle, module: nn.Module) -> None:
+    denoiser = load(exported, schedule=Schedule.static(4, 1), backend="torch", device="cpu")
+    for seed in range(4):
+        inputs = example_inputs(denoiser.full.inputs.values(), exported.manifest.guidance, batch=2, seed=seed)
+        plain = module(inputs["latents"], inputs["timestep"], inputs["class_labels"]).sample
+        assert torch.equal(denoiser(**inputs), plain)
+
+
+@pytest.fixture
+def denoiser(exported: Bundle) -> Denoiser:
+    return load(exported, schedule=Schedule.static(6, 3), backend="onnxruntime", device="cpu")
+
+
+def test_features_stay_where_they_are_and_reuse_reads_that_very_memory(denoiser: Denoiser) -> None:
+    features = [name for name in denoiser.reuse.inputs if name.startswith("feature.")]
+    assert len(features) == 6
+    assert set(features) < set(denoiser.full.outputs)
+    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch=2)
+
+    denoiser(**inputs)  # step 5: full
+    addresses = {name: tensor.data_ptr() for name, tensor in denoiser.buffers.items()}
+    contents = {name: denoiser.buffers[name].clone() for name in features}
+    denoiser(**inputs)  # step 4: reuse
+    assert all(torch.equal(denoiser.buffers[name], contents[name]) for name in features), "reuse wrote a feature"
+
+    for name in features:
+        denoiser.buffers[name].zero_()
+    bare = denoiser(**inputs).clone()  # step 3: full, writes the zeros over
+    assert not any(torch.equal(denoiser.buffers[name], torch.zeros_like(contents[name])) for name in features)
+    for name in features:
+        denoiser.buffers[name].zero_()
+    reused = denoiser(**inputs)  # step 2: reuse, reads zeros through the same addresses
+    assert not torch.allclose(reused, bare)
+    assert {name: tensor.data_ptr() for name, tensor in denoiser.buffers.items()} == addresses
+
+
+def test_full_steps_are_where_the_schedule_says(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name in ("full", "reuse"):
+        engine = getattr(denoiser, name)
+
+        def enqueue(name: str = name, run: Callable[[], None] = engine.enqueue) -> None:
+            ran.append(name)
+            run()
+
+        monkeypatch.setattr(engine, "enqueue", enqueue)
+    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch=1)
+    for _ in range(6):
+        denoiser(**inputs)
+    assert ran == ["full", "reuse", "full", "reuse", "reuse", "full"]
+
+
+def test_the_end_of_the_schedule_asks_for_a_reset(denoiser: Denoiser) -> None:
+    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch=1)
+    for _ in range(6):
+        denoiser(**inputs)
+    with pytest.raises(ScheduleError, match=r"all 6 steps of the schedule are done; call reset\(\)"):
+        denoiser(**inputs)
+    denoiser.reset()
+    denoiser(**inputs)
+
+
+def test_the_batch_may_change_between_trajectories_only(denoiser: Denoiser) -> None:
+    inputs = [example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch) for batch in (2, 3)]
+    assert denoiser(**inputs[0]).shape == (2, 8, 8, 8)
+    with pytest.raises(ScheduleError, match="the batch became 3 within a trajectory"):
+        denoiser(**inputs[1])
+    denoiser.reset()
+    assert denoiser(**inputs[1]).shape == (3, 8, 8, 8)
+
+
+def test_what_the_graphs_do_not_take_is_named(denoiser: Denoiser) -> None:
+    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch=2)
+    with pytest.raises(InputError, match=r"latents have shape \(2, 4, 16, 16\); this bundle takes \(2, 4, 8, 8\)"):
+        denoiser(torch.zeros(2, 4, 16, 16), 3, class_labels=inputs["class_labels"])
+    with pytest.raises(InputError, match="'class_labels' is missing"):
+        denoiser(inputs["latents"], 3)
+    with pytest.raises(InputError, match="takes no 'prompt'"):
+        denoiser(**inputs, prompt=inputs["latents"])
+    denoiser(inputs["latents"], 3.0, class_labels=inputs["class_labels"])  # nothing was lost by the mistakes

@@ -1,0 +1,85 @@
+import importlib.util
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+
+from fora_trt import Schedule, load
+from fora_trt.bundle import Bundle
+from fora_trt.engines.backends import BACKENDS, backend_from_name, device_from_name
+from fora_trt.errors import BackendError
+from fora_trt.export.split import example_inputs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_computes_the_same_steps(exported: Bundle, backend: str) -> None:
+    schedule = Schedule((True, False))
+    tested = load(exported, schedule=schedule, backend=backend, device="cpu")
+    reference = load(exported, schedule=schedule, backend="torch", device="cpu")
+    for seed in (0, 1):
+        inputs = example_inputs(tested.full.inputs.values(), tested.manifest.guidance, batch=3, seed=seed)
+        torch.testing.assert_close(tested(**inputs), reference(**inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_appear_in_the_bound_tensors(exported: Bundle, backend: str) -> None:
+    engine = backend_from_name(backend).engines(exported, torch.device("cpu"))["full"]
+    inputs = example_inputs(engine.inputs.values(), exported.manifest.guidance, batch=2)
+    outputs = {name: torch.full(tensor.sized(2), torch.nan) for name, tensor in engine.outputs.items()}
+    addresses = {name: tensor.data_ptr() for name, tensor in outputs.items()}
+    engine.bind(inputs | outputs)
+    engine.enqueue()
+    assert all(tensor.isfinite().all() for tensor in outputs.values())
+    first = outputs["noise_prediction"].clone()
+    inputs["latents"].neg_()  # the engine reads the address again
+    engine.enqueue()
+    assert not torch.equal(outputs["noise_prediction"], first)
+    assert {name: tensor.data_ptr() for name, tensor in outputs.items()} == addresses
+
+
+def test_unknown_backend_and_device_are_named() -> None:
+    with pytest.raises(BackendError, match="no backend 'tensorflow'; known are auto, onnxruntime, torch"):
+        backend_from_name("tensorflow")
+    with pytest.raises(BackendError, match="no device 'gpu7'"):
+        device_from_name("gpu7")
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match="no CUDA device here; give --device cpu"):
+            device_from_name("cuda")
+
+
+def test_a_backend_that_is_not_installed_says_how_to_install_it(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "fora_trt.engines.backends.find_spec", lambda name: None if name == "onnxruntime" else found(name)
+    )
+    with pytest.raises(BackendError, match=r"onnxruntime is not installed; pip install 'fora-trt\[cpu\]'"):
+        load(exported, schedule=Schedule.static(2, 1), backend="onnxruntime")
+    assert backend_from_name("auto").name == "torch"
+
+
+def test_both_onnxruntimes_at_once_are_refused(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = metadata.version
+
+    def both(name: str) -> Any:
+        return "1.30" if name.startswith("onnxruntime") else version(name)
+
+    monkeypatch.setattr("fora_trt.engines.backends.metadata.version", both)
+    with pytest.raises(BackendError, match="onnxruntime and onnxruntime-gpu are both installed"):
+        load(exported, schedule=Schedule.static(2, 1), backend="onnxruntime")
+
+
+def test_torch_refuses_a_checkpoint_that_changed(exported: Bundle, bundle_copy: Any) -> None:
+    import json
+
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    manifest["model"]["weights_sha256"] = "0" * 64
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BackendError, match="has other weights than those"):
+        load(bundle_copy, schedule=Schedule.static(2, 1), backend="torch")
+    manifest["model"]["source"] = "moved/away/checkpoint"
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BackendError, match=r"PyTorch needs the checkpoint .* 'moved/away/checkpoint' cannot be loaded"):
+        load(bundle_copy, schedule=Schedule.static(2, 1), backend="torch")

@@ -1,0 +1,137 @@
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+from fora_trt import Denoiser, Schedule, load
+from fora_trt.bundle import Bundle
+from fora_trt.errors import InputError
+from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.runtime.images import grid, images_from_latents, square_grid
+from fora_trt.runtime.sampling import Trajectory, mix_guidance, sample, sample_in_batches, timesteps_of
+from fora_trt.runtime.schedulers import SHORT_NAMES, scheduler_from_config, takes_variance
+
+
+@pytest.fixture(scope="module")
+def denoiser(exported: Bundle) -> Denoiser:
+    return load(exported, schedule=Schedule.static(1, 1), backend="onnxruntime", device="cpu")
+
+
+def run(
+    denoiser: Denoiser,
+    bundle: Bundle,
+    labels: list[int],
+    *,
+    scheduler: str | None = None,
+    steps: int = 6,
+    interval: int = 2,
+    seed: int = 0,
+    guidance: float = 1.5,
+    batch_size: int = 64,
+) -> Trajectory:
+    chosen = scheduler_from_config(bundle.scheduler_config, scheduler, bundle.manifest.latents.learned_sigma)
+    schedule = Schedule.static(timesteps_of(chosen, steps), interval)
+    return sample_in_batches(denoiser, chosen, steps, schedule, labels, seed, guidance, batch_size)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm-solver++", "euler-ancestral"])
+def test_an_image_is_the_same_in_any_batch(denoiser: Denoiser, exported: Bundle, scheduler: str) -> None:
+    labels = [3, 7, 7, 500, 0]
+    together = run(denoiser, exported, labels, scheduler=scheduler).latents
+    in_pairs = run(denoiser, exported, labels, scheduler=scheduler, batch_size=2).latents
+    last_alone = run(denoiser, exported, labels[4:], scheduler=scheduler, seed=4).latents
+    scale = together.abs().max().item()
+    torch.testing.assert_close(in_pairs, together, atol=1e-5 * scale, rtol=0)
+    torch.testing.assert_close(last_alone[0], together[4], atol=1e-5 * scale, rtol=0)
+    assert (together[1] - together[2]).abs().max() > 0.01 * scale, "same class, other seed"
+
+
+@pytest.mark.parametrize("scheduler", SHORT_NAMES)
+def test_every_scheduler_runs_and_caching_matters(denoiser: Denoiser, exported: Bundle, scheduler: str) -> None:
+    cached = run(denoiser, exported, [1, 2], scheduler=scheduler, interval=3)
+    plain = run(denoiser, exported, [1, 2], scheduler=scheduler, interval=1)
+    assert cached.latents.isfinite().all()
+    assert not torch.equal(cached.latents, plain.latents)
+    assert len(plain.reuse_seconds) == 0 < len(cached.reuse_seconds)
+    calls = len(plain.full_seconds)
+    assert len(cached.full_seconds) == Schedule.static(calls, 3).full_steps
+    assert calls >= 6  # Heun and PNDM call the model more often than there are steps
+
+
+def test_diffusers_class_names_are_taken_and_others_refused(exported: Bundle) -> None:
+    config = exported.scheduler_config
+    assert isinstance(scheduler_from_config(config, "DEISMultistepScheduler", True), diffusers.DEISMultistepScheduler)
+    assert isinstance(scheduler_from_config(config, None, True), diffusers.DDIMScheduler)
+    for wrong in ("ddim2", "AutoencoderKL", "CogVideoXDDIMScheduler", ""):
+        with pytest.raises(InputError, match=r"there is no scheduler .* give one of ddim, ddpm"):
+            scheduler_from_config(config, wrong, True)
+
+
+def test_only_ddpm_takes_the_learned_variance(exported: Bundle) -> None:
+    config = exported.scheduler_config
+    assert takes_variance(scheduler_from_config(config, "ddpm", learned_sigma=True))
+    assert not takes_variance(scheduler_from_config(config, "ddpm", learned_sigma=False))
+    assert not takes_variance(scheduler_from_config({**config, "variance_type": "learned_range"}, "dpm-solver++", True))
+
+
+def test_the_loop_equals_diffusers_own_for_ddpm_with_learned_variance(denoiser: Denoiser, exported: Bundle) -> None:
+    """The pipeline's loop for one image, written out; same generator for the noise and for every step."""
+    reference = EagerFora(exported, torch.device("cpu"))
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    scheduler.set_timesteps(10)
+    generator = torch.Generator().manual_seed(11)
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    reference.reset(Schedule.static(10, 1))
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            output = reference(torch.cat([latents] * 2), t, class_labels=torch.tensor([5, 1000]))
+        cond, null = output.chunk(2)
+        noise = null[:, :4] + 3.0 * (cond[:, :4] - null[:, :4])
+        latents = scheduler.step(torch.cat([noise, cond[:, 4:]], 1), t, latents, generator=generator).prev_sample
+    got = run(denoiser, exported, [5], scheduler="ddpm", steps=10, interval=1, seed=11, guidance=3.0).latents
+    torch.testing.assert_close(got, latents, atol=1e-4 * latents.abs().max().item(), rtol=0)
+
+
+def test_guidance_up_to_one_runs_the_conditional_half_alone(denoiser: Denoiser, exported: Bundle) -> None:
+    scheduler = scheduler_from_config(exported.scheduler_config, None, True)
+    timesteps_of(scheduler, 4)
+    sample(denoiser, scheduler, Schedule.static(4, 2), [1, 2, 3], [0, 1, 2], guidance_scale=1.0)
+    assert len(denoiser.buffers["latents"]) == 3
+    timesteps_of(scheduler, 4)
+    sample(denoiser, scheduler, Schedule.static(4, 2), [1, 2, 3], [0, 1, 2], guidance_scale=1.1)
+    assert len(denoiser.buffers["latents"]) == 6
+
+
+def test_guidance_mixes_the_noise_and_keeps_the_variance() -> None:
+    conditional, unconditional = torch.full((1, 4, 2, 2), 3.0), torch.full((1, 4, 2, 2), 1.0)
+    mixed = mix_guidance(torch.cat([conditional, unconditional]), 2.5, channels=2)
+    assert mixed.shape == (1, 4, 2, 2)
+    assert (mixed[:, :2] == 6.0).all()
+    assert (mixed[:, 2:] == 3.0).all()
+
+
+@pytest.mark.parametrize("label", [-1, 1000, 12345])
+def test_a_class_out_of_range_is_refused(denoiser: Denoiser, exported: Bundle, label: int) -> None:
+    with pytest.raises(InputError, match=f"there is no class {label}; tiny has the classes 0 to 999"):
+        run(denoiser, exported, [0, label])
+
+
+def test_latents_become_pictures_through_the_vae(denoiser: Denoiser, exported: Bundle) -> None:
+    latents = run(denoiser, exported, [1, 2, 3]).latents
+    images = images_from_latents(latents, exported.manifest, torch.device("cpu"))
+    assert [image.size for image in images] == [(16, 16)] * 3
+    assert {image.mode for image in images} == {"RGB"}
+    vae = diffusers.AutoencoderKL.from_pretrained(exported.manifest.model.vae, subfolder="vae")
+    with torch.no_grad():
+        pixels = vae.decode(latents[:1] / vae.config.scaling_factor).sample[0, :, 0, 0]
+    assert images[0].getpixel((0, 0)) == tuple(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().int().tolist())
+
+
+def test_grids_have_a_cell_for_each_picture_and_enlarge_small_ones() -> None:
+    small = [Image.new("L", (8, 8), 255 * (k % 2)) for k in range(5)]
+    assert square_grid(small).size == (3 * (64 + 4) + 4, 2 * (64 + 4) + 4)
+    large = [Image.new("RGB", (100, 100), "red")] * 2
+    assert grid([large]).size == (2 * 104 + 4, 104 + 4)
+    labelled = grid([small, small], ["one", "a longer label"])
+    assert labelled.width > 5 * 68 + 4
+    assert labelled.getpixel((labelled.width - 10, 10)) == 0

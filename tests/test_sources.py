@@ -1,0 +1,159 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fora_trt.errors import ModelError
+from fora_trt.models.recipes import read_recipe
+from fora_trt.models.sources import model_from_source
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(pipeline_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pipeline_folder, tmp_path / "checkpoint"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_digits_are_a_trained_model_in_pixel_space() -> None:
+    model = model_from_source("digits")
+    assert (model.name, model.spec.latents.pixels, model.spec.guidance.num_classes) == ("digits", True, 10)
+    assert model.spec.latents.learned_sigma
+    weights = Path(__file__).parents[1] / "fora_trt/models/digits" / WEIGHTS
+    assert weights.stat().st_size <= 4 * 2**20
+
+
+def test_a_pipeline_and_its_transformer_alone_are_read(folder: Path) -> None:
+    whole, bare = model_from_source(str(folder)), model_from_source(str(folder / "transformer"))
+    assert (whole.vae, bare.vae) == (str(folder), None)
+    assert (whole.image_size, bare.image_size) == (16, 64)  # the VAE of the test halves, the usual one takes an eighth
+    assert whole.scheduler["clip_sample"] is False
+    for left, right in zip(whole.module.parameters(), bare.module.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_equal_embedders_are_shared_and_different_ones_are_not(folder: Path) -> None:
+    assert len({id(block.norm1.emb) for block in model_from_source(str(folder)).module.transformer_blocks}) == 3  # type: ignore[union-attr]
+    weights = load_file(folder / WEIGHTS)
+    for name in list(weights):
+        if ".norm1.emb." in name:
+            weights[name] = weights["transformer_blocks.0" + name[len("transformer_blocks.0") :]].clone()
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    assert len({id(block.norm1.emb) for block in model_from_source(str(folder)).module.transformer_blocks}) == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+)
+def test_weights_are_cast_to_the_precision(folder: Path, precision: str, dtype: torch.dtype) -> None:
+    model = model_from_source(str(folder), precision)
+    assert {parameter.dtype for parameter in model.module.parameters()} == {dtype}
+    assert model.spec.inputs[0].dtype == str(dtype).removeprefix("torch.")
+
+
+def test_the_image_size_changes_the_latents(folder: Path) -> None:
+    model = model_from_source(str(folder), image_size=24)
+    assert model.spec.inputs[0].shape == ("batch", 4, 12, 12)
+    with pytest.raises(ModelError, match="image size of 25 does not fit"):
+        model_from_source(str(folder), image_size=25)
+    with pytest.raises(ModelError, match="latents of 9 x 9 cannot be cut into patches of 2"):
+        model_from_source(str(folder), image_size=18)
+
+
+def test_random_models_are_seeded_and_have_gates() -> None:
+    first, second = model_from_source("random:DiT-S/8"), model_from_source("random:DiT-S/8")
+    for left, right in zip(first.module.parameters(), second.module.parameters(), strict=True):
+        assert torch.equal(left, right)
+    gates = first.module.transformer_blocks[0].norm1.linear.weight  # type: ignore[union-attr, index]
+    assert gates.std() > 0.01
+    assert first.spec.inputs[0].shape == ("batch", 4, 32, 32)
+    assert model_from_source("random:DiT-S/8", image_size=512).spec.inputs[0].shape == ("batch", 4, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("digit", "the source 'digit' is neither a folder nor a name that fora-trt knows; known sources: digits"),
+        ("/no/such/folder", "neither a folder nor a name"),
+        ("random:DiT-XXL/2", "no model 'random:DiT-XXL/2'; known are DiT-S/2"),
+        ("random:DiT-XL/3", "no model 'random:DiT-XL/3'"),
+        ("random:", "no model 'random:'"),
+    ],
+)
+def test_an_unknown_source_is_named(source: str, message: str) -> None:
+    with pytest.raises(ModelError) as raised:
+        model_from_source(source)
+    assert message in str(raised.value)
+
+
+def test_a_hub_id_without_network_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="download the repository where there is a network and give the path"):
+        model_from_source("facebook/DiT-XL-2-256")
+
+
+def test_a_folder_without_a_model_says_what_one_has(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"a diffusers folder has transformer/config.json"):
+        model_from_source(str(tmp_path))
+
+
+def test_another_architecture_is_named(folder: Path) -> None:
+    edit(folder / "transformer/config.json", _class_name="FluxTransformer2DModel")
+    with pytest.raises(ModelError, match="holds FluxTransformer2DModel; fora-trt can split DiTTransformer2DModel"):
+        model_from_source(str(folder))
+
+
+def test_a_configuration_that_is_no_json_is_named(folder: Path) -> None:
+    (folder / "transformer/config.json").write_text("{")
+    with pytest.raises(ModelError, match="configuration"):
+        model_from_source(str(folder))
+
+
+def test_weights_that_do_not_fit_are_named(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    missing = dict(weights)
+    del missing["proj_out_1.weight"]
+    save_file(missing, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 missing keys \(proj_out_1.weight"):
+        model_from_source(str(folder))
+    save_file({**weights, "lora.weight": torch.zeros(1)}, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 unexpected keys \(lora.weight"):
+        model_from_source(str(folder))
+    save_file({**weights, "proj_out_1.weight": torch.zeros(3, 3)}, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"proj_out_1.weight"):
+        model_from_source(str(folder))
+    (folder / WEIGHTS).write_bytes(b"not safetensors")
+    with pytest.raises(ModelError, match=r"weights of .* cannot be read"):
+        model_from_source(str(folder))
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ModelError, match=r"weights of .* cannot be read"):
+        model_from_source(str(folder))
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "export").glob("*.toml")), ids=lambda p: p.stem)
+def test_recipes_are_short_and_valid(recipe: Path) -> None:
+    assert len(recipe.read_text().splitlines()) <= 15
+    assert read_recipe(recipe).name == recipe.stem
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = 'x'", "is wrong at 'source': Field required"),
+        ("source = 'digits'\nprecison = 'fp16'", "is wrong at 'precison'"),
+        ("source = 'digits'\nopset = 'new'", "is wrong at 'opset'"),
+        ("source = ", "cannot be read"),
+    ],
+)
+def test_a_wrong_recipe_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(ModelError, match=message):
+        read_recipe(path)
