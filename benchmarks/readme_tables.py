@@ -1,6 +1,6 @@
 """Make the tables of the README: time, speed-up and difference on this machine, with what it was measured on.
 
-    python benchmarks/readme_tables.py cpu-2-cores
+    python -m benchmarks.readme_tables cpu-2-cores
 
 writes benchmarks/results/<model>_<hardware>_<date>.json and .md for the digits and for DiT-S/2 with random weights.
 """
@@ -38,12 +38,10 @@ def circumstances() -> dict[str, Any]:
     git = ["git", "-C", str(root)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")),
-        platform.processor(),
-    )
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")), "")
     return {
-        "processor": cpu,
+        "processor": cpu or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
@@ -99,7 +97,8 @@ def write(result: dict[str, Any], hardware: str) -> None:
         "",
         ", ".join(f"{key} {value}" for key, value in result["measured_on"].items() if value is not None),
         "",
-        f"{STEPS} steps, {result['images']} images, guidance {result['guidance_scale']}, median of {result['repeats']}.",
+        f"{STEPS} steps, {result['images']} images, guidance {result['guidance_scale']}, "
+        f"median of {result['repeats']} interleaved runs.",
         "",
         f"| setting | full steps | seconds | spread | full step | reuse step | speed-up | ideal | {kind} |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
