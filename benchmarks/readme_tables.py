@@ -55,8 +55,8 @@ def circumstances() -> dict[str, Any]:
 
 def rows_of(bundle: Bundle, class_labels: Sequence[int], guidance_scale: float, repeats: int) -> list[dict[str, Any]]:
     """A row per setting; difference from interval 1 in grey levels for pixels, else relative to the latents' norm."""
-    device = device_from_name("auto")
-    settings = settings_of(bundle, backend_from_name("auto").name, device, STEPS, CACHE_INTERVALS)
+    backend = backend_from_name("auto")
+    settings = settings_of(bundle, backend.name, device_from_name("auto", backend), STEPS, CACHE_INTERVALS)
     with click.progressbar(
         measure(settings, bundle, class_labels, guidance_scale, repeats), length=len(settings) * (repeats + 1)
     ) as bar:

@@ -204,17 +204,17 @@ def staging(target: Path, force: bool) -> Iterator[Path]:
     try:
         folder.chmod(0o755)
         yield folder
-        _replace(folder, target)
+        _move(folder, target, replace=force and target.exists())
     except OSError as error:
         raise ExportError(f"writing {target} failed ({error.strerror or error}); nothing was changed") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replace(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`; what was there is moved aside first and removed last."""
-    if not target.exists():
-        folder.rename(target)
+def _move(folder: Path, target: Path, replace: bool) -> None:
+    """Rename `folder` to `target`; what is to be replaced is moved aside first and removed last."""
+    if not replace:
+        folder.rename(target)  # fails if another export has made it meanwhile
         return
     aside = folder.with_name(folder.name + ".old")
     target.rename(aside)

@@ -153,9 +153,12 @@ def verify(
     from fora_trt.engines.backends import backend_from_name, device_from_name
     from fora_trt.evaluate.verify import compare_with_pytorch
 
-    chosen, where = backend_from_name(backend).name, device_from_name(device)
-    comparisons = compare_with_pytorch(_open(bundle), chosen, where, steps, cache_intervals)
-    table = _table(f"{bundle} on {chosen} against PyTorch", "compared", "maximum error", "relative", "admitted", "")
+    chosen = backend_from_name(backend)
+    where = device_from_name(device, chosen)
+    comparisons = compare_with_pytorch(_open(bundle), chosen.name, where, steps, cache_intervals)
+    table = _table(
+        f"{bundle} on {chosen.name} ({where}) against PyTorch", "compared", "maximum error", "relative", "admitted", ""
+    )
     done = []
     for one in _watched("comparing", as_json)(comparisons):
         done.append(one)
@@ -165,7 +168,7 @@ def verify(
     passed = all(one.passed for one in done)
     if as_json:
         rows = [{"what": one.what, **vars(one.error), "tolerance": one.tolerance, "passed": one.passed} for one in done]
-        click.echo(json.dumps({"backend": chosen, "passed": passed, "comparisons": rows}))
+        click.echo(json.dumps({"backend": chosen.name, "passed": passed, "comparisons": rows}))
     else:
         _print(table)
     if not passed:
@@ -368,13 +371,14 @@ def demo(
     from fora_trt.engines.backends import backend_from_name, device_from_name
     from fora_trt.evaluate.comparison import grey_levels_between, measure, name_of, picture_of, settings_of
 
-    opened, chosen, where = _open(bundle), backend_from_name(backend).name, device_from_name(device)
-    settings = settings_of(opened, chosen, where, steps, cache_intervals)
+    opened, chosen = _open(bundle), backend_from_name(backend)
+    where = device_from_name(device, chosen)
+    settings = settings_of(opened, chosen.name, where, steps, cache_intervals)
     for _ in _watched("measuring", False)(measure(settings, opened, range(10), 1.5, repeats)):
         pass
     baseline = next(setting for setting in settings if setting.name == name_of(1))
     table = _table(
-        f"10 digits on {chosen} ({where}), median of {repeats} (fastest to slowest)",
+        f"10 digits on {chosen.name} ({where}), median of {repeats} (fastest to slowest)",
         "", "full steps", "seconds", "speed-up", "ideal", "difference of 255",
     )  # fmt: skip
     for setting in settings:

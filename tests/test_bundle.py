@@ -135,6 +135,13 @@ def test_replacing_needs_force_and_a_bundle(bundle_copy: Path, tmp_path: Path) -
         (folder / "manifest.json").write_text("new")
     assert names_in(bundle_copy) == ["manifest.json"]
     assert names_in(bundle_copy.parent) == ["tiny"]
+    with (
+        pytest.raises(ExportError, match=r"failed .*nothing was changed"),
+        staging(tmp_path / "export" / "raced", force=False),
+    ):
+        (tmp_path / "export" / "raced").mkdir()
+        (tmp_path / "export" / "raced" / "manifest.json").write_text("of another process")
+    assert (tmp_path / "export" / "raced" / "manifest.json").read_text() == "of another process"
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.txt").write_text("years of work")
     with pytest.raises(ExportError, match="is not a bundle, so --force does not"), staging(tmp_path / "papers", True):

@@ -142,3 +142,13 @@ def test_what_the_graphs_do_not_take_is_named(denoiser: Denoiser) -> None:
     with pytest.raises(InputError, match="takes no 'prompt'"):
         denoiser(**inputs, prompt=inputs["latents"])
     denoiser(inputs["latents"], 3.0, class_labels=inputs["class_labels"])  # nothing was lost by the mistakes
+
+
+def test_buffers_made_while_sampling_can_be_used_outside(denoiser: Denoiser) -> None:
+    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch=2)
+    with torch.inference_mode():
+        denoiser(**inputs)
+    inputs["latents"].requires_grad_()
+    prediction = denoiser(**inputs)
+    assert not prediction.requires_grad
+    prediction.mul_(2)

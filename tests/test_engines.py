@@ -41,11 +41,23 @@ def test_results_appear_in_the_bound_tensors(exported: Bundle, backend: str) -> 
 def test_unknown_backend_and_device_are_named() -> None:
     with pytest.raises(BackendError, match="no backend 'tensorflow'; known are auto, onnxruntime, torch"):
         backend_from_name("tensorflow")
+    torch_backend = BACKENDS["torch"]
     with pytest.raises(BackendError, match="no device 'gpu7'"):
-        device_from_name("gpu7")
+        device_from_name("gpu7", torch_backend)
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="no CUDA device here; give --device cpu"):
-            device_from_name("cuda")
+            device_from_name("cuda", torch_backend)
+
+
+def test_auto_takes_a_gpu_only_where_the_backend_can_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch from PyPI sees the GPU of a machine on which onnxruntime was installed for the CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    providers = ["CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    assert device_from_name("auto", BACKENDS["onnxruntime"]).type == "cpu"
+    assert device_from_name("auto", BACKENDS["torch"]).type == "cuda"
+    providers.insert(0, "CUDAExecutionProvider")
+    assert device_from_name("auto", BACKENDS["onnxruntime"]).type == "cuda"
 
 
 def test_a_backend_that_is_not_installed_says_how_to_install_it(

@@ -5,7 +5,7 @@ from PIL import Image
 
 from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
-from fora_trt.errors import InputError
+from fora_trt.errors import BackendError, InputError
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.runtime.images import grid, images_from_latents, square_grid
 from fora_trt.runtime.sampling import Trajectory, mix_guidance, sample, sample_in_batches, timesteps_of
@@ -135,3 +135,11 @@ def test_grids_have_a_cell_for_each_picture_and_enlarge_small_ones() -> None:
     labelled = grid([small, small], ["one", "a longer label"])
     assert labelled.width > 5 * 68 + 4
     assert labelled.getpixel((labelled.width - 10, 10)) == 0
+
+
+def test_latents_that_are_not_finite_are_an_error_and_no_black_picture(
+    denoiser: Denoiser, exported: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoiser.full, "enqueue", lambda: denoiser.buffers["noise_prediction"].fill_(torch.inf))
+    with pytest.raises(BackendError, match="latents of tiny are not finite after 2 steps in fp32"):
+        run(denoiser, exported, [1], steps=2, interval=1)

@@ -95,7 +95,7 @@ def test_an_unknown_source_is_named(source: str, message: str) -> None:
 
 def test_a_hub_id_without_network_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="download the repository where there is a network and give the path"):
+    with pytest.raises(ModelError, match="download the repository where there is a network, copy it here and give"):
         model_from_source("facebook/DiT-XL-2-256")
 
 

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 class Backend:
     """Where engines come from: the distributions it needs one of, the module that makes its engines.
 
-    `problem` says why it cannot be used here and what mends that; None where it works.
+    `problem` says why it cannot be used here and what mends that; None where it works. `has_cuda` tells whether what is
+    installed of it can use a GPU that torch can use.
     """
 
     name: str
     distributions: tuple[str, ...]
     module: str
     problem: Callable[[], str | None]
+    has_cuda: Callable[[], bool]
 
     def engines(self, bundle: Bundle, device: torch.device) -> dict[str, Engine]:
         """An engine for every graph of `bundle`. Raises `BackendError`."""
@@ -49,6 +51,12 @@ def _onnxruntime_problem() -> str | None:
     return None
 
 
+def _onnxruntime_has_cuda() -> bool:
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (  # best first: the order in which `auto` tries them
@@ -57,8 +65,9 @@ BACKENDS = {
             ("onnxruntime", "onnxruntime-gpu"),
             "fora_trt.engines.onnxruntime_engine",
             _onnxruntime_problem,
+            _onnxruntime_has_cuda,
         ),
-        Backend("torch", ("torch",), "fora_trt.engines.torch_engine", lambda: None),
+        Backend("torch", ("torch",), "fora_trt.engines.torch_engine", lambda: None, lambda: True),
     )
 }
 AUTO = "auto"
@@ -73,12 +82,12 @@ def backend_from_name(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def device_from_name(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU. Raises `BackendError`."""
+def device_from_name(name: str, backend: Backend) -> torch.device:
+    """`auto` is the first GPU where torch has one that the backend can use, else the CPU. Raises `BackendError`."""
     import torch
 
     if name == AUTO:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if torch.cuda.is_available() and backend.has_cuda() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -33,8 +33,8 @@ def load(
     Raises `BundleError` for a damaged bundle and `BackendError` where the backend does not work.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    where = device if isinstance(device, torch.device) else device_from_name(device)
     chosen = backend_from_name(backend)
+    where = device if isinstance(device, torch.device) else device_from_name(device, chosen)
     return Denoiser(chosen.engines(opened, where), opened.manifest, schedule, chosen.name)
 
 
@@ -55,6 +55,7 @@ class Denoiser:
         self._inputs = [tensor for tensor in self.full.inputs.values() if tensor.name not in (LATENTS, TIMESTEP)]
         self._step = 0
 
+    @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
         """Run the next step of the schedule; return the prediction (B, out_channels, H, W).
 
@@ -106,10 +107,10 @@ class Denoiser:
         if batch < 1:
             raise InputError(f"the batch is {batch}; at least one latent is needed")
         self.buffers.clear()  # before the new ones: both need not fit at once
-        for tensors in (self.full.inputs, self.full.outputs):
-            for name, tensor in tensors.items():
+        with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
+            for tensor in (*self.full.inputs.values(), *self.full.outputs.values()):
                 dtype = getattr(torch, tensor.dtype)
-                self.buffers[name] = torch.zeros(tensor.sized(batch), dtype=dtype, device=self.device)
+                self.buffers[tensor.name] = torch.zeros(tensor.sized(batch), dtype=dtype, device=self.device)
         self.full.bind(self.buffers)
         self.reuse.bind(self.buffers)
 

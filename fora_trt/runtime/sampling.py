@@ -17,7 +17,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from fora_trt.bundle import Manifest
-from fora_trt.errors import InputError
+from fora_trt.errors import BackendError, InputError
 from fora_trt.runtime.schedulers import takes_variance
 from fora_trt.schedule import Schedule
 
@@ -116,6 +116,11 @@ def sample(
             prediction = prediction[:, : latent.channels]
         latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
     latents = latents.cpu()  # waits for the device
+    if not latents.isfinite().all():
+        raise BackendError(
+            f"the latents of {manifest.name} are not finite after {schedule.steps} steps in {manifest.precision}; "
+            "export it with --precision fp32 or bf16"
+        )
     return Trajectory(latents, time.perf_counter() - began, *clock.seconds())
 
 
