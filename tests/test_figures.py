@@ -47,7 +47,7 @@ def test_graphs_and_trajectories_equal_pytorch(bundles: dict[str, Bundle], sourc
 
 
 def test_a_reuse_step_is_cheap_and_a_cached_trajectory_fast(bundles: dict[str, Bundle]) -> None:
-    """DiT-S/2, one guided image, so a batch of two; interleaved, and the fastest of each, for other work only adds time."""
+    """DiT-S/2, one guided image, so a batch of two; interleaved; the fastest of each, for other work only adds time."""
     bundle = bundles["random:DiT-S/2"]
     denoiser = load(bundle, schedule=Schedule.static(50, 1), backend="onnxruntime", device="cpu")
     scheduler = scheduler_from_config(bundle.scheduler_config, None, learned_sigma=True)
