@@ -18,7 +18,7 @@ def eager_fora(module: nn.Module, latents: Tensor, labels: Tensor, steps: int, i
     """FORA in ten lines, written from the paper alone: the latents after every step."""
     cache: dict[str, Tensor] = {}
     scheduler, trajectory = DDIMScheduler(clip_sample=False), []
-    for path in SITES:
+    for path in [name for name, _ in module.named_modules() if name.endswith((".attn1", ".ff"))]:
         site = module.get_submodule(path)
         original = site.forward
         site.forward = lambda *a, path=path, original=original, **k: (
@@ -28,7 +28,7 @@ def eager_fora(module: nn.Module, latents: Tensor, labels: Tensor, steps: int, i
     for number, t in zip(range(steps - 1, -1, -1), scheduler.timesteps, strict=True):
         if number == steps - 1 or number % interval == 0:
             cache.clear()
-        output = module(latents, t.expand(len(latents)), labels).sample[:, :4]
+        output = module(latents, t.expand(len(latents)), labels).sample[:, : latents.shape[1]]
         latents = scheduler.step(output, t, latents).prev_sample
         trajectory.append(latents)
     return trajectory
@@ -39,7 +39,8 @@ def two_graphs(denoiser: Denoiser, latents: Tensor, labels: Tensor) -> list[Tens
     scheduler.set_timesteps(denoiser.schedule.steps)
     denoiser.reset()
     for t in scheduler.timesteps:
-        latents = scheduler.step(denoiser(latents, t, class_labels=labels)[:, :4], t, latents).prev_sample
+        output = denoiser(latents, t, class_labels=labels)[:, : latents.shape[1]]
+        latents = scheduler.step(output, t, latents).prev_sample
         trajectory.append(latents)
     return trajectory
 

@@ -16,6 +16,7 @@ from fora_trt.evaluate.verify import compare_with_pytorch
 from fora_trt.models.sources import model_from_source
 from fora_trt.runtime.sampling import sample, timesteps_of
 from fora_trt.runtime.schedulers import scheduler_from_config
+from tests.test_denoiser import eager_fora, two_graphs
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +45,23 @@ def test_graphs_and_trajectories_equal_pytorch(bundles: dict[str, Bundle], sourc
         assert comparison.passed, comparison
         if comparison.what.endswith("graph"):
             assert comparison.error.maximum <= 1e-4
+
+
+@pytest.mark.parametrize("source", ["digits", "random:DiT-S/2"])
+@pytest.mark.parametrize("interval", [2, 3, 5])
+def test_trajectories_equal_the_ten_lines(bundles: dict[str, Bundle], source: str, interval: int) -> None:
+    bundle = bundles[source]
+    denoiser = load(bundle, schedule=Schedule.static(50, interval), backend="onnxruntime", device="cpu")
+    shape = denoiser.full.inputs["latents"].sized(2)
+    latents, labels = torch.randn(shape, generator=torch.Generator().manual_seed(9)), torch.tensor([3, 7])
+    with torch.no_grad():
+        expected = eager_fora(model_from_source(source).module, latents, labels, 50, interval)
+    errors = [
+        ((got - want).abs().max() / want.abs().max()).item()
+        for got, want in zip(two_graphs(denoiser, latents, labels), expected, strict=True)
+    ]
+    print(f"{source}, interval {interval}: largest error of any step {max(errors):.1e}")
+    assert max(errors) <= 1e-3
 
 
 def test_a_reuse_step_is_cheap_and_a_cached_trajectory_fast(bundles: dict[str, Bundle]) -> None:

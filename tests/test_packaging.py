@@ -17,7 +17,19 @@ def test_a_bare_import_loads_neither_torch_nor_onnx() -> None:
 
 def test_stages_import_one_way() -> None:
     """Data flows one way and imports the other: no stage imports a later one, and nothing imports `cli`."""
-    order = ["errors", "schedule", "models", "export", "bundle", "engines", "runtime", "evaluate", "cli", "__main__"]
+    order = [
+        "errors",
+        "quiet",
+        "schedule",
+        "models",
+        "export",
+        "bundle",
+        "engines",
+        "runtime",
+        "evaluate",
+        "cli",
+        "__main__",
+    ]
     for path in (ROOT / "fora_trt").rglob("*.py"):
         stage = path.relative_to(ROOT / "fora_trt").parts[0].removesuffix(".py")
         if stage == "__init__":

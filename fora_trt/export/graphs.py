@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from fora_trt.errors import ExportError
 from fora_trt.export.slice_projections import SliceProjectionsPass
 from fora_trt.export.split import FULL, REUSE, CacheSite, FullStep, ReuseStep, Split, example_inputs, find_sites
 from fora_trt.models.spec import BATCH, Model, TensorSpec
+from fora_trt.quiet import quiet
 
 TRACED_BATCH = 2  # any size but 0 and 1, which torch.export treats as constants
 OPSETS = range(20, 25)  # LayerNormalization and Gelu are single operators from 20 on, Attention from 23
@@ -82,7 +80,7 @@ def _traced(step: Split, inputs: dict[str, Tensor], outputs: Sequence[str], opse
     if opset not in OPSETS:
         raise ExportError(f"the opset is {opset}; fora-trt writes {OPSETS[0]} to {OPSETS[-1]}")
     batch = torch.export.Dim(BATCH)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet("torch.onnx"):
         try:
             program = torch.export.export(
                 step.eval(),
@@ -152,17 +150,3 @@ def _check_shape(tensor: TensorSpec, what: str) -> None:
             f"{what} has shape {list(tensor.shape)}; expected a first dimension {BATCH!r} and fixed sizes after it. "
             "The model specialises its batch or changes its shapes, so it cannot be exported as it is"
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks on optional packages off the user's terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

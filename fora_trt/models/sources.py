@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from torch import nn
 from fora_trt.errors import ModelError
 from fora_trt.models import dit
 from fora_trt.models.spec import PRECISIONS, Model
+from fora_trt.quiet import quiet
 
 KNOWN = (
     "known sources: digits; a diffusers folder or hub id of a DiT, such as facebook/DiT-XL-2-256; "
@@ -125,7 +123,7 @@ def _load_scheduler(location: str, subfolder: str) -> dict[str, Any]:
 
 def _config(load: Callable[..., Any], source: str, location: str, part: str | None) -> dict[str, Any]:
     try:
-        with _quiet_hub():
+        with quiet("huggingface_hub"):  # it speaks of every retry; the error at the end says enough
             return dict(load(location, subfolder=part))
     except json.JSONDecodeError as error:
         raise ModelError(f"the {part or 'model'} configuration of {source!r} is not JSON: {error}") from error
@@ -136,20 +134,6 @@ def _config(load: Callable[..., Any], source: str, location: str, part: str | No
             else "download the repository where there is a network, copy it here and give the path of its folder"
         )
         raise ModelError(f"no {part or 'model'} configuration was found for {source!r}: {mend}") from error
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keep what the hub's client says of each retry off the terminal: the error at the end says enough."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _optional_config(source: str, location: str, part: str) -> dict[str, Any] | None:
