@@ -44,7 +44,8 @@ def test_shares_and_accuracies_in_the_text_are_measured_ones() -> None:
 
 
 def test_every_command_and_option_of_the_readme_exists() -> None:
-    lines = re.findall(r"^fora-trt (\S+)(.*)$", README, re.MULTILINE)
+    blocks = "\n".join(re.findall(r"^```$(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+    lines = re.findall(r"^fora-trt (\S+)(.*)$", blocks, re.MULTILINE)
     assert len(lines) >= 5
     for name, rest in lines:
         options = {option for parameter in main.commands[name].params for option in parameter.opts}
