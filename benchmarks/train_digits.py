@@ -6,7 +6,7 @@ handwritten 8x8 digits of scikit-learn. Everything is seeded. The result is a di
 
     python benchmarks/train_digits.py --out fora_trt/models/digits
 
-It takes about 21 minutes on two cores with bfloat16 instructions.
+It takes about 25 minutes on two cores with bfloat16 instructions.
 
 Method: DiT (arXiv 2212.09748) for the network and its initialisation, improved DDPM (arXiv 2102.09672) for the
 hybrid loss. Shapes: B images, C channels (1), H = W = 8 pixels.
