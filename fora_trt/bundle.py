@@ -8,11 +8,11 @@ import json
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import torch
@@ -23,7 +23,7 @@ from fora_trt import __version__
 from fora_trt.errors import BundleError, ExportError
 from fora_trt.export.check import GraphError, measure_errors
 from fora_trt.export.graphs import Graph, full_graph_from_model, reuse_graph_from_model, save_graph
-from fora_trt.export.split import FULL, REUSE, CacheSite
+from fora_trt.export.split import FEATURE, FULL, REUSE, CacheSite
 from fora_trt.models.spec import GuidanceSpec, LatentSpec, Model, TensorSpec
 
 FORMAT_VERSION = 1
@@ -68,7 +68,7 @@ class Manifest(_Part):
     name: str
     versions: dict[str, str]
     model: ModelRecord
-    precision: str
+    precision: Literal["fp32", "fp16", "bf16"]
     opset: int
     graphs: dict[str, GraphRecord]
     cache_sites: tuple[CacheSite, ...]
@@ -101,11 +101,18 @@ class Bundle:
         mend = f"export it again: fora-trt export {manifest.model.source} --name {manifest.name} --force"
         for name, record in manifest.files.items():
             _check_file(folder, name, record, mend)
+        if {FULL, REUSE} - manifest.graphs.keys():
+            raise BundleError(f"the manifest of {folder} lacks a graph; {mend}")
+        features = {tensor.name: tensor for tensor in manifest.graphs[FULL].outputs[1:]}
+        if {f"{FEATURE}{site.module}": site.feature for site in manifest.cache_sites} != features:
+            raise BundleError(
+                f"the cache sites in the manifest of {folder} are not the outputs of its full graph; {mend}"
+            )
         needed = {SCHEDULER, *(graph.file for graph in manifest.graphs.values())}
         if missing := sorted(needed - manifest.files.keys()):
             raise BundleError(f"the manifest of {folder} does not list {missing[0]}; {mend}")
         for graph in manifest.graphs.values():
-            _check_external_data(folder, graph.file, manifest.files.keys(), mend)
+            _check_graph(folder, graph, manifest.files.keys(), mend)
         return cls(folder, manifest)
 
     def graph_path(self, name: str) -> Path:
@@ -156,18 +163,29 @@ def _check_file(folder: Path, name: str, record: FileRecord, mend: str) -> None:
         raise BundleError(f"{path} was altered: its SHA-256 is not the one in the manifest; {mend}")
 
 
-def _check_external_data(folder: Path, name: str, listed: Any, mend: str) -> None:
-    """Weights may lie only in files of this folder that the manifest lists."""
+def _check_graph(folder: Path, record: GraphRecord, listed: Container[str], mend: str) -> None:
+    """Weights may lie only in files that the manifest lists, and inputs and outputs must be those it promises."""
+    path = folder / record.file
     try:
-        model = onnx.load(folder / name, load_external_data=False)
+        graph = onnx.load(path, load_external_data=False).graph
     except Exception as error:  # protobuf's decoding error is not a public class
-        raise BundleError(f"{folder / name} is not an ONNX file; {mend}") from error
-    for tensor in model.graph.initializer:
+        raise BundleError(f"{path} is not an ONNX file; {mend}") from error
+    for tensor in graph.initializer:
         if uses_external_data(tensor) and ExternalDataInfo(tensor).location not in listed:
             raise BundleError(
-                f"{folder / name} takes weights from {ExternalDataInfo(tensor).location!r}, "
+                f"{path} takes weights from {ExternalDataInfo(tensor).location!r}, "
                 f"which its manifest does not list; do not use this bundle, or {mend}"
             )
+    for edges, promised in ((graph.input, record.inputs), (graph.output, record.outputs)):
+        if (found := tuple(map(_tensor_spec, edges))) != promised:
+            wrong = sorted({tensor.name for tensor in {*found} ^ {*promised}})
+            raise BundleError(f"{path} and its manifest do not agree on {', '.join(wrong) or 'an order'}; {mend}")
+
+
+def _tensor_spec(edge: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = edge.type.tensor_type
+    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return TensorSpec(edge.name, dtype, tuple(size.dim_param or size.dim_value for size in tensor.shape.dim))
 
 
 def sha256_of(path: Path) -> str:

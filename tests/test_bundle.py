@@ -59,6 +59,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: rewrite(f, lambda m: m["latents"].update(channels="many")),
         "is damaged at latents.channels",
     ),
+    "an unknown precision": (lambda f: rewrite(f, lambda m: m.update(precision="fp64")), "is damaged at precision"),
+    "a lost graph": (lambda f: rewrite(f, lambda m: m["graphs"].pop("reuse")), "lacks a graph"),
+    "another site": (
+        lambda f: rewrite(f, lambda m: m["cache_sites"][0].update(module="pos_embed")),
+        "are not the outputs of its full graph",
+    ),
+    "another shape": (
+        lambda f: rewrite(f, lambda m: m["graphs"]["full"]["inputs"][0].update(shape=["batch", 4, 9, 9])),
+        "full.onnx and its manifest do not agree on latents",
+    ),
+    "another dtype": (
+        lambda f: rewrite(f, lambda m: m["graphs"]["reuse"]["outputs"][0].update(dtype="float128")),
+        "reuse.onnx and its manifest do not agree on noise_prediction",
+    ),
     "an unknown key": (lambda f: rewrite(f, lambda m: m.update(plugin="x.so")), "is damaged at plugin"),
 }
 

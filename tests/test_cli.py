@@ -193,7 +193,10 @@ def test_ctrl_c_during_export_leaves_the_old_bundle(bundle_copy: Path, pipeline_
     before = {path.name: path.read_bytes() for path in bundle_copy.iterdir()}
     command = [sys.executable, "-m", "fora_trt", "export", str(pipeline_folder), "--out", str(bundle_copy.parent)]
     process = subprocess.Popen(
-        [*command, "--name", "tiny", "--force"], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "--name", "tiny", "--force"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     assert process.stderr is not None
     for line in process.stderr:

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from fora_trt.errors import ExportError
 from fora_trt.export.slice_projections import SliceProjectionsPass
-from fora_trt.export.split import FULL, REUSE, CacheSite, FullStep, ReuseStep, Split, example_inputs, find_sites
+from fora_trt.export.split import (
+    FEATURE,
+    FULL,
+    REUSE,
+    CacheSite,
+    FullStep,
+    ReuseStep,
+    Split,
+    example_inputs,
+    find_sites,
+)
 from fora_trt.models.spec import BATCH, Model, TensorSpec
 from fora_trt.quiet import quiet
 
@@ -45,7 +55,7 @@ def full_graph_from_model(model: Model, cache: Sequence[str] | None, opset: int)
     """
     spec = model.spec
     found = find_sites(model.module, spec, tuple(spec.cache_sites if cache is None else cache))
-    names = [f"feature.{path}" for path, _ in found]
+    names = [f"{FEATURE}{path}" for path, _ in found]
     step = FullStep(model.module, spec, (path for path, _ in found))
     graph = _traced(step, example_inputs(spec.inputs, spec.guidance, TRACED_BATCH), [spec.output.name, *names], opset)
     features = [_tensor_spec(value) for value in graph.graph.outputs[1:]]

@@ -21,6 +21,9 @@ from fora_trt.models.spec import GuidanceSpec, ModelSpec, TensorSpec
 FULL, REUSE = "full", "reuse"
 """Names of the two graphs, of their engines and of their files."""
 
+FEATURE = "feature."
+"""A feature is named by this and the module path of its site, in both graphs."""
+
 
 @dataclass(frozen=True)
 class CacheSite:
