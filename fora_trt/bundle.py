@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx
+import onnx_ir as ir
 import torch
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fora_trt import __version__
 from fora_trt.errors import BundleError, ExportError
 from fora_trt.export.check import GraphError, measure_errors
-from fora_trt.export.graphs import Graph, full_graph_from_model, reuse_graph_from_model, save_graph
+from fora_trt.export.graphs import Graph, full_graph_from_model, reuse_graph_from_model, save_graph, tensor_spec
 from fora_trt.export.split import FEATURE, FULL, REUSE, CacheSite
 from fora_trt.models.spec import GuidanceSpec, LatentSpec, Model, TensorSpec
 
@@ -167,25 +167,20 @@ def _check_graph(folder: Path, record: GraphRecord, listed: Container[str], mend
     """Weights may lie only in files that the manifest lists, and inputs and outputs must be those it promises."""
     path = folder / record.file
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        graph = ir.load(path).graph
     except Exception as error:  # protobuf's decoding error is not a public class
         raise BundleError(f"{path} is not an ONNX file; {mend}") from error
-    for tensor in graph.initializer:
-        if uses_external_data(tensor) and ExternalDataInfo(tensor).location not in listed:
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) not in listed:
             raise BundleError(
-                f"{path} takes weights from {ExternalDataInfo(tensor).location!r}, "
+                f"{path} takes weights from {str(tensor.location)!r}, "
                 f"which its manifest does not list; do not use this bundle, or {mend}"
             )
-    for edges, promised in ((graph.input, record.inputs), (graph.output, record.outputs)):
-        if (found := tuple(map(_tensor_spec, edges))) != promised:
-            wrong = sorted({tensor.name for tensor in {*found} ^ {*promised}})
+    for edges, promised in ((graph.inputs, record.inputs), (graph.outputs, record.outputs)):
+        if (found := tuple(map(tensor_spec, edges))) != promised:
+            wrong = sorted({edge.name for edge in {*found} ^ {*promised}})
             raise BundleError(f"{path} and its manifest do not agree on {', '.join(wrong) or 'an order'}; {mend}")
-
-
-def _tensor_spec(edge: onnx.ValueInfoProto) -> TensorSpec:
-    tensor = edge.type.tensor_type
-    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-    return TensorSpec(edge.name, dtype, tuple(size.dim_param or size.dim_value for size in tensor.shape.dim))
 
 
 def sha256_of(path: Path) -> str:

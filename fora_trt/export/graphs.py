@@ -58,7 +58,7 @@ def full_graph_from_model(model: Model, cache: Sequence[str] | None, opset: int)
     names = [f"{FEATURE}{path}" for path, _ in found]
     step = FullStep(model.module, spec, (path for path, _ in found))
     graph = _traced(step, example_inputs(spec.inputs, spec.guidance, TRACED_BATCH), [spec.output.name, *names], opset)
-    features = [_tensor_spec(value) for value in graph.graph.outputs[1:]]
+    features = [tensor_spec(value) for value in graph.graph.outputs[1:]]
     sites = [CacheSite(path, kind, feature) for (path, kind), feature in zip(found, features, strict=True)]
     for site in sites:
         _check_shape(site.feature, f"the output of the cache site {site.module}")
@@ -117,7 +117,7 @@ def _traced(step: Split, inputs: dict[str, Tensor], outputs: Sequence[str], opse
         ClearMetadataAndDocStringPass(),
     )(model)
     model.graph.name = FULL if isinstance(step, FullStep) else REUSE
-    expected = {value.name: _tensor_spec(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    expected = {value.name: tensor_spec(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     for name in (*inputs, *outputs):
         if name not in expected:
             raise ExportError(f"the {model.graph.name} graph lost {name!r} while it was traced")
@@ -145,7 +145,8 @@ def _rename(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> N
             )
 
 
-def _tensor_spec(value: ir.Value) -> TensorSpec:
+def tensor_spec(value: ir.Value) -> TensorSpec:
+    """Name, dtype and shape of an input or output of a graph, as manifests keep them."""
     assert value.name is not None and value.dtype is not None and value.shape is not None
     dtypes = {"FLOAT": "float32", "DOUBLE": "float64"}
     shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)

@@ -3,7 +3,8 @@
 In a reuse graph only the gates of each adaLN projection are read: two parts of six, so two thirds of the weights go.
 
 Rules, cited below: (1) the split is along the last axis, into parts of known width; (2) its input is a Gemm over
-initializers that nothing else reads; (3) what is sliced away has no reader and is no graph output.
+initializers, a bias of one axis among them, whose product nothing else reads; (3) what is sliced away has no reader
+and is no graph output.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 
 class SliceProjectionsPass(InPlacePass):
-    """Shrinks every Gemm whose Split has unread outputs; numbers that are read stay bit for bit the same."""
+    """Shrinks every Gemm whose Split has unread outputs; what is read is the same products of the same rows."""
 
     def call(self, model: ir.Model) -> PassResult:
         sliced = [_sliced(model.graph, node) for node in tuple(model.graph) if node.op_type == "Split"]
@@ -27,7 +28,9 @@ def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
     if joined is None or gemm is None or gemm.op_type != "Gemm" or len(joined.uses()) != 1:
         return False  # rule 2
     weight, bias = gemm.inputs[1], gemm.inputs[2] if len(gemm.inputs) > 2 else None
-    if weight is None or weight.const_value is None or (bias is not None and bias.const_value is None):
+    if weight is None or weight.const_value is None:
+        return False  # rule 2
+    if bias is not None and (bias.const_value is None or tuple(bias.const_value.shape) != (joined.shape or (0,))[-1:]):
         return False  # rule 2
     widths = [
         size for output in split.outputs if output.shape is not None and isinstance(size := output.shape[-1], int)
