@@ -1,41 +1,43 @@
-"""The folder that holds an exported pair of graphs: written whole or not at all, checked whole when read."""
+"""The folder that holds an exported pair of graphs: its format, and reading it. `export/write.py` writes it."""
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import json
-import shutil
-import stat
-import tempfile
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import onnx
 import onnx_ir as ir
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fora_trt import __version__
-from fora_trt.errors import BundleError, ExportError
-from fora_trt.export.check import GraphError, measure_errors
-from fora_trt.export.graphs import Graph, full_graph_from_model, reuse_graph_from_model, save_graph, tensor_spec
-from fora_trt.export.split import FEATURE, FULL, REUSE, CacheSite
-from fora_trt.models.spec import GuidanceSpec, LatentSpec, Model, TensorSpec
+from fora_trt.errors import BundleError
+from fora_trt.folders import MANIFEST, FileRecord, Record, check_files, read_manifest
+from fora_trt.models.spec import FEATURE, FULL, REUSE, CacheSite, GuidanceSpec, LatentSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 SCHEDULER = "scheduler_config.json"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@dataclass(frozen=True)
+class GraphError:
+    """Largest absolute difference from PyTorch, and the same relative to PyTorch's largest value."""
+
+    maximum: float
+    relative: float
+
+    @classmethod
+    def between(cls, measured: Tensor, reference: Tensor) -> GraphError:
+        """The error of `measured`; a value that is not finite counts as infinitely wrong."""
+        difference = (measured.double() - reference.double()).abs().max().item()
+        largest = reference.double().abs().max().item()
+        finite = difference == difference
+        return cls(difference if finite else float("inf"), difference / largest if finite and largest else float("inf"))
 
 
-class ModelRecord(_Part):
+class ModelRecord(Record):
     """Where the weights came from. `weights_sha256` digests every tensor as it was traced."""
 
     source: str
@@ -46,7 +48,7 @@ class ModelRecord(_Part):
     vae: str | None
 
 
-class GraphRecord(_Part):
+class GraphRecord(Record):
     """An ONNX file and the tensors at its edges."""
 
     file: str
@@ -54,14 +56,7 @@ class GraphRecord(_Part):
     outputs: tuple[TensorSpec, ...]
 
 
-class FileRecord(_Part):
-    """What a file must be to be used."""
-
-    sha256: str
-    size: int
-
-
-class Manifest(_Part):
+class Manifest(Record):
     """Everything that is known about a bundle; the meaning of each field is in `export/README.md`."""
 
     format_version: int
@@ -97,10 +92,10 @@ class Bundle:
                 f"{folder} is not a bundle: it has no {MANIFEST}; "
                 "make one with 'fora-trt export digits' and give its folder"
             )
-        manifest = _read_manifest(folder)
+        mend = "export the bundle again"
+        manifest = read_manifest(folder, Manifest, FORMAT_VERSION, "bundle", mend, BundleError)
         mend = f"export it again: fora-trt export {manifest.model.source} --name {manifest.name} --force"
-        for name, record in manifest.files.items():
-            _check_file(folder, name, record, mend)
+        check_files(folder, manifest.files, mend, BundleError)
         if {FULL, REUSE} - manifest.graphs.keys():
             raise BundleError(f"the manifest of {folder} lacks a graph; {mend}")
         features = {tensor.name: tensor for tensor in manifest.graphs[FULL].outputs[1:]}
@@ -126,43 +121,6 @@ class Bundle:
         return config
 
 
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version = raw["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path} is not the manifest of a bundle: {error}; export the bundle again") from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format version {version}; this fora-trt reads up to {FORMAT_VERSION}: pip install -U fora-trt"
-        )
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the top level"
-        raise BundleError(f"{path} is damaged at {where}: {first['msg']}; export the bundle again") from error
-
-
-def _check_file(folder: Path, name: str, record: FileRecord, mend: str) -> None:
-    if Path(name).name != name or "\\" in name:
-        raise BundleError(f"the manifest of {folder} lists {name!r}, which leaves the folder; do not use this bundle")
-    path = folder / name
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing; {mend}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise BundleError(
-            f"{path} is a link or no regular file, which a bundle may not hold; copy the file there instead"
-        )
-    if status.st_size != record.size:
-        raise BundleError(f"{path} has {status.st_size} bytes where the manifest says {record.size}; {mend}")
-    if sha256_of(path) != record.sha256:
-        raise BundleError(f"{path} was altered: its SHA-256 is not the one in the manifest; {mend}")
-
-
 def _check_graph(folder: Path, record: GraphRecord, listed: Container[str], mend: str) -> None:
     """Weights may lie only in files that the manifest lists, and inputs and outputs must be those it promises."""
     path = folder / record.file
@@ -183,123 +141,9 @@ def _check_graph(folder: Path, record: GraphRecord, listed: Container[str], mend
             raise BundleError(f"{path} and its manifest do not agree on {', '.join(wrong) or 'an order'}; {mend}")
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def record_of(path: Path) -> FileRecord:
-    """Digest and size of a file, as a manifest keeps them."""
-    return FileRecord(sha256=sha256_of(path), size=path.stat().st_size)
-
-
-@contextmanager
-def staging(target: Path, force: bool) -> Iterator[Path]:
-    """A folder beside `target` that takes its place when the block ends, and is gone when the block fails.
-
-    Raises `ExportError` if `target` is there and `force` is not given, is no bundle, or cannot be written.
-    """
-    if target.exists() and not force:
-        raise ExportError(f"{target} is there already; give --force to replace it or --name to make another")
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise ExportError(f"{target} is not a bundle, so --force does not replace it; choose another --name")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ExportError(
-            f"{target.parent} cannot be written ({error.strerror}); choose another folder with --out"
-        ) from error
-    try:
-        folder.chmod(0o755)
-        yield folder
-        _move(folder, target, replace=force and target.exists())
-    except OSError as error:
-        raise ExportError(f"writing {target} failed ({error.strerror or error}); nothing was changed") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move(folder: Path, target: Path, replace: bool) -> None:
-    """Rename `folder` to `target`; what is to be replaced is moved aside first and removed last."""
-    if not replace:
-        folder.rename(target)  # fails if another export has made it meanwhile
-        return
-    aside = folder.with_name(folder.name + ".old")
-    target.rename(aside)
-    try:
-        folder.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def bundle_from_model(
-    model: Model,
-    target: Path,
-    *,
-    cache: Sequence[str] | None = None,
-    opset: int = 23,
-    force: bool = False,
-    report: Callable[[str], None] = lambda stage: None,
-) -> Bundle:
-    """Split, trace, measure and write `model` as the bundle `target`, whose name is the folder's.
-
-    `report` is told each stage as it begins. Raises `ExportError`; then `target` is as it was.
-    """
-    with staging(target, force) as folder:
-        weights = weights_digest(model.module)
-        report("tracing the full graph")
-        full, sites = full_graph_from_model(model, cache, opset)
-        report("tracing the reuse graph")
-        reuse = reuse_graph_from_model(model, sites, opset)
-        graphs = {FULL: full, REUSE: reuse}
-        report("writing the graphs")
-        written = [file for name, graph in graphs.items() for file in save_graph(graph, folder / f"{name}.onnx")]
-        (folder / SCHEDULER).write_text(json.dumps(model.scheduler, indent=2) + "\n", encoding="utf-8")
-        records = {name: _record_of_graph(name, graph) for name, graph in graphs.items()}
-        del graphs, full, reuse
-        gc.collect()  # the exporter leaves cycles that keep the weights in memory
-        report("measuring the graphs against PyTorch")
-        errors = measure_errors(model, sites, {name: folder / record.file for name, record in records.items()})
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            name=target.name,
-            versions={"fora_trt": __version__, "torch": torch.__version__, "onnx": onnx.__version__},
-            model=ModelRecord(
-                source=model.source,
-                architecture=model.spec.architecture,
-                config=model.config,
-                weights_sha256=weights,
-                image_size=model.image_size,
-                vae=model.vae,
-            ),
-            precision=model.precision,
-            opset=opset,
-            graphs=records,
-            cache_sites=tuple(sites),
-            latents=model.spec.latents,
-            guidance=model.spec.guidance,
-            files={file.name: record_of(file) for file in (*written, folder / SCHEDULER)},
-            measured_error=errors,
-        )
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return Bundle(target, manifest)
-
-
-def _record_of_graph(name: str, graph: Graph) -> GraphRecord:
-    return GraphRecord(file=f"{name}.onnx", inputs=graph.inputs, outputs=graph.outputs)
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter; shared ones count once."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def tensor_spec(value: ir.Value) -> TensorSpec:
+    """Name, dtype and shape of an input or output of a graph, as manifests keep them."""
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    dtypes = {"FLOAT": "float32", "DOUBLE": "float64"}
+    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+    return TensorSpec(value.name, dtypes.get(value.dtype.name, value.dtype.name.lower()), shape)

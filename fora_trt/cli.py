@@ -87,7 +87,7 @@ def export(source: str, out: Path, force: bool, as_json: bool, **given: Any) -> 
       fora-trt export export/dit-xl-2-256.toml
     """
     recipe = _recipe(source, given)
-    from fora_trt.bundle import bundle_from_model
+    from fora_trt.export.write import bundle_from_model
     from fora_trt.models.sources import model_from_source
 
     _say(as_json, f"loading {recipe.source}")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
-from fora_trt.bundle import Bundle, bundle_from_model
+from fora_trt.bundle import Bundle
+from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 
 TINY = {

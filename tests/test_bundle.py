@@ -1,4 +1,3 @@
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -6,31 +5,20 @@ from pathlib import Path
 import onnx
 import pytest
 
-from fora_trt.bundle import Bundle, bundle_from_model, record_of, staging
+from fora_trt.bundle import Bundle
 from fora_trt.errors import BundleError, ExportError
+from fora_trt.export.write import bundle_from_model
+from fora_trt.folders import record_of, staging
 from fora_trt.models.sources import model_from_source
-
-
-def rewrite(folder: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def replace_by_link(path: Path) -> None:
-    moved = path.rename(path.parent.parent / path.name)
-    path.symlink_to(moved)
-
+from tests.damage import flip_a_byte, replace_by_link, rewrite
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing file": (lambda f: (f / "reuse.onnx").unlink(), "reuse.onnx is missing"),
     "a missing manifest": (lambda f: (f / "manifest.json").unlink(), "is not a bundle: it has no manifest.json"),
+    "an altered manifest": (
+        lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace("1000", "1001")),
+        "manifest.json was altered",
+    ),
     "a truncated file": (lambda f: os.truncate(f / "full.onnx.data", 100), "has 100 bytes where the manifest says"),
     "an altered graph": (lambda f: flip_a_byte(f / "full.onnx"), "full.onnx was altered"),
     "altered weights": (lambda f: flip_a_byte(f / "reuse.onnx.data"), "reuse.onnx.data was altered"),
@@ -85,6 +73,16 @@ def test_a_damaged_bundle_is_refused_by_name(bundle_copy: Path, damage: str) -> 
         Bundle.open(bundle_copy)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_no_flipped_bit_of_a_manifest_goes_unnoticed(bundle_copy: Path) -> None:
+    path = bundle_copy / "manifest.json"
+    content = path.read_bytes()
+    for position in range(0, len(content), 7):
+        flip_a_byte(path, position)
+        with pytest.raises(BundleError, match=r"manifest\.json (was altered|is not|has format)"):
+            Bundle.open(bundle_copy)
+        path.write_bytes(content)
 
 
 def test_weights_from_a_file_that_is_not_listed_are_refused(bundle_copy: Path) -> None:
@@ -143,27 +141,36 @@ def test_a_failed_export_leaves_the_old_bundle_and_nothing_else(
 
 
 def test_replacing_needs_force_and_a_bundle(bundle_copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="is there already; give --force"), staging(bundle_copy, force=False):
+    with (
+        pytest.raises(ExportError, match="is there already; give --force"),
+        staging(bundle_copy, False, "bundle", ExportError),
+    ):
         pass
-    with staging(bundle_copy, force=True) as folder:
+    with staging(bundle_copy, True, "bundle", ExportError) as folder:
         (folder / "manifest.json").write_text("new")
     assert names_in(bundle_copy) == ["manifest.json"]
     assert names_in(bundle_copy.parent) == ["tiny"]
     with (
         pytest.raises(ExportError, match=r"failed .*nothing was changed"),
-        staging(tmp_path / "export" / "raced", force=False),
+        staging(tmp_path / "export" / "raced", False, "bundle", ExportError),
     ):
         (tmp_path / "export" / "raced").mkdir()
         (tmp_path / "export" / "raced" / "manifest.json").write_text("of another process")
     assert (tmp_path / "export" / "raced" / "manifest.json").read_text() == "of another process"
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ExportError, match="is not a bundle, so --force does not"), staging(tmp_path / "papers", True):
+    with (
+        pytest.raises(ExportError, match="is not a bundle, so --force does not"),
+        staging(tmp_path / "papers", True, "bundle", ExportError),
+    ):
         pass
     assert (tmp_path / "papers" / "thesis.txt").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match="cannot be written"), staging(tmp_path / "file" / "bundle", False):
+    with (
+        pytest.raises(ExportError, match="cannot be written"),
+        staging(tmp_path / "file" / "bundle", False, "bundle", ExportError),
+    ):
         pass

@@ -10,6 +10,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import BACKENDS, backend_from_name, device_from_name
 from fora_trt.errors import BackendError
 from fora_trt.export.split import example_inputs
+from tests.damage import rewrite
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -84,14 +85,9 @@ def test_both_onnxruntimes_at_once_are_refused(exported: Bundle, monkeypatch: py
 
 
 def test_torch_refuses_a_checkpoint_that_changed(exported: Bundle, bundle_copy: Any) -> None:
-    import json
-
-    manifest = json.loads((bundle_copy / "manifest.json").read_text())
-    manifest["model"]["weights_sha256"] = "0" * 64
-    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(bundle_copy, lambda m: m["model"].update(weights_sha256="0" * 64))
     with pytest.raises(BackendError, match="has other weights than those"):
         load(bundle_copy, schedule=Schedule.static(2, 1), backend="torch")
-    manifest["model"]["source"] = "moved/away/checkpoint"
-    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(bundle_copy, lambda m: m["model"].update(source="moved/away/checkpoint"))
     with pytest.raises(BackendError, match=r"PyTorch needs the checkpoint .* 'moved/away/checkpoint' cannot be loaded"):
         load(bundle_copy, schedule=Schedule.static(2, 1), backend="torch")

@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.digits_accuracy import digits_accuracy
 from fora_trt import Schedule, load
-from fora_trt.bundle import Bundle, bundle_from_model
+from fora_trt.bundle import Bundle
 from fora_trt.evaluate.verify import compare_with_pytorch
+from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from fora_trt.runtime.sampling import sample, timesteps_of
 from fora_trt.runtime.schedulers import scheduler_from_config

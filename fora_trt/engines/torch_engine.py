@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fora_trt.bundle import Bundle, weights_digest
+from fora_trt.bundle import Bundle
 from fora_trt.engines.base import Engine
 from fora_trt.errors import BackendError, ModelError
-from fora_trt.export.split import FULL, REUSE, FullStep, ReuseStep, Split
+from fora_trt.export.split import FullStep, ReuseStep, Split
+from fora_trt.export.write import weights_digest
 from fora_trt.models.sources import model_from_source
-from fora_trt.models.spec import Model
+from fora_trt.models.spec import FULL, REUSE, Model
 
 
 class TorchEngine(Engine):

@@ -7,8 +7,8 @@ from collections import Counter
 from typing import Any
 
 from fora_trt.bundle import Bundle
-from fora_trt.export.split import FULL, REUSE
 from fora_trt.export.statistics import graph_statistics
+from fora_trt.models.spec import FULL, REUSE
 from fora_trt.schedule import Schedule
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

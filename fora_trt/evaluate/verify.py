@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fora_trt.bundle import Bundle
+from fora_trt.bundle import Bundle, GraphError
 from fora_trt.evaluate.eager_fora import EagerFora
-from fora_trt.export.check import GraphError
-from fora_trt.export.split import FULL, REUSE, example_inputs
+from fora_trt.export.split import example_inputs
+from fora_trt.models.spec import FULL, REUSE
 from fora_trt.runtime.denoiser import load
 from fora_trt.runtime.sampling import sample, timesteps_of
 from fora_trt.runtime.schedulers import scheduler_from_config

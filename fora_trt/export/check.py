@@ -4,31 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fora_trt.export.split import FULL, REUSE, CacheSite, FullStep, ReuseStep, example_inputs
-from fora_trt.models.spec import Model
-
-
-@dataclass(frozen=True)
-class GraphError:
-    """Largest absolute difference from PyTorch, and the same relative to PyTorch's largest value."""
-
-    maximum: float
-    relative: float
-
-    @classmethod
-    def between(cls, measured: Tensor, reference: Tensor) -> GraphError:
-        """The error of `measured`; a value that is not finite counts as infinitely wrong."""
-        difference = (measured.double() - reference.double()).abs().max().item()
-        largest = reference.double().abs().max().item()
-        finite = difference == difference
-        return cls(difference if finite else float("inf"), difference / largest if finite and largest else float("inf"))
+from fora_trt.bundle import GraphError
+from fora_trt.export.split import FullStep, ReuseStep, example_inputs
+from fora_trt.models.spec import FULL, REUSE, CacheSite, Model
 
 
 @torch.no_grad()

@@ -19,20 +19,11 @@ from onnx_ir.passes.common import (
 )
 from torch import Tensor
 
+from fora_trt.bundle import tensor_spec
 from fora_trt.errors import ExportError
 from fora_trt.export.slice_projections import SliceProjectionsPass
-from fora_trt.export.split import (
-    FEATURE,
-    FULL,
-    REUSE,
-    CacheSite,
-    FullStep,
-    ReuseStep,
-    Split,
-    example_inputs,
-    find_sites,
-)
-from fora_trt.models.spec import BATCH, Model, TensorSpec
+from fora_trt.export.split import FullStep, ReuseStep, Split, example_inputs, find_sites
+from fora_trt.models.spec import BATCH, FEATURE, FULL, REUSE, CacheSite, Model, TensorSpec
 from fora_trt.quiet import quiet
 
 TRACED_BATCH = 2  # any size but 0 and 1, which torch.export treats as constants
@@ -143,14 +134,6 @@ def _rename(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> N
                 pattern.sub(BATCH, size.value) if isinstance(size, ir.SymbolicDim) and size.value else size
                 for size in value.shape
             )
-
-
-def tensor_spec(value: ir.Value) -> TensorSpec:
-    """Name, dtype and shape of an input or output of a graph, as manifests keep them."""
-    assert value.name is not None and value.dtype is not None and value.shape is not None
-    dtypes = {"FLOAT": "float32", "DOUBLE": "float64"}
-    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
-    return TensorSpec(value.name, dtypes.get(value.dtype.name, value.dtype.name.lower()), shape)
 
 
 def _check_shape(tensor: TensorSpec, what: str) -> None:

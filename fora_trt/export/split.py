@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,21 +16,6 @@ from torch import Tensor, nn
 
 from fora_trt.errors import ExportError
 from fora_trt.models.spec import GuidanceSpec, ModelSpec, TensorSpec
-
-FULL, REUSE = "full", "reuse"
-"""Names of the two graphs, of their engines and of their files."""
-
-FEATURE = "feature."
-"""A feature is named by this and the module path of its site, in both graphs."""
-
-
-@dataclass(frozen=True)
-class CacheSite:
-    """A module whose output is cached, and the feature that it puts out before its gate is applied."""
-
-    module: str
-    kind: str
-    feature: TensorSpec
 
 
 def find_sites(module: nn.Module, spec: ModelSpec, cache: Sequence[str]) -> list[tuple[str, str]]:

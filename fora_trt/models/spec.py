@@ -15,6 +15,12 @@ BATCH = "batch"
 LATENTS, TIMESTEP, CLASS_LABELS, NOISE_PREDICTION = "latents", "timestep", "class_labels", "noise_prediction"
 """Names of the tensors at the edges of both graphs."""
 
+FULL, REUSE = "full", "reuse"
+"""Names of the two graphs, of their engines and of their files."""
+
+FEATURE = "feature."
+"""A feature is named by this and the module path of its site, in both graphs."""
+
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precision of a graph -> dtype of its floating-point tensors."""
 
@@ -30,6 +36,15 @@ class TensorSpec:
     def sized(self, batch: int) -> tuple[int, ...]:
         """The shape for a given batch size."""
         return tuple(batch if size == BATCH else int(size) for size in self.shape)
+
+
+@dataclass(frozen=True)
+class CacheSite:
+    """A module whose output is cached, and the feature that it puts out before its gate is applied."""
+
+    module: str
+    kind: str
+    feature: TensorSpec
 
 
 @dataclass(frozen=True)

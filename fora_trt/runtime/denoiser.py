@@ -16,8 +16,7 @@ from fora_trt.bundle import Bundle, Manifest
 from fora_trt.engines.backends import AUTO, backend_from_name, device_from_name
 from fora_trt.engines.base import Engine
 from fora_trt.errors import InputError, ScheduleError
-from fora_trt.export.split import FULL, REUSE
-from fora_trt.models.spec import LATENTS, NOISE_PREDICTION, TIMESTEP
+from fora_trt.models.spec import FULL, LATENTS, NOISE_PREDICTION, REUSE, TIMESTEP
 from fora_trt.schedule import Schedule
 
 if TYPE_CHECKING:

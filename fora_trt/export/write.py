@@ -1,0 +1,86 @@
+"""Write a bundle: split a model, trace it twice, measure the graphs, and put all of it in one folder."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx
+import torch
+
+from fora_trt import __version__
+from fora_trt.bundle import FORMAT_VERSION, SCHEDULER, Bundle, GraphRecord, Manifest, ModelRecord
+from fora_trt.errors import ExportError
+from fora_trt.export.check import measure_errors
+from fora_trt.export.graphs import Graph, full_graph_from_model, reuse_graph_from_model, save_graph
+from fora_trt.folders import record_of, staging, write_manifest
+from fora_trt.models.spec import FULL, REUSE, Model
+
+
+def bundle_from_model(
+    model: Model,
+    target: Path,
+    *,
+    cache: Sequence[str] | None = None,
+    opset: int = 23,
+    force: bool = False,
+    report: Callable[[str], None] = lambda stage: None,
+) -> Bundle:
+    """Split, trace, measure and write `model` as the bundle `target`, whose name is the folder's.
+
+    `report` is told each stage as it begins. Raises `ExportError`; then `target` is as it was.
+    """
+    with staging(target, force, "bundle", ExportError) as folder:
+        weights = weights_digest(model.module)
+        report("tracing the full graph")
+        full, sites = full_graph_from_model(model, cache, opset)
+        report("tracing the reuse graph")
+        reuse = reuse_graph_from_model(model, sites, opset)
+        graphs = {FULL: full, REUSE: reuse}
+        report("writing the graphs")
+        written = [file for name, graph in graphs.items() for file in save_graph(graph, folder / f"{name}.onnx")]
+        (folder / SCHEDULER).write_text(json.dumps(model.scheduler, indent=2) + "\n", encoding="utf-8")
+        records = {name: _record_of_graph(name, graph) for name, graph in graphs.items()}
+        del graphs, full, reuse
+        gc.collect()  # the exporter leaves cycles that keep the weights in memory
+        report("measuring the graphs against PyTorch")
+        errors = measure_errors(model, sites, {name: folder / record.file for name, record in records.items()})
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            name=target.name,
+            versions={"fora_trt": __version__, "torch": torch.__version__, "onnx": onnx.__version__},
+            model=ModelRecord(
+                source=model.source,
+                architecture=model.spec.architecture,
+                config=model.config,
+                weights_sha256=weights,
+                image_size=model.image_size,
+                vae=model.vae,
+            ),
+            precision=model.precision,
+            opset=opset,
+            graphs=records,
+            cache_sites=tuple(sites),
+            latents=model.spec.latents,
+            guidance=model.spec.guidance,
+            files={file.name: record_of(file) for file in (*written, folder / SCHEDULER)},
+            measured_error=errors,
+        )
+        write_manifest(folder, manifest)
+    return Bundle(target, manifest)
+
+
+def _record_of_graph(name: str, graph: Graph) -> GraphRecord:
+    return GraphRecord(file=f"{name}.onnx", inputs=graph.inputs, outputs=graph.outputs)
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every parameter; shared ones count once."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
