@@ -3,9 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS ?= cpu,plot,dev
+EXTRAS ?= cpu,rtx,plot,dev
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow gpu-check lint format wheelhouse clean
 
 demo: $(VENV)/installed
 	$(BIN)/fora-trt demo
@@ -32,5 +32,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
+# For a machine without network: make wheelhouse PYTHON=3.12 EXTRAS=rtx WITHOUT=torch (PYTHON is the version there)
+wheelhouse: EXTRAS = cpu
+wheelhouse:
+	test -x $(BIN)/python || $(MAKE) $(VENV)/installed PYTHON=python3 EXTRAS=cpu,plot,dev
+	$(BIN)/python -m tools.wheelhouse --python $(PYTHON) --extras '$(EXTRAS)' $(addprefix --without ,$(WITHOUT))
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist wheelhouse

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
-from fora_trt.runtime.sampling import sample_in_batches, timesteps_of
+from fora_trt.runtime.sampling import Sampler, sample_in_batches
 from fora_trt.runtime.schedulers import scheduler_from_config
+from fora_trt.runtime.updates import update_from_scheduler
 
 PER_CLASS = 50
 
@@ -37,10 +38,11 @@ def digits_accuracy(bundle: Bundle, cache_intervals: Sequence[int], guidance_sca
     labels = [digit for digit in range(10) for _ in range(PER_CLASS)]
     denoiser = load(bundle, schedule=Schedule.static(50, 1), device="cpu")
     scheduler = scheduler_from_config(bundle.scheduler_config, "ddim", learned_sigma=True)
+    sampler = Sampler(denoiser, update_from_scheduler(scheduler, 50))
     accuracy = {"real": float(classifier.score(held_out, held_out_classes))}
     for interval in cache_intervals:
-        schedule = Schedule.static(timesteps_of(scheduler, 50), interval)
-        done = sample_in_batches(denoiser, scheduler, 50, schedule, labels, 0, guidance_scale, batch_size=100)
+        schedule = Schedule.static(sampler.update.calls, interval)
+        done = sample_in_batches(sampler, schedule, labels, 0, guidance_scale, batch_size=100)
         accuracy[f"interval {interval}"] = float(np.mean(classifier.predict(_as_data(done.latents)) == labels))
     return accuracy
 

@@ -59,7 +59,7 @@ def rows_of(bundle: Bundle, class_labels: Sequence[int], guidance_scale: float, 
     backend = backend_from_name("auto")
     settings = settings_of(bundle, backend.name, device_from_name("auto", backend), STEPS, CACHE_INTERVALS)
     with click.progressbar(
-        measure(settings, bundle, class_labels, guidance_scale, repeats), length=len(settings) * (repeats + 1)
+        measure(settings, class_labels, guidance_scale, repeats), length=len(settings) * (repeats + 1)
     ) as bar:
         for _ in bar:
             pass

@@ -75,7 +75,7 @@ class Manifest(Record):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose every file was checked against its manifest."""
+    """A bundle; `open` gives one whose every file was checked against its manifest."""
 
     folder: Path
     manifest: Manifest
@@ -86,6 +86,13 @@ class Bundle:
 
         Raises `BundleError` that names the first thing wrong and the command that mends it.
         """
+        bundle = cls.read(folder)
+        bundle.check()
+        return bundle
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Bundle:
+        """Read and check the manifest alone. Raises `BundleError`."""
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise BundleError(
@@ -93,7 +100,11 @@ class Bundle:
                 "make one with 'fora-trt export digits' and give its folder"
             )
         mend = "export the bundle again"
-        manifest = read_manifest(folder, Manifest, FORMAT_VERSION, "bundle", mend, BundleError)
+        return cls(folder, read_manifest(folder, Manifest, FORMAT_VERSION, "bundle", mend, BundleError))
+
+    def check(self) -> None:
+        """Raise `BundleError` unless every file is the one that the manifest promises."""
+        folder, manifest = self.folder, self.manifest
         mend = f"export it again: fora-trt export {manifest.model.source} --name {manifest.name} --force"
         check_files(folder, manifest.files, mend, BundleError)
         if {FULL, REUSE} - manifest.graphs.keys():
@@ -108,7 +119,6 @@ class Bundle:
             raise BundleError(f"the manifest of {folder} does not list {missing[0]}; {mend}")
         for graph in manifest.graphs.values():
             _check_graph(folder, graph, manifest.files.keys(), mend)
-        return cls(folder, manifest)
 
     def graph_path(self, name: str) -> Path:
         """The ONNX file of the graph `full` or `reuse`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fora_trt.bundle import Bundle
+    from fora_trt.engines.plan_store import PlanSource
     from fora_trt.models.recipes import Recipe
 
 PRECISION = click.Choice(["fp32", "fp16", "bf16"])
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 BACKEND = click.option("--backend", default="auto", help="auto, or a name that 'fora-trt doctor' lists.")
 DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+ENGINES = click.option(
+    "--engines",
+    type=click.Path(path_type=Path),
+    default="engines",
+    help="Where TensorRT plans are and are built if missing; or one set of plans, used as it is.",
+)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
@@ -38,6 +46,32 @@ class Numbers(click.ParamType[tuple[int, ...]]):
             return tuple(int(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is not a list of whole numbers such as 3,7,7", param, ctx)
+
+
+class BatchProfile(click.ParamType["tuple[int, int, int]"]):
+    """Least, best and most of a batch, between colons."""
+
+    name = "MIN:OPT:MAX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            least, best, most = (int(part) for part in str(value).split(":"))
+        except ValueError:
+            self.fail(f"{value!r} is not three whole numbers such as 1:2:16", param, ctx)
+        if not 1 <= least <= best <= most:
+            self.fail(f"{value!r} must rise from 1 on: the least batch, the one to tune for, the most", param, ctx)
+        return least, best, most
+
+
+class Words(click.ParamType[tuple[str, ...]]):
+    """Words between commas."""
+
+    name = "A,B,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(",") if part)
 
 
 class Commands(click.Group):
@@ -133,13 +167,138 @@ def _folder_name(name: str) -> str:
 
 @main.command()
 @BUNDLE
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
+    default="auto",
+    help="auto: tensorrt where it and a GPU are there, else tensorrt-rtx.",
+)
+@click.option(
+    "--batch",
+    "profiles",
+    type=BatchProfile(),
+    multiple=True,
+    default=["1:2:16"],
+    help="Batches to admit and the one to tune for; guidance doubles the images. Give it again for more profiles.",
+)
+@click.option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    help="How long tensorrt searches.  [default: 3]",
+    show_default=False,
+)
+@click.option(
+    "--workspace",
+    type=click.FloatRange(min=0, min_open=True),
+    help="GiB that a kernel of tensorrt may use.  [default: all]",
+    show_default=False,
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Timings of tensorrt to start from and to add to.  [default: a file in --out]",
+    show_default=False,
+)
+@click.option(
+    "--compute-capability",
+    type=Words(),
+    default="",
+    help="GPUs that tensorrt-rtx builds for, such as 8.9,12.0.  [default: 8.0,8.6,8.9,12.0]",
+    show_default=False,
+)
+@click.option("--out", type=click.Path(path_type=Path), default="engines", help="Folder of the plans.")
+@click.option("--force", is_flag=True, help="Build again what is there.")
+@AS_JSON
+def build(
+    bundle: Path,
+    backend: str,
+    profiles: tuple[tuple[int, int, int], ...],
+    optimization_level: int | None,
+    workspace: float | None,
+    timing_cache: Path | None,
+    compute_capability: tuple[str, ...],
+    out: Path,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Build the TensorRT plans of a bundle, for `run` and the others to use.
+
+    tensorrt builds for the GPU at hand. tensorrt-rtx needs no GPU to build and is for GeForce and workstation GPUs.
+    Plans that are there and fit are left as they are.
+
+    \b
+    Examples:
+      fora-trt build export/digits
+      fora-trt build export/dit-xl-2-256 --backend tensorrt --batch 2:8:32 --optimization-level 5
+      fora-trt build export/dit-xl-2-256 --backend tensorrt-rtx --compute-capability 8.9,12.0
+    """
+    from fora_trt.bundle import Bundle
+    from fora_trt.engines.plan_builder import PlanOptions, Profile
+    from fora_trt.engines.plan_store import build_plans, target_of
+    from fora_trt.engines.tensorrt_library import first_gpu, library_for_building
+
+    gpu = first_gpu()
+    library = library_for_building(backend, gpu)
+    target = target_of(library, gpu, compute_capability)
+    if library.is_rtx and (optimization_level, workspace, timing_cache) != (None, None, None):
+        click.echo(
+            "tensorrt-rtx times nothing while it builds, so --optimization-level, --workspace and --timing-cache "
+            "have no effect",
+            err=True,
+        )
+        optimization_level = workspace = timing_cache = None
+    options = PlanOptions(
+        profiles=tuple(Profile(minimum=a, optimum=b, maximum=c) for a, b, c in profiles),
+        optimization_level=optimization_level,
+        workspace_gib=workspace,
+    )
+    with _bar(as_json) as progress:
+        plans, reused = build_plans(
+            Bundle.read(bundle),
+            target,
+            options,
+            out,
+            timing_cache=timing_cache,
+            force=force,
+            report=lambda stage: _say(as_json, stage),
+            progress=progress,
+        )
+    if as_json:
+        found = {"folder": str(plans.folder), "reused": reused, **plans.manifest.model_dump(mode="json")}
+        click.echo(json.dumps(found))
+        return
+    made_for = plans.manifest.gpu or f"compute capability {', '.join(plans.manifest.compute_capabilities)}"
+    click.echo(f"{'found' if reused else 'wrote'} {plans.folder}, for {made_for}")
+    table = _table("", "plan", "size", "attentions", "fused", "built in")
+    for name, plan in plans.manifest.plans.items():
+        fused = sum(attention.fused for attention in plan.attentions)
+        size = _bytes(plans.manifest.files[plan.file].size)
+        table.add_row(name, size, str(len(plan.attentions)), str(fused), f"{plan.seconds:.1f} s")
+    _print(table)
+    apart = [one.name for plan in plans.manifest.plans.values() for one in plan.attentions if not one.fused]
+    if apart:
+        click.echo(
+            f"{apart[0]}{f' and {len(apart) - 1} more' if len(apart) > 1 else ''}: no fused kernel fits; "
+            "those need fp16 or bf16 and a head size of 16 to 256"
+        )
+
+
+@main.command()
+@BUNDLE
 @BACKEND
 @DEVICE
+@ENGINES
 @click.option("--steps", type=click.IntRange(min=1), default=50, help="Steps of the trajectories.")
 @click.option("--cache-intervals", type=Numbers(), default="2,3,5", help="Cache intervals of the trajectories.")
 @AS_JSON
 def verify(
-    bundle: Path, backend: str, device: str, steps: int, cache_intervals: tuple[int, ...], as_json: bool
+    bundle: Path,
+    backend: str,
+    device: str,
+    engines: Path,
+    steps: int,
+    cache_intervals: tuple[int, ...],
+    as_json: bool,
 ) -> None:
     """Compare a bundle with PyTorch: both graphs, then whole cached trajectories.
 
@@ -151,11 +310,13 @@ def verify(
       fora-trt verify export/digits
     """
     from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.engines.plan_store import PlanSource
     from fora_trt.evaluate.verify import compare_with_pytorch
 
     chosen = backend_from_name(backend)
     where = device_from_name(device, chosen)
-    comparisons = compare_with_pytorch(_open(bundle), chosen.name, where, steps, cache_intervals)
+    source = PlanSource(engines, batch=4, report=lambda line: _say(as_json, line))
+    comparisons = compare_with_pytorch(_open(bundle), chosen.name, where, steps, cache_intervals, source)
     table = _table(
         f"{bundle} on {chosen.name} ({where}) against PyTorch", "compared", "maximum error", "relative", "admitted", ""
     )
@@ -188,6 +349,7 @@ def verify(
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together.")
 @BACKEND
 @DEVICE
+@ENGINES
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A .png for a grid, or a folder.")
 @click.option("--latents-out", type=click.Path(path_type=Path), help="Keep the latents as a .npy file.")
 @AS_JSON
@@ -202,6 +364,7 @@ def run(
     batch_size: int,
     backend: str,
     device: str,
+    engines: Path,
     output: Path | None,
     latents_out: Path | None,
     as_json: bool,
@@ -220,8 +383,9 @@ def run(
     from fora_trt.runtime.denoiser import load
     from fora_trt.runtime.images import can_decode, images_from_latents
     from fora_trt.runtime.outputs import save_images, save_latents, writable_file, writable_images
-    from fora_trt.runtime.sampling import check_labels, sample_in_batches, timesteps_of
+    from fora_trt.runtime.sampling import Sampler, check_labels, sample_in_batches
     from fora_trt.runtime.schedulers import scheduler_from_config
+    from fora_trt.runtime.updates import update_from_scheduler
     from fora_trt.schedule import Schedule
 
     manifest = opened.manifest
@@ -236,12 +400,13 @@ def run(
         if path is not None:
             check(path)
     chosen = scheduler_from_config(opened.scheduler_config, scheduler, manifest.latents.learned_sigma)
-    schedule = Schedule.static(timesteps_of(chosen, steps), cache_interval)
-    denoiser = load(opened, schedule=schedule, backend=backend, device=device)
+    update = update_from_scheduler(chosen, steps)
+    schedule = Schedule.static(update.calls, cache_interval)
+    batch = min(batch_size, len(class_labels)) * (2 if guidance_scale > 1 else 1)
+    with _plans(engines, batch, as_json) as plans:
+        denoiser = load(opened, schedule=schedule, backend=backend, device=device, plans=plans)
     trajectory = sample_in_batches(
-        denoiser,
-        chosen,
-        steps,
+        Sampler(denoiser, update),
         schedule,
         class_labels,
         seed,
@@ -348,8 +513,16 @@ def doctor(as_json: bool) -> None:
 @click.option("--repeats", type=click.IntRange(min=1), default=5, help="Timed runs of each row.")
 @BACKEND
 @DEVICE
+@ENGINES
 def demo(
-    out: Path, output: Path, steps: int, cache_intervals: tuple[int, ...], repeats: int, backend: str, device: str
+    out: Path,
+    output: Path,
+    steps: int,
+    cache_intervals: tuple[int, ...],
+    repeats: int,
+    backend: str,
+    device: str,
+    engines: Path,
 ) -> None:
     """Export, verify and run the digits at several cache intervals, from the same noise.
 
@@ -367,14 +540,15 @@ def demo(
     context = click.get_current_context()
     context.invoke(export, source="digits", name="digits", out=out, force=True)
     bundle = out / "digits"
-    context.invoke(verify, bundle=bundle, backend=backend, device=device)
+    context.invoke(verify, bundle=bundle, backend=backend, device=device, engines=engines)
     from fora_trt.engines.backends import backend_from_name, device_from_name
     from fora_trt.evaluate.comparison import grey_levels_between, measure, name_of, picture_of, settings_of
 
     opened, chosen = _open(bundle), backend_from_name(backend)
     where = device_from_name(device, chosen)
-    settings = settings_of(opened, chosen.name, where, steps, cache_intervals)
-    for _ in _watched("measuring", False)(measure(settings, opened, range(10), 1.5, repeats)):
+    with _plans(engines, 20, False) as plans:
+        settings = settings_of(opened, chosen.name, where, steps, cache_intervals, plans)
+    for _ in _watched("measuring", False)(measure(settings, range(10), 1.5, repeats)):
         pass
     baseline = next(setting for setting in settings if setting.name == name_of(1))
     table = _table(
@@ -422,6 +596,29 @@ def _watched(what: str, quiet: bool) -> Callable[[Iterable[Any]], Iterator[Any]]
     return watch
 
 
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Callable[[float, str], None]]:
+    """A bar that shows a fraction and a phase, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda fraction, phase: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("building", total=1.0)
+        yield lambda fraction, phase: bar.update(task, completed=fraction, description=phase)
+
+
+@contextmanager
+def _plans(engines: Path, batch: int, quiet: bool) -> Iterator[PlanSource]:
+    """Where plans come from, with a word and a bar when some must be built."""
+    from fora_trt.engines.plan_store import PlanSource
+
+    with _bar(quiet) as progress:
+        yield PlanSource(engines, batch, lambda line: _say(quiet, line), progress)
+
+
 def _table(title: str, *columns: str, numbers: bool = True) -> Table:
     from rich import box
     from rich.table import Table
@@ -435,7 +632,7 @@ def _table(title: str, *columns: str, numbers: bool = True) -> Table:
 def _print(table: Table) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
 
 
 def _bytes(count: float) -> str:

@@ -27,5 +27,9 @@ class BackendError(ForaError):
     """A backend that is unknown, not installed, or cannot run this bundle on this machine."""
 
 
+class PlanError(BackendError):
+    """Plans that cannot be built, are damaged, or do not fit this bundle, this GPU or this version of TensorRT."""
+
+
 class InputError(ForaError, ValueError):
     """A value given to a run that does not fit the bundle: a class, a shape, a scheduler, an output path."""

@@ -14,6 +14,9 @@ from fora_trt.bundle import Bundle
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 
+ON_CPU = ("onnxruntime", "torch")
+"""The backends that start at once on a machine without a GPU."""
+
 TINY = {
     "num_attention_heads": 2,
     "attention_head_dim": 8,

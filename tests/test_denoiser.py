@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
-from fora_trt.engines.backends import BACKENDS
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.export.split import example_inputs
+from tests.conftest import ON_CPU
 
 SITES = [f"transformer_blocks.{i}.{part}" for i in range(3) for part in ("attn1", "ff")]
 
@@ -45,7 +45,7 @@ def two_graphs(denoiser: Denoiser, latents: Tensor, labels: Tensor) -> list[Tens
     return trajectory
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize(("steps", "interval"), [(50, 1), (50, 2), (50, 3), (20, 5), (7, 7)])
 def test_trajectories_equal_an_independent_eager_fora(
     exported: Bundle, module: nn.Module, backend: str, steps: int, interval: int

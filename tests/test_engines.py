@@ -10,10 +10,11 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import BACKENDS, backend_from_name, device_from_name
 from fora_trt.errors import BackendError
 from fora_trt.export.split import example_inputs
+from tests.conftest import ON_CPU
 from tests.damage import rewrite
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*ON_CPU, pytest.param("torch-compile", marks=pytest.mark.slow)])
 def test_every_backend_computes_the_same_steps(exported: Bundle, backend: str) -> None:
     schedule = Schedule((True, False))
     tested = load(exported, schedule=schedule, backend=backend, device="cpu")
@@ -23,7 +24,7 @@ def test_every_backend_computes_the_same_steps(exported: Bundle, backend: str) -
         torch.testing.assert_close(tested(**inputs), reference(**inputs), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_results_appear_in_the_bound_tensors(exported: Bundle, backend: str) -> None:
     engine = backend_from_name(backend).engines(exported, torch.device("cpu"))["full"]
     inputs = example_inputs(engine.inputs.values(), exported.manifest.guidance, batch=2)
@@ -40,7 +41,9 @@ def test_results_appear_in_the_bound_tensors(exported: Bundle, backend: str) -> 
 
 
 def test_unknown_backend_and_device_are_named() -> None:
-    with pytest.raises(BackendError, match="no backend 'tensorflow'; known are auto, onnxruntime, torch"):
+    with pytest.raises(
+        BackendError, match="no backend 'tensorflow'; known are auto, tensorrt, tensorrt-rtx, onnxruntime, torch, "
+    ):
         backend_from_name("tensorflow")
     torch_backend = BACKENDS["torch"]
     with pytest.raises(BackendError, match="no device 'gpu7'"):

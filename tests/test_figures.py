@@ -15,8 +15,9 @@ from fora_trt.bundle import Bundle
 from fora_trt.evaluate.verify import compare_with_pytorch
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
-from fora_trt.runtime.sampling import sample, timesteps_of
+from fora_trt.runtime.sampling import Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
+from fora_trt.runtime.updates import update_from_scheduler
 from tests.test_denoiser import eager_fora, two_graphs
 
 pytestmark = pytest.mark.slow
@@ -70,12 +71,12 @@ def test_a_reuse_step_is_cheap_and_a_cached_trajectory_fast(bundles: dict[str, B
     bundle = bundles["random:DiT-S/2"]
     denoiser = load(bundle, schedule=Schedule.static(50, 1), backend="onnxruntime", device="cpu")
     scheduler = scheduler_from_config(bundle.scheduler_config, None, learned_sigma=True)
+    sampler = Sampler(denoiser, update_from_scheduler(scheduler, 50))
     runs: dict[int, list[float]] = {1: [], 3: []}
     full, reuse = [], []
     for repeat in range(6):
         for interval, seconds in runs.items():
-            timesteps_of(scheduler, 50)
-            done = sample(denoiser, scheduler, Schedule.static(50, interval), [207], [0], guidance_scale=1.5)
+            done = sampler(Schedule.static(50, interval), [207], [0], guidance_scale=1.5)
             if repeat:
                 seconds.append(done.seconds)
                 full += done.full_seconds
@@ -90,14 +91,14 @@ def test_a_reuse_step_is_cheap_and_a_cached_trajectory_fast(bundles: dict[str, B
 PEAK = """
 import resource, sys
 from fora_trt import Schedule, load
-from fora_trt.runtime.sampling import sample, timesteps_of
+from fora_trt.runtime.sampling import Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
+from fora_trt.runtime.updates import update_from_scheduler
 from fora_trt.bundle import Bundle
 bundle, steps = Bundle.open(sys.argv[1]), int(sys.argv[2])
 denoiser = load(bundle, schedule=Schedule.static(steps, 3), backend="onnxruntime", device="cpu")
 scheduler = scheduler_from_config(bundle.scheduler_config, None, True)
-timesteps_of(scheduler, steps)
-sample(denoiser, scheduler, denoiser.schedule, [1, 2], [0, 1], 1.5)
+Sampler(denoiser, update_from_scheduler(scheduler, steps))(denoiser.schedule, [1, 2], [0, 1], 1.5)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -8,8 +8,9 @@ from fora_trt.bundle import Bundle
 from fora_trt.errors import BackendError, InputError
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.runtime.images import grid, images_from_latents, square_grid
-from fora_trt.runtime.sampling import Trajectory, mix_guidance, sample, sample_in_batches, timesteps_of
-from fora_trt.runtime.schedulers import SHORT_NAMES, scheduler_from_config, takes_variance
+from fora_trt.runtime.sampling import Sampler, Trajectory, mix_guidance, sample_in_batches
+from fora_trt.runtime.schedulers import SHORT_NAMES, scheduler_from_config
+from fora_trt.runtime.updates import takes_variance, update_from_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,9 @@ def run(
     batch_size: int = 64,
 ) -> Trajectory:
     chosen = scheduler_from_config(bundle.scheduler_config, scheduler, bundle.manifest.latents.learned_sigma)
-    schedule = Schedule.static(timesteps_of(chosen, steps), interval)
-    return sample_in_batches(denoiser, chosen, steps, schedule, labels, seed, guidance, batch_size)
+    sampler = Sampler(denoiser, update_from_scheduler(chosen, steps))
+    schedule = Schedule.static(sampler.update.calls, interval)
+    return sample_in_batches(sampler, schedule, labels, seed, guidance, batch_size)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm-solver++", "euler-ancestral"])
@@ -81,10 +83,9 @@ def test_the_loop_equals_diffusers_own_for_ddpm_with_learned_variance(denoiser: 
     scheduler.set_timesteps(10)
     generator = torch.Generator().manual_seed(11)
     latents = torch.randn(1, 4, 8, 8, generator=generator)
-    reference.reset(Schedule.static(10, 1))
     for t in scheduler.timesteps:
         with torch.no_grad():
-            output = reference(torch.cat([latents] * 2), t, class_labels=torch.tensor([5, 1000]))
+            output = reference.predict(True, torch.cat([latents] * 2), t, class_labels=torch.tensor([5, 1000]))
         cond, null = output.chunk(2)
         noise = null[:, :4] + 3.0 * (cond[:, :4] - null[:, :4])
         latents = scheduler.step(torch.cat([noise, cond[:, 4:]], 1), t, latents, generator=generator).prev_sample
@@ -94,17 +95,16 @@ def test_the_loop_equals_diffusers_own_for_ddpm_with_learned_variance(denoiser: 
 
 def test_guidance_up_to_one_runs_the_conditional_half_alone(denoiser: Denoiser, exported: Bundle) -> None:
     scheduler = scheduler_from_config(exported.scheduler_config, None, True)
-    timesteps_of(scheduler, 4)
-    sample(denoiser, scheduler, Schedule.static(4, 2), [1, 2, 3], [0, 1, 2], guidance_scale=1.0)
+    sampler = Sampler(denoiser, update_from_scheduler(scheduler, 4))
+    sampler(Schedule.static(4, 2), [1, 2, 3], [0, 1, 2], guidance_scale=1.0)
     assert len(denoiser.buffers["latents"]) == 3
-    timesteps_of(scheduler, 4)
-    sample(denoiser, scheduler, Schedule.static(4, 2), [1, 2, 3], [0, 1, 2], guidance_scale=1.1)
+    sampler(Schedule.static(4, 2), [1, 2, 3], [0, 1, 2], guidance_scale=1.1)
     assert len(denoiser.buffers["latents"]) == 6
 
 
 def test_guidance_mixes_the_noise_and_keeps_the_variance() -> None:
     conditional, unconditional = torch.full((1, 4, 2, 2), 3.0), torch.full((1, 4, 2, 2), 1.0)
-    mixed = mix_guidance(torch.cat([conditional, unconditional]), 2.5, channels=2)
+    mixed = mix_guidance(torch.cat([conditional, unconditional]), torch.tensor(2.5), channels=2)
     assert mixed.shape == (1, 4, 2, 2)
     assert (mixed[:, :2] == 6.0).all()
     assert (mixed[:, 2:] == 3.0).all()

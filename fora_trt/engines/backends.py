@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from fora_trt.engines.plan_store import PlanSource
+from fora_trt.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, gpu_problem
 from fora_trt.errors import BackendError
 
 if TYPE_CHECKING:
@@ -31,11 +35,16 @@ class Backend:
     problem: Callable[[], str | None]
     has_cuda: Callable[[], bool]
 
-    def engines(self, bundle: Bundle, device: torch.device) -> dict[str, Engine]:
-        """An engine for every graph of `bundle`. Raises `BackendError`."""
+    def engines(self, bundle: Bundle, device: torch.device, source: PlanSource | None = None) -> dict[str, Engine]:
+        """An engine for every graph of `bundle`; `source` tells where plans are, for those who need any.
+
+        Raises `BackendError`.
+        """
         if problem := self.problem():
             raise BackendError(f"the backend {self.name} cannot be used: {problem}")
-        engines: dict[str, Engine] = import_module(self.module).engines_from_bundle(bundle, device)
+        engines: dict[str, Engine] = import_module(self.module).engines_from_bundle(
+            bundle, device, source or PlanSource(), self.name
+        )
         return engines
 
 
@@ -57,9 +66,35 @@ def _onnxruntime_has_cuda() -> bool:
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
+def _compiler_problem() -> str | None:
+    """Inductor writes C++ for the CPU and Triton kernels, with a launcher in C, for a GPU."""
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl"]
+    if not any(map(shutil.which, filter(None, compilers))):
+        return "torch.compile needs a C++ compiler; install g++, or name one in the environment variable CXX"
+    import torch
+
+    if torch.cuda.is_available() and find_spec("triton") is None:
+        return "torch.compile needs triton for a GPU; pip install triton"
+    return None
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (  # best first: the order in which `auto` tries them
+        Backend(
+            TENSORRT,
+            ("tensorrt",),
+            "fora_trt.engines.tensorrt_engine",
+            lambda: gpu_problem(TENSORRT),
+            lambda: True,
+        ),
+        Backend(
+            TENSORRT_RTX,
+            ("tensorrt-rtx",),
+            "fora_trt.engines.tensorrt_engine",
+            lambda: gpu_problem(TENSORRT_RTX),
+            lambda: True,
+        ),
         Backend(
             "onnxruntime",
             ("onnxruntime", "onnxruntime-gpu"),
@@ -68,6 +103,7 @@ BACKENDS = {
             _onnxruntime_has_cuda,
         ),
         Backend("torch", ("torch",), "fora_trt.engines.torch_engine", lambda: None, lambda: True),
+        Backend("torch-compile", ("torch",), "fora_trt.engines.torch_compile_engine", _compiler_problem, lambda: True),
     )
 }
 AUTO = "auto"

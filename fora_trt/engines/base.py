@@ -30,3 +30,14 @@ class Engine(ABC):
     @abstractmethod
     def enqueue(self) -> None:
         """Run the graph on what is bound, on the current stream; may return before it is done."""
+
+    def is_capturable(self) -> bool:
+        """Whether `enqueue` on the current stream, once it has run, can become a part of a CUDA graph."""
+        return False
+
+    def scratch_bytes(self, batch: int) -> int:
+        """Device memory that a call of this batch takes beside the bound tensors, as far as it is known.
+
+        Raises `InputError` for a batch that the engine does not admit.
+        """
+        return 0

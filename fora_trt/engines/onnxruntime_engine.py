@@ -55,7 +55,7 @@ class OnnxRuntimeEngine(Engine):
             raise BackendError(f"onnxruntime failed: {error}") from error
 
 
-def engines_from_bundle(bundle: Bundle, device: torch.device) -> dict[str, Engine]:
+def engines_from_bundle(bundle: Bundle, device: torch.device, *_: object) -> dict[str, Engine]:
     """One engine per graph of the bundle."""
     if bundle.manifest.precision == "bf16" and device.type == "cpu":
         raise BackendError(

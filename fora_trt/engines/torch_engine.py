@@ -34,7 +34,7 @@ class TorchEngine(Engine):
             target.copy_(result)
 
 
-def engines_from_bundle(bundle: Bundle, device: torch.device) -> dict[str, Engine]:
+def engines_from_bundle(bundle: Bundle, device: torch.device, *_: object) -> dict[str, Engine]:
     """Both engines, over one copy of the module."""
     model = model_from_bundle(bundle)
     module, sites = model.module.to(device), [site.module for site in bundle.manifest.cache_sites]

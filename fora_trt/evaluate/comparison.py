@@ -11,11 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from fora_trt.bundle import Bundle
+from fora_trt.engines.plan_store import PlanSource
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.runtime.denoiser import load
 from fora_trt.runtime.images import grid, images_from_latents
-from fora_trt.runtime.sampling import Steps, Trajectory, sample, timesteps_of
+from fora_trt.runtime.sampling import Sampler, Trajectory
 from fora_trt.runtime.schedulers import scheduler_from_config
+from fora_trt.runtime.updates import update_from_scheduler
 from fora_trt.schedule import Schedule
 
 CONTROL_INTERVAL = 3
@@ -27,7 +29,7 @@ class Setting:
     """A row: what runs on which schedule, and a trajectory for every repeat."""
 
     name: str
-    steps_of: Steps
+    sampler: Sampler
     schedule: Schedule
     trajectories: list[Trajectory] = field(default_factory=list)
 
@@ -53,37 +55,42 @@ class Setting:
 
 
 def settings_of(
-    bundle: Bundle, backend: str, device: torch.device, steps: int, cache_intervals: Sequence[int]
+    bundle: Bundle,
+    backend: str,
+    device: torch.device,
+    steps: int,
+    cache_intervals: Sequence[int],
+    plans: PlanSource | None = None,
 ) -> list[Setting]:
     """What a user would choose between; the first row of the backend is interval 1, which all are compared with.
 
     PyTorch without caching and as eager FORA, the backend at each interval, and the backend without caching in so few
     steps that it takes about as long as at `CONTROL_INTERVAL`.
     """
-    eager = EagerFora(bundle, device)
-    denoiser = load(bundle, schedule=Schedule.static(steps, 1), backend=backend, device=device)
+    scheduler = scheduler_from_config(bundle.scheduler_config, None, bundle.manifest.latents.learned_sigma)
     fewer = Schedule.static(steps, CONTROL_INTERVAL).full_steps
+    eager = Sampler(EagerFora(bundle, device), update_from_scheduler(scheduler, steps))
+    denoiser = load(bundle, schedule=Schedule.static(steps, 1), backend=backend, device=device, plans=plans)
+    cached = Sampler(denoiser, update_from_scheduler(scheduler, steps))
+    control = Sampler(denoiser, update_from_scheduler(scheduler, fewer))
     return [
         Setting("PyTorch, no cache", eager, Schedule.static(steps, 1)),
         Setting(f"PyTorch, interval {CONTROL_INTERVAL}", eager, Schedule.static(steps, CONTROL_INTERVAL)),
-        *(Setting(name_of(interval), denoiser, Schedule.static(steps, interval)) for interval in cache_intervals),
-        Setting(f"{fewer} steps, no cache", denoiser, Schedule.static(fewer, 1)),
+        *(Setting(name_of(interval), cached, Schedule.static(steps, interval)) for interval in cache_intervals),
+        Setting(f"{fewer} steps, no cache", control, Schedule.static(fewer, 1)),
     ]
 
 
 def measure(
-    settings: Sequence[Setting], bundle: Bundle, class_labels: Sequence[int], guidance_scale: float, repeats: int
+    settings: Sequence[Setting], class_labels: Sequence[int], guidance_scale: float, repeats: int
 ) -> Iterator[Setting]:
     """Run every setting once to warm up and then `repeats` times; yield each as it finishes a repeat.
 
     Repeats are interleaved, so that a machine whose speed drifts hits all settings alike.
     """
-    scheduler = scheduler_from_config(bundle.scheduler_config, None, bundle.manifest.latents.learned_sigma)
     for repeat in range(repeats + 1):
         for setting in settings:
-            timesteps_of(scheduler, setting.schedule.steps)
-            seeds = range(len(class_labels))
-            done = sample(setting.steps_of, scheduler, setting.schedule, class_labels, seeds, guidance_scale)
+            done = setting.sampler(setting.schedule, class_labels, range(len(class_labels)), guidance_scale)
             if repeat:
                 setting.trajectories.append(done)
             yield setting

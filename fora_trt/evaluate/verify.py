@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from fora_trt.bundle import Bundle, GraphError
+from fora_trt.engines.plan_store import PlanSource
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.export.split import example_inputs
 from fora_trt.models.spec import FULL, REUSE
 from fora_trt.runtime.denoiser import load
-from fora_trt.runtime.sampling import sample, timesteps_of
+from fora_trt.runtime.sampling import Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
+from fora_trt.runtime.updates import update_from_scheduler
 from fora_trt.schedule import Schedule
 
 GRAPH_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
@@ -36,7 +38,12 @@ class Comparison:
 
 
 def compare_with_pytorch(
-    bundle: Bundle, backend: str, device: torch.device, steps: int = 50, cache_intervals: Sequence[int] = (2, 3, 5)
+    bundle: Bundle,
+    backend: str,
+    device: torch.device,
+    steps: int = 50,
+    cache_intervals: Sequence[int] = (2, 3, 5),
+    plans: PlanSource | None = None,
 ) -> Iterator[Comparison]:
     """Compare both graphs on seeded inputs, then trajectories of two guided images, with eager FORA in fp32.
 
@@ -44,26 +51,25 @@ def compare_with_pytorch(
     Raises `BackendError` if the checkpoint is no longer at hand.
     """
     manifest = bundle.manifest
-    pair = Schedule((True, False))
-    denoiser, reference = load(bundle, schedule=pair, backend=backend, device=device), EagerFora(bundle, device)
-    reference.reset(pair)
+    denoiser = load(bundle, schedule=Schedule.static(steps, 1), backend=backend, device=device, plans=plans)
+    reference = EagerFora(bundle, device)
+    denoiser.prepare(2)
     tolerance = GRAPH_TOLERANCE[manifest.precision]
     for seed, graph in enumerate((FULL, REUSE), start=1):
         inputs = example_inputs(manifest.graphs[FULL].inputs, manifest.guidance, batch=2, seed=seed)
         inputs = {name: value.to(device) for name, value in inputs.items()}
         with torch.inference_mode():
-            error = GraphError.between(denoiser(**inputs), reference(**inputs))
+            predictions = [one.predict(graph == FULL, **inputs) for one in (denoiser, reference)]
+            error = GraphError.between(*predictions)
         yield Comparison(f"{graph} graph", error, tolerance)
 
     scheduler = scheduler_from_config(bundle.scheduler_config, None, manifest.latents.learned_sigma)
-    calls = timesteps_of(scheduler, steps)
+    samplers = [Sampler(one, update_from_scheduler(scheduler, steps)) for one in (denoiser, reference)]
+    calls = samplers[0].update.calls
     classes = [1 % manifest.guidance.num_classes, 7 % manifest.guidance.num_classes]
     for interval in cache_intervals:
         schedule = Schedule.static(calls, interval)
-        latents = []
-        for steps_of in (denoiser, reference):
-            timesteps_of(scheduler, steps)  # clears what the scheduler remembers of the last trajectory
-            latents.append(sample(steps_of, scheduler, schedule, classes, [0, 1], guidance_scale=1.5).latents)
+        latents = [sampler(schedule, classes, [0, 1], guidance_scale=1.5).latents for sampler in samplers]
         yield Comparison(
             f"{calls} steps, cache interval {interval}",
             GraphError.between(*latents),

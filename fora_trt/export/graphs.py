@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,14 +77,12 @@ def save_graph(graph: Graph, path: Path) -> list[Path]:
     return [path, data] if data.exists() else [path]
 
 
-def _traced(step: Split, inputs: dict[str, Tensor], outputs: Sequence[str], opset: int) -> ir.Model:
-    """`torch.export` first, which raises where the batch would be specialised; then ONNX, checked again."""
-    if opset not in OPSETS:
-        raise ExportError(f"the opset is {opset}; fora-trt writes {OPSETS[0]} to {OPSETS[-1]}")
+def program_from_step(step: Split, inputs: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
+    """A step as one graph of PyTorch operators, its first dimension symbolic. Raises `ExportError` where it is not."""
     batch = torch.export.Dim(BATCH)
-    with torch.no_grad(), quiet("torch.onnx"):
+    with torch.no_grad(), quiet("torch.export"):
         try:
-            program = torch.export.export(
+            return torch.export.export(
                 step.eval(),
                 tuple(inputs.values()),
                 dynamic_shapes=(tuple({0: batch} for _ in inputs),),  # of the one variadic argument
@@ -96,10 +95,19 @@ def _traced(step: Split, inputs: dict[str, Tensor], outputs: Sequence[str], opse
             raise ExportError(
                 f"{step.spec.architecture} does not trace with a symbolic batch dimension: {reason}"
             ) from error
+
+
+def _traced(step: Split, inputs: dict[str, Tensor], outputs: Sequence[str], opset: int) -> ir.Model:
+    """`torch.export` first, which raises where the batch would be specialised; then ONNX, checked again."""
+    if opset not in OPSETS:
+        raise ExportError(f"the opset is {opset}; fora-trt writes {OPSETS[0]} to {OPSETS[-1]}")
+    program = program_from_step(step, inputs)
+    with torch.no_grad(), quiet("torch.onnx"):
         traced = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     assert traced is not None
     model = traced.model
     _rename(model.graph, list(inputs), outputs)
+    _name_attentions(model.graph)
     Sequential(
         DeduplicateInitializersPass(),
         CommonSubexpressionEliminationPass(),
@@ -134,6 +142,18 @@ def _rename(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> N
                 pattern.sub(BATCH, size.value) if isinstance(size, ir.SymbolicDim) and size.value else size
                 for size in value.shape
             )
+
+
+def _name_attentions(graph: ir.Graph) -> None:
+    """Call each `Attention` by the module that it is in, so that what a backend tells of it can be understood."""
+    taken = {node.name for node in graph}
+    for node in graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        if node.op_type == "Attention" and scopes is not None:
+            path = ast.literal_eval(scopes)[-2].removeprefix("module.")  # the last scope is the node's own
+            if path not in taken:  # a module can hold several
+                node.name = path
+                taken.add(path)
 
 
 def _check_shape(tensor: TensorSpec, what: str) -> None:

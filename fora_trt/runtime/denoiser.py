@@ -5,6 +5,8 @@ Shapes: B is the batch of one call (twice the images under guidance), C, H, W ar
 
 from __future__ import annotations
 
+import math
+from bisect import bisect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,8 @@ from torch import Tensor
 from fora_trt.bundle import Bundle, Manifest
 from fora_trt.engines.backends import AUTO, backend_from_name, device_from_name
 from fora_trt.engines.base import Engine
+from fora_trt.engines.memory import free_bytes, gibibytes
+from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.models.spec import FULL, LATENTS, NOISE_PREDICTION, REUSE, TIMESTEP
 from fora_trt.schedule import Schedule
@@ -24,17 +28,23 @@ if TYPE_CHECKING:
 
 
 def load(
-    bundle: str | Path | Bundle, *, schedule: Schedule, backend: str = AUTO, device: str | torch.device = AUTO
+    bundle: str | Path | Bundle,
+    *,
+    schedule: Schedule,
+    backend: str = AUTO,
+    device: str | torch.device = AUTO,
+    plans: PlanSource | None = None,
 ) -> Denoiser:
     """Open a bundle and start its engines.
 
-    `backend` is `auto` or a name that `fora-trt doctor` lists; `device` is `auto`, `cpu` or `cuda:N`.
+    `backend` is `auto` or a name that `fora-trt doctor` lists; `device` is `auto`, `cpu` or `cuda:N`. `plans` tells
+    the TensorRT backends where their plans are, or are to be built: in `engines/` unless told otherwise.
     Raises `BundleError` for a damaged bundle and `BackendError` where the backend does not work.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen = backend_from_name(backend)
     where = device if isinstance(device, torch.device) else device_from_name(device, chosen)
-    return Denoiser(chosen.engines(opened, where), opened.manifest, schedule, chosen.name)
+    return Denoiser(chosen.engines(opened, where, plans), opened.manifest, schedule, chosen.name)
 
 
 class Denoiser:
@@ -52,6 +62,8 @@ class Denoiser:
         self.device = self.full.device
         self.buffers: dict[str, Tensor] = {}
         self._inputs = [tensor for tensor in self.full.inputs.values() if tensor.name not in (LATENTS, TIMESTEP)]
+        self._tensors = (*self.full.inputs.values(), *self.full.outputs.values())
+        self._allocation = object()
         self._step = 0
 
     @torch.no_grad()
@@ -62,11 +74,36 @@ class Denoiser:
         (`class_labels`, (B,)). The result is the denoiser's own buffer, valid until the next call.
         Raises `ScheduleError` past the end of the schedule, `InputError` for what the graphs do not take.
         """
-        engine = self._engine_of_this_step(len(latents))
-        self._fill(latents, timestep, conditioning)
-        engine.enqueue()
+        if self.finished:
+            raise ScheduleError(
+                f"all {self.schedule.steps} steps of the schedule are done; call reset() before the next trajectory"
+            )
+        full = self.next_step_is_full
+        if not full and len(latents) != self._batch:
+            raise ScheduleError(
+                f"the batch became {len(latents)} within a trajectory, whose features are for another; "
+                "call reset() first"
+            )
+        self.prepare(len(latents))
+        prediction = self.predict(full, latents, timestep, **conditioning)
         self._step += 1
+        return prediction
+
+    def prepare(self, batch: int) -> object:
+        """Allocate the tensors of both graphs for this batch, if they are not; another object where they moved."""
+        if batch != self._batch:
+            self._allocate(batch)
+        return self._allocation
+
+    def predict(self, full: bool, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+        """Run a full or a reuse step whatever the schedule says, on tensors that were prepared."""
+        self._fill(latents, timestep, conditioning)
+        (self.full if full else self.reuse).enqueue()
         return self.buffers[NOISE_PREDICTION]
+
+    def is_capturable(self) -> bool:
+        """Whether `predict` can become a part of a CUDA graph."""
+        return self.full.is_capturable() and self.reuse.is_capturable()
 
     def reset(self, schedule: Schedule | None = None) -> None:
         """Go back to the first step, of another schedule if one is given."""
@@ -89,29 +126,39 @@ class Denoiser:
 
         return DenoiserTransformer(self)
 
-    def _engine_of_this_step(self, batch: int) -> Engine:
-        if self.finished:
-            raise ScheduleError(
-                f"all {self.schedule.steps} steps of the schedule are done; call reset() before the next trajectory"
-            )
-        if not self.buffers or len(self.buffers[LATENTS]) != batch:
-            if not self.next_step_is_full:
-                raise ScheduleError(
-                    f"the batch became {batch} within a trajectory, whose features are for another; call reset() first"
-                )
-            self._allocate(batch)
-        return self.full if self.next_step_is_full else self.reuse
+    @property
+    def _batch(self) -> int:
+        return len(self.buffers[LATENTS]) if self.buffers else 0
 
     def _allocate(self, batch: int) -> None:
         if batch < 1:
             raise InputError(f"the batch is {batch}; at least one latent is needed")
         self.buffers.clear()  # before the new ones: both need not fit at once
+        self._check_room(batch)
+        buffers: dict[str, Tensor] = {}
         with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
-            for tensor in (*self.full.inputs.values(), *self.full.outputs.values()):
+            for tensor in self._tensors:
                 dtype = getattr(torch, tensor.dtype)
-                self.buffers[tensor.name] = torch.zeros(tensor.sized(batch), dtype=dtype, device=self.device)
-        self.full.bind(self.buffers)
-        self.reuse.bind(self.buffers)
+                buffers[tensor.name] = torch.zeros(tensor.sized(batch), dtype=dtype, device=self.device)
+        self.full.bind(buffers)
+        self.reuse.bind(buffers)
+        self.buffers, self._allocation = buffers, object()
+
+    def _check_room(self, batch: int) -> None:
+        """Raise `InputError` if tensors and scratch of this batch do not fit the GPU; name a batch that would."""
+        need = self._bytes_of(batch)
+        if self.device.type != "cuda" or need <= (free := free_bytes(self.device)):
+            return
+        fitting = bisect(range(1, batch), free, key=self._bytes_of)  # needs grow with the batch
+        remedy = f"a batch of {fitting} would fit" if fitting else "not even a batch of 1 would fit"
+        raise InputError(
+            f"a batch of {batch} (twice the images under guidance) needs {gibibytes(need)} on {self.device}, "
+            f"where {gibibytes(free)} are free; {remedy}, see --batch-size"
+        )
+
+    def _bytes_of(self, batch: int) -> int:
+        tensors: int = sum(math.prod(one.sized(batch)) * getattr(torch, one.dtype).itemsize for one in self._tensors)
+        return tensors + max(self.full.scratch_bytes(batch), self.reuse.scratch_bytes(batch))
 
     def _fill(self, latents: Tensor, timestep: Tensor | float, conditioning: Mapping[str, Tensor]) -> None:
         """Copy the arguments to their buffers, cast to the graphs' dtypes."""

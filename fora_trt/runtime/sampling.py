@@ -5,20 +5,20 @@ Shapes: B images, C, H, W latents; under guidance the denoiser sees 2B, the cond
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from fora_trt.bundle import Manifest
+from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.errors import BackendError, InputError
-from fora_trt.runtime.schedulers import takes_variance
+from fora_trt.runtime.updates import Update
 from fora_trt.schedule import Schedule
 
 
@@ -28,12 +28,14 @@ class Steps(Protocol):
     manifest: Manifest
     device: torch.device
 
-    @property
-    def next_step_is_full(self) -> bool: ...
+    def prepare(self, batch: int) -> object:
+        """Make ready for calls of this batch; another object than the last time if memory has moved."""
 
-    def __call__(self, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor: ...
+    def predict(self, full: bool, latents: Tensor, timestep: Tensor, **conditioning: Tensor) -> Tensor:
+        """Run a full or a reuse step, on the current stream."""
 
-    def reset(self, schedule: Schedule | None = None) -> None: ...
+    def is_capturable(self) -> bool:
+        """Whether `predict` can become a part of a CUDA graph."""
 
 
 @dataclass
@@ -64,70 +66,82 @@ class Trajectory:
         return {name: statistics.median(times) * 1e3 if times else None for name, times in kinds.items()}
 
 
-def timesteps_of(scheduler: SchedulerMixin, steps: int) -> int:
-    """Set the scheduler to `steps`; return how often it will call the model, which can be more (Heun, PNDM)."""
-    if steps < 1:
-        raise InputError(f"the number of steps is {steps}; at least 1 is needed")
-    try:
-        scheduler.set_timesteps(steps)
-    except ValueError as error:
-        raise InputError(f"{type(scheduler).__name__} does not admit {steps} steps: {error}") from error
-    return len(scheduler.timesteps)
+class Sampler:
+    """Denoises batches with one denoiser and one scheduler.
 
-
-@torch.inference_mode()
-def sample(
-    denoiser: Steps,
-    scheduler: SchedulerMixin,
-    schedule: Schedule,
-    class_labels: Sequence[int],
-    seeds: Sequence[int],
-    guidance_scale: float = 1.0,
-    watch: Any = iter,
-) -> Trajectory:
-    """Denoise one batch, image k from `seeds[k]` alone, so that it is the same in any batch.
-
-    The scheduler must be set to its timesteps (`timesteps_of`); `watch` wraps them, for a progress bar.
-    Classifier-free guidance (arXiv 2207.12598) mixes the two halves where `guidance_scale` is over 1.
+    A step is the scaling of the latents, the engine, guidance and the scheduler's update. Where all of it stays on the
+    device it is captured as a CUDA graph, one for full and one for reuse steps, and kept from batch to batch: then
+    a trajectory is a launch for each step, without a copy to or from the host between the first and the last.
     """
-    manifest, device = denoiser.manifest, denoiser.device
-    latent = manifest.latents
-    check_labels(class_labels, manifest)
-    guided = guidance_scale > 1
-    null = [manifest.guidance.null_class] * len(class_labels)
-    labels = torch.tensor([*class_labels, *(null if guided else [])], device=device)  # (2B,) or (B,)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = [torch.randn(latent.channels, latent.height, latent.width, generator=one) for one in generators]
-    latents = torch.stack(noise).to(device) * float(scheduler.init_noise_sigma)  # (B, C, H, W)
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": generators} if takes_generator else {}
-    clock = StepClock(device)
 
-    denoiser.reset(schedule)
-    began = time.perf_counter()
-    for timestep in watch(scheduler.timesteps):
-        noisy = scheduler.scale_model_input(latents, timestep)
-        with clock.step(full=denoiser.next_step_is_full):
-            prediction = denoiser(noisy.repeat(2, 1, 1, 1) if guided else noisy, timestep, class_labels=labels)
-        prediction = prediction.float()
+    def __init__(self, denoiser: Steps, update: Update) -> None:
+        self.denoiser, self.update = denoiser, update
+        self._key: tuple[object, ...] = ()
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        schedule: Schedule,
+        class_labels: Sequence[int],
+        seeds: Sequence[int],
+        guidance_scale: float = 1.0,
+        watch: Any = iter,
+    ) -> Trajectory:
+        """Denoise one batch, image k from `seeds[k]` alone, so that it is the same in any batch.
+
+        The schedule has a step for each call of the scheduler (`update.calls`); `watch` wraps them, for a progress
+        bar. Classifier-free guidance (arXiv 2207.12598) mixes the two halves where `guidance_scale` is over 1.
+        """
+        manifest, device, latent = self.denoiser.manifest, self.denoiser.device, self.denoiser.manifest.latents
+        check_labels(class_labels, manifest)
+        assert schedule.steps == self.update.calls
+        clock = StepClock(device)
+        began = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():  # tensors made in that mode cannot be written outside it
+            self.update.begin((latent.channels, latent.height, latent.width), seeds, device)
+            self._prepare(class_labels, guidance_scale)
+        for full in watch(schedule.full):
+            with clock.step(full):
+                self._steps[full]()
+        latents = self.update.latents.cpu()  # waits for the device
+        if not latents.isfinite().all():
+            raise BackendError(
+                f"the latents of {manifest.name} are not finite after {schedule.steps} steps in {manifest.precision}; "
+                "export it with --precision fp32 or bf16"
+            )
+        return Trajectory(latents.clone(), time.perf_counter() - began, *clock.seconds())
+
+    def _prepare(self, class_labels: Sequence[int], guidance_scale: float) -> None:
+        """Fill the tensors that a step reads; captured steps stay as long as those are where they were."""
+        guided, images, device = guidance_scale > 1, len(class_labels), self.denoiser.device
+        null = [self.denoiser.manifest.guidance.null_class] * images
+        labels = torch.tensor([*class_labels, *(null if guided else [])])  # (2B,) or (B,)
+        key = (images, guided, self.denoiser.prepare(len(labels)))
+        if key != self._key:
+            self._key = key
+            self._labels, self._scale = labels.to(device), torch.empty((), device=device)
+            self._steps = {
+                full: Replay(partial(self._step, full, guided), device, self._is_capturable) for full in (True, False)
+            }
+        self._labels.copy_(labels)
+        self._scale.fill_(guidance_scale)
+
+    def _step(self, full: bool, guided: bool) -> None:
+        update, channels = self.update, self.denoiser.manifest.latents.channels
+        latents = update.model_input()  # (B, C, H, W)
         if guided:
-            prediction = mix_guidance(prediction, guidance_scale, latent.channels)
-        if not takes_variance(scheduler):
-            prediction = prediction[:, : latent.channels]
-        latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
-    latents = latents.cpu()  # waits for the device
-    if not latents.isfinite().all():
-        raise BackendError(
-            f"the latents of {manifest.name} are not finite after {schedule.steps} steps in {manifest.precision}; "
-            "export it with --precision fp32 or bf16"
-        )
-    return Trajectory(latents, time.perf_counter() - began, *clock.seconds())
+            latents = latents.repeat(2, 1, 1, 1)
+        prediction = self.denoiser.predict(full, latents, update.timestep(), class_labels=self._labels).float()
+        if guided:
+            prediction = mix_guidance(prediction, self._scale, channels)
+        update.advance(prediction if update.takes_variance else prediction[:, :channels])
+
+    def _is_capturable(self) -> bool:
+        return self.update.on_device and self.denoiser.is_capturable()
 
 
 def sample_in_batches(
-    denoiser: Steps,
-    scheduler: SchedulerMixin,
-    steps: int,
+    sampler: Sampler,
     schedule: Schedule,
     class_labels: Sequence[int],
     seed: int,
@@ -138,14 +152,13 @@ def sample_in_batches(
     """Denoise any number of images, `batch_size` at a time; image k has the seed `seed` + k whatever its batch."""
     parts = []
     for start in range(0, len(class_labels), batch_size):
-        timesteps_of(scheduler, steps)  # clears what the scheduler remembers of the batch before
         labels = class_labels[start : start + batch_size]
         seeds = range(seed + start, seed + start + len(labels))
-        parts.append(sample(denoiser, scheduler, schedule, labels, seeds, guidance_scale, watch))
+        parts.append(sampler(schedule, labels, seeds, guidance_scale, watch))
     return Trajectory.joined(parts)
 
 
-def mix_guidance(prediction: Tensor, scale: float, channels: int) -> Tensor:
+def mix_guidance(prediction: Tensor, scale: Tensor, channels: int) -> Tensor:
     """(2B, ...) -> (B, ...): pushes the noise away from the unconditional one; a learned variance stays as it is."""
     conditional, unconditional = prediction.chunk(2)
     noise = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)

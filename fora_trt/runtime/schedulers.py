@@ -42,8 +42,3 @@ def scheduler_from_config(config: Mapping[str, Any], name: str | None, learned_s
         del settings["variance_type"]
     scheduler: SchedulerMixin = getattr(diffusers, wanted).from_config(settings)
     return scheduler
-
-
-def takes_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler's step expects the model's variance behind its noise prediction."""
-    return scheduler.config.get("variance_type") in ("learned", "learned_range")

@@ -1,0 +1,262 @@
+"""From an ONNX graph to a plan: parse, configure, build. One builder for TensorRT 10.14 to 11 and TensorRT-RTX."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fora_trt.engines.tensorrt_library import Library
+from fora_trt.errors import PlanError
+from fora_trt.folders import Record
+from fora_trt.models.spec import TensorSpec
+
+Progress = Callable[[float, str], None]
+"""Told the fraction that is done, 0 to 1, and what is being done."""
+
+
+class Profile(Record):
+    """Batch sizes that a plan admits, and the one that it is tuned for."""
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+    def admits(self, batch: int) -> bool:
+        """Whether a call of this batch size can run in the profile."""
+        return self.minimum <= batch <= self.maximum
+
+    def __str__(self) -> str:
+        return f"{self.minimum}:{self.optimum}:{self.maximum}"
+
+
+class PlanOptions(Record):
+    """What the user may decide about a plan, as far as it changes the plan."""
+
+    profiles: tuple[Profile, ...]
+    optimization_level: int | None = None
+    workspace_gib: float | None = None
+
+
+class Attention(Record):
+    """An attention of the network, and whether it became one fused kernel."""
+
+    name: str
+    fused: bool
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """What a build tells of the plan it has written."""
+
+    attentions: tuple[Attention, ...]
+    seconds: float
+
+
+def plan_from_onnx(
+    library: Library,
+    onnx: Path,
+    plan: Path,
+    inputs: Sequence[TensorSpec],
+    options: PlanOptions,
+    compute_capabilities: Sequence[str],
+    timing_cache: Path | None = None,
+    progress: Progress = lambda fraction, phase: None,
+) -> BuiltPlan:
+    """Build the graph in `onnx` and write it to `plan`.
+
+    The graph and its external data must have been checked before: TensorRT's parser follows links. TensorRT builds on
+    the current CUDA device; TensorRT-RTX builds anywhere, for `compute_capabilities`. Raises `PlanError`.
+    """
+    began = time.perf_counter()
+    trt, log = library.module, library.log
+    log.clear()
+    try:
+        builder = trt.Builder(library.logger)
+    except TypeError as problem:  # the bindings' way to say that there is none
+        raise PlanError(f"{library.backend} could not start its builder: {log.reason()}") from problem
+    # Required by TensorRT 10 to take each precision from the graph; later versions know nothing else.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, library.logger)  # owns the mapped weights: it must outlive the build
+    if not parser.parse_from_file(os.fspath(onnx)):
+        reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise PlanError(f"{library.backend} cannot read {onnx}: {reasons or log.reason()}")
+    names = _decomposable_attentions(trt, network)
+    config = _configured(library, builder, inputs, options, compute_capabilities)
+    if timing_cache is not None:
+        _use_timing_cache(trt, config, timing_cache)
+    if log.errors:  # setters report here and do not raise
+        raise PlanError(f"{library.backend} does not accept these options: {log.reason()}")
+    monitor, writer = _monitor(trt, progress), _writer(trt, plan)
+    config.progress_monitor = monitor
+    done = _run_cancellable(lambda: builder.build_serialized_network_to_stream(network, config, writer), monitor)
+    writer.close()
+    if writer.problem is not None:
+        raise writer.problem
+    if not done:
+        raise PlanError(f"{library.backend} could not build {onnx}: {log.reason()}")
+    if timing_cache is not None:
+        _save_timing_cache(config, timing_cache)
+    return BuiltPlan(_fused_among(names, log.layers), time.perf_counter() - began)
+
+
+def _decomposable_attentions(trt: Any, network: Any) -> list[str]:
+    """Allow every attention to be built from smaller kernels where no fused one fits; return their names."""
+    names = []
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings hand out the base class
+            layer.attention.decomposable = True
+            names.append(layer.attention.name or layer.name)
+    return names
+
+
+def _configured(
+    library: Library,
+    builder: Any,
+    inputs: Sequence[TensorSpec],
+    options: PlanOptions,
+    compute_capabilities: Sequence[str],
+) -> Any:
+    trt = library.module
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32, as in PyTorch
+    config.max_aux_streams = 0  # one stream, which can be captured
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if library.is_rtx:
+        config.num_compute_capabilities = len(compute_capabilities)
+        for i, capability in enumerate(compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), i)
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # no allocation while a step is captured
+    else:
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        if options.workspace_gib is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
+    for wanted in options.profiles:
+        profile = builder.create_optimization_profile()
+        for tensor in inputs:
+            sizes = (wanted.minimum, wanted.optimum, wanted.maximum)
+            profile.set_shape(tensor.name, *(tensor.sized(batch) for batch in sizes))
+        if config.add_optimization_profile(profile) < 0:
+            raise PlanError(f"{library.backend} does not accept the batch profile {wanted}: {library.log.reason()}")
+    return config
+
+
+def _use_timing_cache(trt: Any, config: Any, path: Path) -> None:
+    """Start from what earlier builds measured; a cache of another GPU or version is left aside."""
+    content = path.read_bytes() if path.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(content), False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _save_timing_cache(config: Any, path: Path) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(config.get_timing_cache().serialize())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc] # the base is known at run time only
+        """Nested phases as one fraction. Called from the builder's threads."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.cancelled = threading.Event()
+            self._open: dict[str, list[int]] = {}  # phase -> steps done, steps in all; outermost first
+            self._lock = threading.Lock()
+            self._reached = 0.0
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            with self._lock:
+                self._open[phase] = [0, steps]
+            progress(self._fraction(), phase)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            with self._lock:
+                if phase in self._open:
+                    self._open[phase][0] = step + 1
+            progress(self._fraction(), phase)
+            return not self.cancelled.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            with self._lock:
+                self._open.pop(phase, None)
+
+        def _fraction(self) -> float:
+            """Of each open phase the steps done, and within one step what the phase inside it has done."""
+            with self._lock:
+                inner = 0.0
+                for done, steps in reversed(self._open.values()):
+                    inner = min(1.0, (done + inner) / max(steps, 1))
+                self._reached = max(self._reached, inner)
+                return self._reached
+
+    return Monitor()
+
+
+def _writer(trt: Any, path: Path) -> Any:
+    class Writer(trt.IStreamWriter):  # type: ignore[misc] # the base is known at run time only
+        """Writes a plan as it is made. An exception must not pass through the builder, so it is kept."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.problem: OSError | None = None
+            self._file = path.open("wb")
+            self.close = self._file.close
+
+        def write(self, data: Any) -> int:
+            try:
+                self._file.write(data)
+            except OSError as problem:
+                self.problem = problem
+                return 0
+            return memoryview(data).nbytes
+
+    return Writer()
+
+
+def _run_cancellable(build: Callable[[], Any], monitor: Any) -> bool:
+    """Build in another thread, so that Ctrl-C reaches this one; it is passed on once the builder has stopped."""
+    result: list[bool] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(bool(build()))
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="plan builder")
+    thread.start()
+    interrupt: KeyboardInterrupt | None = None
+    while thread.is_alive():
+        try:
+            thread.join(timeout=0.1)
+        except KeyboardInterrupt as pressed:  # noqa: PERF203 # may come in any round
+            interrupt = pressed
+            monitor.cancelled.set()
+    if interrupt is not None:
+        raise interrupt
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+def _fused_among(names: Sequence[str], layers: Sequence[str]) -> tuple[Attention, ...]:
+    """Which attentions a fused kernel runs, from the layers that the builder lists: kernel and ONNX nodes in it."""
+    fused: set[str] = set()
+    for text in layers:
+        for kernel, nodes in re.findall(r"^Name: (\S+), LayerType: .*Metadata: (.*)$", text, flags=re.MULTILINE):
+            if "mha" in kernel.lower():
+                fused.update(re.findall(r"\[ONNX Layer: ([^\]]+)\]", nodes))
+    return tuple(Attention(name=name, fused=name in fused) for name in names)

@@ -1,0 +1,219 @@
+"""The backends `tensorrt` and `tensorrt-rtx`: plans as engines that share one block of scratch memory."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fora_trt.bundle import Bundle, GraphRecord
+from fora_trt.engines.base import Engine
+from fora_trt.engines.cuda_graphs import Replay
+from fora_trt.engines.memory import free_bytes, gibibytes
+from fora_trt.engines.plan_builder import Profile
+from fora_trt.engines.plan_store import PlanSet, PlanSource, plans_for
+from fora_trt.engines.tensorrt_library import Gpu, Library, gpu_of, library_from_name
+from fora_trt.errors import BackendError, InputError
+
+ALIGNMENT = 256  # bytes, of scratch memory
+
+
+class Scratch:
+    """Memory that the execution contexts of one device use in turn; whoever needs most decides its size."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.block = torch.empty(ALIGNMENT, dtype=torch.uint8, device=device)
+
+    def reserve(self, size: int) -> None:
+        """Make the block at least `size` bytes large. One that grows is another block, at another address."""
+        if size > self.block.nbytes:
+            self.block = torch.empty(0, dtype=torch.uint8, device=self._device)  # free it first
+            self.block = torch.empty(size, dtype=torch.uint8, device=self._device)
+
+
+class KernelCache:
+    """The kernels that TensorRT-RTX compiled for this GPU, kept beside the plan that they belong to.
+
+    The file begins with a digest of what follows; one that was altered is not read. The library refuses what another
+    GPU, driver or version made. The cache is a help and no more: whatever goes wrong, kernels are compiled anew.
+    """
+
+    def __init__(self, cache: Any, path: Path) -> None:
+        self.cache, self._path, self._saved = cache, path, b""
+        with suppress(OSError):
+            content = path.read_bytes()
+            digest, kernels = content[:32], content[32:]
+            if hashlib.sha256(kernels).digest() == digest and cache.deserialize(kernels):
+                self._saved = digest
+
+    def save(self) -> None:
+        """Write what was compiled since, once for each engine: after its first step all kernels are there."""
+        if self.cache is None:
+            return
+        kernels = bytes(self.cache.serialize())
+        self.cache = None
+        digest = hashlib.sha256(kernels).digest()
+        if digest == self._saved:
+            return
+        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        with suppress(OSError):  # such as a folder that cannot be written
+            beside.write_bytes(digest + kernels)
+            beside.replace(self._path)
+
+
+class TensorRTEngine(Engine):
+    """A deserialized plan and its execution context, on tensors of the caller and on scratch that is shared.
+
+    All engines that share scratch must run on one stream, or on streams that wait for each other.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        runtime: Any,
+        plan: Path,
+        record: GraphRecord,
+        profiles: tuple[Profile, ...],
+        scratch: Scratch,
+        device: torch.device,
+    ) -> None:
+        super().__init__(record.inputs, record.outputs, device)
+        self._library, self._profiles, self._scratch = library, profiles, scratch
+        self._cache: KernelCache | None = None
+        self._cache_path = plan.with_suffix(f".{_folder_word(gpu_of(device))}.kernels") if library.is_rtx else plan
+        self._block: Tensor | None = None  # the scratch that the context was given
+        self._replay = Replay(self._execute, device, self.is_capturable)
+        library.log.clear()
+        with torch.cuda.device(device):
+            self._engine = _deserialized(library, runtime, plan)
+            self._context = self._new_context()
+
+    def _new_context(self) -> Any:
+        trt, config = self._library.module, self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._library.is_rtx:
+            # Kernels for the bound shapes before the first run; a capture would freeze the stopgaps of the lazy way.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # captured here, with what runs around it
+            self._cache = KernelCache(config.create_runtime_cache(), self._cache_path)
+            config.set_runtime_cache(self._cache.cache)
+        return self._checked(self._engine.create_execution_context(config), "start an execution context")
+
+    def scratch_bytes(self, batch: int) -> int:
+        with torch.cuda.device(self.device):
+            self._set_batch(batch)
+            return int(self._context.update_device_memory_size_for_shapes())
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        self._replay.forget()
+        self._block = None
+        self._scratch.reserve(self.scratch_bytes(next(len(tensors[name]) for name in self.inputs)))
+        for name in (*self.inputs, *self.outputs):
+            assert tensors[name].is_contiguous() and tensors[name].device == self._scratch.block.device
+            self._checked(self._context.set_tensor_address(name, tensors[name].data_ptr()), f"bind {name}")
+
+    def _set_batch(self, batch: int) -> None:
+        """Choose the profile and give every input its shape."""
+        profile = self._profile_of(batch)
+        if len(self._profiles) > 1:
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            self._checked(self._context.set_optimization_profile_async(profile, stream), f"use profile {profile}")
+        for name, spec in self.inputs.items():
+            self._checked(self._context.set_input_shape(name, spec.sized(batch)), f"take the shape of {name}")
+        if missing := self._context.infer_shapes():
+            raise BackendError(f"{self._library.backend} cannot infer the shape of {', '.join(missing)}")
+
+    def enqueue(self) -> None:
+        if self._block is not self._scratch.block:  # new, or grown when another engine was bound
+            self._replay.forget()
+            self._block = self._scratch.block
+            self._context.set_device_memory(self._block.data_ptr(), self._block.nbytes)
+        self._replay()
+        if self._cache is not None:
+            self._cache.save()
+
+    def is_capturable(self) -> bool:
+        if not self._library.is_rtx:
+            return True
+        return bool(self._context.is_stream_capturable(torch.cuda.current_stream(self.device).cuda_stream))
+
+    def _execute(self) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        # a failure does not raise, and inside a capture it would leave a graph that does nothing
+        self._checked(self._context.execute_async_v3(stream), "run a step")
+
+    def _profile_of(self, batch: int) -> int:
+        """The narrowest profile that admits the batch. Raises `InputError`."""
+        fitting = [i for i, profile in enumerate(self._profiles) if profile.admits(batch)]
+        if not fitting:
+            profiles = ", ".join(map(str, self._profiles))
+            raise InputError(
+                f"a call has a batch of {batch} (twice the images under guidance), and the plans were built for "
+                f"{profiles} (least:best:most); build for it with fora-trt build --batch 1:{batch}:{batch}"
+            )
+        return min(fitting, key=lambda i: self._profiles[i].maximum - self._profiles[i].minimum)
+
+    def _checked(self, result: Any, what: str) -> Any:
+        if result is None or result is False:
+            raise BackendError(f"{self._library.backend} could not {what}: {self._library.log.reason()}")
+        return result
+
+    def close(self) -> None:
+        """Free the graph, the context and the engine, in this order, under their device."""
+        if getattr(self, "_engine", None) is None:
+            return
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize(self.device)  # nothing of it may be running
+            self._replay.forget()
+            self._context = self._cache = self._engine = self._block = None
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at the end of the process torch may be gone already
+            self.close()
+
+
+def engines_from_bundle(bundle: Bundle, device: torch.device, source: PlanSource, backend: str) -> dict[str, Engine]:
+    """An engine for each graph, from the plans that fit; builds them if there are none. Raises `BackendError`."""
+    library = library_from_name(backend)
+    if device.type != "cuda":
+        raise BackendError(f"{backend} runs on NVIDIA GPUs; give --device cuda, or --backend onnxruntime for the CPU")
+    with torch.cuda.device(device):  # what is built and loaded belongs to the current device
+        plans = plans_for(bundle, library, gpu_of(device), source)
+        _check_room(plans, device)
+        runtime = library.module.Runtime(library.logger)
+        runtime.engine_host_code_allowed = False
+        scratch, profiles = Scratch(device), plans.manifest.options.profiles
+        return {
+            name: TensorRTEngine(library, runtime, plans.path(name), record, profiles, scratch, device)
+            for name, record in bundle.manifest.graphs.items()
+        }
+
+
+def _check_room(plans: PlanSet, device: torch.device) -> None:
+    need, free = sum(file.size for file in plans.manifest.files.values()), free_bytes(device)
+    if need > free:
+        raise BackendError(
+            f"the weights of {plans.folder} take {gibibytes(need)}, and {device} has {gibibytes(free)} free; "
+            "end what else uses the GPU, or export with --precision fp16"
+        )
+
+
+def _deserialized(library: Library, runtime: Any, plan: Path) -> Any:
+    """The engine of a plan. Its file must have been checked: a plan is native code."""
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        raise BackendError(f"{library.backend} could not load {plan}: {library.log.reason()}")
+    return engine
+
+
+def _folder_word(gpu: Gpu) -> str:
+    return f"sm{gpu.compute_capability.replace('.', '')}"

@@ -1,0 +1,72 @@
+"""The backend `torch-compile`: each step traced whole, compiled by inductor, and on a GPU replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fora_trt.bundle import Bundle
+from fora_trt.engines.base import Engine
+from fora_trt.engines.cuda_graphs import Replay
+from fora_trt.engines.torch_engine import model_from_bundle
+from fora_trt.errors import BackendError
+from fora_trt.export.graphs import TRACED_BATCH, program_from_step
+from fora_trt.export.split import FullStep, ReuseStep, Split, example_inputs
+from fora_trt.models.spec import FULL, REUSE
+from fora_trt.quiet import quiet
+
+
+class _IntoTargets(nn.Module):
+    """Runs a traced step and writes its results where they are wanted, within one compiled function."""
+
+    def __init__(self, step: Callable[..., Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        for target, result in zip(targets, self.step(*sources), strict=True):
+            target.copy_(result)
+
+
+class TorchCompileEngine(Engine):
+    """A compiled step. It is compiled at the first call for each batch size, which takes a while."""
+
+    def __init__(self, step: Split, bundle: Bundle, graph: str, device: torch.device) -> None:
+        record = bundle.manifest.graphs[graph]
+        super().__init__(record.inputs, record.outputs, device)
+        inputs = example_inputs(record.inputs, bundle.manifest.guidance, TRACED_BATCH)
+        program = program_from_step(step, {name: value.to(device) for name, value in inputs.items()})
+        self._compiled = torch.compile(_IntoTargets(program.module()), fullgraph=True, dynamic=False)
+        self._replay = Replay(self._run, device)
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        self._sources = [tensors[name] for name in self.inputs]
+        self._targets = [tensors[name] for name in self.outputs]
+        self._replay.forget()
+
+    def enqueue(self) -> None:
+        self._replay()
+
+    def is_capturable(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        try:
+            with quiet("torch._inductor"):
+                self._compiled(self._sources, self._targets)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise BackendError(f"torch.compile could not compile this model: {reason}") from error
+
+
+def engines_from_bundle(bundle: Bundle, device: torch.device, *_: object) -> dict[str, Engine]:
+    """Both engines, over one copy of the weights."""
+    model = model_from_bundle(bundle)
+    module, sites = model.module.to(device), [site.module for site in bundle.manifest.cache_sites]
+    return {
+        FULL: TorchCompileEngine(FullStep(module, model.spec, sites), bundle, FULL, device),
+        REUSE: TorchCompileEngine(ReuseStep(module, model.spec, sites), bundle, REUSE, device),
+    }

@@ -1,0 +1,310 @@
+"""Collect all wheels that fora-trt needs, in parts with digests and a script that installs them without network.
+
+python -m tools.wheelhouse --python 3.12 --extras rtx --without torch
+"""
+
+from __future__ import annotations
+
+import email.parser
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+GLIBC = 28  # wheels for at most glibc 2.28 run on every Linux that NVIDIA's drivers support today
+SUMS, WHEEL_SUMS, SCRIPT = "SHA256SUMS", "WHEELS.SHA256SUMS", "install.sh"
+
+# It trusts itself alone: it holds the digest of SHA256SUMS, which holds those of the parts and of WHEELS.SHA256SUMS.
+# pip comes along, for a bare Python often has none; no setting of the server's pip is to send it to an index.
+INSTALL = r"""#!/bin/sh
+# Installs fora-trt from the parts beside this script, without network: sh install.sh [PYTHON] [VENV]
+set -u
+version='@version@' extras='@extras@' without='@without@' glibc='@glibc@'
+python=${1:-python$version}
+venv=${2:-fora-trt-venv}
+here=$(cd "$(dirname "$0")" && pwd) || exit 1
+
+fail() { echo "install.sh: $1" >&2; exit 1; }
+
+intact() { # DIGEST NAME
+    [ -f "$here/$2" ] || fail "$2 is missing: copy it again"
+    [ "$(sha256sum <"$here/$2")" = "$1  -" ] || fail "$2 is damaged: copy it again"
+}
+
+install() { # by the pip inside its wheel
+    pip=$(echo "$venv"/wheels/pip-*.whl)/pip
+    PIP_CONFIG_FILE=/dev/null "$venv/bin/python" "$pip" --isolated install --quiet --no-index \
+        --find-links "$venv/wheels" "$@"
+}
+
+found=$("$python" -c 'import platform as p, sys
+v = sys.version_info
+print("%s %d.%d for %s %s" % (p.python_implementation(), v[0], v[1], p.system(), p.machine()))' 2>/dev/null) ||
+    fail "$python does not run here: give the path of a Python $version: sh install.sh PYTHON"
+[ "$found" = "CPython $version for Linux x86_64" ] ||
+    fail "these wheels are for CPython $version for Linux x86_64, and $python is $found: sh install.sh PYTHON"
+for name in $without; do
+    "$python" -c 'import sys, importlib.metadata as m; m.version(sys.argv[1])' "$name" 2>/dev/null ||
+        fail "these wheels were collected without $name, and $python has no $name: give a Python that has it"
+done
+
+intact '@sums@' SHA256SUMS
+while read -r digest name; do intact "$digest" "$name"; done <"$here/SHA256SUMS"
+
+mkdir "$venv" 2>/dev/null || fail "$venv exists already or cannot be made: name another: sh install.sh $python VENV"
+trap 'rm -rf "$venv"' EXIT
+trap 'exit 1' HUP INT TERM
+mkdir "$venv/wheels"
+(cd "$here" && sed -n 's/^.*  wheels/wheels/p' SHA256SUMS | xargs cat) | tar -xf - -C "$venv/wheels" &&
+    (cd "$venv/wheels" && sha256sum -c "$here/WHEELS.SHA256SUMS" >/dev/null) ||
+    fail "the wheels could not be unpacked in $venv: is the disk full?"
+"$python" -m venv --without-pip ${without:+--system-site-packages} "$venv" ||
+    fail "$python cannot make a virtual environment: install its module venv"
+if [ -n "$without" ]; then # where PYTHON is a virtual environment, --system-site-packages does not show its packages
+    packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+    "$python" -c "$packages" >"$("$venv/bin/python" -c "$packages")/outside.pth"
+fi
+# All of them, whatever versions lie outside the environment; then pip finds that nothing is lacking, or says what.
+install --no-deps --ignore-installed "$venv"/wheels/*.whl && install "fora-trt${extras:+[$extras]}" ||
+    fail "pip could not install the wheels, which need glibc $glibc or newer; $venv is removed again"
+rm -r "$venv/wheels"
+trap - EXIT
+echo "fora-trt is installed: . $venv/bin/activate"
+"$venv/bin/fora-trt" doctor
+"""
+
+
+def run(command: list[str], failure: str) -> None:
+    """Run in silence; where it fails, show what it said last."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        raise click.ClickException("\n  ".join([failure, *said[-5:]]))
+
+
+def interpreter_from_name(wanted: str) -> tuple[str, str]:
+    """Path and version, such as 3.12, of the interpreter meant by a version, a command or a path."""
+    named = re.fullmatch(r"(?:python)?(3\.\d+)", wanted)
+    version = named[1] if named else ""
+    code = "import sys, platform as p; print(sys.executable, '%d.%d' % sys.version_info[:2], p.system(), p.machine())"
+    # A shim of pyenv runs a version that is installed but not active only if told to.
+    environment = os.environ | ({"PYENV_VERSION": version} if version else {})
+    for command in (sys.executable, f"python{version}", "python3") if version else (wanted,):
+        try:
+            asked = subprocess.run([command, "-c", code], env=environment, capture_output=True, text=True)
+        except OSError:
+            continue
+        path, found, *machine = asked.stdout.rsplit(maxsplit=3) if asked.returncode == 0 else ("", "", "")
+        if path and version in ("", found):
+            if machine != ["Linux", "x86_64"]:
+                raise click.ClickException(f"{path} is for {' '.join(machine)}: collect on Linux x86-64")
+            return path, found
+    raise click.ClickException(f"no Python {wanted} runs here: install it, or give its path with --python")
+
+
+def environment_in(folder: Path, python: str) -> str:
+    """A fresh environment's interpreter, with a current pip: an older one downloads all that it only resolves."""
+    run([python, "-m", "venv", str(folder)], f"{python} cannot make a virtual environment:")
+    inside = str(folder / "bin" / "python")
+    run([inside, "-m", "pip", "install", "--quiet", "--upgrade", "pip"], "pip could not be brought up to date:")
+    return inside
+
+
+def project_wheel(python: str, extras: Collection[str], folder: Path) -> Path:
+    """Build this project's wheel, and refuse extras that it does not have."""
+    run(
+        [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)],
+        "pip cannot build fora-trt:",
+    )
+    (wheel,) = folder.glob("fora_trt-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        known = email.parser.Parser().parsestr(archive.read(name).decode()).get_all("Provides-Extra", [])
+    if unknown := set(extras) - set(known):
+        raise click.ClickException(f"there is no extra {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if {"cpu", "gpu"} <= set(extras):
+        raise click.ClickException("the extras cpu and gpu exclude each other: name one")
+    return wheel
+
+
+def resolved(python: str, wheel: Path, extras: str, folder: Path) -> dict[str, Any]:
+    """The report of pip on what an empty environment needs, preferring wheels that also run on older Linux."""
+    report = folder / "report.json"
+    command = [python, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
+    command += ["--constraint", str(ROOT / "constraints.txt"), "pip", f"{wheel}[{extras}]" if extras else str(wheel)]
+    (limit,) = Path(python).parents[1].glob("lib/python*/site-packages")
+    limit /= "_manylinux.py"  # PEP 600: pip asks this module
+    limit.write_text(f"def manylinux_compatible(major, minor, arch): return (major, minor) <= (2, {GLIBC})\n")
+    try:
+        run(command, "pip cannot resolve this:")
+    except click.ClickException as error:
+        if "No matching distribution" not in error.message:
+            raise
+        click.echo(f"not all is there for glibc 2.{GLIBC}: newer wheels are admitted", err=True)
+        limit.unlink()
+        run(command, "pip cannot resolve this:")
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def closure(report: dict[str, Any], roots: Iterable[str], without: Collection[str]) -> set[str]:
+    """Names of the distributions that the roots need if nothing is followed through those of `without`."""
+    found = {canonicalize_name(item["metadata"]["name"]): item["metadata"] for item in report["install"]}
+    reached: set[tuple[str, str]] = set()
+    waiting = [Requirement(root) for root in roots]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras} if name not in without else ():
+            if (name, extra) in reached:
+                continue
+            reached.add((name, extra))
+            environment = report["environment"] | {"extra": extra}
+            needs = map(Requirement, found[name].get("requires_dist", ()))
+            waiting += [need for need in needs if need.marker is None or need.marker.evaluate(environment)]
+    return {name for name, _ in reached}
+
+
+def download(python: str, report: dict[str, Any], names: Collection[str], folder: Path) -> None:
+    """Fetch those of the report as wheels; a digest is what names the very same file at any index."""
+    lines = []
+    for item in report["install"]:
+        name, version = canonicalize_name(item["metadata"]["name"]), item["metadata"]["version"]
+        if name in names and name != "fora-trt":
+            lines.append(
+                f"{name}=={version} --hash=sha256:{item['download_info']['archive_info']['hashes']['sha256']}\n"
+            )
+    wanted = folder.parent / "wanted.txt"
+    wanted.write_text("".join(lines))
+    command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
+    run([*command, "--requirement", str(wanted)], "pip could not fetch the wheels:")
+    if built := [wheel.name for wheel in folder.glob("*-linux_x86_64.whl")]:
+        raise click.ClickException(f"{built[0]} had to be compiled and runs on machines like this alone: pin another")
+
+
+class Parts(io.RawIOBase):
+    """A stream into numbered files of at most `limit` bytes each."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self.files: list[Path] = []
+        self.room = 0
+
+    def write(self, data: Any) -> int:
+        """Append to the last file, and begin another where it is full."""
+        rest = memoryview(data)
+        while rest:
+            if self.room == 0:
+                self.files.append(self.folder / f"wheels.tar.{len(self.files):03d}")
+                self.room = self.limit
+            with self.files[-1].open("ab") as file:
+                written = file.write(rest[: self.room])
+            rest, self.room = rest[written:], self.room - written
+        return len(data)
+
+
+def sums_of(files: Iterable[Path]) -> str:
+    """A line per file as sha256sum writes and reads it."""
+    lines = []
+    for path in files:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(MIB):
+                digest.update(block)
+        lines.append(f"{digest.hexdigest()}  {path.name}\n")
+    return "".join(lines)
+
+
+def pack(wheels: Collection[Path], house: Path, limit: int, version: str, extras: str, without: str) -> list[Path]:
+    """Write the parts, their digests, the wheels' digests and the script into a new folder; returns the parts."""
+    house.mkdir()
+    parts = Parts(house, limit)
+    with tarfile.open(fileobj=parts, mode="w|", bufsize=MIB) as tar:
+        for wheel in wheels:
+            entry = tarfile.TarInfo(wheel.name)  # nobody's name, no time: the same wheels make the same parts
+            entry.size, entry.mtime = wheel.stat().st_size, 315532800  # 1980; tar warns of 1970
+            with wheel.open("rb") as file:
+                tar.addfile(entry, file)
+    (house / WHEEL_SUMS).write_text(sums_of(wheels))
+    (house / SUMS).write_text(sums_of([*parts.files, house / WHEEL_SUMS]))
+    # A wheel without a glibc in its name runs everywhere, or since 2.17 at the latest.
+    glibc = max(min(map(int, re.findall(r"manylinux_2_(\d+)", wheel.name)), default=17) for wheel in wheels)
+    values = {"version": version, "extras": extras, "without": without, "glibc": f"2.{glibc}"}
+    values["sums"] = sums_of([house / SUMS]).split()[0]
+    (house / SCRIPT).write_text(re.sub("@([a-z]+)@", lambda match: values[match[1]], INSTALL))
+    return parts.files
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to replace anything but an empty folder or a wheelhouse."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    foreign = {name for name in names if not re.fullmatch(rf"wheels\.tar\.\d+|{SUMS}|{WHEEL_SUMS}|{SCRIPT}", name)}
+    if foreign or (out.exists() and not out.is_dir()):
+        raise click.ClickException(f"{out} is not a wheelhouse: name another folder with --out")
+
+
+def collected(work: Path, python: str, extras: str, absent: Collection[str]) -> list[Path]:
+    """The wheels that the extras need, but for those that only the absent distributions need, in a folder of `work`."""
+    inside = environment_in(work / "environment", python)
+    wheel = project_wheel(inside, set(filter(None, extras.split(","))), work / "wheels")
+    click.echo(f"resolving with {python}", err=True)
+    report, roots = resolved(inside, wheel, extras, work), ["pip", f"fora-trt[{extras}]"]
+    everything, names = closure(report, roots, ()), closure(report, roots, absent)
+    if unknown := set(absent) - everything:
+        raise click.ClickException(f"nothing here needs {', '.join(sorted(unknown))}, so it cannot be left out")
+    click.echo(f"fetching {len(names)} of {len(everything)} distributions", err=True)
+    download(inside, report, names, work / "wheels")
+    return sorted((work / "wheels").iterdir(), key=lambda file: (-file.stat().st_size, file.name))
+
+
+def make_wheelhouse(python: str, extras: str, without: Collection[str], limit: int, out: Path) -> None:
+    """Make the folder beside its place, put it there whole, and list what is inside."""
+    check_replaceable(out)
+    path, version = interpreter_from_name(python)
+    absent = [canonicalize_name(name) for name in without]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        work = Path(temporary)
+        wheels = collected(work, path, extras, absent)
+        parts = [part.stat().st_size for part in pack(wheels, work / "house", limit, version, extras, " ".join(absent))]
+        lines = [f"{wheel.stat().st_size / MIB:9.2f} MiB  {wheel.name}" for wheel in wheels]
+        if out.exists():
+            out.rename(work / "replaced")
+        (work / "house").rename(out)
+    lines.append(f"{sum(parts) / MIB:9.2f} MiB  in {len(parts)} parts of at most {max(parts) / MIB:.2f} MiB in {out}")
+    click.echo("\n".join([*lines, f"copy that folder, then there: sh {SCRIPT} [PYTHON] [VENV]"]))
+
+
+@click.command()
+@click.option("--python", default=f"3.{sys.version_info.minor}", help="Version, command or path.", show_default=True)
+@click.option("--extras", default="cpu", help="Extras of fora-trt, with commas between.", show_default=True)
+@click.option("--without", multiple=True, help="Leave this distribution out, and what only it needs; repeatable.")
+@click.option("--part-size", type=click.IntRange(min=1), default=60, help="MiB at most per part.", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default="wheelhouse", help="Folder to make.", show_default=True)
+def main(python: str, extras: str, without: tuple[str, ...], part_size: int, out: Path) -> None:
+    """Collect the wheels of fora-trt for a Linux x86-64 machine without network, where install.sh installs them."""
+    try:
+        make_wheelhouse(python, extras.replace(" ", ""), without, part_size * MIB, out.resolve())
+    except OSError as error:
+        raise click.ClickException(f"the wheelhouse cannot be made: {error}") from error
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the temporary folder would stay
+    main()
