@@ -16,6 +16,10 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
+# On a machine with an NVIDIA GPU, with whichever backends are installed: make gpu-check EXTRAS=gpu,plot,dev
+gpu-check: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu_check
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

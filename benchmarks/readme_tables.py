@@ -7,57 +7,31 @@ writes benchmarks/results/<model>_<hardware>_<date>.json and .md for the digits 
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import onnxruntime
-import torch
 
+from benchmarks.circumstances import RESULTS, circumstances
 from benchmarks.digits_accuracy import digits_accuracy
-from fora_trt import __version__
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import backend_from_name, device_from_name
 from fora_trt.evaluate.comparison import grey_levels_between, measure, name_of, settings_of
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 
-RESULTS = Path(__file__).parent / "results"
 STEPS, CACHE_INTERVALS = 50, (1, 2, 3, 5)
-
-
-def circumstances() -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    root = Path(__file__).parents[1]
-    git = ["git", "-C", str(root)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
-    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")), "")
-    return {
-        "processor": cpu or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "fora_trt": __version__,
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "commit": commit + (" with changes" if changed else ""),
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def rows_of(bundle: Bundle, class_labels: Sequence[int], guidance_scale: float, repeats: int) -> list[dict[str, Any]]:
     """A row per setting; difference from interval 1 in grey levels for pixels, else relative to the latents' norm."""
     backend = backend_from_name("auto")
-    settings = settings_of(bundle, backend.name, device_from_name("auto", backend), STEPS, CACHE_INTERVALS)
+    settings = settings_of(
+        bundle, backend.name, device_from_name("auto", backend), STEPS, CACHE_INTERVALS, also=("torch-compile",)
+    )
     with click.progressbar(
         measure(settings, class_labels, guidance_scale, repeats), length=len(settings) * (repeats + 1)
     ) as bar:

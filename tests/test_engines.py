@@ -41,9 +41,7 @@ def test_results_appear_in_the_bound_tensors(exported: Bundle, backend: str) -> 
 
 
 def test_unknown_backend_and_device_are_named() -> None:
-    with pytest.raises(
-        BackendError, match="no backend 'tensorflow'; known are auto, tensorrt, tensorrt-rtx, on"
-    ):
+    with pytest.raises(BackendError, match="no backend 'tensorflow'; known are auto, tensorrt, tensorrt-rtx, on"):
         backend_from_name("tensorflow")
     torch_backend = BACKENDS["torch"]
     with pytest.raises(BackendError, match="no device 'gpu7'"):

@@ -15,7 +15,7 @@ from fora_trt.engines.plan_store import PlanSource
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.runtime.denoiser import load
 from fora_trt.runtime.images import grid, images_from_latents
-from fora_trt.runtime.sampling import Sampler, Trajectory
+from fora_trt.runtime.sampling import Sampler, Steps, Trajectory
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
 from fora_trt.schedule import Schedule
@@ -61,23 +61,33 @@ def settings_of(
     steps: int,
     cache_intervals: Sequence[int],
     plans: PlanSource | None = None,
+    also: Sequence[str] = (),
 ) -> list[Setting]:
     """What a user would choose between; the first row of the backend is interval 1, which all are compared with.
 
-    PyTorch without caching and as eager FORA, the backend at each interval, and the backend without caching in so few
-    steps that it takes about as long as at `CONTROL_INTERVAL`.
+    PyTorch without caching and as eager FORA, the same of the backends in `also`, the backend at each interval, and
+    the backend without caching in so few steps that it takes about as long as at `CONTROL_INTERVAL`.
     """
     scheduler = scheduler_from_config(bundle.scheduler_config, None, bundle.manifest.latents.learned_sigma)
     fewer = Schedule.static(steps, CONTROL_INTERVAL).full_steps
-    eager = Sampler(EagerFora(bundle, device), update_from_scheduler(scheduler, steps))
-    denoiser = load(bundle, schedule=Schedule.static(steps, 1), backend=backend, device=device, plans=plans)
-    cached = Sampler(denoiser, update_from_scheduler(scheduler, steps))
-    control = Sampler(denoiser, update_from_scheduler(scheduler, fewer))
+    plain = Schedule.static(steps, 1)
+
+    def sampler(of: Steps, steps: int = steps) -> Sampler:
+        return Sampler(of, update_from_scheduler(scheduler, steps))
+
+    others = {"PyTorch": sampler(EagerFora(bundle, device))} | {
+        name: sampler(load(bundle, schedule=plain, backend=name, device=device, plans=plans)) for name in also
+    }
+    denoiser = load(bundle, schedule=plain, backend=backend, device=device, plans=plans)
+    cached = sampler(denoiser)
     return [
-        Setting("PyTorch, no cache", eager, Schedule.static(steps, 1)),
-        Setting(f"PyTorch, interval {CONTROL_INTERVAL}", eager, Schedule.static(steps, CONTROL_INTERVAL)),
+        *(
+            Setting(f"{name}, {label}", other, Schedule.static(steps, interval))
+            for name, other in others.items()
+            for label, interval in (("no cache", 1), (name_of(CONTROL_INTERVAL), CONTROL_INTERVAL))
+        ),
         *(Setting(name_of(interval), cached, Schedule.static(steps, interval)) for interval in cache_intervals),
-        Setting(f"{fewer} steps, no cache", control, Schedule.static(fewer, 1)),
+        Setting(f"{fewer} steps, no cache", sampler(denoiser, fewer), Schedule.static(fewer, 1)),
     ]
 
 

@@ -98,11 +98,11 @@ class Sampler:
         clock = StepClock(device)
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():  # tensors made in that mode cannot be written outside it
-            self.update.begin((latent.channels, latent.height, latent.width), seeds, device)
-            self._prepare(class_labels, guidance_scale)
+            allocation = self.update.begin((latent.channels, latent.height, latent.width), seeds, device)
+            self._prepare(class_labels, guidance_scale, allocation)
         for full in watch(schedule.full):
             with clock.step(full):
-                self._steps[full]()
+                self.launch(full)
         latents = self.update.latents.cpu()  # waits for the device
         if not latents.isfinite().all():
             raise BackendError(
@@ -111,12 +111,16 @@ class Sampler:
             )
         return Trajectory(latents.clone(), time.perf_counter() - began, *clock.seconds())
 
-    def _prepare(self, class_labels: Sequence[int], guidance_scale: float) -> None:
+    def launch(self, full: bool) -> None:
+        """Take a full or a reuse step of a trajectory that was begun; may return before it is done."""
+        self._steps[full]()
+
+    def _prepare(self, class_labels: Sequence[int], guidance_scale: float, allocation: object) -> None:
         """Fill the tensors that a step reads; captured steps stay as long as those are where they were."""
         guided, images, device = guidance_scale > 1, len(class_labels), self.denoiser.device
         null = [self.denoiser.manifest.guidance.null_class] * images
         labels = torch.tensor([*class_labels, *(null if guided else [])])  # (2B,) or (B,)
-        key = (images, guided, self.denoiser.prepare(len(labels)))
+        key = (images, guided, allocation, self.denoiser.prepare(len(labels)))
         if key != self._key:
             self._key = key
             self._labels, self._scale = labels.to(device), torch.empty((), device=device)

@@ -39,10 +39,11 @@ class Update(ABC):
         self.on_device = on_device
 
     @abstractmethod
-    def begin(self, shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device) -> None:
+    def begin(self, shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device) -> object:
         """Draw the noise of a trajectory, image k from `seeds[k]` alone; `shape` is (C, H, W).
 
-        Tensors of a trajectory with as many images before it are used again, at their addresses.
+        Tensors of a trajectory of this shape before it are used again, at their addresses; what is returned is
+        another object where they are not.
         """
 
     @abstractmethod
@@ -152,9 +153,9 @@ def _shortened(weights: Tensor) -> Tensor:
 def _agrees(table: SchedulerTable, scheduler: SchedulerMixin, steps: int) -> bool:
     """Whether the table gives what the scheduler gives, for random latents and predictions at every call."""
     run, generator = _Run(scheduler, steps), torch.Generator().manual_seed(1)
-    remembered = torch.zeros(table.memory, 2, 16, dtype=torch.float64)
+    remembered = torch.zeros(table.memory, 2, 8, dtype=torch.float64)
     for call in range(len(table.timesteps)):
-        sample, prediction, learned = torch.randn(3, 16, dtype=torch.float64, generator=generator)
+        sample, prediction, learned = torch.randn(3, 8, dtype=torch.float64, generator=generator)
         run.input_scale(call)
         expected, noise = run.step(call, sample, prediction, learned if table.takes_variance else None)
         remembered[call % table.memory] = torch.stack([sample, prediction])
@@ -168,7 +169,10 @@ def _agrees(table: SchedulerTable, scheduler: SchedulerMixin, steps: int) -> boo
 
 
 class _Run:
-    """A copy of a scheduler, called on vectors; tells apart the noise that it draws."""
+    """A copy of a scheduler, called on vectors; tells apart the noise that it draws.
+
+    Vectors are shorter than 16: so few random numbers are the same in every precision that a scheduler may draw in.
+    """
 
     def __init__(self, scheduler: SchedulerMixin, steps: int) -> None:
         self._scheduler = copy.deepcopy(scheduler)
@@ -212,7 +216,7 @@ class TabulatedUpdate(Update):
         self._table = table
         self._key: tuple[object, ...] = ()
 
-    def begin(self, shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device) -> None:
+    def begin(self, shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device) -> object:
         if self._key != (key := (shape, len(seeds), device)):
             self._allocate(shape, len(seeds), device)
             self._key = key
@@ -222,9 +226,10 @@ class TabulatedUpdate(Update):
             self._noise[k].copy_(_drawn((1, *shape), generators)[:, 0])
         self._remembered.zero_()
         self._call.zero_()
+        return self._allocation
 
     def _allocate(self, shape: tuple[int, int, int], images: int, device: torch.device) -> None:
-        table = self._table
+        table, self._allocation = self._table, object()
         draws = table.draws.long()
         self.latents = torch.empty(images, *shape, device=device)
         self._remembered = torch.empty(table.memory, 2, images, *shape, device=device)
@@ -264,12 +269,13 @@ class SchedulerUpdate(Update):
         super().__init__(timesteps_of(scheduler, steps), takes_variance(scheduler), on_device=False)
         self._scheduler, self._steps = scheduler, steps
 
-    def begin(self, shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device) -> None:
+    def begin(self, shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device) -> object:
         self._scheduler.set_timesteps(self._steps)  # clears what it remembers of the trajectory before
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.latents = _drawn(shape, generators).to(device) * float(self._scheduler.init_noise_sigma)
         self._extra: dict[str, Any] = {"generator": generators} if _takes_generator(self._scheduler) else {}
         self._remaining = list(self._scheduler.timesteps)[::-1]
+        return None
 
     def model_input(self) -> Tensor:
         scaled: Tensor = self._scheduler.scale_model_input(self.latents, self._remaining[-1])

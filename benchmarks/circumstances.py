@@ -1,0 +1,47 @@
+"""What a figure was measured on: hardware, versions, commit."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fora_trt import __version__
+from fora_trt.engines.backends import installed_version
+
+RESULTS = Path(__file__).parent / "results"
+VERSIONED = ("diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "triton")
+
+
+def circumstances() -> dict[str, Any]:
+    """Hardware, versions and commit, as far as they can be known; packages that are not installed are left out."""
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")), "")
+    versions = {name: version for name in VERSIONED if (version := installed_version(name))}
+    return {
+        "processor": cpu or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "fora_trt": __version__,
+        "torch": torch.__version__,
+        **versions,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without history
+        return None
+    return commit + (" with changes" if changed.stdout else "")
