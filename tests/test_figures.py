@@ -1,5 +1,6 @@
 """The figures that the project promises, measured; each takes seconds to minutes."""
 
+import json
 import statistics
 import subprocess
 import sys
@@ -115,16 +116,53 @@ def test_peak_memory_does_not_grow_with_steps(bundles: dict[str, Bundle]) -> Non
     assert many - few < 20
 
 
-def test_dit_xl_2_exports_in_two_minutes_and_six_gigabytes(tmp_path: Path) -> None:
+def fora(folder: Path, *arguments: str) -> tuple[str, float, float]:
+    """Run a command as its own process; what it printed, seconds, and gigabytes at its peak."""
     code = (
         "import resource, sys; from fora_trt.cli import main\n"
         "main(sys.argv[1:], standalone_mode=False)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    command = [sys.executable, "-c", code, "export", "random:DiT-XL/2", "--precision", "fp16", "--out", str(tmp_path)]
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds, gigabytes = time.perf_counter() - began, int(done.stdout.split()[-1]) * 1024 / 1e9
-    print(f"{seconds:.0f} s, {gigabytes:.2f} GB")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=folder
+    )
+    seconds = time.perf_counter() - began
+    printed, _, peak = done.stdout.rstrip().rpartition("\n")
+    return printed, seconds, int(peak) * 1024 / 1e9
+
+
+def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path) -> None:
+    """Export in two minutes; both plans in one, each attention of the full plan fused; found again in two seconds."""
+    _, seconds, gigabytes = fora(tmp_path, "export", "random:DiT-XL/2", "--precision", "fp16", "--name", "xl")
+    print(f"export: {seconds:.0f} s, {gigabytes:.2f} GB")
     assert seconds < 120
     assert gigabytes < 6
+
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'fora-trt[rtx]'")
+    build = ("build", "export/xl", "--backend", "tensorrt-rtx", "--json")
+    printed, seconds, gigabytes = fora(tmp_path, *build)
+    plans = json.loads(printed)["plans"]
+    print(f"build: {seconds:.0f} s, {gigabytes:.2f} GB")
+    assert [len(plans[name]["attentions"]) for name in ("full", "reuse")] == [28, 0]
+    assert all(attention["fused"] for attention in plans["full"]["attentions"])
+    assert seconds < 60
+    assert gigabytes < 6
+    content = Path(tmp_path / json.loads(printed)["folder"] / "full.plan").read_bytes()
+    assert content.count(b"function={ name=_gemm_mha_v2 ") == 28, "another look at it: kernels listed in the plan"
+    content = Path(tmp_path / json.loads(printed)["folder"] / "reuse.plan").read_bytes()
+    assert b"_mha_" not in content
+
+    again = [fora(tmp_path, *build) for _ in range(3)]
+    print("found again:", ", ".join(f"{seconds:.2f} s" for _, seconds, _ in again))
+    assert all(json.loads(printed)["reused"] for printed, _, _ in again)
+    assert min(seconds for _, seconds, _ in again) < 2
+
+
+@pytest.mark.parametrize(("source", "precision", "fused"), [("digits", "fp16", 8), ("random:DiT-S/2", "fp16", 12)])
+def test_every_attention_becomes_one_kernel(source: str, precision: str, fused: int, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'fora-trt[rtx]'")
+    fora(tmp_path, "export", source, "--precision", precision, "--name", "model")
+    plans = json.loads(fora(tmp_path, "build", "export/model", "--backend", "tensorrt-rtx", "--json")[0])["plans"]
+    assert [one["fused"] for one in plans["full"]["attentions"]] == [True] * fused
+    assert plans["reuse"]["attentions"] == []

@@ -124,7 +124,8 @@ def gpu_problem(backend: str) -> str | None:
         return problem
     gpu = first_gpu()
     if gpu is None:
-        return f"{backend} runs on NVIDIA GPUs, and there is none here that torch can use"
+        builds = "; it can build plans here" if backend == TENSORRT_RTX else ""
+        return f"{backend} runs on NVIDIA GPUs, and there is none here that torch can use{builds}"
     library = library_from_name(backend)
     if library.is_rtx and gpu.compute_capability not in supported_capabilities(library):
         return unsupported(gpu.compute_capability)
