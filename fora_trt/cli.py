@@ -271,11 +271,12 @@ def build(
     click.echo(f"{'found' if reused else 'wrote'} {plans.folder}, for {made_for}")
     table = _table("", "plan", "size", "attentions", "fused", "built in")
     for name, plan in plans.manifest.plans.items():
-        fused = sum(attention.fused for attention in plan.attentions)
+        told = [attention.fused for attention in plan.attentions]
+        fused = "not told" if None in told else str(told.count(True))
         size = _bytes(plans.manifest.files[plan.file].size)
-        table.add_row(name, size, str(len(plan.attentions)), str(fused), f"{plan.seconds:.1f} s")
+        table.add_row(name, size, str(len(plan.attentions)), fused, f"{plan.seconds:.1f} s")
     _print(table)
-    apart = [one.name for plan in plans.manifest.plans.values() for one in plan.attentions if not one.fused]
+    apart = [one.name for plan in plans.manifest.plans.values() for one in plan.attentions if one.fused is False]
     if apart:
         click.echo(
             f"{apart[0]}{f' and {len(apart) - 1} more' if len(apart) > 1 else ''}: no fused kernel fits; "

@@ -44,10 +44,10 @@ class PlanOptions(Record):
 
 
 class Attention(Record):
-    """An attention of the network, and whether it became one fused kernel."""
+    """An attention of the network, and whether it became one fused kernel; None where the builder does not tell."""
 
     name: str
-    fused: bool
+    fused: bool | None
 
 
 @dataclass(frozen=True)
@@ -259,4 +259,4 @@ def _fused_among(names: Sequence[str], layers: Sequence[str]) -> tuple[Attention
         for kernel, nodes in re.findall(r"^Name: (\S+), LayerType: .*Metadata: (.*)$", text, flags=re.MULTILINE):
             if "mha" in kernel.lower():
                 fused.update(re.findall(r"\[ONNX Layer: ([^\]]+)\]", nodes))
-    return tuple(Attention(name=name, fused=name in fused) for name in names)
+    return tuple(Attention(name=name, fused=name in fused if layers else None) for name in names)

@@ -126,7 +126,10 @@ def gpu_problem(backend: str) -> str | None:
     if gpu is None:
         builds = "; it can build plans here" if backend == TENSORRT_RTX else ""
         return f"{backend} runs on NVIDIA GPUs, and there is none here that torch can use{builds}"
-    library = library_from_name(backend)
+    try:
+        library = library_from_name(backend)
+    except BackendError as error:  # too old
+        return str(error)
     if library.is_rtx and gpu.compute_capability not in supported_capabilities(library):
         return unsupported(gpu.compute_capability)
     return None

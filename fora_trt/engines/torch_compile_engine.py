@@ -52,7 +52,7 @@ class TorchCompileEngine(Engine):
     def is_capturable(self) -> bool:
         return True
 
-    @torch.no_grad()
+    @torch.inference_mode()  # in every call alike: another mode would compile anew, within a capture even
     def _run(self) -> None:
         try:
             with quiet("torch._inductor"):
