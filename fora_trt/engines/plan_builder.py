@@ -88,10 +88,11 @@ def plan_from_onnx(
         raise PlanError(f"{library.backend} cannot read {onnx}: {reasons or log.reason()}")
     names = _decomposable_attentions(trt, network)
     config = _configured(library, builder, inputs, options, compute_capabilities)
-    if timing_cache is not None:
-        _use_timing_cache(trt, config, timing_cache)
     if log.errors:  # setters report here and do not raise
         raise PlanError(f"{library.backend} does not accept these options: {log.reason()}")
+    if timing_cache is not None:
+        _use_timing_cache(trt, config, timing_cache)
+        log.clear()  # a cache that is refused is no reason to fail
     monitor, writer = _monitor(trt, progress), _writer(trt, plan)
     config.progress_monitor = monitor
     done = _run_cancellable(lambda: builder.build_serialized_network_to_stream(network, config, writer), monitor)
@@ -235,13 +236,16 @@ def _run_cancellable(build: Callable[[], Any], monitor: Any) -> bool:
             result.append(bool(build()))
         except BaseException as error:
             failure.append(error)
+        finally:
+            done.set()
 
+    done = threading.Event()  # before Python 3.13 a join that is interrupted takes the thread for ended
     thread = threading.Thread(target=run, name="plan builder")
     thread.start()
     interrupt: KeyboardInterrupt | None = None
-    while thread.is_alive():
+    while not done.is_set():
         try:
-            thread.join(timeout=0.1)
+            done.wait(timeout=0.1)
         except KeyboardInterrupt as pressed:  # noqa: PERF203 # may come in any round
             interrupt = pressed
             monitor.cancelled.set()

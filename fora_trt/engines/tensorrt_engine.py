@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -90,7 +91,8 @@ class TensorRTEngine(Engine):
         self._cache: KernelCache | None = None
         self._cache_path = plan.with_suffix(f".{_folder_word(gpu_of(device))}.kernels") if library.is_rtx else plan
         self._block: Tensor | None = None  # the scratch that the context was given
-        self._replay = Replay(self._execute, device, self.is_capturable)
+        this = weakref.proxy(self)  # a cycle would keep the GPU's memory until garbage is collected
+        self._replay = Replay(lambda: this._execute(), device, lambda: this.is_capturable())
         library.log.clear()
         with torch.cuda.device(device):
             self._engine = _deserialized(library, runtime, plan)
