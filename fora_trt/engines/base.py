@@ -36,7 +36,7 @@ class Engine(ABC):
         return False
 
     def scratch_bytes(self, batch: int) -> int:
-        """Device memory that a call of this batch takes beside the bound tensors, as far as it is known.
+        """Device memory that binding this batch allocates beside the bound tensors, as far as it is known.
 
         Raises `InputError` for a batch that the engine does not admit.
         """

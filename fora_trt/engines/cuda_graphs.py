@@ -57,8 +57,17 @@ class Replay:
         with torch.cuda.stream(self._stream):
             if not self._capturable():
                 return
-        graph = torch.cuda.CUDAGraph()
-        # other threads may go on with what a capture forbids, such as allocating
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._work()
+        graph, failure = torch.cuda.CUDAGraph(), None
+        try:
+            # other threads may go on with what a capture forbids, such as allocating
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                try:
+                    self._work()
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception:
+            if failure is not None:  # ending the capture fails too then, with less to say
+                raise failure from None
+            raise
         self._graph = graph

@@ -59,15 +59,20 @@ class KernelCache:
         """Write what was compiled since, once for each engine: after its first step all kernels are there."""
         if self.cache is None:
             return
-        kernels = bytes(self.cache.serialize())
-        self.cache = None
+        content, self.cache = self.cache.serialize(), None
+        if content is None:
+            return
+        kernels = bytes(content)
         digest = hashlib.sha256(kernels).digest()
         if digest == self._saved:
             return
         beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         with suppress(OSError):  # such as a folder that cannot be written
-            beside.write_bytes(digest + kernels)
-            beside.replace(self._path)
+            try:
+                beside.write_bytes(digest + kernels)
+                beside.replace(self._path)
+            finally:
+                beside.unlink(missing_ok=True)
 
 
 class TensorRTEngine(Engine):
@@ -110,6 +115,9 @@ class TensorRTEngine(Engine):
         return self._checked(self._engine.create_execution_context(config), "start an execution context")
 
     def scratch_bytes(self, batch: int) -> int:
+        return max(0, self._scratch_needed(batch) - self._scratch.block.nbytes)
+
+    def _scratch_needed(self, batch: int) -> int:
         with torch.cuda.device(self.device):
             self._set_batch(batch)
             return int(self._context.update_device_memory_size_for_shapes())
@@ -117,7 +125,7 @@ class TensorRTEngine(Engine):
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         self._replay.forget()
         self._block = None
-        self._scratch.reserve(self.scratch_bytes(next(len(tensors[name]) for name in self.inputs)))
+        self._scratch.reserve(self._scratch_needed(next(len(tensors[name]) for name in self.inputs)))
         for name in (*self.inputs, *self.outputs):
             assert tensors[name].is_contiguous() and tensors[name].device == self._scratch.block.device
             self._checked(self._context.set_tensor_address(name, tensors[name].data_ptr()), f"bind {name}")

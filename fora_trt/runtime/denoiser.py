@@ -6,7 +6,6 @@ Shapes: B is the batch of one call (twice the images under guidance), C, H, W ar
 from __future__ import annotations
 
 import math
-from bisect import bisect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,12 +148,18 @@ class Denoiser:
         need = self._bytes_of(batch)
         if self.device.type != "cuda" or need <= (free := free_bytes(self.device)):
             return
-        fitting = bisect(range(1, batch), free, key=self._bytes_of)  # needs grow with the batch
+        fitting = next((fewer for fewer in range(batch - 1, 0, -1) if self._fits(fewer, free)), 0)
         remedy = f"a batch of {fitting} would fit" if fitting else "not even a batch of 1 would fit"
         raise InputError(
             f"a batch of {batch} (twice the images under guidance) needs {gibibytes(need)} on {self.device}, "
             f"where {gibibytes(free)} are free; {remedy}, see --batch-size"
         )
+
+    def _fits(self, batch: int, free: int) -> bool:
+        try:
+            return self._bytes_of(batch) <= free
+        except InputError:  # a batch that the engines do not admit
+            return False
 
     def _bytes_of(self, batch: int) -> int:
         tensors: int = sum(math.prod(one.sized(batch)) * getattr(torch, one.dtype).itemsize for one in self._tensors)
