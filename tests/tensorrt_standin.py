@@ -274,6 +274,8 @@ class Cuda:
         try:
             with self._use(stream):
                 yield
+        except Exception as failure:  # as the real one, which then ends a capture that is no longer valid
+            raise RuntimeError("operation failed due to a previous error during capture") from failure
         finally:
             self.capturing = False
 
