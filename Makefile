@@ -17,7 +17,7 @@ test: $(VENV)/with-$(EXTRAS)
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/with-$(EXTRAS)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations=8
 
 # On a machine with an NVIDIA GPU, with whichever backends are wanted: make gpu-check EXTRAS=gpu,dev
 gpu-check: $(VENV)/with-$(EXTRAS)

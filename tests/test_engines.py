@@ -14,7 +14,7 @@ from tests.conftest import ON_CPU
 from tests.damage import rewrite
 
 
-@pytest.mark.parametrize("backend", [*ON_CPU, pytest.param("torch-compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_every_backend_computes_the_same_steps(exported: Bundle, backend: str) -> None:
     schedule = Schedule((True, False))
     tested = load(exported, schedule=schedule, backend=backend, device="cpu")

@@ -13,6 +13,9 @@ import torch
 from benchmarks.digits_accuracy import digits_accuracy
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
+from fora_trt.engines.plan_builder import PlanOptions
+from fora_trt.engines.plan_store import build_plans, default_profile, target_of
+from fora_trt.engines.tensorrt_library import TENSORRT_RTX, library_from_name
 from fora_trt.evaluate.verify import compare_with_pytorch
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
@@ -159,10 +162,12 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
     assert min(seconds for _, seconds, _ in again) < 2
 
 
-@pytest.mark.parametrize(("source", "precision", "fused"), [("digits", "fp16", 8), ("random:DiT-S/2", "fp16", 12)])
-def test_every_attention_becomes_one_kernel(source: str, precision: str, fused: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("source", "attentions"), [("digits", 8), ("random:DiT-S/2", 12)])
+def test_every_attention_becomes_one_kernel(source: str, attentions: int, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'fora-trt[rtx]'")
-    fora(tmp_path, "export", source, "--precision", precision, "--name", "model")
-    plans = json.loads(fora(tmp_path, "build", "export/model", "--backend", "tensorrt-rtx", "--json")[0])["plans"]
-    assert [one["fused"] for one in plans["full"]["attentions"]] == [True] * fused
-    assert plans["reuse"]["attentions"] == []
+    bundle = bundle_from_model(model_from_source(source, "fp16"), tmp_path / "export" / "half")
+    target = target_of(library_from_name(TENSORRT_RTX), None)
+    options = PlanOptions(profiles=(default_profile(2),))
+    plans = build_plans(bundle, target, options, tmp_path / "engines")[0].manifest.plans
+    assert [one.fused for one in plans["full"].attentions] == [True] * attentions
+    assert plans["reuse"].attentions == ()
