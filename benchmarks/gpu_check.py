@@ -25,12 +25,12 @@ import torch
 
 from benchmarks.circumstances import RESULTS, circumstances
 from fora_trt import Denoiser, Schedule, load
-from fora_trt.bundle import Bundle, GraphError
+from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import BACKENDS
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import ForaError
 from fora_trt.evaluate.eager_fora import EagerFora
-from fora_trt.export.split import example_inputs
+from fora_trt.evaluate.verify import graph_errors
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import FULL, REUSE
@@ -63,14 +63,7 @@ def transfers_of(run: Callable[[], None]) -> dict[str, int]:
 def parity(denoiser: Denoiser, bundle: Bundle, batch: int) -> dict[str, float]:
     """Largest error of the full and of the reuse graph, relative to PyTorch in fp32."""
     reference = EagerFora(bundle, denoiser.device)
-    denoiser.prepare(batch)
-    errors = {}
-    for seed, graph in enumerate((FULL, REUSE), start=1):
-        inputs = example_inputs(bundle.manifest.graphs[FULL].inputs, bundle.manifest.guidance, batch, seed)
-        placed = {name: value.to(denoiser.device) for name, value in inputs.items()}
-        with torch.inference_mode():
-            errors[graph] = GraphError.between(*(one.predict(graph == FULL, **placed) for one in (denoiser, reference)))
-    return {graph: error.relative for graph, error in errors.items()}
+    return {graph: error.relative for graph, error in graph_errors(denoiser, reference, batch)}
 
 
 def row_of(bundle: Bundle, backend: str, device: torch.device, images: int, steps: int, repeats: int) -> dict[str, Any]:
@@ -90,7 +83,8 @@ def row_of(bundle: Bundle, backend: str, device: torch.device, images: int, step
                     seconds[interval].append(done.seconds)
                     full += done.full_seconds
                     reuse += done.reuse_seconds
-        transfers = _transfers_between_steps(sampler, steps, images) if device.type == "cuda" else None
+        between = Schedule.static(steps, 3)
+        transfers = transfers_between_steps(sampler, between, images) if device.type == "cuda" else None
     medians = {interval: statistics.median(times) for interval, times in seconds.items()}
     return {
         "works": True,
@@ -105,14 +99,14 @@ def row_of(bundle: Bundle, backend: str, device: torch.device, images: int, step
     }
 
 
-def _transfers_between_steps(sampler: Sampler, steps: int, images: int) -> dict[str, int]:
+def transfers_between_steps(sampler: Sampler, schedule: Schedule, images: int) -> dict[str, int]:
     """Of a trajectory that was captured before, from before its first to after its last step."""
     latent = sampler.denoiser.manifest.latents
     sampler.update.begin((latent.channels, latent.height, latent.width), range(images), sampler.denoiser.device)
     torch.cuda.synchronize()
 
     def run() -> None:
-        for full in Schedule.static(steps, 3).full:
+        for full in schedule.full:
             sampler.launch(full)
 
     return transfers_of(run)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_check import parity, transfers_of
+from benchmarks.gpu_check import parity, transfers_between_steps, transfers_of
 from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import BACKENDS
@@ -78,15 +78,7 @@ def test_nothing_is_copied_or_waited_for_between_steps(
     schedule = Schedule.static(8, 3)
     for _ in range(2):
         sampler(schedule, [1, 2], [0, 1], 1.5)
-    latent = exported.manifest.latents
-    sampler.update.begin((latent.channels, latent.height, latent.width), [0, 1], torch.device("cuda:0"))
-    torch.cuda.synchronize()
-
-    def run() -> None:
-        for full in schedule.full:
-            sampler.launch(full)
-
-    transfers = transfers_of(run)
+    transfers = transfers_between_steps(sampler, schedule, images=2)
     assert transfers == {"host to device": 0, "device to host": 0, "synchronizations": 0}
 
 

@@ -280,7 +280,7 @@ def _admits(manifest: PlanManifest, batch: int) -> bool:
 
 
 def _sets_in(folder: Path, library: Library) -> list[Path]:
-    """Folders of sets of this backend, of any version, by name; hidden ones are being built or were left behind."""
+    """Folders of sets of this backend and major version, by name; hidden ones are being built or were left behind."""
     if not folder.is_dir():
         return []
     begin = f"{library.backend}-{library.version.split('.')[0]}"

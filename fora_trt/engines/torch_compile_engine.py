@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from fora_trt.bundle import Bundle
 from fora_trt.engines.base import Engine
 from fora_trt.engines.cuda_graphs import Replay
-from fora_trt.engines.torch_engine import model_from_bundle
+from fora_trt.engines.torch_engine import TorchEngine, steps_from_bundle
 from fora_trt.errors import BackendError
 from fora_trt.export.graphs import TRACED_BATCH, program_from_step
-from fora_trt.export.split import FullStep, ReuseStep, Split, example_inputs
-from fora_trt.models.spec import FULL, REUSE
+from fora_trt.export.split import Split, example_inputs
 from fora_trt.quiet import quiet
 
 
@@ -30,20 +29,18 @@ class _IntoTargets(nn.Module):
             target.copy_(result)
 
 
-class TorchCompileEngine(Engine):
+class TorchCompileEngine(TorchEngine):
     """A compiled step. It is compiled at the first call for each batch size, which takes a while."""
 
     def __init__(self, step: Split, bundle: Bundle, graph: str, device: torch.device) -> None:
-        record = bundle.manifest.graphs[graph]
-        super().__init__(record.inputs, record.outputs, device)
-        inputs = example_inputs(record.inputs, bundle.manifest.guidance, TRACED_BATCH)
+        super().__init__(step, bundle, graph, device)
+        inputs = example_inputs(self.inputs.values(), bundle.manifest.guidance, TRACED_BATCH)
         program = program_from_step(step, {name: value.to(device) for name, value in inputs.items()})
         self._compiled = torch.compile(_IntoTargets(program.module()), fullgraph=True, dynamic=False)
         self._replay = Replay(self._run, device)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        self._sources = [tensors[name] for name in self.inputs]
-        self._targets = [tensors[name] for name in self.outputs]
+        super().bind(tensors)
         self._replay.forget()
 
     def enqueue(self) -> None:
@@ -64,9 +61,5 @@ class TorchCompileEngine(Engine):
 
 def engines_from_bundle(bundle: Bundle, device: torch.device, *_: object) -> dict[str, Engine]:
     """Both engines, over one copy of the weights."""
-    model = model_from_bundle(bundle)
-    module, sites = model.module.to(device), [site.module for site in bundle.manifest.cache_sites]
-    return {
-        FULL: TorchCompileEngine(FullStep(module, model.spec, sites), bundle, FULL, device),
-        REUSE: TorchCompileEngine(ReuseStep(module, model.spec, sites), bundle, REUSE, device),
-    }
+    steps = steps_from_bundle(bundle, device)
+    return {name: TorchCompileEngine(step, bundle, name, device) for name, step in steps.items()}

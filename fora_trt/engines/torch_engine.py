@@ -36,12 +36,14 @@ class TorchEngine(Engine):
 
 def engines_from_bundle(bundle: Bundle, device: torch.device, *_: object) -> dict[str, Engine]:
     """Both engines, over one copy of the module."""
+    return {name: TorchEngine(step, bundle, name, device) for name, step in steps_from_bundle(bundle, device).items()}
+
+
+def steps_from_bundle(bundle: Bundle, device: torch.device) -> dict[str, Split]:
+    """The full and the reuse step of the module that a bundle was exported from. Raises `BackendError`."""
     model = model_from_bundle(bundle)
     module, sites = model.module.to(device), [site.module for site in bundle.manifest.cache_sites]
-    return {
-        FULL: TorchEngine(FullStep(module, model.spec, sites), bundle, FULL, device),
-        REUSE: TorchEngine(ReuseStep(module, model.spec, sites), bundle, REUSE, device),
-    }
+    return {FULL: FullStep(module, model.spec, sites), REUSE: ReuseStep(module, model.spec, sites)}
 
 
 def model_from_bundle(bundle: Bundle) -> Model:

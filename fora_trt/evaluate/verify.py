@@ -12,7 +12,7 @@ from fora_trt.engines.plan_store import PlanSource
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.export.split import example_inputs
 from fora_trt.models.spec import FULL, REUSE
-from fora_trt.runtime.denoiser import load
+from fora_trt.runtime.denoiser import Denoiser, load
 from fora_trt.runtime.sampling import Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
@@ -53,15 +53,8 @@ def compare_with_pytorch(
     manifest = bundle.manifest
     denoiser = load(bundle, schedule=Schedule.static(steps, 1), backend=backend, device=device, plans=plans)
     reference = EagerFora(bundle, device)
-    denoiser.prepare(2)
-    tolerance = GRAPH_TOLERANCE[manifest.precision]
-    for seed, graph in enumerate((FULL, REUSE), start=1):
-        inputs = example_inputs(manifest.graphs[FULL].inputs, manifest.guidance, batch=2, seed=seed)
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        with torch.inference_mode():
-            predictions = [one.predict(graph == FULL, **inputs) for one in (denoiser, reference)]
-            error = GraphError.between(*predictions)
-        yield Comparison(f"{graph} graph", error, tolerance)
+    for graph, error in graph_errors(denoiser, reference, batch=2):
+        yield Comparison(f"{graph} graph", error, GRAPH_TOLERANCE[manifest.precision])
 
     scheduler = scheduler_from_config(bundle.scheduler_config, None, manifest.latents.learned_sigma)
     samplers = [Sampler(one, update_from_scheduler(scheduler, steps)) for one in (denoiser, reference)]
@@ -75,3 +68,16 @@ def compare_with_pytorch(
             GraphError.between(*latents),
             TRAJECTORY_TOLERANCE[manifest.precision],
         )
+
+
+def graph_errors(denoiser: Denoiser, reference: EagerFora, batch: int) -> Iterator[tuple[str, GraphError]]:
+    """The error of the full and then of the reuse graph, on seeded inputs that differ between the two."""
+    manifest = denoiser.manifest
+    denoiser.prepare(batch)
+    for seed, graph in enumerate((FULL, REUSE), start=1):
+        inputs = example_inputs(manifest.graphs[FULL].inputs, manifest.guidance, batch, seed)
+        placed = {name: value.to(denoiser.device) for name, value in inputs.items()}
+        with torch.inference_mode():
+            predictions = [one.predict(graph == FULL, **placed) for one in (denoiser, reference)]
+            error = GraphError.between(*predictions)
+        yield graph, error
