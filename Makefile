@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # of the developers' environment; `make demo` needs less
-EXTRAS ?= cpu,rtx,plot,dev
+EXTRAS ?= cpu,rtx,text,plot,dev
 DEMO_EXTRAS := $(if $(filter command line,$(origin EXTRAS)),$(EXTRAS),cpu)
 
 .PHONY: demo test test-slow gpu-check lint format wheelhouse clean
@@ -13,11 +13,14 @@ DEMO_EXTRAS := $(if $(filter command line,$(origin EXTRAS)),$(EXTRAS),cpu)
 demo: $(VENV)/with-$(DEMO_EXTRAS)
 	$(BIN)/fora-trt demo
 
+# Two at a time, one thread each: tracing, which takes most of the time, is single-threaded anyway.
 test: $(VENV)/with-$(EXTRAS)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# What is timed runs alone.
 test-slow: $(VENV)/with-$(EXTRAS)
-	$(BIN)/python -m pytest -m slow --durations=8
+	$(BIN)/python -m pytest -m slow --durations=8 tests/test_figures.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --ignore tests/test_figures.py
 
 # On a machine with an NVIDIA GPU, with whichever backends are wanted: make gpu-check EXTRAS=gpu,dev
 gpu-check: $(VENV)/with-$(EXTRAS)

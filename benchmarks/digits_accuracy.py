@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
+from fora_trt.runtime.conditioning import conditioning_of_classes
 from fora_trt.runtime.sampling import Sampler, sample_in_batches
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
@@ -39,10 +40,11 @@ def digits_accuracy(bundle: Bundle, cache_intervals: Sequence[int], guidance_sca
     denoiser = load(bundle, schedule=Schedule.static(50, 1), device="cpu")
     scheduler = scheduler_from_config(bundle.scheduler_config, "ddim", learned_sigma=True)
     sampler = Sampler(denoiser, update_from_scheduler(scheduler, 50))
+    wanted = conditioning_of_classes(bundle.manifest, labels)
     accuracy = {"real": float(classifier.score(held_out, held_out_classes))}
     for interval in cache_intervals:
         schedule = Schedule.static(sampler.update.calls, interval)
-        done = sample_in_batches(sampler, schedule, labels, 0, guidance_scale, batch_size=100)
+        done = sample_in_batches(sampler, schedule, wanted, 0, guidance_scale, batch_size=100)
         accuracy[f"interval {interval}"] = float(np.mean(classifier.predict(_as_data(done.latents)) == labels))
     return accuracy
 

@@ -34,6 +34,7 @@ from fora_trt.evaluate.verify import graph_errors
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import FULL, REUSE
+from fora_trt.runtime.conditioning import conditioning_of_classes
 from fora_trt.runtime.sampling import Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
@@ -74,11 +75,12 @@ def row_of(bundle: Bundle, backend: str, device: torch.device, images: int, step
         errors = parity(denoiser, bundle, 2 * images)
         scheduler = scheduler_from_config(bundle.scheduler_config, "ddim", bundle.manifest.latents.learned_sigma)
         sampler = Sampler(denoiser, update_from_scheduler(scheduler, steps))
+        wanted = conditioning_of_classes(bundle.manifest, [0] * images)
         seconds: dict[int, list[float]] = {interval: [] for interval in CACHE_INTERVALS}
         full, reuse = [], []
         for repeat in range(repeats + 1):
             for interval in CACHE_INTERVALS:
-                done = sampler(Schedule.static(steps, interval), [0] * images, range(images), GUIDANCE_SCALE)
+                done = sampler(Schedule.static(steps, interval), wanted, range(images), GUIDANCE_SCALE)
                 if repeat:  # the first warms up and captures
                     seconds[interval].append(done.seconds)
                     full += done.full_seconds
@@ -100,14 +102,13 @@ def row_of(bundle: Bundle, backend: str, device: torch.device, images: int, step
 
 
 def transfers_between_steps(sampler: Sampler, schedule: Schedule, images: int) -> dict[str, int]:
-    """Of a trajectory that was captured before, from before its first to after its last step."""
-    latent = sampler.denoiser.manifest.latents
-    sampler.update.begin((latent.channels, latent.height, latent.width), range(images), sampler.denoiser.device)
+    """Of a guided trajectory that was captured before, from before its first to after its last step."""
+    sampler.update.begin(sampler.denoiser.manifest.latents.shape, range(images), sampler.denoiser.device)
     torch.cuda.synchronize()
 
     def run() -> None:
         for full in schedule.full:
-            sampler.launch(full)
+            sampler.launch(full, guided=True)
 
     return transfers_of(run)
 

@@ -22,6 +22,7 @@ from fora_trt.engines.backends import backend_from_name, device_from_name
 from fora_trt.evaluate.comparison import grey_levels_between, measure, name_of, settings_of
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
+from fora_trt.runtime.conditioning import conditioning_of_classes
 
 STEPS, CACHE_INTERVALS = 50, (1, 2, 3, 5)
 
@@ -32,8 +33,9 @@ def rows_of(bundle: Bundle, class_labels: Sequence[int], guidance_scale: float, 
     settings = settings_of(
         bundle, backend.name, device_from_name("auto", backend), STEPS, CACHE_INTERVALS, also=("torch-compile",)
     )
+    wanted = conditioning_of_classes(bundle.manifest, class_labels)
     with click.progressbar(
-        measure(settings, class_labels, guidance_scale, repeats), length=len(settings) * (repeats + 1)
+        measure(settings, wanted, guidance_scale, repeats), length=len(settings) * (repeats + 1)
     ) as bar:
         for _ in bar:
             pass

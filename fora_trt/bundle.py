@@ -12,12 +12,23 @@ import onnx_ir as ir
 
 from fora_trt.errors import BundleError
 from fora_trt.folders import MANIFEST, FileRecord, Record, check_files, read_manifest
-from fora_trt.models.spec import FEATURE, FULL, REUSE, CacheSite, GuidanceSpec, LatentSpec, TensorSpec
+from fora_trt.models.options import SourceOptions
+from fora_trt.models.spec import (
+    FEATURE,
+    FULL,
+    REUSE,
+    CacheSite,
+    GuidanceSpec,
+    InputSpec,
+    LatentSpec,
+    TensorSpec,
+    TextSpec,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SCHEDULER = "scheduler_config.json"
 
 
@@ -37,15 +48,24 @@ class GraphError:
         return cls(difference if finite else float("inf"), difference / largest if finite and largest else float("inf"))
 
 
-class ModelRecord(Record):
-    """Where the weights came from. `weights_sha256` digests every tensor as it was traced."""
+@dataclass(frozen=True)
+class TrajectoryError:
+    """Error of whole trajectories against PyTorch in fp32, by cache interval, on the backend that ran them."""
 
-    source: str
+    steps: int
+    backend: str
+    errors: dict[int, GraphError]
+
+
+class ModelRecord(Record):
+    """Where the weights came from, and how to load them again. `weights_sha256` digests every tensor as traced."""
+
+    options: SourceOptions
     architecture: str
     config: dict[str, Any]
     weights_sha256: str
-    image_size: int | None
     vae: str | None
+    image_size: tuple[int, int] | None
 
 
 class GraphRecord(Record):
@@ -68,9 +88,16 @@ class Manifest(Record):
     graphs: dict[str, GraphRecord]
     cache_sites: tuple[CacheSite, ...]
     latents: LatentSpec
-    guidance: GuidanceSpec
+    conditioning: dict[str, InputSpec]
+    guidance: GuidanceSpec | None
+    text: TextSpec | None
     files: dict[str, FileRecord]
     measured_error: dict[str, GraphError] | None
+    trajectory_error: TrajectoryError | None = None
+
+    def features(self) -> list[TensorSpec]:
+        """Every feature of every site, in order."""
+        return [feature for site in self.cache_sites for feature in site.features]
 
 
 @dataclass(frozen=True)
@@ -105,12 +132,16 @@ class Bundle:
     def check(self) -> None:
         """Raise `BundleError` unless every file is the one that the manifest promises."""
         folder, manifest = self.folder, self.manifest
-        mend = f"export it again: fora-trt export {manifest.model.source} --name {manifest.name} --force"
+        mend = f"export it again: fora-trt export {manifest.model.options.source} --name {manifest.name} --force"
         check_files(folder, manifest.files, mend, BundleError)
         if {FULL, REUSE} - manifest.graphs.keys():
             raise BundleError(f"the manifest of {folder} lacks a graph; {mend}")
-        features = {tensor.name: tensor for tensor in manifest.graphs[FULL].outputs[1:]}
-        if {f"{FEATURE}{site.module}": site.feature for site in manifest.cache_sites} != features:
+        named = all(
+            feature.name == f"{FEATURE}{site.module}" or feature.name.startswith(f"{FEATURE}{site.module}.")
+            for site in manifest.cache_sites
+            for feature in site.features
+        )
+        if not named or (*manifest.features(),) != manifest.graphs[FULL].outputs[1:]:
             raise BundleError(
                 f"the cache sites in the manifest of {folder} are not the outputs of its full graph; {mend}"
             )

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fora_trt import __version__
-from fora_trt.errors import ForaError, InputError
+from fora_trt.errors import BackendError, ForaError, InputError
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
 
     from fora_trt.bundle import Bundle
     from fora_trt.engines.plan_store import PlanSource
     from fora_trt.models.recipes import Recipe
+    from fora_trt.runtime.conditioning import Conditioning
 
 PRECISION = click.Choice(["fp32", "fp16", "bf16"])
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -34,35 +36,67 @@ ENGINES = click.option(
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
-class Numbers(click.ParamType[tuple[int, ...]]):
-    """Whole numbers between commas."""
+class Numbers(click.ParamType["tuple[int, ...]"]):
+    """Whole numbers between separators; here any number of them, between commas."""
 
     name = "N,N,..."
+    separator = ","
+    counts: tuple[int, ...] = ()  # how many there may be; any number without one
+    refusal = "is not a list of whole numbers such as 3,7,7"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(int(part) for part in str(value).split(","))
+            numbers = tuple(int(part) for part in str(value).lower().split(self.separator))
         except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as 3,7,7", param, ctx)
+            numbers = ()
+        if not numbers or (self.counts and len(numbers) not in self.counts):
+            self.fail(f"{value!r} {self.refusal}", param, ctx)
+        if problem := self.problem_of(numbers):
+            self.fail(f"{value!r} {problem}", param, ctx)
+        return numbers
+
+    def problem_of(self, numbers: tuple[int, ...]) -> str | None:
+        """What is wrong with numbers of the right count."""
+        return None
 
 
-class BatchProfile(click.ParamType["tuple[int, int, int]"]):
+class BatchProfile(Numbers):
     """Least, best and most of a batch, between colons."""
 
-    name = "MIN:OPT:MAX"
+    name, separator, counts = "MIN:OPT:MAX", ":", (3,)
+    refusal = "is not three whole numbers such as 1:2:16"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            least, best, most = (int(part) for part in str(value).split(":"))
-        except ValueError:
-            self.fail(f"{value!r} is not three whole numbers such as 1:2:16", param, ctx)
-        if not 1 <= least <= best <= most:
-            self.fail(f"{value!r} must rise from 1 on: the least batch, the one to tune for, the most", param, ctx)
-        return least, best, most
+    def problem_of(self, numbers: tuple[int, ...]) -> str | None:
+        least, best, most = numbers
+        rises = 1 <= least <= best <= most
+        return None if rises else "must rise from 1 on: the least batch, the one to tune for, the most"
+
+
+class ImageSize(Numbers):
+    """One whole number for a square, or height and width."""
+
+    name, separator, counts = "N|HxW", "x", (1, 2)
+    refusal = "is no image size such as 512, or 512x768 for height and width"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        sides = super().convert(value, param, ctx)
+        return sides[0], sides[-1]
+
+    def problem_of(self, numbers: tuple[int, ...]) -> str | None:
+        return None if min(numbers) >= 1 else self.refusal
+
+
+class StepRange(Numbers):
+    """First step and the one after the last, between colons."""
+
+    name, separator, counts = "FIRST:LAST", ":", (2,)
+    refusal = "is not two whole numbers such as 5:30"
+
+    def problem_of(self, numbers: tuple[int, ...]) -> str | None:
+        first, last = numbers
+        return None if 0 <= first < last else "must rise, from 0 for the first step"
 
 
 class Words(click.ParamType[tuple[str, ...]]):
@@ -102,23 +136,43 @@ def main() -> None:
 @click.option("--name", help="Name of the bundle.  [default: from the source]", show_default=False)
 @click.option("--out", type=click.Path(path_type=Path), default="export", help="Folder to make the bundle in.")
 @click.option("--precision", type=PRECISION, help="Of weights and arithmetic.  [default: fp32]", show_default=False)
-@click.option("--image-size", type=click.IntRange(min=1), help="Pixels a side.  [default: the model's own]")
-@click.option("--cache", help="Kinds of sites, or patterns over module paths, between commas.  [default: all kinds]")
+@click.option("--image-size", type=ImageSize(), help="Pixels a side, or HEIGHTxWIDTH.  [default: the model's own]")
+@click.option(
+    "--cache",
+    type=Words(),
+    multiple=True,
+    help="Kinds of sites, or patterns over module paths; between commas, or given again.  [default: all kinds]",
+    show_default=False,
+)
+@click.option("--architecture", type=click.Choice(["DiT", "SiT"], case_sensitive=False), help="Of a state dict.")
+@click.option("--num-heads", type=click.IntRange(min=1), help="Attention heads of a state dict of unusual width.")
+@click.option("--text-length", type=click.IntRange(min=1), help="Tokens of a prompt.  [default: the model's own]")
+@click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
 @click.option("--opset", type=int, help="ONNX opset.  [default: 23]")
+@click.option(
+    "--measure-trajectory/--no-measure-trajectory",
+    "measured",
+    default=None,
+    help="Compare trajectories in fp16 or bf16 with fp32.  [default: if that takes under two minutes]",
+    show_default=False,
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @AS_JSON
-def export(source: str, out: Path, force: bool, as_json: bool, **given: Any) -> None:
+def export(source: str, out: Path, measured: bool | None, force: bool, as_json: bool, **given: Any) -> None:
     """Split a model into a full and a reuse graph and write them as a bundle.
 
-    SOURCE is `digits` (trained, comes with fora-trt), a diffusers folder or hub id of a DiT, `random:DiT-XL/2` or a
-    sister (random weights, for timing), or a recipe file.
+    SOURCE is `digits` (trained, comes with fora-trt), a diffusers folder or hub id of a DiT or PixArt, a state dict of
+    the DiT or SiT authors, `package.module:factory` for a network of your own, `random:DiT-XL/2` or a sister (random
+    weights, for timing), or a recipe file.
 
     \b
     Examples:
       fora-trt export digits
       fora-trt export facebook/DiT-XL-2-256 --precision fp16
+      fora-trt export DiT-XL-2-512x512.pt --vae stabilityai/sd-vae-ft-ema
+      fora-trt export my_package.model:make --cache 'blocks.*.attn' --cache 'blocks.*.mlp'
       fora-trt export random:DiT-S/2 --name s2
-      fora-trt export export/dit-xl-2-256.toml
+      fora-trt export export/pixart-sigma-1024.toml
     """
     recipe = _recipe(source, given)
     from fora_trt.export.write import bundle_from_model
@@ -126,15 +180,17 @@ def export(source: str, out: Path, force: bool, as_json: bool, **given: Any) -> 
 
     _say(as_json, f"loading {recipe.source}")
     target = None if recipe.name is None else out / _folder_name(recipe.name)
-    model = model_from_source(recipe.source, recipe.precision or "fp32", recipe.image_size)
+    model = model_from_source(recipe.options(), recipe.precision or "fp32", recipe.cache)
     bundle = bundle_from_model(
         model,
         target or out / _folder_name(model.name),
-        cache=recipe.cache,
         opset=recipe.opset or 23,
         force=force,
         report=lambda stage: _say(as_json, stage),
     )
+    del model
+    if bundle.manifest.precision != "fp32" and measured is not False:
+        bundle = _with_measured_trajectory(bundle, float("inf") if measured else 120.0, as_json)
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle.folder), **bundle.manifest.model_dump(mode="json")}))
         return
@@ -147,6 +203,27 @@ def export(source: str, out: Path, force: bool, as_json: bool, **given: Any) -> 
     else:
         shown = ", ".join(f"{name} graph {error.relative:.1e}" for name, error in errors.items())
         click.echo(f"largest error relative to PyTorch in fp32: {shown}")
+    if (whole := bundle.manifest.trajectory_error) is not None:
+        shown = ", ".join(f"{error.relative:.1e} at cache interval {n}" for n, error in whole.errors.items())
+        click.echo(f"error of {whole.steps} steps relative to fp32, on {whole.backend}: {shown}")
+
+
+def _with_measured_trajectory(bundle: Bundle, within_seconds: float, as_json: bool) -> Bundle:
+    from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.evaluate.verify import with_measured_trajectory
+
+    backend = backend_from_name("torch")  # it computes as the graphs do, whatever is installed
+    _say(as_json, "measuring trajectories against fp32")
+    try:
+        measured = with_measured_trajectory(bundle, backend.name, device_from_name("auto", backend), within_seconds)
+    except BackendError as error:
+        if within_seconds == float("inf"):  # asked for
+            raise
+        click.echo(f"trajectories could not be measured: {error}", err=True)
+        return bundle
+    if measured.manifest.trajectory_error is None:
+        click.echo("trajectories would take long to measure here; --measure-trajectory does it all the same", err=True)
+    return measured
 
 
 def _recipe(source: str, given: dict[str, Any]) -> Recipe:
@@ -154,8 +231,7 @@ def _recipe(source: str, given: dict[str, Any]) -> Recipe:
     from fora_trt.models.recipes import Recipe, read_recipe
 
     recipe = read_recipe(Path(source)) if source.endswith(".toml") else Recipe(source=source)
-    if given["cache"] is not None:
-        given["cache"] = tuple(part.strip() for part in given["cache"].split(",") if part.strip())
+    given["cache"] = tuple(pattern for patterns in given["cache"] for pattern in patterns) if given["cache"] else None
     return recipe.model_copy(update={key: value for key, value in given.items() if value is not None})
 
 
@@ -339,100 +415,131 @@ def verify(
 
 @main.command()
 @BUNDLE
-@click.option("--class-labels", type=Numbers(), required=True, help="A class for each image.")
+@click.option("--class-labels", type=Numbers(), help="A class for each image.")
+@click.option("--prompt", "prompts", multiple=True, help="What to show; given again for more images.")
+@click.option("--negative-prompt", default="", help="What not to show.")
+@click.option(
+    "--prompt-embeds",
+    "--conditioning",
+    "conditioning_file",
+    type=click.Path(path_type=Path),
+    help="Inputs of the model by name, .npz or .safetensors; names with negative_ are the unconditional half.",
+)
+@click.option("--num-images", type=click.IntRange(min=1), help="Of each prompt, or of a model that takes noise alone.")
+@click.option("--height", type=click.IntRange(min=1), help="Of the image; must be what was exported.")
+@click.option("--width", type=click.IntRange(min=1), help="Of the image; must be what was exported.")
 @click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps.")
 @click.option("--cache-interval", type=click.IntRange(min=1), default=3, help="Full step every N steps; 1: no caching.")
 @click.option(
-    "--guidance-scale", type=click.FloatRange(min=0), default=1.5, help="Classifier-free guidance; up to 1: none."
+    "--guidance-scale",
+    type=click.FloatRange(min=0),
+    help="Classifier-free guidance; up to 1: none.  [default: 1.5 for classes, 4.5 for prompts]",
+    show_default=False,
 )
+@click.option("--guidance-interval", type=StepRange(), help="Steps that are guided, from 0.  [default: all]")
 @click.option("--scheduler", help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together.")
 @BACKEND
 @DEVICE
 @ENGINES
+@click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A .png for a grid, or a folder.")
 @click.option("--latents-out", type=click.Path(path_type=Path), help="Keep the latents as a .npy file.")
 @AS_JSON
 def run(
     bundle: Path,
-    class_labels: tuple[int, ...],
+    class_labels: tuple[int, ...] | None,
+    prompts: tuple[str, ...],
+    negative_prompt: str,
+    conditioning_file: Path | None,
+    num_images: int | None,
+    height: int | None,
+    width: int | None,
     steps: int,
     cache_interval: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
+    guidance_interval: tuple[int, int] | None,
     scheduler: str | None,
     seed: int,
     batch_size: int,
     backend: str,
     device: str,
     engines: Path,
+    vae: str | None,
     output: Path | None,
     latents_out: Path | None,
     as_json: bool,
 ) -> None:
     """Make images with the two engines of a bundle.
 
-    Without -o the pictures go to NAME.png in this folder, if the bundle makes any.
+    Without -o and --latents-out the pictures go to NAME.png in this folder, if the bundle makes any.
 
     \b
     Examples:
       fora-trt run export/digits --class-labels 3,7,7 -o digits.png
       fora-trt run export/digits --class-labels 0,1,2 --scheduler dpm-solver++ --steps 20 -o folder/
+      fora-trt run export/pixart-sigma-1024 --prompt "a lighthouse in a storm" --steps 20 -o lighthouse.png
       fora-trt run export/dit-xl-2-256 --class-labels 207 --cache-interval 5 --json
     """
     opened = _open(bundle)
+    from fora_trt.engines.backends import backend_from_name, device_from_name
     from fora_trt.runtime.denoiser import load
-    from fora_trt.runtime.images import can_decode, images_from_latents
+    from fora_trt.runtime.images import Decoder, can_decode, check_image_size
     from fora_trt.runtime.outputs import save_images, save_latents, writable_file, writable_images
-    from fora_trt.runtime.sampling import Sampler, check_labels, sample_in_batches
+    from fora_trt.runtime.sampling import Guidance, Sampler, sample_in_batches
     from fora_trt.runtime.schedulers import scheduler_from_config
     from fora_trt.runtime.updates import update_from_scheduler
     from fora_trt.schedule import Schedule
 
     manifest = opened.manifest
-    check_labels(class_labels, manifest)
-    if output is None and can_decode(manifest):
+    check_image_size(manifest, height, width)
+    if output is None and (vae is not None or can_decode(manifest)) and latents_out is None:
         output = Path(f"{manifest.name}.png")
-    if output is not None and not can_decode(manifest):
-        raise InputError(
-            f"{bundle} makes latents and has no VAE to decode them; give --latents-out FILE.npy instead of -o"
-        )
+    decoder = None if output is None else Decoder(manifest, vae)
     for path, check in ((output, writable_images), (latents_out, writable_file)):
         if path is not None:
             check(path)
     chosen = scheduler_from_config(opened.scheduler_config, scheduler, manifest.latents.learned_sigma)
     update = update_from_scheduler(chosen, steps)
     schedule = Schedule.static(update.calls, cache_interval)
-    batch = min(batch_size, len(class_labels)) * (2 if guidance_scale > 1 else 1)
+    where = backend_from_name(backend)
+    placed = device_from_name(device, where)
+    given = _conditioning(opened, class_labels, prompts, negative_prompt, conditioning_file, num_images, placed)
+    if guidance_scale is None:
+        guidance_scale = 1.0 if given.unconditional is None else 4.5 if manifest.text is not None else 1.5
+    guidance = Guidance(guidance_scale, *(guidance_interval or (0, None)))
+    if guidance_interval is not None and not any(map(guidance.guides, range(update.calls))):
+        first, last = guidance_interval
+        raise InputError(
+            f"no step is guided: the interval is {first}:{last}, there are steps 0 to {update.calls - 1}, and the "
+            f"guidance scale is {guidance_scale:g}"
+        )
+    batch = min(batch_size, given.images) * (2 if guidance_scale > 1 else 1)
     with _plans(engines, batch, as_json) as plans:
-        denoiser = load(opened, schedule=schedule, backend=backend, device=device, plans=plans)
+        denoiser = load(opened, schedule=schedule, backend=where.name, device=placed, plans=plans)
     trajectory = sample_in_batches(
-        Sampler(denoiser, update),
-        schedule,
-        class_labels,
-        seed,
-        guidance_scale,
-        batch_size,
-        _watched("denoising", as_json),
+        Sampler(denoiser, update), schedule, given, seed, guidance, batch_size, _watched("denoising", as_json)
     )
     if latents_out is not None:
         save_latents(trajectory.latents, latents_out)
-    if output is not None:
-        save_images(images_from_latents(trajectory.latents, manifest, denoiser.device), output)
+    if output is not None and decoder is not None:
+        save_images(decoder.images(trajectory.latents, denoiser.device), output)
     figures: dict[str, Any] = {
         "bundle": str(bundle),
         "backend": denoiser.backend,
         "device": str(denoiser.device),
         "scheduler": type(chosen).__name__,
-        "images": len(class_labels),
-        "batch_size": min(batch_size, len(class_labels)),
+        "images": given.images,
+        "batch_size": min(batch_size, given.images),
         "guidance_scale": guidance_scale,
+        "guidance_interval": guidance_interval,
         "steps": schedule.steps,
-        "full_steps": schedule.full_steps,
+        "full_steps": len(trajectory.full_seconds) // -(-given.images // batch_size),
         "cache_interval": cache_interval,
         "ideal_speedup": schedule.ideal_speedup,
         "seconds": trajectory.seconds,
-        "seconds_per_image": trajectory.seconds / len(class_labels),
+        "seconds_per_image": trajectory.seconds / given.images,
         **trajectory.median_milliseconds(),
         "output": None if output is None else str(output),
         "latents_out": None if latents_out is None else str(latents_out),
@@ -441,12 +548,50 @@ def run(
         click.echo(json.dumps(figures))
         return
     click.echo(
-        f"{len(class_labels)} images in {trajectory.seconds:.2f} s on {denoiser.backend} ({denoiser.device}): "
-        f"{schedule.steps} steps, {schedule.full_steps} of them full, {type(chosen).__name__}"
+        f"{given.images} images in {trajectory.seconds:.2f} s on {denoiser.backend} ({denoiser.device}): "
+        f"{schedule.steps} steps, {figures['full_steps']} of them full, {type(chosen).__name__}"
     )
     for path in (output, latents_out):
         if path is not None:
             click.echo(f"wrote {path}")
+
+
+def _conditioning(
+    bundle: Bundle,
+    class_labels: tuple[int, ...] | None,
+    prompts: tuple[str, ...],
+    negative_prompt: str,
+    file: Path | None,
+    num_images: int | None,
+    device: torch.device,
+) -> Conditioning:
+    """What the images are to be, said in the one way that the model understands."""
+    from fora_trt.runtime.conditioning import (
+        conditioning_from_file,
+        conditioning_of_classes,
+        conditioning_of_tensors,
+        way_to_condition,
+    )
+
+    manifest = bundle.manifest
+    said = {"--class-labels": class_labels is not None, "--prompt": bool(prompts), "--prompt-embeds": file is not None}
+    given = [option for option, is_given in said.items() if is_given]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} say the same thing in two ways; give one of them")
+    if not given and (needed := way_to_condition(manifest)):
+        raise InputError(f"nothing says what {manifest.name} is to make; give {needed}")
+    if num_images is not None and not prompts and given:
+        raise InputError(f"--num-images does not go with {given[0]}, which says how many there are; leave it out")
+    if class_labels is not None:
+        return conditioning_of_classes(manifest, class_labels)
+    if file is not None:
+        return conditioning_from_file(manifest, file)
+    if prompts:
+        from fora_trt.runtime.prompts import conditioning_of_prompts
+
+        each = [prompt for prompt in prompts for _ in range(num_images or 1)]
+        return conditioning_of_prompts(manifest, each, negative_prompt, device)
+    return conditioning_of_tensors(manifest, num_images or 1, {}, None)
 
 
 @main.command()
@@ -469,7 +614,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
     click.echo(f"{found['name']}: {made}")
     sites = ", ".join(f"{count} {kind}" for kind, count in found["cache_sites"].items())
     size = _bytes(found["feature_bytes_per_sample"])
-    click.echo(f"cache sites: {sites}; a feature is {found['feature_shape']}, all of them {size} a sample")
+    shapes = " or ".join(str([*shape]) for shape in found["feature_shapes"])
+    click.echo(f"cache sites: {sites}; a feature is {shapes}, all of them {size} a sample")
     graphs = _table("graphs", "graph", "nodes", "weights", "operations a sample")
     for name, graph in found["graphs"].items():
         graphs.add_row(name, str(graph["nodes"]), _bytes(graph["weight_bytes"]), f"{graph['flops'] / 1e9:.3f} GFLOP")
@@ -544,12 +690,15 @@ def demo(
     context.invoke(verify, bundle=bundle, backend=backend, device=device, engines=engines)
     from fora_trt.engines.backends import backend_from_name, device_from_name
     from fora_trt.evaluate.comparison import grey_levels_between, measure, name_of, picture_of, settings_of
+    from fora_trt.runtime.conditioning import conditioning_of_classes
 
     opened, chosen = _open(bundle), backend_from_name(backend)
     where = device_from_name(device, chosen)
     with _plans(engines, 20, False) as plans:
         settings = settings_of(opened, chosen.name, where, steps, cache_intervals, plans)
-    for _ in _watched("measuring", False)(measure(settings, range(10), 1.5, repeats)):
+    for _ in _watched("measuring", False)(
+        measure(settings, conditioning_of_classes(opened.manifest, range(10)), 1.5, repeats)
+    ):
         pass
     baseline = next(setting for setting in settings if setting.name == name_of(1))
     table = _table(

@@ -33,3 +33,8 @@ class PlanError(BackendError):
 
 class InputError(ForaError, ValueError):
     """A value given to a run that does not fit the bundle: a class, a shape, a scheduler, an output path."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first; more would not fit a sentence."""
+    return str(error).strip().partition("\n")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import shutil
 import stat
 import tempfile
@@ -39,8 +40,13 @@ ManifestType = TypeVar("ManifestType", bound=Record)
 
 
 def write_manifest(folder: Path, manifest: Record) -> None:
-    """Write `manifest.json` into `folder`."""
-    (folder / MANIFEST).write_text(sealed(manifest.model_dump(mode="json")), encoding="utf-8")
+    """Write `manifest.json` into `folder`, or leave the one that is there."""
+    beside = folder / f".{MANIFEST}.{os.getpid()}"
+    try:
+        beside.write_text(sealed(manifest.model_dump(mode="json")), encoding="utf-8")
+        beside.replace(folder / MANIFEST)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def sealed(content: Mapping[str, Any]) -> str:
@@ -65,6 +71,8 @@ def read_manifest(
         raise error(f"{path} is not the manifest of a {what}: {problem}; {mend}") from problem
     if not isinstance(found, int) or found > version:
         raise error(f"{path} has format version {found}; this fora-trt reads up to {version}: pip install -U fora-trt")
+    if found < version:
+        raise error(f"{path} has format version {found}, of an older fora-trt; {mend}")
     if content.pop(_DIGEST, None) != _digest_of(content):
         raise error(f"{path} was altered: its content is not what its own SHA-256 says; {mend}")
     try:

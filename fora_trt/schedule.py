@@ -13,9 +13,13 @@ from fora_trt.errors import ScheduleError
 
 @dataclass(frozen=True)
 class Schedule:
-    """One flag per step, in the order in which steps are taken: True is a full step, False a reuse step."""
+    """One flag per step, in the order in which steps are taken: True is a full step, False a reuse step.
+
+    `cache_interval` is what the flags were made from; None for flags of one's own.
+    """
 
     full: tuple[bool, ...]
+    cache_interval: int | None = None
 
     def __post_init__(self) -> None:
         if not self.full or not self.full[0]:
@@ -37,7 +41,17 @@ class Schedule:
                 f"choose an interval from 1 to {steps}"
             )
         remaining = range(steps - 1, -1, -1)
-        return cls(tuple(i == steps - 1 or i % cache_interval == 0 for i in remaining))
+        return cls(tuple(i == steps - 1 or i % cache_interval == 0 for i in remaining), cache_interval)
+
+    @classmethod
+    def from_first(cls, steps: int, cache_interval: int) -> Schedule:
+        """A full step every `cache_interval` steps counted from the first, for when their number is not known.
+
+        FORA's own rule counts from the last step, which takes a number of steps to count from.
+        """
+        if cache_interval < 1:
+            raise ScheduleError(f"the cache interval is {cache_interval}; 1 (no caching) is the smallest")
+        return cls(tuple(k % cache_interval == 0 for k in range(steps)), cache_interval)
 
     @property
     def steps(self) -> int:

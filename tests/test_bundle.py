@@ -27,8 +27,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "is not the manifest of a bundle"),
     "another kind of JSON": (lambda f: (f / "manifest.json").write_text("[1]"), "is not the manifest of a bundle"),
     "a newer format": (
-        lambda f: rewrite(f, lambda m: m.update(format_version=2)),
-        "has format version 2; this fora-trt reads up to 1: pip install -U fora-trt",
+        lambda f: rewrite(f, lambda m: m.update(format_version=3)),
+        "has format version 3; this fora-trt reads up to 2: pip install -U fora-trt",
+    ),
+    "an older format": (
+        lambda f: rewrite(f, lambda m: m.update(format_version=1)),
+        "has format version 1, of an older fora-trt; export the bundle again",
     ),
     "a path that leaves the folder": (
         lambda f: rewrite(f, lambda m: m["files"].update({"../full.onnx": m["files"].pop("full.onnx")})),
@@ -44,8 +48,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a missing key": (lambda f: rewrite(f, lambda m: m.pop("graphs")), "is damaged at graphs"),
     "a value of a wrong type": (
-        lambda f: rewrite(f, lambda m: m["latents"].update(channels="many")),
-        "is damaged at latents.channels",
+        lambda f: rewrite(f, lambda m: m["latents"].update(shape="many")),
+        "is damaged at latents.shape",
     ),
     "an unknown precision": (lambda f: rewrite(f, lambda m: m.update(precision="fp64")), "is damaged at precision"),
     "a lost graph": (lambda f: rewrite(f, lambda m: m["graphs"].pop("reuse")), "lacks a graph"),
@@ -99,7 +103,7 @@ def test_weights_from_a_file_that_is_not_listed_are_refused(bundle_copy: Path) -
 def test_a_bundle_records_where_it_came_from(exported: Bundle, pipeline_folder: Path) -> None:
     manifest = Bundle.open(exported.folder).manifest
     assert manifest == exported.manifest
-    assert manifest.model.source == str(pipeline_folder)
+    assert manifest.model.options.source == str(pipeline_folder)
     assert manifest.model.config["num_layers"] == 3
     assert manifest.versions.keys() == {"fora_trt", "torch", "onnx"}
     assert [site.kind for site in manifest.cache_sites] == ["attention", "feed-forward"] * 3

@@ -109,7 +109,11 @@ def test_verify_fails_where_the_graphs_differ(exported: Bundle, monkeypatch: pyt
 
 
 BAD = {
-    "unknown source": (["export", "mnist"], 1, "the source 'mnist' is neither a folder nor a name"),
+    "unknown source": (
+        ["export", "mnist"],
+        1,
+        "the source 'mnist' is neither a file, a folder nor a name that fora-trt knows",
+    ),
     "unknown size": (["export", "random:DiT-Q/2"], 1, "no model 'random:DiT-Q/2'"),
     "unknown precision": (["export", "digits", "--precision", "fp8"], 2, "'fp8' is not one of"),
     "a name that leaves the folder": (["export", "digits", "--name", "../x"], 2, "is not the name of one folder"),
@@ -125,7 +129,7 @@ BAD = {
     "class out of range": (["run", "BUNDLE", "--class-labels", "1000"], 1, "there is no class 1000"),
     "negative class": (["run", "BUNDLE", "--class-labels", "-1"], 1, "there is no class -1"),
     "no number": (["run", "BUNDLE", "--class-labels", "cat"], 2, "'cat' is not a list of whole numbers"),
-    "no classes": (["run", "BUNDLE"], 2, "Missing option '--class-labels'"),
+    "no classes": (["run", "BUNDLE"], 1, "nothing says what tiny is to make; give --class-labels"),
     "zero steps": (["run", "BUNDLE", "--class-labels", "1", "--steps", "0"], 2, "0 is not in the range x>=1"),
     "negative steps": (["run", "BUNDLE", "--class-labels", "1", "--steps", "-5"], 2, "-5 is not in the range"),
     "more steps than noise levels": (
@@ -183,7 +187,10 @@ def test_a_model_of_latents_without_a_vae_wants_latents_out(pipeline_folder: Pat
     fora("export", pipeline_folder / "transformer", "--out", tmp_path, "--name", "bare")
     refused = fora("run", tmp_path / "bare", "--class-labels", "1", "-o", tmp_path / "a.png")
     assert refused.exit_code == 1
-    assert "has no VAE to decode them; give --latents-out FILE.npy instead of -o" in refused.stderr
+    assert (
+        "has no VAE to decode them; name one with --vae FOLDER, or give --latents-out FILE.npy instead of -o"
+        in refused.stderr
+    )
     taken = fora("run", tmp_path / "bare", "--class-labels", "1", "--steps", 3, "--latents-out", tmp_path / "l.npy")
     assert taken.exit_code == 0, taken.output
     assert np.load(tmp_path / "l.npy").shape == (1, 4, 8, 8)

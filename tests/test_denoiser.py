@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.errors import InputError, ScheduleError
-from fora_trt.export.split import example_inputs
+from fora_trt.models.examples import example_inputs
 from tests.conftest import ON_CPU
 
 SITES = [f"transformer_blocks.{i}.{part}" for i in range(3) for part in ("attn1", "ff")]
@@ -66,7 +66,7 @@ def test_trajectories_equal_an_independent_eager_fora(
 def test_interval_one_is_no_caching(exported: Bundle, module: nn.Module) -> None:
     denoiser = load(exported, schedule=Schedule.static(4, 1), backend="torch", device="cpu")
     for seed in range(4):
-        inputs = example_inputs(denoiser.full.inputs.values(), exported.manifest.guidance, batch=2, seed=seed)
+        inputs = example_inputs(denoiser.full.inputs.values(), exported.manifest.conditioning, batch=2, seed=seed)
         plain = module(inputs["latents"], inputs["timestep"], inputs["class_labels"]).sample
         assert torch.equal(denoiser(**inputs), plain)
 
@@ -80,7 +80,7 @@ def test_features_stay_where_they_are_and_reuse_reads_that_very_memory(denoiser:
     features = [name for name in denoiser.reuse.inputs if name.startswith("feature.")]
     assert len(features) == 6
     assert set(features) < set(denoiser.full.outputs)
-    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch=2)
+    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.conditioning, batch=2)
 
     denoiser(**inputs)  # step 5: full
     addresses = {name: tensor.data_ptr() for name, tensor in denoiser.buffers.items()}
@@ -109,14 +109,14 @@ def test_full_steps_are_where_the_schedule_says(denoiser: Denoiser, monkeypatch:
             run()
 
         monkeypatch.setattr(engine, "enqueue", enqueue)
-    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch=1)
+    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.conditioning, batch=1)
     for _ in range(6):
         denoiser(**inputs)
     assert ran == ["full", "reuse", "full", "reuse", "reuse", "full"]
 
 
 def test_the_end_of_the_schedule_asks_for_a_reset(denoiser: Denoiser) -> None:
-    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch=1)
+    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.conditioning, batch=1)
     for _ in range(6):
         denoiser(**inputs)
     with pytest.raises(ScheduleError, match=r"all 6 steps of the schedule are done; call reset\(\)"):
@@ -126,7 +126,7 @@ def test_the_end_of_the_schedule_asks_for_a_reset(denoiser: Denoiser) -> None:
 
 
 def test_the_batch_may_change_between_trajectories_only(denoiser: Denoiser) -> None:
-    inputs = [example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch) for batch in (2, 3)]
+    inputs = [example_inputs(denoiser.full.inputs.values(), denoiser.manifest.conditioning, batch) for batch in (2, 3)]
     assert denoiser(**inputs[0]).shape == (2, 8, 8, 8)
     with pytest.raises(ScheduleError, match="the batch became 3 within a trajectory"):
         denoiser(**inputs[1])
@@ -134,8 +134,52 @@ def test_the_batch_may_change_between_trajectories_only(denoiser: Denoiser) -> N
     assert denoiser(**inputs[1]).shape == (3, 8, 8, 8)
 
 
+def test_memory_grows_and_a_smaller_batch_has_its_first_rows(denoiser: Denoiser) -> None:
+    small, large = (
+        example_inputs(denoiser.full.inputs.values(), denoiser.manifest.conditioning, batch) for batch in (2, 5)
+    )
+    before, alone = denoiser.prepare(2), denoiser(**small).clone()
+    token = denoiser.prepare(5)
+    assert token is not before
+    addresses = {name: tensor.data_ptr() for name, tensor in denoiser.buffers.items()}
+    denoiser.reset()
+    together = denoiser(**large).clone()
+    denoiser.reset()
+    torch.testing.assert_close(denoiser(**small), alone)
+    assert denoiser.prepare(2) is token
+    assert {len(tensor) for tensor in denoiser.buffers.values()} == {2}
+    assert {name: tensor.data_ptr() for name, tensor in denoiser.buffers.items()} == addresses
+    denoiser.reset()
+    torch.testing.assert_close(denoiser(**large), together)
+    assert denoiser.prepare(5) is token
+    assert denoiser.prepare(6) is not token
+
+
+def test_the_first_tensor_that_is_not_finite_is_named(denoiser: Denoiser) -> None:
+    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.conditioning, batch=1)
+    denoiser(**inputs)
+    assert denoiser.first_not_finite() is None
+    for name in (
+        "noise_prediction",
+        "feature.transformer_blocks.1.ff",
+        "feature.transformer_blocks.1.attn1",
+        "latents",
+    ):
+        denoiser.buffers[name].view(-1)[-1] = torch.nan
+        assert denoiser.first_not_finite() == name
+
+
+def test_a_bundle_is_loaded_with_a_schedule_or_an_interval(exported: Bundle) -> None:
+    for given in ({}, {"schedule": Schedule.static(6, 3), "cache_interval": 3}):
+        with pytest.raises(InputError, match=r"takes either schedule=.* or cache_interval=N"):
+            load(exported, backend="onnxruntime", device="cpu", **given)  # type: ignore[arg-type] # of either kind
+    denoiser = load(exported, cache_interval=3, backend="onnxruntime", device="cpu")
+    assert denoiser.schedule.cache_interval == 3
+    assert denoiser.schedule.full[:7] == (True, False, False, True, False, False, True)
+
+
 def test_what_the_graphs_do_not_take_is_named(denoiser: Denoiser) -> None:
-    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch=2)
+    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.conditioning, batch=2)
     with pytest.raises(InputError, match=r"latents have shape \(2, 4, 16, 16\); this bundle takes \(2, 4, 8, 8\)"):
         denoiser(torch.zeros(2, 4, 16, 16), 3, class_labels=inputs["class_labels"])
     with pytest.raises(InputError, match="'class_labels' is missing"):
@@ -146,7 +190,7 @@ def test_what_the_graphs_do_not_take_is_named(denoiser: Denoiser) -> None:
 
 
 def test_buffers_made_while_sampling_can_be_used_outside(denoiser: Denoiser) -> None:
-    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.guidance, batch=2)
+    inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.conditioning, batch=2)
     with torch.inference_mode():
         denoiser(**inputs)
     inputs["latents"].requires_grad_()

@@ -9,7 +9,7 @@ from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import BACKENDS, backend_from_name, device_from_name
 from fora_trt.errors import BackendError
-from fora_trt.export.split import example_inputs
+from fora_trt.models.examples import example_inputs
 from tests.conftest import ON_CPU
 from tests.damage import rewrite
 
@@ -20,14 +20,14 @@ def test_every_backend_computes_the_same_steps(exported: Bundle, backend: str) -
     tested = load(exported, schedule=schedule, backend=backend, device="cpu")
     reference = load(exported, schedule=schedule, backend="torch", device="cpu")
     for seed in (0, 1):
-        inputs = example_inputs(tested.full.inputs.values(), tested.manifest.guidance, batch=3, seed=seed)
+        inputs = example_inputs(tested.full.inputs.values(), tested.manifest.conditioning, batch=3, seed=seed)
         torch.testing.assert_close(tested(**inputs), reference(**inputs), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_results_appear_in_the_bound_tensors(exported: Bundle, backend: str) -> None:
     engine = backend_from_name(backend).engines(exported, torch.device("cpu"))["full"]
-    inputs = example_inputs(engine.inputs.values(), exported.manifest.guidance, batch=2)
+    inputs = example_inputs(engine.inputs.values(), exported.manifest.conditioning, batch=2)
     outputs = {name: torch.full(tensor.sized(2), torch.nan) for name, tensor in engine.outputs.items()}
     addresses = {name: tensor.data_ptr() for name, tensor in outputs.items()}
     engine.bind(inputs | outputs)
@@ -89,6 +89,6 @@ def test_torch_refuses_a_checkpoint_that_changed(exported: Bundle, bundle_copy: 
     rewrite(bundle_copy, lambda m: m["model"].update(weights_sha256="0" * 64))
     with pytest.raises(BackendError, match="has other weights than those"):
         load(bundle_copy, schedule=Schedule.static(2, 1), backend="torch")
-    rewrite(bundle_copy, lambda m: m["model"].update(source="moved/away/checkpoint"))
+    rewrite(bundle_copy, lambda m: m["model"]["options"].update(source="moved/away/checkpoint"))
     with pytest.raises(BackendError, match=r"PyTorch needs the checkpoint .* 'moved/away/checkpoint' cannot be loaded"):
         load(bundle_copy, schedule=Schedule.static(2, 1), backend="torch")

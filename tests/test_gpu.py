@@ -16,6 +16,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import BACKENDS
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import InputError
+from fora_trt.runtime.conditioning import conditioning_of_classes
 from fora_trt.runtime.sampling import Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
@@ -58,13 +59,13 @@ def test_captured_trajectories_equal_the_first_and_those_on_the_cpu(
     exported: Bundle, engines: Path, backend: str
 ) -> None:
     sampler = sampler_of(exported, backend, engines)
-    schedule = Schedule.static(8, 3)
-    runs = [sampler(schedule, [1, 2], [7, 8], 1.5).latents for _ in range(3)]  # warm-up, capture and replay, replay
+    schedule, wanted = Schedule.static(8, 3), conditioning_of_classes(exported.manifest, [1, 2])
+    runs = [sampler(schedule, wanted, [7, 8], 1.5).latents for _ in range(3)]  # warm-up, capture and replay, replay
     on_cpu = load(exported, schedule=schedule, backend="torch", device="cpu")
-    expected = Sampler(on_cpu, sampler.update)(schedule, [1, 2], [7, 8], 1.5).latents
+    expected = Sampler(on_cpu, sampler.update)(schedule, wanted, [7, 8], 1.5).latents
     for run in runs:
         torch.testing.assert_close(run, expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
-    other = sampler(schedule, [3, 4], [9, 10], 1.5).latents
+    other = sampler(schedule, conditioning_of_classes(exported.manifest, [3, 4]), [9, 10], 1.5).latents
     assert (other - runs[0]).abs().max() > 0.01, "a replay reads what is new in its tensors"
 
 
@@ -75,9 +76,9 @@ def test_nothing_is_copied_or_waited_for_between_steps(
     exported: Bundle, engines: Path, backend: str, scheduler: str
 ) -> None:
     sampler = sampler_of(exported, backend, engines, scheduler)
-    schedule = Schedule.static(8, 3)
+    schedule, wanted = Schedule.static(8, 3), conditioning_of_classes(exported.manifest, [1, 2])
     for _ in range(2):
-        sampler(schedule, [1, 2], [0, 1], 1.5)
+        sampler(schedule, wanted, [0, 1], 1.5)
     transfers = transfers_between_steps(sampler, schedule, images=2)
     assert transfers == {"host to device": 0, "device to host": 0, "synchronizations": 0}
 
@@ -96,10 +97,10 @@ def test_the_count_of_transfers_can_fail() -> None:
 @pytest.mark.parametrize("backend", CAPTURED)
 def test_another_batch_is_captured_anew(exported: Bundle, engines: Path, backend: str) -> None:
     sampler = sampler_of(exported, backend, engines)
-    schedule = Schedule.static(8, 3)
-    alone = [sampler(schedule, [1], [7], 1.5).latents for _ in range(3)][-1]
-    pair = [sampler(schedule, [1, 2], [7, 8], 1.5).latents for _ in range(3)][-1]
-    again = [sampler(schedule, [1], [7], 1.5).latents for _ in range(3)][-1]
+    schedule, both = Schedule.static(8, 3), conditioning_of_classes(exported.manifest, [1, 2])
+    alone = [sampler(schedule, both.part(0, 1), [7], 1.5).latents for _ in range(3)][-1]
+    pair = [sampler(schedule, both, [7, 8], 1.5).latents for _ in range(3)][-1]
+    again = [sampler(schedule, both.part(0, 1), [7], 1.5).latents for _ in range(3)][-1]
     scale = pair.abs().max().item()
     torch.testing.assert_close(alone[0], pair[0], atol=1e-3 * scale, rtol=0)
     torch.testing.assert_close(alone, again, atol=1e-5 * scale, rtol=0)

@@ -5,14 +5,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from fora_trt.bundle import Bundle
 from fora_trt.errors import ExportError
-from fora_trt.export.graphs import full_graph_from_model
-from fora_trt.export.split import example_inputs
+from fora_trt.export.graphs import graphs_from_model
 from fora_trt.export.statistics import graph_statistics
-from fora_trt.models import dit
+from fora_trt.models.dit import share_embedders
+from fora_trt.models.examples import example_inputs
+from fora_trt.models.options import SourceOptions
+from fora_trt.models.precision import dtypes_of_parameters
+from fora_trt.models.random_weights import draw_weights
 from fora_trt.models.spec import Model, ModelSpec, TensorSpec
 from tests.conftest import TINY
 
@@ -52,13 +56,13 @@ def test_graphs_equal_the_module_at_any_batch(exported: Bundle, module: nn.Modul
     import onnxruntime
 
     manifest = exported.manifest
-    inputs = example_inputs(manifest.graphs["full"].inputs, manifest.guidance, batch, seed=3)
+    inputs = example_inputs(manifest.graphs["full"].inputs, manifest.conditioning, batch, seed=3)
     session = onnxruntime.InferenceSession(exported.graph_path("full"))
     prediction, *features = session.run(None, {name: value.numpy() for name, value in inputs.items()})
     expected = module(inputs["latents"], inputs["timestep"], inputs["class_labels"], return_dict=False)[0].numpy()
     np.testing.assert_allclose(prediction, expected, atol=1e-5)
 
-    names = [site.feature.name for site in manifest.cache_sites]
+    names = [feature.name for feature in manifest.features()]
     feeds = {name: value.numpy() for name, value in inputs.items()} | dict(zip(names, features, strict=True))
     (reused,) = onnxruntime.InferenceSession(exported.graph_path("reuse")).run(None, feeds)
     np.testing.assert_allclose(reused, expected, atol=1e-5)
@@ -66,8 +70,10 @@ def test_graphs_equal_the_module_at_any_batch(exported: Bundle, module: nn.Modul
 
 def test_embedders_are_stored_once(exported: Bundle) -> None:
     """The checkpoint has other weights in each block's embedder, but blocks that do agree share theirs."""
-    same = dit.random_module(TINY, torch.float32)
-    embedders = {id(block.norm1.emb) for block in same.transformer_blocks}  # type: ignore[union-attr]
+    same = DiTTransformer2DModel(**TINY)
+    share_embedders(same, None)
+    draw_weights(same, dtypes_of_parameters(same, "fp32", [], []))
+    embedders = {id(block.norm1.emb) for block in same.transformer_blocks}
     assert len(embedders) == 1
     graph = onnx.load(exported.graph_path("full"), load_external_data=False).graph
     tables = [tensor for tensor in graph.initializer if "class_embedder" in tensor.name]
@@ -111,23 +117,29 @@ class Fixed(nn.Module):
 
 @pytest.mark.parametrize("module_class", [Halves, Fixed])
 def test_a_model_that_specialises_its_batch_is_refused(module_class: type[nn.Module]) -> None:
-    spec = dit.spec_from_config(TINY, "fp32", sample_size=8, scale=1.0, pixels=False)
-    odd = ModelSpec(
-        module_class.__name__,
-        (TensorSpec("latents", "float32", ("batch", 4)),),
-        TensorSpec("noise_prediction", "float32", ("batch", 4)),
-        lambda module, inputs: module(inputs["latents"]),
-        {"layer": ("layer",)},
-        spec.latents,
-        spec.guidance,
+    spec = ModelSpec(
+        architecture=module_class.__name__,
+        inputs=(TensorSpec("latents", "float32", ("batch", 4)),),
+        output=TensorSpec("noise_prediction", "float32", ("batch", 4)),
+        cache_sites={"layer": ("layer",)},
     )
-    model = Model("here", "odd", module_class().eval(), odd, {}, "fp32", {})
+    model = Model(
+        options=SourceOptions(source="here"),
+        name="odd",
+        module=module_class().eval(),
+        spec=spec,
+        sites=[("layer", "layer")],
+        config={},
+        precision="fp32",
+        half=None,
+        scheduler={},
+    )
     with pytest.raises(ExportError, match="batch"):
-        full_graph_from_model(model, None, 23)
+        graphs_from_model(model, 23)
 
 
 def test_an_opset_out_of_range_is_refused(pipeline_folder: Path) -> None:
     from fora_trt.models.sources import model_from_source
 
     with pytest.raises(ExportError, match="the opset is 17; fora-trt writes 20 to 24"):
-        full_graph_from_model(model_from_source(str(pipeline_folder)), None, 17)
+        graphs_from_model(model_from_source(str(pipeline_folder)), 17)

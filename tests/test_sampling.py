@@ -7,7 +7,8 @@ from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.errors import BackendError, InputError
 from fora_trt.evaluate.eager_fora import EagerFora
-from fora_trt.runtime.images import grid, images_from_latents, square_grid
+from fora_trt.runtime.conditioning import Conditioning, conditioning_of_classes
+from fora_trt.runtime.images import Decoder, grid, square_grid
 from fora_trt.runtime.sampling import Sampler, Trajectory, mix_guidance, sample_in_batches
 from fora_trt.runtime.schedulers import SHORT_NAMES, scheduler_from_config
 from fora_trt.runtime.updates import takes_variance, update_from_scheduler
@@ -33,7 +34,8 @@ def run(
     chosen = scheduler_from_config(bundle.scheduler_config, scheduler, bundle.manifest.latents.learned_sigma)
     sampler = Sampler(denoiser, update_from_scheduler(chosen, steps))
     schedule = Schedule.static(sampler.update.calls, interval)
-    return sample_in_batches(sampler, schedule, labels, seed, guidance, batch_size)
+    wanted = conditioning_of_classes(bundle.manifest, labels)
+    return sample_in_batches(sampler, schedule, wanted, seed, guidance, batch_size)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm-solver++", "euler-ancestral"])
@@ -96,10 +98,21 @@ def test_the_loop_equals_diffusers_own_for_ddpm_with_learned_variance(denoiser: 
 def test_guidance_up_to_one_runs_the_conditional_half_alone(denoiser: Denoiser, exported: Bundle) -> None:
     scheduler = scheduler_from_config(exported.scheduler_config, None, True)
     sampler = Sampler(denoiser, update_from_scheduler(scheduler, 4))
-    sampler(Schedule.static(4, 2), [1, 2, 3], [0, 1, 2], guidance_scale=1.0)
+    wanted = conditioning_of_classes(exported.manifest, [1, 2, 3])
+    sampler(Schedule.static(4, 2), wanted, [0, 1, 2], guidance=1.0)
     assert len(denoiser.buffers["latents"]) == 3
-    sampler(Schedule.static(4, 2), [1, 2, 3], [0, 1, 2], guidance_scale=1.1)
+    sampler(Schedule.static(4, 2), wanted, [0, 1, 2], guidance=1.1)
     assert len(denoiser.buffers["latents"]) == 6
+
+
+def test_guidance_without_an_unconditional_half_is_refused(denoiser: Denoiser, exported: Bundle) -> None:
+    scheduler = scheduler_from_config(exported.scheduler_config, None, True)
+    sampler = Sampler(denoiser, update_from_scheduler(scheduler, 2))
+    given = conditioning_of_classes(exported.manifest, [1])
+    alone = Conditioning(given.images, given.conditional, None)
+    with pytest.raises(InputError, match="guidance needs an unconditional half, and tiny was given none"):
+        sampler(Schedule.static(2, 1), alone, [0], guidance=1.5)
+    assert sampler(Schedule.static(2, 1), alone, [0], guidance=1.0).latents.isfinite().all()
 
 
 def test_guidance_mixes_the_noise_and_keeps_the_variance() -> None:
@@ -118,7 +131,7 @@ def test_a_class_out_of_range_is_refused(denoiser: Denoiser, exported: Bundle, l
 
 def test_latents_become_pictures_through_the_vae(denoiser: Denoiser, exported: Bundle) -> None:
     latents = run(denoiser, exported, [1, 2, 3]).latents
-    images = images_from_latents(latents, exported.manifest, torch.device("cpu"))
+    images = Decoder(exported.manifest).images(latents, torch.device("cpu"))
     assert [image.size for image in images] == [(16, 16)] * 3
     assert {image.mode for image in images} == {"RGB"}
     vae = diffusers.AutoencoderKL.from_pretrained(exported.manifest.model.vae, subfolder="vae")
@@ -141,5 +154,6 @@ def test_latents_that_are_not_finite_are_an_error_and_no_black_picture(
     denoiser: Denoiser, exported: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(denoiser.full, "enqueue", lambda: denoiser.buffers["noise_prediction"].fill_(torch.inf))
-    with pytest.raises(BackendError, match="latents of tiny are not finite after 2 steps in fp32"):
+    message = "images of tiny are not finite in fp32: the first tensor that is not is noise_prediction, at step 0 of 2"
+    with pytest.raises(BackendError, match=message):
         run(denoiser, exported, [1], steps=2, interval=1)

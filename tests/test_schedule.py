@@ -24,6 +24,20 @@ def test_static_schedule_is_the_authors_rule(steps: int, interval: int, expected
     assert schedule.full_steps == expected.count("F")
 
 
+def test_a_schedule_remembers_its_interval() -> None:
+    assert Schedule.static(7, 3).cache_interval == 3
+    assert Schedule((True, False)).cache_interval is None
+
+
+def test_from_the_first_step_on_a_schedule_can_be_cut_anywhere() -> None:
+    assert "".join("F" if full else "r" for full in Schedule.from_first(8, 3).full) == "FrrFrrFr"
+    assert Schedule.from_first(8, 3).full == Schedule.from_first(1000, 3).full[:8]
+    assert Schedule.from_first(5, 1).full_steps == 5
+    assert Schedule.from_first(2, 5).full == (True, False)
+    with pytest.raises(ScheduleError, match="cache interval is 0"):
+        Schedule.from_first(5, 0)
+
+
 def test_fifty_steps_at_interval_three_has_the_full_steps_of_the_design() -> None:
     schedule = Schedule.static(50, 3)
     numbers = [49 - k for k, full in enumerate(schedule.full) if full]

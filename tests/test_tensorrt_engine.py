@@ -187,7 +187,7 @@ def test_a_stream_that_cannot_be_captured_is_run_on_each_time(rtx: Rig) -> None:
 def test_features_and_scratch_are_shared_at_the_larger_size(rig: Rig) -> None:
     sizes = {"IExecutionContext 1": 4096, "IExecutionContext 2": 8192}
     rig.recorder.results[SCRATCH] = lambda context: sizes[context.label]
-    denoiser, bundle = rig.denoiser(), rig.bundle.manifest
+    denoiser = rig.denoiser()
     inputs = {"latents": torch.zeros(2, 4, 8, 8), "timestep": 3, "class_labels": torch.tensor([1, 2])}
     for full in (True, False):
         denoiser.prepare(2)
@@ -197,7 +197,7 @@ def test_features_and_scratch_are_shared_at_the_larger_size(rig: Rig) -> None:
         dict(call.arguments for call in calls if call.owner == owner and call.name.endswith("set_tensor_address"))
         for owner in sizes
     ]
-    features = [site.feature.name for site in bundle.cache_sites]
+    features = [feature.name for feature in rig.bundle.manifest.features()]
     assert features
     assert {name: bound[0][name] for name in features} == {name: bound[1][name] for name in features}
     assert len(set(bound[0].values())) == len(bound[0]), "two tensors share an address"

@@ -7,6 +7,7 @@ from diffusers import DiTPipeline, HeunDiscreteScheduler
 
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
+from fora_trt.errors import ScheduleError
 from tests.test_denoiser import SITES
 
 
@@ -64,3 +65,25 @@ def test_a_scheduler_that_repeats_timesteps_keeps_its_place(pipe: DiTPipeline, e
     before = images(pipe, steps=5)
     pipe.transformer = load(exported, schedule=Schedule.static(9, 1), device="cpu").as_transformer()
     assert np.abs(images(pipe, steps=5) - before).max() < 1 / 255
+
+
+def test_a_pipeline_may_take_any_number_of_steps(pipe: DiTPipeline, exported: Bundle) -> None:
+    transformer = load(exported, cache_interval=3, device="cpu").as_transformer()
+    expected = {}
+    for steps in (10, 7, 2):
+        pipe.transformer = load(exported, schedule=Schedule.static(steps, min(steps, 3)), device="cpu").as_transformer()
+        expected[steps] = images(pipe, steps)
+    pipe.transformer = transformer
+    for steps in (10, 7, 2, 10):
+        np.testing.assert_array_equal(images(pipe, steps), expected[steps])
+        assert transformer.denoiser.schedule == Schedule.static(steps, min(steps, 3))
+        assert transformer.denoiser.finished
+
+
+def test_a_schedule_of_ones_own_is_for_its_number_of_steps(pipe: DiTPipeline, exported: Bundle) -> None:
+    schedule = Schedule((True, False, True, False))
+    pipe.transformer = load(exported, schedule=schedule, device="cpu").as_transformer()
+    images(pipe, steps=4)
+    message = r"the pipeline takes 5 steps, and the schedule that was given is for 4; .* cache_interval=N"
+    with pytest.raises(ScheduleError, match=message):
+        images(pipe, steps=5)

@@ -35,6 +35,10 @@ class Engine(ABC):
         """Whether `enqueue` on the current stream, once it has run, can become a part of a CUDA graph."""
         return False
 
+    def scratch_address(self) -> int:
+        """Where the memory is that it uses beside bound tensors; a graph that was captured at another is void."""
+        return 0
+
     def scratch_bytes(self, batch: int) -> int:
         """Device memory that binding this batch allocates beside the bound tensors, as far as it is known.
 

@@ -114,6 +114,9 @@ class TensorRTEngine(Engine):
             config.set_runtime_cache(self._cache.cache)
         return self._checked(self._engine.create_execution_context(config), "start an execution context")
 
+    def scratch_address(self) -> int:
+        return self._scratch.block.data_ptr()
+
     def scratch_bytes(self, batch: int) -> int:
         return max(0, self._scratch_needed(batch) - self._scratch.block.nbytes)
 

@@ -11,9 +11,10 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.base import Engine
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.engines.torch_engine import TorchEngine, steps_from_bundle
-from fora_trt.errors import BackendError
+from fora_trt.errors import BackendError, first_line
 from fora_trt.export.graphs import TRACED_BATCH, program_from_step
-from fora_trt.export.split import Split, example_inputs
+from fora_trt.export.split import Split
+from fora_trt.models.examples import example_inputs
 from fora_trt.quiet import quiet
 
 
@@ -34,7 +35,9 @@ class TorchCompileEngine(TorchEngine):
 
     def __init__(self, step: Split, bundle: Bundle, graph: str, device: torch.device) -> None:
         super().__init__(step, bundle, graph, device)
-        inputs = example_inputs(self.inputs.values(), bundle.manifest.guidance, TRACED_BATCH)
+        inputs = example_inputs(step.spec.inputs, step.spec.conditioning, TRACED_BATCH)
+        features = {one.name: one for one in bundle.manifest.features()}
+        inputs |= example_inputs((features[name] for name in step.names if name in features), {}, TRACED_BATCH)
         program = program_from_step(step, {name: value.to(device) for name, value in inputs.items()})
         self._compiled = torch.compile(_IntoTargets(program.module()), fullgraph=True, dynamic=False)
         self._replay = Replay(self._run, device)
@@ -55,7 +58,7 @@ class TorchCompileEngine(TorchEngine):
             with quiet("torch._inductor"):
                 self._compiled(self._sources, self._targets)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise BackendError(f"torch.compile could not compile this model: {reason}") from error
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fora_trt.bundle import Bundle
 from fora_trt.engines.base import Engine
-from fora_trt.errors import BackendError, ModelError
-from fora_trt.export.split import FullStep, ReuseStep, Split
+from fora_trt.errors import BackendError, ExportError, ModelError
+from fora_trt.export.split import Split, steps_of_module
 from fora_trt.export.write import weights_digest
 from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import FULL, REUSE, Model
@@ -25,7 +25,7 @@ class TorchEngine(Engine):
         self._step = step
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        self._sources = [tensors[name] for name in self.inputs]
+        self._sources = [tensors[name] for name in self._step.names]  # a module takes all inputs, also those it ignores
         self._targets = [tensors[name] for name in self.outputs]
 
     @torch.inference_mode()
@@ -42,8 +42,9 @@ def engines_from_bundle(bundle: Bundle, device: torch.device, *_: object) -> dic
 def steps_from_bundle(bundle: Bundle, device: torch.device) -> dict[str, Split]:
     """The full and the reuse step of the module that a bundle was exported from. Raises `BackendError`."""
     model = model_from_bundle(bundle)
-    module, sites = model.module.to(device), [site.module for site in bundle.manifest.cache_sites]
-    return {FULL: FullStep(module, model.spec, sites), REUSE: ReuseStep(module, model.spec, sites)}
+    sites, features = bundle.manifest.cache_sites, [feature.name for feature in bundle.manifest.features()]
+    full, reuse = steps_of_module(model.module.to(device), model.spec, [site.module for site in sites], features)
+    return {FULL: full, REUSE: reuse}
 
 
 def model_from_bundle(bundle: Bundle) -> Model:
@@ -51,17 +52,18 @@ def model_from_bundle(bundle: Bundle) -> Model:
 
     Raises `BackendError` if the source is no longer there or has other weights.
     """
-    record = bundle.manifest.model
+    record, sites = bundle.manifest.model, [site.module for site in bundle.manifest.cache_sites]
+    source = record.options.source
     try:
-        model = model_from_source(record.source, bundle.manifest.precision, record.image_size)
-    except ModelError as error:
+        model = model_from_source(record.options, bundle.manifest.precision, sites)
+    except (ModelError, ExportError) as error:
         raise BackendError(
             f"PyTorch needs the checkpoint that {bundle.folder} was exported from, "
-            f"and {record.source!r} cannot be loaded: {error}"
+            f"and {source!r} cannot be loaded: {error}"
         ) from error
     if weights_digest(model.module) != record.weights_sha256:
         raise BackendError(
-            f"{record.source!r} has other weights than those {bundle.folder} was exported from; "
-            f"export it again: fora-trt export {record.source} --name {bundle.manifest.name} --force"
+            f"{source!r} has other weights than those {bundle.folder} was exported from; "
+            f"export it again: fora-trt export {source} --name {bundle.manifest.name} --force"
         )
     return model

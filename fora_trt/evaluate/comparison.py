@@ -13,8 +13,9 @@ from torch import Tensor
 from fora_trt.bundle import Bundle
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.runtime.conditioning import Conditioning
 from fora_trt.runtime.denoiser import load
-from fora_trt.runtime.images import grid, images_from_latents
+from fora_trt.runtime.images import Decoder, grid
 from fora_trt.runtime.sampling import Sampler, Steps, Trajectory
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
@@ -92,7 +93,7 @@ def settings_of(
 
 
 def measure(
-    settings: Sequence[Setting], class_labels: Sequence[int], guidance_scale: float, repeats: int
+    settings: Sequence[Setting], conditioning: Conditioning, guidance_scale: float, repeats: int
 ) -> Iterator[Setting]:
     """Run every setting once to warm up and then `repeats` times; yield each as it finishes a repeat.
 
@@ -100,7 +101,7 @@ def measure(
     """
     for repeat in range(repeats + 1):
         for setting in settings:
-            done = setting.sampler(setting.schedule, class_labels, range(len(class_labels)), guidance_scale)
+            done = setting.sampler(setting.schedule, conditioning, range(conditioning.images), guidance_scale)
             if repeat:
                 setting.trajectories.append(done)
             yield setting
@@ -119,5 +120,6 @@ def grey_levels_between(one: Tensor, other: Tensor) -> float:
 
 def picture_of(settings: Sequence[Setting], bundle: Bundle, baseline: Setting) -> Image.Image:
     """The images of all settings in rows, each with its name and its speed-up."""
-    rows = [images_from_latents(setting.latents, bundle.manifest, torch.device("cpu")) for setting in settings]
+    decoder = Decoder(bundle.manifest)
+    rows = [decoder.images(setting.latents, torch.device("cpu")) for setting in settings]
     return grid(rows, [f"{setting.name}: {baseline.seconds / setting.seconds:.1f}x" for setting in settings])

@@ -22,7 +22,11 @@ class EagerFora:
     def __init__(self, bundle: Bundle, device: torch.device) -> None:
         model = model_from_bundle(bundle)
         self.manifest, self.device = bundle.manifest, device
-        self.module, self._call = model.module.float().to(device), model.spec.call
+        if model.half is not None:
+            model.half.widen()
+        self.module, self._call = model.module.to(device), model.spec.call
+        self._inputs = [tensor.name for tensor in model.spec.inputs]
+        self._dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in model.spec.inputs}
         self._full = True
         for site in bundle.manifest.cache_sites:
             module = self.module.get_submodule(site.module)
@@ -36,17 +40,22 @@ class EagerFora:
     def predict(self, full: bool, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
         """Compute every layer, or reuse what the sites put out in the last full step."""
         self._full = full
-        times = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).expand(len(latents))
-        return self._call(self.module, {LATENTS: latents.float(), TIMESTEP: times, **conditioning})
+        times = torch.as_tensor(timestep, device=self.device).to(self._dtypes[TIMESTEP]).expand(len(latents))
+        given = {LATENTS: latents.float(), TIMESTEP: times, **conditioning}
+        return self._call(self.module, {name: given[name] for name in self._inputs})
 
     def is_capturable(self) -> bool:
         """Eager PyTorch is what most people run; it is left as it is."""
         return False
 
-    def _cached(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        kept: list[Tensor] = []
+    def first_not_finite(self) -> str | None:
+        """Nothing is kept to look at."""
+        return None
 
-        def cached(*args: Any, **kwargs: Any) -> Tensor:
+    def _cached(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        kept: list[Any] = []
+
+        def cached(*args: Any, **kwargs: Any) -> Any:
             if self._full:
                 kept[:] = [forward(*args, **kwargs)]
             return kept[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from fora_trt.bundle import Bundle
@@ -28,17 +29,18 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     schedules = {interval: Schedule.static(STEPS, interval) for interval in CACHE_INTERVALS}
     return {
         "name": manifest.name,
-        "source": manifest.model.source,
+        "source": manifest.model.options.source,
         "architecture": manifest.model.architecture,
         "precision": manifest.precision,
         "opset": manifest.opset,
         "versions": manifest.versions,
         "measured_error": {name: vars(error) for name, error in (manifest.measured_error or {}).items()},
+        "trajectory_error": None if manifest.trajectory_error is None else asdict(manifest.trajectory_error),
         "graphs": {name: vars(statistics) for name, statistics in graphs.items()},
         "cache_sites": dict(Counter(site.kind for site in manifest.cache_sites)),
-        "feature_shape": [*manifest.cache_sites[0].feature.shape],
+        "feature_shapes": list(dict.fromkeys(feature.shape for feature in manifest.features())),
         "feature_bytes_per_sample": sum(
-            math.prod(site.feature.sized(1)) * BYTES[site.feature.dtype] for site in manifest.cache_sites
+            math.prod(feature.sized(1)) * BYTES.get(feature.dtype, 8) for feature in manifest.features()
         ),
         "arithmetic_kept": kept,
         "steps": STEPS,

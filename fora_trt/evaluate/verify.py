@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fora_trt.bundle import Bundle, GraphError
+from fora_trt.bundle import Bundle, GraphError, TrajectoryError
 from fora_trt.engines.plan_store import PlanSource
+from fora_trt.errors import BackendError
 from fora_trt.evaluate.eager_fora import EagerFora
-from fora_trt.export.split import example_inputs
+from fora_trt.export.statistics import graph_statistics
+from fora_trt.folders import write_manifest
+from fora_trt.models.examples import example_inputs
 from fora_trt.models.spec import FULL, REUSE
+from fora_trt.runtime.conditioning import example_conditioning
 from fora_trt.runtime.denoiser import Denoiser, load
 from fora_trt.runtime.sampling import Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
@@ -19,6 +24,12 @@ from fora_trt.runtime.updates import update_from_scheduler
 from fora_trt.schedule import Schedule
 
 GRAPH_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+MEASURED_STEPS, MEASURED_INTERVALS = 50, (1, 3)
+"""Of the trajectories whose error a manifest keeps."""
+
+GUIDANCE_SCALE = 1.5
+"""Of the trajectories that are compared."""
+
 TRAJECTORY_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-1, "bf16": 5e-1}
 """Largest admitted error relative to PyTorch's largest value, by precision; the reference computes in fp32."""
 
@@ -45,39 +56,78 @@ def compare_with_pytorch(
     cache_intervals: Sequence[int] = (2, 3, 5),
     plans: PlanSource | None = None,
 ) -> Iterator[Comparison]:
-    """Compare both graphs on seeded inputs, then trajectories of two guided images, with eager FORA in fp32.
+    """Compare both graphs on seeded inputs, then trajectories of two images, with eager FORA in fp32.
 
-    The reuse graph runs on other latents and timesteps than the features were made from, as it does in a trajectory.
-    Raises `BackendError` if the checkpoint is no longer at hand.
+    Trajectories are guided where the model has an unconditional half. The reuse graph runs on other latents and
+    timesteps than the features were made from, as it does in a trajectory. Raises `BackendError` if the checkpoint is
+    no longer at hand.
     """
-    manifest = bundle.manifest
+    precision = bundle.manifest.precision
     denoiser = load(bundle, schedule=Schedule.static(steps, 1), backend=backend, device=device, plans=plans)
     reference = EagerFora(bundle, device)
     for graph, error in graph_errors(denoiser, reference, batch=2):
-        yield Comparison(f"{graph} graph", error, GRAPH_TOLERANCE[manifest.precision])
+        yield Comparison(f"{graph} graph", error, GRAPH_TOLERANCE[precision])
+    for interval, error in trajectory_errors(bundle, denoiser, reference, steps, cache_intervals):
+        yield Comparison(f"{steps} steps, cache interval {interval}", error, TRAJECTORY_TOLERANCE[precision])
 
-    scheduler = scheduler_from_config(bundle.scheduler_config, None, manifest.latents.learned_sigma)
+
+def trajectory_errors(
+    bundle: Bundle, denoiser: Denoiser, reference: EagerFora, steps: int, cache_intervals: Sequence[int]
+) -> Iterator[tuple[int, GraphError]]:
+    """Cache interval and error of the last latents, from the same noise and the same scheduler."""
+    scheduler = scheduler_from_config(bundle.scheduler_config, None, bundle.manifest.latents.learned_sigma)
     samplers = [Sampler(one, update_from_scheduler(scheduler, steps)) for one in (denoiser, reference)]
-    calls = samplers[0].update.calls
-    classes = [1 % manifest.guidance.num_classes, 7 % manifest.guidance.num_classes]
+    given = example_conditioning(bundle.manifest, 2)
+    scale = 1.0 if given.unconditional is None else GUIDANCE_SCALE
     for interval in cache_intervals:
-        schedule = Schedule.static(calls, interval)
-        latents = [sampler(schedule, classes, [0, 1], guidance_scale=1.5).latents for sampler in samplers]
-        yield Comparison(
-            f"{calls} steps, cache interval {interval}",
-            GraphError.between(*latents),
-            TRAJECTORY_TOLERANCE[manifest.precision],
-        )
+        schedule = Schedule.static(samplers[0].update.calls, interval)
+        latents = [sampler(schedule, given, [0, 1], scale).latents for sampler in samplers]
+        yield interval, GraphError.between(*latents)
 
 
 def graph_errors(denoiser: Denoiser, reference: EagerFora, batch: int) -> Iterator[tuple[str, GraphError]]:
     """The error of the full and then of the reuse graph, on seeded inputs that differ between the two."""
-    manifest = denoiser.manifest
     denoiser.prepare(batch)
     for seed, graph in enumerate((FULL, REUSE), start=1):
-        inputs = example_inputs(manifest.graphs[FULL].inputs, manifest.guidance, batch, seed)
+        inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.conditioning, batch, seed)
         placed = {name: value.to(denoiser.device) for name, value in inputs.items()}
         with torch.inference_mode():
             predictions = [one.predict(graph == FULL, **placed) for one in (denoiser, reference)]
             error = GraphError.between(*predictions)
         yield graph, error
+
+
+def with_measured_trajectory(
+    bundle: Bundle, backend: str, device: torch.device, within_seconds: float, plans: PlanSource | None = None
+) -> Bundle:
+    """Measure a bundle of half precision over whole trajectories against fp32, and write that into its manifest.
+
+    Nothing is measured if the arithmetic of it would not be done `within_seconds` on this device.
+    """
+    if _seconds_of_trajectories(bundle, device) > within_seconds:
+        return bundle
+    reference = EagerFora(bundle, device)
+    schedule = Schedule.static(MEASURED_STEPS, 1)
+    denoiser = load(bundle, schedule=schedule, backend=backend, device=device, plans=plans)
+    errors = dict(trajectory_errors(bundle, denoiser, reference, MEASURED_STEPS, MEASURED_INTERVALS))
+    measured = TrajectoryError(MEASURED_STEPS, denoiser.backend, errors)
+    manifest = bundle.manifest.model_copy(update={"trajectory_error": measured})
+    try:
+        write_manifest(bundle.folder, manifest)
+    except OSError as error:
+        raise BackendError(f"the manifest of {bundle.folder} cannot be written: {error.strerror or error}") from error
+    return Bundle(bundle.folder, manifest)
+
+
+def _seconds_of_trajectories(bundle: Bundle, device: torch.device) -> float:
+    """About how long `with_measured_trajectory` computes, if all of it were as fast as a large fp32 matrix product."""
+    size = 1024
+    matrix, seconds = torch.ones(size, size, device=device), []
+    for _ in range(4):  # the first warms up
+        began = time.perf_counter()
+        (matrix @ matrix).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    rate = 2 * size**3 / min(seconds[1:])
+    full_steps = sum(Schedule.static(MEASURED_STEPS, interval).full_steps for interval in MEASURED_INTERVALS)
+    guided_images, runs = 4, 2
+    return graph_statistics(bundle.graph_path(FULL)).flops * guided_images * full_steps * runs / rate

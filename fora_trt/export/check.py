@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fora_trt.bundle import GraphError
-from fora_trt.export.split import FullStep, ReuseStep, example_inputs
+from fora_trt.errors import ExportError
+from fora_trt.export.split import steps_of_module
+from fora_trt.models.examples import example_inputs
 from fora_trt.models.spec import FULL, REUSE, CacheSite, Model
+
+MEASURED_BATCH = 1
+"""Another than the graphs were traced with, so that a batch that became a constant shows."""
 
 
 @torch.no_grad()
@@ -24,30 +29,31 @@ def measure_errors(model: Model, sites: Sequence[CacheSite], paths: Mapping[str,
     """
     if model.precision == "bf16" or find_spec("onnxruntime") is None:
         return None
-    module, spec, names = model.module, model.spec, [site.module for site in sites]
-    first, second = (example_inputs(spec.inputs, spec.guidance, batch=2, seed=seed) for seed in (1, 2))
-    with _computing_in_fp32(module):
-        expected = FullStep(module, spec, names)(*_widened(first))
-        features = expected[1:]
-        (reused,) = ReuseStep(module, spec, names)(*_widened(second), *features)
+    spec, kept = model.spec, [feature for site in sites for feature in site.features]
+    full, reuse = steps_of_module(model.module, spec, [site.module for site in sites])
+    first, second = (example_inputs(spec.inputs, spec.conditioning, MEASURED_BATCH, seed) for seed in (1, 2))
+    with _computing_in_fp32(model):
+        prediction, *features = full(*first.values())
+        expected = {model.output.name: prediction} | dict(zip(full.features, features, strict=True))
+        reuse.features = [feature.name for feature in kept]
+        (reused,) = reuse(*second.values(), *(expected[name] for name in reuse.features))
 
-    full = _outputs(paths[FULL], first)
-    stale = {
-        site.feature.name: feature.to(getattr(torch, site.feature.dtype))
-        for site, feature in zip(sites, features, strict=True)
-    }
-    (reuse,) = _outputs(paths[REUSE], second | stale)
-    worst = [GraphError.between(got, want) for got, want in zip(full, expected, strict=True)]
+    stale = {feature.name: expected[feature.name].to(getattr(torch, feature.dtype)) for feature in kept}
+    worst = [GraphError.between(got, expected[name]) for name, got in _outputs(paths[FULL], first).items()]
+    again = _outputs(paths[REUSE], second | stale)
     return {
         FULL: GraphError(max(error.maximum for error in worst), max(error.relative for error in worst)),
-        REUSE: GraphError.between(reuse, reused),
+        REUSE: GraphError.between(again[model.output.name], reused),
     }
 
 
 @contextmanager
-def _computing_in_fp32(module: nn.Module) -> Iterator[None]:
+def _computing_in_fp32(model: Model) -> Iterator[None]:
     """Widen each layer's own parameters for the time of its call only, so that they are not in memory twice."""
-    dtypes = {parameter: parameter.dtype for parameter in module.parameters()}
+    if model.half is None:
+        yield
+        return
+    dtypes = {parameter: parameter.dtype for parameter in model.module.parameters()}
 
     def widen(layer: nn.Module, _: object) -> None:
         for parameter in layer.parameters(recurse=False):
@@ -57,21 +63,18 @@ def _computing_in_fp32(module: nn.Module) -> Iterator[None]:
         for parameter in layer.parameters(recurse=False):
             parameter.data = parameter.data.to(dtypes[parameter])
 
-    layers = [layer for layer in module.modules() if any(True for _ in layer.parameters(recurse=False))]
+    layers = [layer for layer in model.module.modules() if any(True for _ in layer.parameters(recurse=False))]
     hooks = [layer.register_forward_pre_hook(widen) for layer in layers]
     hooks += [layer.register_forward_hook(narrow) for layer in layers]
     try:
-        yield
+        with model.half.off():
+            yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _widened(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    return [value.float() if value.is_floating_point() else value for value in inputs.values()]
-
-
-def _outputs(path: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+def _outputs(path: Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -79,5 +82,11 @@ def _outputs(path: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     # order every weight is widened before the first layer runs.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(output) for output in session.run(None, {k: v.numpy() for k, v in inputs.items()})]
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        feeds = {one.name: inputs[one.name].numpy() for one in session.get_inputs()}
+        names = [one.name for one in session.get_outputs()]
+        outputs = session.run(names, feeds)
+    except Exception as error:  # onnxruntime raises many kinds, all with one sentence
+        raise ExportError(f"ONNX Runtime does not take the {path.stem} graph as it was traced: {error}") from error
+    return {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,14 @@ from onnx_ir.passes.common import (
 from torch import Tensor
 
 from fora_trt.bundle import tensor_spec
-from fora_trt.errors import ExportError
+from fora_trt.errors import ExportError, first_line
+from fora_trt.export.drop_squeezes import DropSqueezesPass
+from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.slice_projections import SliceProjectionsPass
-from fora_trt.export.split import FullStep, ReuseStep, Split, example_inputs, find_sites
-from fora_trt.models.spec import BATCH, FEATURE, FULL, REUSE, CacheSite, Model, TensorSpec
+from fora_trt.export.split import FullStep, Split, check_sites, steps_of_module
+from fora_trt.models.examples import example_inputs
+from fora_trt.models.sites import OTHER
+from fora_trt.models.spec import BATCH, FEATURE, FULL, LATENTS, REUSE, CacheSite, Model, TensorSpec
 from fora_trt.quiet import quiet
 
 TRACED_BATCH = 2  # any size but 0 and 1, which torch.export treats as constants
@@ -40,33 +44,56 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
 
 
-def full_graph_from_model(model: Model, cache: Sequence[str] | None, opset: int) -> tuple[Graph, list[CacheSite]]:
-    """The graph of a full step, and the cache sites in the order of its outputs after the prediction.
+def graphs_from_model(
+    model: Model, opset: int, report: Callable[[str], None] = lambda stage: None
+) -> tuple[dict[str, Graph], list[CacheSite]]:
+    """The graphs of a full and of a reuse step, and the cache sites in the order of the module tree.
 
-    `cache` names kinds or patterns; all kinds of the architecture when it is None. Raises `ExportError`.
+    Only what is read is kept: a reuse graph has no input that features made needless (the text of a prompt, whose
+    cross-attention is cached), and a feature that no reuse step reads is no feature. Raises `ExportError`.
     """
-    spec = model.spec
-    found = find_sites(model.module, spec, tuple(spec.cache_sites if cache is None else cache))
-    names = [f"{FEATURE}{path}" for path, _ in found]
-    step = FullStep(model.module, spec, (path for path, _ in found))
-    graph = _traced(step, example_inputs(spec.inputs, spec.guidance, TRACED_BATCH), [spec.output.name, *names], opset)
-    features = [tensor_spec(value) for value in graph.graph.outputs[1:]]
-    sites = [CacheSite(path, kind, feature) for (path, kind), feature in zip(found, features, strict=True)]
-    for site in sites:
-        _check_shape(site.feature, f"the output of the cache site {site.module}")
-    return Graph(graph, spec.inputs, (spec.output, *features)), sites
+    paths = [path for path, _ in model.sites]
+    if any(kind == OTHER for _, kind in model.sites):
+        report("checking the cache sites")
+        check_sites(model.module, model.spec, paths)
+    full, reuse = steps_of_module(model.module, model.spec, paths)
+    inputs = example_inputs(model.spec.inputs, model.spec.conditioning, TRACED_BATCH)
+    report("tracing the full graph")
+    whole = _traced(full, inputs, lambda: [model.output.name, *full.features], opset)
+    features = {spec.name: spec for spec in map(tensor_spec, whole.graph.outputs[1:])}
+    for spec in features.values():
+        _check_shape(spec, f"the output of the cache site {spec.name.removeprefix(FEATURE)}")
 
-
-def reuse_graph_from_model(model: Model, sites: Sequence[CacheSite], opset: int) -> Graph:
-    """The graph of a reuse step: `torch.export` drops what nobody reads once the features are inputs."""
-    features = tuple(site.feature for site in sites)
-    inputs = example_inputs(model.spec.inputs, model.spec.guidance, TRACED_BATCH) | {
-        feature.name: torch.zeros(feature.sized(TRACED_BATCH), dtype=getattr(torch, feature.dtype))
-        for feature in features
+    report("tracing the reuse graph")
+    reuse.features = list(features)
+    stale = {
+        name: torch.zeros(spec.sized(TRACED_BATCH), dtype=getattr(torch, spec.dtype)) for name, spec in features.items()
     }
-    step = ReuseStep(model.module, model.spec, (site.module for site in sites))
-    graph = _traced(step, inputs, [model.spec.output.name], opset)
-    return Graph(graph, (*model.spec.inputs, *features), (model.spec.output,))
+    light = _traced(reuse, inputs | stale, lambda: [model.output.name], opset)
+    unread = features.keys() - {value.name for value in light.graph.inputs}
+    _drop_outputs(whole, unread)
+    sites = [
+        CacheSite(path, kind, tuple(features[name] for name in full.outputs[path].features if name not in unread))
+        for path, kind in model.sites
+    ]
+    needless = [site.module for site in sites if not site.features]
+    if len(needless) == len(sites):
+        raise ExportError(f"the model reads the output of none of the cache sites, {needless[0]} first; name others")
+    if needless:
+        report(f"passing over {len(needless)} cache sites whose output no reuse step reads, {needless[0]} first")
+        sites = [site for site in sites if site.features]
+    return {FULL: _graph(whole), REUSE: _graph(light)}, sites
+
+
+def _graph(model: ir.Model) -> Graph:
+    return Graph(model, tuple(map(tensor_spec, model.graph.inputs)), tuple(map(tensor_spec, model.graph.outputs)))
+
+
+def _drop_outputs(model: ir.Model, names: Collection[str]) -> None:
+    kept = [value for value in model.graph.outputs if value.name not in names]
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(kept)
+    RemoveUnusedNodesPass()(model)
 
 
 def save_graph(graph: Graph, path: Path) -> list[Path]:
@@ -91,36 +118,45 @@ def program_from_step(step: Split, inputs: Mapping[str, Tensor]) -> torch.export
         except ExportError:
             raise
         except Exception as error:  # torch.export raises many kinds, none of which a user can act on
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise ExportError(
                 f"{step.spec.architecture} does not trace with a symbolic batch dimension: {reason}"
             ) from error
 
 
-def _traced(step: Split, inputs: dict[str, Tensor], outputs: Sequence[str], opset: int) -> ir.Model:
-    """`torch.export` first, which raises where the batch would be specialised; then ONNX, checked again."""
+def _traced(step: Split, inputs: Mapping[str, Tensor], outputs: Callable[[], list[str]], opset: int) -> ir.Model:
+    """`torch.export` first, which raises where the batch would be specialised; then ONNX, checked again.
+
+    `outputs` is asked for their names when the step has run. Inputs that nobody reads are dropped.
+    """
     if opset not in OPSETS:
         raise ExportError(f"the opset is {opset}; fora-trt writes {OPSETS[0]} to {OPSETS[-1]}")
+    name = FULL if isinstance(step, FullStep) else REUSE
     program = program_from_step(step, inputs)
     with torch.no_grad(), quiet("torch.onnx"):
         traced = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     assert traced is not None
     model = traced.model
-    _rename(model.graph, list(inputs), outputs)
+    _rename(model.graph, list(inputs), outputs())
     _name_attentions(model.graph)
     Sequential(
+        DropSqueezesPass(),
+        ExpandMasksPass(),
         DeduplicateInitializersPass(),
         CommonSubexpressionEliminationPass(),
         SliceProjectionsPass(),
         RemoveUnusedNodesPass(),
         ClearMetadataAndDocStringPass(),
     )(model)
-    model.graph.name = FULL if isinstance(step, FullStep) else REUSE
-    expected = {value.name: tensor_spec(value) for value in (*model.graph.inputs, *model.graph.outputs)}
-    for name in (*inputs, *outputs):
-        if name not in expected:
-            raise ExportError(f"the {model.graph.name} graph lost {name!r} while it was traced")
-        _check_shape(expected[name], f"{name!r} of the {model.graph.name} graph")
+    model.graph.name = name
+    read = [value for value in model.graph.inputs if value.uses() or value.is_graph_output()]
+    model.graph.inputs.clear()
+    model.graph.inputs.extend(read)
+    if LATENTS not in (value.name for value in read):
+        raise ExportError(f"nothing in the {name} graph depends on the latents; cache less than that")
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        spec = tensor_spec(value)
+        _check_shape(spec, f"{spec.name!r} of the {name} graph")
     return model
 
 

@@ -3,8 +3,8 @@
 In a reuse graph only the gates of each adaLN projection are read: two parts of six, so two thirds of the weights go.
 
 Rules, cited below: (1) the split is along the last axis, into parts of known width; (2) its input is a Gemm over
-initializers, a bias of one axis among them, whose product nothing else reads; (3) what is sliced away has no reader
-and is no graph output.
+initializers, a bias of one axis among them, whose product nothing else reads, with a Cast between the two or not;
+(3) what is sliced away has no reader and is no graph output.
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ class SliceProjectionsPass(InPlacePass):
 
 def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
     joined = split.inputs[0]
-    gemm = joined.producer() if joined is not None else None
-    if joined is None or gemm is None or gemm.op_type != "Gemm" or len(joined.uses()) != 1:
+    cast = joined.producer() if joined is not None else None
+    if cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None:
+        gemm, product_type = cast.inputs[0].producer(), cast.inputs[0].type
+        alone = len(cast.inputs[0].uses()) == 1
+    else:
+        gemm, cast, alone, product_type = cast, None, True, joined.type if joined is not None else None
+    if joined is None or gemm is None or gemm.op_type != "Gemm" or len(joined.uses()) != 1 or not alone:
         return False  # rule 2
     weight, bias = gemm.inputs[1], gemm.inputs[2] if len(gemm.inputs) > 2 else None
     if weight is None or weight.const_value is None:
@@ -51,13 +56,18 @@ def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
     parts = [output for output, is_read in zip(split.outputs, read, strict=True) if is_read]
     sizes = [width for width, is_read in zip(widths, read, strict=True) if is_read]
     lengths = _initializer(graph, joined, np.array(sizes, dtype=np.int64), suffix="lengths")
-    again = ir.Node(
-        "", "Split", [product.outputs[0], lengths], [ir.AttrInt64("axis", rank - 1)], num_outputs=len(parts)
+    nodes = [product]
+    if cast is not None:
+        nodes.append(ir.Node("", "Cast", [product.outputs[0]], list(cast.attributes.values()), num_outputs=1))
+    nodes.append(
+        ir.Node("", "Split", [nodes[-1].outputs[0], lengths], [ir.AttrInt64("axis", rank - 1)], num_outputs=len(parts))
     )
-    graph.insert_before(split, [product, again])
+    graph.insert_before(split, nodes)
     assert joined.shape is not None
-    product.outputs[0].type = joined.type
-    product.outputs[0].shape = ir.Shape([*list(joined.shape)[:-1], int(kept.sum())])
+    for node, kind in zip(nodes[:-1], (product_type, joined.type), strict=False):
+        node.outputs[0].type = kind
+        node.outputs[0].shape = ir.Shape([*list(joined.shape)[:-1], int(kept.sum())])
+    again = nodes[-1]
     for old, new in zip(parts, again.outputs, strict=True):
         new.type, new.shape = old.type, old.shape
         ir.convenience.replace_all_uses_with(old, new)

@@ -1,66 +1,64 @@
-"""Split a module at its cache sites: the same forward either emits every site's feature or consumes it.
+"""Split a module at its cache sites: the same forward either emits every site's features or consumes them.
 
 For the full step each site's `forward` is wrapped so that its output is also recorded; for the reuse step it is
-replaced by one that returns the recorded feature. Nothing here knows an architecture: a site is a module path.
+replaced by one that returns what was recorded. Nothing here knows an architecture: a site is a module path.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fora_trt.errors import ExportError
-from fora_trt.models.spec import GuidanceSpec, ModelSpec, TensorSpec
+from fora_trt.errors import ExportError, first_line
+from fora_trt.models.examples import example_inputs
+from fora_trt.models.spec import FEATURE, ModelSpec
 
-
-def find_sites(module: nn.Module, spec: ModelSpec, cache: Sequence[str]) -> list[tuple[str, str]]:
-    """Module path and kind of every site that `cache` asks for, in the order of the module tree.
-
-    Each entry of `cache` is a kind of the architecture (`attention`) or a pattern over module paths
-    (`transformer_blocks.*.attn1`). Raises `ExportError` for one that matches nothing.
-    """
-    paths = [path for path, _ in module.named_modules() if path]
-    kinds: dict[str, str] = {}
-    for wanted in cache:
-        patterns = spec.cache_sites.get(wanted, (wanted,))
-        matched = [path for path in paths if any(_matches(path, pattern) for pattern in patterns)]
-        if not matched:
-            raise ExportError(
-                f"the cache pattern {wanted!r} matches no module of {spec.architecture}; give one of "
-                f"{', '.join(spec.cache_sites)} or a pattern such as {next(iter(spec.cache_sites.values()))[0]}"
-            )
-        kinds.update({path: kind_of(path, spec) for path in matched})
-    if not kinds:
-        raise ExportError(f"nothing to cache was named; give one of {', '.join(spec.cache_sites)}")
-    return [(path, kinds[path]) for path in paths if path in kinds]
+CONSTANTS = (bool, int, float, str, type(None))
+"""What a site may put out beside tensors: it is the same at every step."""
 
 
-def kind_of(path: str, spec: ModelSpec) -> str:
-    """The kind that the architecture gives to a module path; `module` where it names none."""
-    for kind, patterns in spec.cache_sites.items():
-        if any(_matches(path, pattern) for pattern in patterns):
-            return kind
-    return "module"
+@dataclass(frozen=True)
+class Output:
+    """How a site's output is made up: its tree, and each leaf: a feature's name, or a constant."""
+
+    tree: TreeSpec
+    leaves: tuple[Any, ...]
+    is_feature: tuple[bool, ...]
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the tensors in it."""
+        return [leaf for leaf, is_feature in zip(self.leaves, self.is_feature, strict=True) if is_feature]
 
 
-def _matches(path: str, pattern: str) -> bool:
-    parts, wanted = path.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+NEVER_CALLED = Output(tree_flatten(None)[1], (None,), (False,))
+"""Of a site that a pattern matches and the network does not use."""
+
+
+class Outputs(dict[str, Output]):
+    """Outputs of the sites by module path. Not a plain dict: `torch.export` puts those back as they were."""
 
 
 class Split(nn.Module):
-    """One step of a split model on positional tensors; `FullStep` and `ReuseStep` say which."""
+    """One step of a split model on positional tensors, named in `names`; `FullStep` and `ReuseStep` say which."""
 
-    def __init__(self, module: nn.Module, spec: ModelSpec, sites: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, spec: ModelSpec, sites: Iterable[str], outputs: Outputs) -> None:
         super().__init__()
         self.module = module
         self.spec = spec
         self.sites = tuple(sites)
+        self.outputs = outputs  # of the sites, shared by the two steps: a full step finds out
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors that `forward` takes, in order."""
+        return [tensor.name for tensor in self.spec.inputs]
 
     def predict(self, inputs: Sequence[Tensor]) -> Tensor:
         named = {tensor.name: value for tensor, value in zip(self.spec.inputs, inputs, strict=True)}
@@ -68,40 +66,93 @@ class Split(nn.Module):
 
 
 class FullStep(Split):
-    """Inputs -> (prediction, feature of every site)."""
+    """Inputs -> (prediction, features in the order of their sites): all of them, or those in `kept`."""
+
+    kept: list[str] | None = None
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         features: dict[str, Tensor] = {}
+        seen: set[str] = set()
 
-        def capture(path: str, forward: Callable[..., Any]) -> Callable[..., Tensor]:
-            def captured(*args: Any, **kwargs: Any) -> Tensor:
-                output = forward(*args, **kwargs)
-                _check_feature(path, output, seen=path in features)
-                features[path] = output
-                return features[path]
+        def capture(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def captured(*args: Any, **kwargs: Any) -> Any:
+                result = forward(*args, **kwargs)
+                if path in seen:
+                    raise ExportError(
+                        f"the cache site {path} is called more than once in one step, so it cannot be cached"
+                    )
+                seen.add(path)
+                self.outputs[path], tensors = _taken_apart(path, result)
+                features.update(tensors)
+                return result
 
             return captured
 
         with _forwards_replaced(self.module, self.sites, capture):
             prediction = self.predict(inputs)
-        silent = [path for path in self.sites if path not in features]
-        if silent:
-            raise ExportError(f"the cache site {silent[0]} is never called by the model; leave it out of --cache")
-        return (prediction, *(features[path] for path in self.sites))
+        for path in self.sites:
+            if path not in seen:
+                self.outputs[path] = NEVER_CALLED
+        return (prediction, *(features[name] for name in self.features))
+
+    @property
+    def features(self) -> list[str]:
+        """Names of what follows the prediction; known once the step has run."""
+        found = [name for path in self.sites for name in self.outputs[path].features]
+        return found if self.kept is None else [name for name in found if name in self.kept]
 
 
 class ReuseStep(Split):
-    """(inputs, feature of every site) -> prediction."""
+    """(inputs, features by the names in `features`) -> prediction. A feature that is left out must not be read."""
+
+    features: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        return [*super().names, *self.features]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor]:
         count = len(self.spec.inputs)
-        features = dict(zip(self.sites, tensors[count:], strict=True))
+        given = dict(zip(self.features, tensors[count:], strict=True))
 
-        def replay(path: str, forward: Callable[..., Any]) -> Callable[..., Tensor]:
-            return lambda *args, **kwargs: features[path]
+        def replay(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            output = self.outputs[path]
+            leaves = [
+                given.get(leaf) if is_feature else leaf
+                for leaf, is_feature in zip(output.leaves, output.is_feature, strict=True)
+            ]
+            return lambda *args, **kwargs: tree_unflatten(leaves, output.tree)
 
         with _forwards_replaced(self.module, self.sites, replay):
             return (self.predict(tensors[:count]),)
+
+
+def steps_of_module(
+    module: nn.Module, spec: ModelSpec, sites: Iterable[str], features: Sequence[str] | None = None
+) -> tuple[FullStep, ReuseStep]:
+    """Both steps of a module; the full one must run once before the reuse one. `features` pass between them."""
+    paths, outputs = tuple(sites), Outputs()
+    full, reuse = FullStep(module, spec, paths, outputs), ReuseStep(module, spec, paths, outputs)
+    full.kept, reuse.features = (None, []) if features is None else (list(features), list(features))
+    return full, reuse
+
+
+def _taken_apart(path: str, result: Any) -> tuple[Output, dict[str, Tensor]]:
+    """How an output is made up, and its tensors by name: `feature.PATH`, with a number where there are several."""
+    leaves, tree = tree_flatten(result)
+    if odd := [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *CONSTANTS))]:
+        raise ExportError(
+            f"the cache site {path} puts out {type(odd[0]).__name__}; only tensors, alone or in tuples, lists and "
+            "dictionaries, can be cached"
+        )
+    count = sum(isinstance(leaf, Tensor) for leaf in leaves)
+    if count == 0:
+        raise ExportError(f"the cache site {path} puts out no tensor, so there is nothing to cache")
+    names = iter([f"{FEATURE}{path}"] if count == 1 else [f"{FEATURE}{path}.{k}" for k in range(count)])
+    is_feature = tuple(isinstance(leaf, Tensor) for leaf in leaves)
+    named = tuple(next(names) if is_tensor else leaf for leaf, is_tensor in zip(leaves, is_feature, strict=True))
+    tensors = {name: leaf for name, leaf, is_tensor in zip(named, leaves, is_feature, strict=True) if is_tensor}
+    return Output(tree, named, is_feature), tensors
 
 
 @contextmanager
@@ -110,34 +161,70 @@ def _forwards_replaced(
 ) -> Iterator[None]:
     """Give each site another `forward` for a while; paths, parameters and attributes stay as they are."""
     replaced = [(path, module.get_submodule(path)) for path in sites]
+    own = [vars(site).get("forward") for _, site in replaced]  # where someone else has replaced it already
     for path, site in replaced:
         site.forward = replace(path, site.forward)
     try:
         yield
     finally:
-        for _, site in replaced:
+        for (_, site), before in zip(replaced, own, strict=True):
             del site.forward  # the instance attribute: the class's own shows again
+            if before is not None:
+                site.forward = before
 
 
-def _check_feature(path: str, output: object, seen: bool) -> None:
-    if not isinstance(output, Tensor):
-        raise ExportError(f"the cache site {path} puts out {type(output).__name__}; only a single tensor can be cached")
-    if seen:
-        raise ExportError(f"the cache site {path} is called more than once in one step, so it cannot be cached")
+@torch.no_grad()
+def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> None:
+    """Raise `ExportError` that names the first site whose output cannot stand in for the site at a later step.
+
+    It must be the same for the same inputs, have one shape whatever the inputs, one sample in each row, and be all
+    that the rest of the network sees of the site. Needed for sites that nobody has cached before.
+    """
+
+    def run(batch: int, seed: int) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+        inputs = list(example_inputs(spec.inputs, spec.conditioning, batch, seed).values())
+        try:
+            prediction, *features = full(*inputs)
+        except ExportError:
+            raise
+        except Exception as error:  # of the module itself, which is not ours
+            raise ExportError(
+                f"{spec.architecture} does not run on a batch of {batch}, and a bundle must take any: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+        return inputs, prediction, {name: one.clone() for name, one in zip(full.features, features, strict=True)}
+
+    full, _ = steps_of_module(module, spec, sites)
+    inputs, prediction, features = run(batch=2, seed=1)
+    outputs = dict(full.outputs)
+    for case, batch, seed in (("same inputs", 2, 1), ("other inputs", 2, 2), ("another batch", 3, 3)):
+        *_, again = run(batch, seed)
+        for path in sites:
+            if full.outputs[path].leaves != outputs[path].leaves:
+                raise ExportError(f"the cache site {path} puts out other things for {case}, so it cannot be cached")
+        for name, feature in features.items():
+            site = name.removeprefix(FEATURE)
+            if again[name].shape != (batch, *feature.shape[1:]):
+                raise ExportError(
+                    f"the output of the cache site {site} has shape {list(feature.shape)}, and for {case} "
+                    f"{list(again[name].shape)}; only the first size, the batch, may change; it cannot be cached"
+                )
+            if case == "same inputs" and not _equal(again[name], feature):
+                raise ExportError(
+                    f"the cache site {site} puts out something else at every call: it keeps state or draws random "
+                    "numbers, so it cannot be cached"
+                )
+    for path in sites:
+        _, reuse = steps_of_module(module, spec, [path])
+        reuse.outputs.update(outputs)
+        reuse.features = outputs[path].features
+        (replayed,) = reuse(*inputs, *(features[name] for name in reuse.features))
+        if not _equal(replayed, prediction):
+            raise ExportError(
+                f"the cache site {path} does more than its output shows (it changes its input in place, or leaves "
+                "something behind that is read elsewhere), so it cannot be cached"
+            )
 
 
-def example_inputs(
-    tensors: Iterable[TensorSpec], guidance: GuidanceSpec, batch: int, seed: int = 0
-) -> dict[str, Tensor]:
-    """Seeded values that a model admits: normal noise, timesteps and classes (the null class too) over their range."""
-    generator = torch.Generator().manual_seed(seed)
-    values: dict[str, Tensor] = {}
-    for tensor in tensors:
-        shape, dtype = tensor.sized(batch), getattr(torch, tensor.dtype)
-        if not dtype.is_floating_point:
-            values[tensor.name] = torch.randint(guidance.null_class + 1, shape, generator=generator)
-        elif len(shape) == 1:
-            values[tensor.name] = torch.randint(1000, shape, generator=generator).to(dtype)
-        else:
-            values[tensor.name] = torch.randn(shape, generator=generator).to(dtype)
-    return values
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,15 @@ def _flops(node: ir.Node) -> int:
 
 
 def _sizes(value: ir.Value) -> Shape:
-    if value.shape is None:
-        return ()
-    return [1 if str(getattr(size, "value", size)) == BATCH else int(size) for size in value.shape]  # type: ignore[arg-type]
+    return [] if value.shape is None else [_size(size) for size in value.shape]
+
+
+def _size(size: int | ir.SymbolicDim) -> int:
+    """For a batch of one; a whole number of batches is what flattened inputs have."""
+    if isinstance(size, int):
+        return size
+    multiple = re.fullmatch(rf"(?:(\d+)\*)?{BATCH}", str(size.value))
+    return int(multiple[1] or 1) if multiple else 1
 
 
 def _matmul(node: ir.Node, inputs: list[Shape], output: Shape) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -15,16 +15,15 @@ from fora_trt import __version__
 from fora_trt.bundle import FORMAT_VERSION, SCHEDULER, Bundle, GraphRecord, Manifest, ModelRecord
 from fora_trt.errors import ExportError
 from fora_trt.export.check import measure_errors
-from fora_trt.export.graphs import Graph, full_graph_from_model, reuse_graph_from_model, save_graph
+from fora_trt.export.graphs import Graph, graphs_from_model, save_graph
 from fora_trt.folders import record_of, staging, write_manifest
-from fora_trt.models.spec import FULL, REUSE, Model
+from fora_trt.models.spec import Model
 
 
 def bundle_from_model(
     model: Model,
     target: Path,
     *,
-    cache: Sequence[str] | None = None,
     opset: int = 23,
     force: bool = False,
     report: Callable[[str], None] = lambda stage: None,
@@ -35,16 +34,12 @@ def bundle_from_model(
     """
     with staging(target, force, "bundle", ExportError) as folder:
         weights = weights_digest(model.module)
-        report("tracing the full graph")
-        full, sites = full_graph_from_model(model, cache, opset)
-        report("tracing the reuse graph")
-        reuse = reuse_graph_from_model(model, sites, opset)
-        graphs = {FULL: full, REUSE: reuse}
+        graphs, sites = graphs_from_model(model, opset, report)
         report("writing the graphs")
         written = [file for name, graph in graphs.items() for file in save_graph(graph, folder / f"{name}.onnx")]
         (folder / SCHEDULER).write_text(json.dumps(model.scheduler, indent=2) + "\n", encoding="utf-8")
         records = {name: _record_of_graph(name, graph) for name, graph in graphs.items()}
-        del graphs, full, reuse
+        del graphs
         gc.collect()  # the exporter leaves cycles that keep the weights in memory
         report("measuring the graphs against PyTorch")
         errors = measure_errors(model, sites, {name: folder / record.file for name, record in records.items()})
@@ -53,19 +48,21 @@ def bundle_from_model(
             name=target.name,
             versions={"fora_trt": __version__, "torch": torch.__version__, "onnx": onnx.__version__},
             model=ModelRecord(
-                source=model.source,
+                options=model.options,
                 architecture=model.spec.architecture,
                 config=model.config,
                 weights_sha256=weights,
-                image_size=model.image_size,
                 vae=model.vae,
+                image_size=model.image_size,
             ),
             precision=model.precision,
             opset=opset,
             graphs=records,
             cache_sites=tuple(sites),
-            latents=model.spec.latents,
+            latents=model.latents,
+            conditioning=dict(model.spec.conditioning),
             guidance=model.spec.guidance,
+            text=model.spec.text,
             files={file.name: record_of(file) for file in (*written, folder / SCHEDULER)},
             measured_error=errors,
         )

@@ -1,4 +1,4 @@
-"""The DiT family (arXiv 2212.09748) as diffusers' `DiTTransformer2DModel`: sites, inputs, guidance, random weights."""
+"""The DiT family (arXiv 2212.09748) as diffusers' `DiTTransformer2DModel`: sites, inputs, guidance, published sizes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from fora_trt.errors import ModelError
@@ -16,9 +14,9 @@ from fora_trt.models.spec import (
     CLASS_LABELS,
     LATENTS,
     NOISE_PREDICTION,
-    PRECISIONS,
     TIMESTEP,
     GuidanceSpec,
+    InputSpec,
     LatentSpec,
     ModelSpec,
     TensorSpec,
@@ -35,6 +33,7 @@ SIZES = {  # depth, width, heads: table 1 of the DiT paper
 PATCH_SIZES = (2, 4, 8)
 NUM_CLASSES = 1000
 VAE_FACTOR, VAE_SCALE = 8, 0.18215  # of the autoencoder that the DiT paper uses
+VAE = "stabilityai/sd-vae-ft-ema"  # that autoencoder, where a checkpoint does not bring one
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -49,9 +48,6 @@ SCHEDULER = {
 def config_from_name(name: str, image_size: int) -> dict[str, Any]:
     """The configuration of a published size such as `DiT-XL/2` for square images of `image_size` pixels."""
     size, _, patch = name.partition("/")
-    if size not in SIZES or patch not in map(str, PATCH_SIZES):
-        known = ", ".join(f"{known}/{patch}" for known in SIZES for patch in PATCH_SIZES)
-        raise ModelError(f"there is no model 'random:{name}'; known are {known}")
     depth, width, heads = SIZES[size]
     if image_size % (VAE_FACTOR * int(patch)):
         raise ModelError(
@@ -69,42 +65,31 @@ def config_from_name(name: str, image_size: int) -> dict[str, Any]:
     }
 
 
-def random_module(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """A DiT with seeded random weights of unit gain and gates that are not zero, for timing.
-
-    Every tensor is drawn in `dtype` at once, so the weights are in memory only once.
-    """
-    with init_empty_weights(include_buffers=False):
-        module: nn.Module = DiTTransformer2DModel(**config)
-    share_embedders(module, compare=False)
-    generator = torch.Generator().manual_seed(seed)
-    drawn: dict[int, nn.Parameter] = {}
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if id(parameter) not in drawn:
-                fan_in = parameter[0].numel() if parameter.dim() > 1 else 0
-                std = fan_in**-0.5 if fan_in else 0.02
-                value = torch.empty(parameter.shape, dtype=dtype).normal_(std=std, generator=generator)
-                drawn[id(parameter)] = nn.Parameter(value, requires_grad=False)
-            setattr(owner, name, drawn[id(parameter)])
-    return module.eval()
+def published_names() -> list[str]:
+    """The sizes that `config_from_name` knows."""
+    return [f"{size}/{patch}" for size in SIZES for patch in PATCH_SIZES]
 
 
-def share_embedders(module: nn.Module, compare: bool = True) -> None:
+def share_embedders(module: nn.Module, tensors: Mapping[str, Tensor] | None) -> None:
     """Let all blocks use one timestep and class embedder, of which the diffusers layout stores a copy per block.
 
-    With `compare`, only copies that equal the first bit for bit are shared, so nothing changes numerically.
+    Only copies that equal the first bit for bit in `tensors` are shared, so nothing changes numerically; all where
+    there are no tensors to compare.
     """
-    first, *others = (block.norm1 for block in module.transformer_blocks)  # type: ignore[union-attr]
-    weights = first.emb.state_dict()
-    for norm in others:
-        copies = norm.emb.state_dict()
-        if not compare or all(torch.equal(value, copies[name]) for name, value in weights.items()):
-            norm.emb = first.emb
+    blocks: Any = module.transformer_blocks
+    first = blocks[0].norm1.emb
+    for i, block in enumerate(blocks):
+        names = [(f"transformer_blocks.{k}.norm1.emb.{name}" for k in (0, i)) for name in first.state_dict()]
+        if tensors is None or all(_equal(tensors, *pair) for pair in names):
+            block.norm1.emb = first
+
+
+def _equal(tensors: Mapping[str, Tensor], one: str, other: str) -> bool:
+    return one in tensors and other in tensors and torch.equal(tensors[one], tensors[other])
 
 
 def call(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The network's prediction (B, out_channels, H, W) for the inputs that `spec` names."""
+    """The network's prediction (B, out_channels, H, W) for the inputs that the spec names."""
     prediction: Tensor = module(
         hidden_states=inputs[LATENTS],
         timestep=inputs[TIMESTEP],
@@ -114,9 +99,7 @@ def call(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return prediction
 
 
-def spec_from_config(
-    config: Mapping[str, Any], precision: str, *, sample_size: int, scale: float, pixels: bool
-) -> ModelSpec:
+def spec_from_config(config: Mapping[str, Any], *, sample_size: int, scale: float, pixels: bool) -> ModelSpec:
     """Describe a DiT of this configuration at `sample_size` latent pixels a side.
 
     The timestep is a float, so that schedulers with fractional timesteps are served too.
@@ -128,17 +111,19 @@ def spec_from_config(
             f"latents of {sample_size} x {sample_size} cannot be cut into patches of {config['patch_size']}; "
             "give --image-size another value"
         )
-    size, dtype = (sample_size, sample_size), PRECISIONS[precision]
+    size = (sample_size, sample_size)
     return ModelSpec(
         architecture=ARCHITECTURE,
         inputs=(
-            TensorSpec(LATENTS, dtype, (BATCH, channels, *size)),
+            TensorSpec(LATENTS, "float32", (BATCH, channels, *size)),
             TensorSpec(TIMESTEP, "float32", (BATCH,)),
             TensorSpec(CLASS_LABELS, "int64", (BATCH,)),
         ),
-        output=TensorSpec(NOISE_PREDICTION, dtype, (BATCH, outputs, *size)),
+        output=TensorSpec(NOISE_PREDICTION, "float32", (BATCH, outputs, *size)),
         call=call,
         cache_sites={"attention": ("transformer_blocks.*.attn1",), "feed-forward": ("transformer_blocks.*.ff",)},
-        latents=LatentSpec(channels, *size, scale=scale, pixels=pixels, learned_sigma=outputs == 2 * channels),
+        latents=LatentSpec((channels, *size), scale=scale, pixels=pixels, learned_sigma=outputs == 2 * channels),
+        conditioning={CLASS_LABELS: InputSpec(values=(0, classes + 1))},
         guidance=GuidanceSpec(num_classes=classes, null_class=classes),
+        fp32_in_bf16=("transformer_blocks.*.norm1.emb.timestep_embedder",),
     )

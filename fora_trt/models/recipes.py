@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from fora_trt.errors import ModelError
+from fora_trt.models.options import SourceOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,17 +17,17 @@ else:
     import tomli as tomllib
 
 
-class Recipe(BaseModel):
+class Recipe(SourceOptions):
     """What `fora-trt export` takes, by the names of its options; None where the recipe is silent."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    source: str
     name: str | None = None
     precision: str | None = None
-    image_size: int | None = None
     cache: tuple[str, ...] | None = None
     opset: int | None = None
+
+    def options(self) -> SourceOptions:
+        """What of it says how to load the source."""
+        return SourceOptions(**{name: getattr(self, name) for name in SourceOptions.model_fields})
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -9,10 +9,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fora_trt.bundle import Manifest
-from fora_trt.errors import InputError
+from fora_trt.errors import InputError, first_line
+from fora_trt.quiet import quiet
 
 SMALLEST_SIDE = 64  # pixels: smaller pictures are enlarged in a grid
-DECODED_AT_ONCE = 8
+DECODED_AT_ONCE = 8 * 256 * 256  # pixels, for a start: a batch that does not fit a GPU is halved
 
 
 def can_decode(manifest: Manifest) -> bool:
@@ -20,33 +21,100 @@ def can_decode(manifest: Manifest) -> bool:
     return manifest.latents.pixels or manifest.model.vae is not None
 
 
-@torch.inference_mode()
-def images_from_latents(latents: Tensor, manifest: Manifest, device: torch.device) -> list[Image.Image]:
-    """One RGB or grey picture for each of `latents` (B, C, H, W). Raises `InputError` where there is no VAE."""
-    if not can_decode(manifest):
+def check_image_size(manifest: Manifest, height: int | None, width: int | None) -> None:
+    """Raise `InputError` for a height or width other than what was exported: the graphs have fixed sizes."""
+    if height is None and width is None:
+        return
+    size = manifest.model.image_size
+    if size is None:
+        raise InputError(f"{manifest.name} does not say its image size; leave --height and --width out")
+    if (height or size[0], width or size[1]) != size:
+        wanted = f"{height or size[0]}x{width or size[1]}"
         raise InputError(
-            f"{manifest.name} works on latents and its source {manifest.model.source!r} has no VAE to decode them; "
-            "give --latents-out FILE.npy instead of -o"
+            f"{manifest.name} was exported for images of {size[0]} x {size[1]} (height x width); for {wanted} export "
+            f"it again: fora-trt export {manifest.model.options.source} --image-size {wanted}"
         )
-    pixels = latents if manifest.latents.pixels else _decoded(latents, manifest, device)
-    levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    return [Image.fromarray(image.squeeze(-1).numpy()) for image in levels]
 
 
-def _decoded(latents: Tensor, manifest: Manifest, device: torch.device) -> Tensor:
-    """(B, 4, h, w) -> (B, 3, H, W) in [-1, 1], a few at a time."""
+class Decoder:
+    """Makes pictures of latents, with the VAE of the model where it has one."""
+
+    def __init__(self, manifest: Manifest, vae: str | None = None) -> None:
+        """Look for the VAE, at `vae` or where the manifest says; its weights are loaded when they are needed.
+
+        Raises `InputError` where there is none, before any time is spent on latents that nobody could look at.
+        """
+        self.manifest, self._where = manifest, vae or manifest.model.vae
+        self._subfolder: str | None = None
+        if manifest.latents.pixels:
+            return
+        if self._where is None:
+            raise InputError(
+                f"{manifest.name} works on latents and its source {manifest.model.options.source!r} has no VAE to "
+                "decode them; name one with --vae FOLDER, or give --latents-out FILE.npy instead of -o"
+            )
+        self._subfolder = _subfolder_of_vae(self._where)
+
+    @torch.inference_mode()
+    def images(self, latents: Tensor, device: torch.device) -> list[Image.Image]:
+        """One RGB or grey picture for each of `latents` (B, C, H, W). Raises `InputError` for what is not finite."""
+        pixels = latents if self.manifest.latents.pixels else self._decoded(latents, device)
+        if not pixels.isfinite().all():
+            raise InputError(
+                f"the pictures of {self.manifest.name} are not finite, though the latents were: its VAE "
+                f"{self._where!r} overflows on them; --latents-out FILE.npy keeps the latents"
+            )
+        levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        return [Image.fromarray(image.squeeze(-1).numpy()) for image in levels]
+
+    def _decoded(self, latents: Tensor, device: torch.device) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W) in [-1, 1] on the CPU, in fp32, as many at once as fit."""
+        from diffusers import AutoencoderKL
+
+        try:
+            with quiet("huggingface_hub"), quiet("diffusers"):
+                vae = AutoencoderKL.from_pretrained(
+                    self._where, subfolder=self._subfolder, torch_dtype=torch.float32
+                ).to(device)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"the VAE of {self._where!r} cannot be loaded, so there are no pictures: {first_line(error)}; "
+                "--latents-out FILE.npy keeps the latents"
+            ) from error
+        latent = self.manifest.latents
+        scaled = latents.to(device) / latent.scale + latent.shift
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        at_once = max(1, DECODED_AT_ONCE // (factor**2 * latents.shape[-1] * latents.shape[-2]))
+        done: list[Tensor] = []
+        while (count := sum(map(len, done))) < len(scaled):
+            try:
+                done.append(vae.decode(scaled[count : count + at_once]).sample.cpu())
+            except torch.cuda.OutOfMemoryError:  # noqa: PERF203 # each batch may be too large
+                if at_once == 1:
+                    raise InputError(
+                        f"{device} has no room to decode one image; end what else uses it, or keep the latents with "
+                        "--latents-out FILE.npy"
+                    ) from None
+                at_once //= 2
+                torch.cuda.empty_cache()
+        return torch.cat(done)
+
+
+def _subfolder_of_vae(where: str) -> str | None:
+    """Where the VAE is in a pipeline's folder or repository; None for one that is a VAE itself."""
     from diffusers import AutoencoderKL
 
-    source = manifest.model.vae
-    try:
-        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32).to(device)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the VAE of {source!r} cannot be loaded, so there are no pictures: {str(error).partition(chr(10))[0]}; "
-            "--latents-out FILE.npy keeps the latents"
-        ) from error
-    parts = torch.split(latents.to(device) / manifest.latents.scale, DECODED_AT_ONCE)
-    return torch.cat([vae.decode(part).sample.cpu() for part in parts])
+    for subfolder in ("vae", None):
+        try:
+            with quiet("huggingface_hub"), quiet("diffusers"):
+                AutoencoderKL.load_config(where, subfolder=subfolder)
+                return subfolder
+        except (OSError, ValueError):  # noqa: PERF203 # two places to look at
+            continue
+    raise InputError(
+        f"no VAE was found at {where!r}; download it where there is a network and give its folder with --vae, or give "
+        "--latents-out FILE.npy instead of -o"
+    )
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] | None = None) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The sampling loop: from seeds and classes to latents, by any denoiser and any diffusers scheduler.
+"""The sampling loop: from seeds and conditioning to latents, by any denoiser and any diffusers scheduler.
 
 Shapes: B images, C, H, W latents; under guidance the denoiser sees 2B, the conditional half first.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +18,9 @@ from torch import Tensor
 from fora_trt.bundle import Manifest
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.errors import BackendError, InputError
+from fora_trt.models.spec import FULL, REUSE
+from fora_trt.runtime.conditioning import Conditioning
+from fora_trt.runtime.denoiser import mend_overflow
 from fora_trt.runtime.updates import Update
 from fora_trt.schedule import Schedule
 
@@ -36,6 +39,9 @@ class Steps(Protocol):
 
     def is_capturable(self) -> bool:
         """Whether `predict` can become a part of a CUDA graph."""
+
+    def first_not_finite(self) -> str | None:
+        """Name of the first tensor of the last step, in the order of the network, that is not finite."""
 
 
 @dataclass
@@ -66,12 +72,29 @@ class Trajectory:
         return {name: statistics.median(times) * 1e3 if times else None for name, times in kinds.items()}
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (arXiv 2207.12598) with `scale` over 1, on the steps from `first` up to `last`.
+
+    Steps are counted from 0, `last` is excluded. Guidance on a part of the steps (arXiv 2404.07724) saves the
+    unconditional half of the others.
+    """
+
+    scale: float = 1.0
+    first: int = 0
+    last: int | None = None
+
+    def guides(self, step: int) -> bool:
+        """Whether this step has an unconditional half."""
+        return self.scale > 1 and self.first <= step and (self.last is None or step < self.last)
+
+
 class Sampler:
     """Denoises batches with one denoiser and one scheduler.
 
     A step is the scaling of the latents, the engine, guidance and the scheduler's update. Where all of it stays on the
-    device it is captured as a CUDA graph, one for full and one for reuse steps, and kept from batch to batch: then
-    a trajectory is a launch for each step, without a copy to or from the host between the first and the last.
+    device it is captured as a CUDA graph, one for each kind of step, and kept from batch to batch: then a trajectory
+    is a launch for each step, without a copy to or from the host between the first and the last.
     """
 
     def __init__(self, denoiser: Steps, update: Update) -> None:
@@ -82,99 +105,130 @@ class Sampler:
     def __call__(
         self,
         schedule: Schedule,
-        class_labels: Sequence[int],
+        conditioning: Conditioning,
         seeds: Sequence[int],
-        guidance_scale: float = 1.0,
+        guidance: Guidance | float = 1.0,
         watch: Any = iter,
     ) -> Trajectory:
         """Denoise one batch, image k from `seeds[k]` alone, so that it is the same in any batch.
 
         The schedule has a step for each call of the scheduler (`update.calls`); `watch` wraps them, for a progress
-        bar. Classifier-free guidance (arXiv 2207.12598) mixes the two halves where `guidance_scale` is over 1.
+        bar. A step at which guidance sets in is a full one: the unconditional half has no features before it.
+        Raises `InputError` for guidance without an unconditional half, `BackendError` for latents that are not finite.
         """
-        manifest, device, latent = self.denoiser.manifest, self.denoiser.device, self.denoiser.manifest.latents
-        check_labels(class_labels, manifest)
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        manifest, device = self.denoiser.manifest, self.denoiser.device
+        guided = [guidance.guides(step) for step in range(schedule.steps)]
+        if any(guided) and conditioning.unconditional is None:
+            raise InputError(
+                f"guidance needs an unconditional half, and {manifest.name} was given none; give --guidance-scale 1"
+            )
         assert schedule.steps == self.update.calls
+        assert len(seeds) == conditioning.images
+        kinds = [
+            (full or (now and not before), now)
+            for full, now, before in zip(schedule.full, guided, [guided[0], *guided], strict=False)
+        ]
         clock = StepClock(device)
         began = time.perf_counter()
-        with torch.inference_mode(False), torch.no_grad():  # tensors made in that mode cannot be written outside it
-            allocation = self.update.begin((latent.channels, latent.height, latent.width), seeds, device)
-            self._prepare(class_labels, guidance_scale, allocation)
-        for full in watch(schedule.full):
+        self._begin(conditioning, seeds, guidance.scale, frozenset(guided))
+        for full, now in watch(kinds):
             with clock.step(full):
-                self.launch(full)
+                self.launch(full, now)
         latents = self.update.latents.cpu()  # waits for the device
         if not latents.isfinite().all():
-            raise BackendError(
-                f"the latents of {manifest.name} are not finite after {schedule.steps} steps in {manifest.precision}; "
-                "export it with --precision fp32 or bf16"
-            )
+            self._begin(conditioning, seeds, guidance.scale, frozenset(guided))
+            raise BackendError(self._blame(kinds))
         return Trajectory(latents.clone(), time.perf_counter() - began, *clock.seconds())
 
-    def launch(self, full: bool) -> None:
+    def launch(self, full: bool, guided: bool) -> None:
         """Take a full or a reuse step of a trajectory that was begun; may return before it is done."""
-        self._steps[full]()
+        self.denoiser.prepare(self._images * (1 + guided))
+        self._steps[full, guided]()
 
-    def _prepare(self, class_labels: Sequence[int], guidance_scale: float, allocation: object) -> None:
+    def _begin(self, conditioning: Conditioning, seeds: Sequence[int], scale: float, guided: frozenset[bool]) -> None:
+        """`guided` holds what steps there are: with guidance, without, or both."""
+        with torch.inference_mode(False), torch.no_grad():  # tensors made in that mode cannot be written outside it
+            latents = self.denoiser.manifest.latents
+            allocation = self.update.begin(latents.shape, seeds, self.denoiser.device)
+            self._prepare(conditioning, scale, guided, allocation)
+
+    def _prepare(self, conditioning: Conditioning, scale: float, guided: frozenset[bool], allocation: object) -> None:
         """Fill the tensors that a step reads; captured steps stay as long as those are where they were."""
-        guided, images, device = guidance_scale > 1, len(class_labels), self.denoiser.device
-        null = [self.denoiser.manifest.guidance.null_class] * images
-        labels = torch.tensor([*class_labels, *(null if guided else [])])  # (2B,) or (B,)
-        key = (images, guided, allocation, self.denoiser.prepare(len(labels)))
+        device, images = self.denoiser.device, conditioning.images
+        halves = [conditioning.conditional, *([conditioning.unconditional or {}] if True in guided else [])]
+        given = {name: torch.cat([half[name] for half in halves]) for name in conditioning.conditional}  # (2B, ...)
+        for now in sorted(guided, reverse=True):  # all that any step needs is there before the first; the larger first
+            memory = self.denoiser.prepare(images * (1 + now))
+        key = (images, guided, allocation, memory)
         if key != self._key:
-            self._key = key
-            self._labels, self._scale = labels.to(device), torch.empty((), device=device)
+            self._key, self._images, self._guided = key, images, guided
+            self._scale = torch.empty((), device=device)
+            self._given = {name: tensor.to(device, copy=True) for name, tensor in given.items()}
             self._steps = {
-                full: Replay(partial(self._step, full, guided), device, self._is_capturable) for full in (True, False)
+                (full, now): Replay(partial(self._step, full, now), device, self._is_capturable)
+                for full in (True, False)
+                for now in (True, False)
             }
-        self._labels.copy_(labels)
-        self._scale.fill_(guidance_scale)
+        for name, tensor in given.items():
+            self._given[name].copy_(tensor)
+        self._scale.fill_(scale)
 
     def _step(self, full: bool, guided: bool) -> None:
-        update, channels = self.update, self.denoiser.manifest.latents.channels
-        latents = update.model_input()  # (B, C, H, W)
+        update, manifest, count = self.update, self.denoiser.manifest, self._images * (1 + guided)
+        latents = update.model_input()  # (B, C, ...)
         if guided:
-            latents = latents.repeat(2, 1, 1, 1)
-        prediction = self.denoiser.predict(full, latents, update.timestep(), class_labels=self._labels).float()
+            latents = torch.cat([latents, latents])
+        given = {name: tensor[:count] for name, tensor in self._given.items()}
+        prediction = self.denoiser.predict(full, latents, update.timestep(), **given).float()
         if guided:
-            prediction = mix_guidance(prediction, self._scale, channels)
-        update.advance(prediction if update.takes_variance else prediction[:, :channels])
+            channels = manifest.guidance.channels if manifest.guidance is not None else None
+            prediction = mix_guidance(prediction, self._scale, channels or manifest.latents.channels)
+        update.advance(prediction if update.takes_variance else prediction[:, : manifest.latents.channels])
 
     def _is_capturable(self) -> bool:
-        return self.update.on_device and self.denoiser.is_capturable()
+        """Not while the batch changes: an engine that is bound anew between replays need not be what was captured."""
+        return len(self._guided) == 1 and self.update.on_device and self.denoiser.is_capturable()
+
+    def _blame(self, kinds: Sequence[tuple[bool, bool]]) -> str:
+        """Take the steps again, one by one, and say which tensor is the first that is not finite."""
+        manifest, found = self.denoiser.manifest, "the latents themselves"
+        for step, (full, guided) in enumerate(kinds):
+            self.denoiser.prepare(self._images * (1 + guided))
+            self._step(full, guided)
+            name = self.denoiser.first_not_finite()
+            if name is not None or not self.update.latents.isfinite().all():
+                found = f"{name or found}, at step {step} of {len(kinds)}, a {FULL if full else REUSE} step"
+                break
+        return (
+            f"the images of {manifest.name} are not finite in {manifest.precision}: the first tensor that is not is "
+            f"{found}; {mend_overflow(manifest.precision)}"
+        )
 
 
 def sample_in_batches(
     sampler: Sampler,
     schedule: Schedule,
-    class_labels: Sequence[int],
+    conditioning: Conditioning,
     seed: int,
-    guidance_scale: float,
+    guidance: Guidance | float,
     batch_size: int,
     watch: Any = iter,
 ) -> Trajectory:
     """Denoise any number of images, `batch_size` at a time; image k has the seed `seed` + k whatever its batch."""
     parts = []
-    for start in range(0, len(class_labels), batch_size):
-        labels = class_labels[start : start + batch_size]
-        seeds = range(seed + start, seed + start + len(labels))
-        parts.append(sampler(schedule, labels, seeds, guidance_scale, watch))
+    for start in range(0, conditioning.images, batch_size):
+        part = conditioning.part(start, start + batch_size)
+        seeds = range(seed + start, seed + start + part.images)
+        parts.append(sampler(schedule, part, seeds, guidance, watch))
     return Trajectory.joined(parts)
 
 
 def mix_guidance(prediction: Tensor, scale: Tensor, channels: int) -> Tensor:
-    """(2B, ...) -> (B, ...): pushes the noise away from the unconditional one; a learned variance stays as it is."""
+    """(2B, ...) -> (B, ...): pushes the first channels away from the unconditional prediction, leaves the others."""
     conditional, unconditional = prediction.chunk(2)
     noise = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
     return torch.cat([noise, conditional[:, channels:]], dim=1)
-
-
-def check_labels(class_labels: Iterable[int], manifest: Manifest) -> None:
-    """Raise `InputError` for a class that the model does not have."""
-    last = manifest.guidance.num_classes - 1
-    for label in class_labels:
-        if not 0 <= label <= last:
-            raise InputError(f"there is no class {label}; {manifest.name} has the classes 0 to {last}")
 
 
 class StepClock:

@@ -21,19 +21,24 @@ SHORT_NAMES = {
     "heun": "HeunDiscreteScheduler",
     "pndm": "PNDMScheduler",
 }
+FLOW_SHORT_NAMES = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
+"""The same of models that were trained by flow matching, which no other scheduler fits."""
 
 
 def scheduler_from_config(config: Mapping[str, Any], name: str | None, learned_sigma: bool) -> SchedulerMixin:
     """The scheduler that `config` names, or another by short name or by diffusers class, over the same noise levels.
 
     With `learned_sigma` the stochastic DDPM takes its variance from the model; all others do without it.
-    Raises `InputError` for a name that DiT pipelines do not admit.
+    Raises `InputError` for a name that does not fit the model.
     """
-    wanted = str(config.get("_class_name")) if name is None else SHORT_NAMES.get(name, name)
-    admitted = {scheduler.name for scheduler in KarrasDiffusionSchedulers}
+    flows = str(config.get("_class_name")) in FLOW_SHORT_NAMES.values()
+    names = FLOW_SHORT_NAMES if flows else SHORT_NAMES
+    wanted = str(config.get("_class_name")) if name is None else names.get(name, name)
+    admitted = {*names.values()} if flows else {scheduler.name for scheduler in KarrasDiffusionSchedulers}
     if wanted not in admitted:
+        kind = "this model, which was trained by flow matching" if flows else "this model"
         raise InputError(
-            f"there is no scheduler {wanted!r} for this model; give one of {', '.join(SHORT_NAMES)}, "
+            f"there is no scheduler {wanted!r} for {kind}; give one of {', '.join(names)}, "
             f"or a diffusers class such as {min(admitted)}"
         )
     learned = learned_sigma and wanted == "DDPMScheduler"

@@ -39,8 +39,8 @@ class Update(ABC):
         self.on_device = on_device
 
     @abstractmethod
-    def begin(self, shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device) -> object:
-        """Draw the noise of a trajectory, image k from `seeds[k]` alone; `shape` is (C, H, W).
+    def begin(self, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> object:
+        """Draw the noise of a trajectory, image k from `seeds[k]` alone; `shape` is that of one sample.
 
         Tensors of a trajectory of this shape before it are used again, at their addresses; what is returned is
         another object where they are not.
@@ -71,10 +71,26 @@ def timesteps_of(scheduler: SchedulerMixin, steps: int) -> int:
     if steps < 1:
         raise InputError(f"the number of steps is {steps}; at least 1 is needed")
     try:
-        scheduler.set_timesteps(steps)
+        set_steps(scheduler, steps)
     except ValueError as error:
         raise InputError(f"{type(scheduler).__name__} does not admit {steps} steps: {error}") from error
     return len(scheduler.timesteps)
+
+
+def set_steps(scheduler: SchedulerMixin, steps: int) -> None:
+    """Set the scheduler to so many steps; those of flow matching to steps of one length, from 1 to 0.
+
+    Left to itself the Euler scheduler ends with a step that is as short as the first noise level.
+    """
+    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and is_flow_matching(scheduler):
+        scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])
+    else:
+        scheduler.set_timesteps(steps)
+
+
+def is_flow_matching(scheduler: SchedulerMixin) -> bool:
+    """Whether it integrates a velocity; such a one has no scale of its first noise, which is 1."""
+    return not hasattr(scheduler, "init_noise_sigma")
 
 
 def takes_variance(scheduler: SchedulerMixin) -> bool:
@@ -129,7 +145,7 @@ def table_from_scheduler(scheduler: SchedulerMixin, steps: int) -> SchedulerTabl
         noise_scale=torch.where(noisy, zero, 0.0),
         noise_growth=torch.where(noisy, (one / zero).log(), 0.0) if variance else torch.zeros(calls),
         draws=torch.tensor(draws),
-        first_scale=float(scheduler.init_noise_sigma),
+        first_scale=_first_scale(scheduler),
         takes_variance=variance,
     )
     return table if _agrees(table, scheduler, steps) else None
@@ -176,14 +192,14 @@ class _Run:
 
     def __init__(self, scheduler: SchedulerMixin, steps: int) -> None:
         self._scheduler = copy.deepcopy(scheduler)
-        self._scheduler.set_timesteps(steps)
+        set_steps(self._scheduler, steps)
         self.timesteps: Tensor = self._scheduler.timesteps
         self._takes_generator = _takes_generator(scheduler)
 
     def input_scale(self, call: int) -> float:
         """What the latents are multiplied with for the model; some schedulers must be asked before each step."""
         one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-        return float(self._scheduler.scale_model_input(one, self.timesteps[call]))
+        return float(_scaled(self._scheduler, one, self.timesteps[call]))
 
     def step(
         self, call: int, sample: Tensor, prediction: Tensor, learned: Tensor | None
@@ -198,6 +214,16 @@ class _Run:
         drawn = not torch.equal(generator.get_state(), before)
         noise = randn_tensor(shape, generator=generator.manual_seed(call), dtype=output.dtype) if drawn else None
         return result.flatten().double(), None if noise is None else noise.flatten()
+
+
+def _first_scale(scheduler: SchedulerMixin) -> float:
+    return 1.0 if is_flow_matching(scheduler) else float(scheduler.init_noise_sigma)
+
+
+def _scaled(scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+    """What the model is called with."""
+    scaled: Tensor = latents if is_flow_matching(scheduler) else scheduler.scale_model_input(latents, timestep)
+    return scaled
 
 
 def _takes_generator(scheduler: SchedulerMixin) -> bool:
@@ -216,7 +242,7 @@ class TabulatedUpdate(Update):
         self._table = table
         self._key: tuple[object, ...] = ()
 
-    def begin(self, shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device) -> object:
+    def begin(self, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> object:
         if self._key != (key := (shape, len(seeds), device)):
             self._allocate(shape, len(seeds), device)
             self._key = key
@@ -228,7 +254,7 @@ class TabulatedUpdate(Update):
         self._call.zero_()
         return self._allocation
 
-    def _allocate(self, shape: tuple[int, int, int], images: int, device: torch.device) -> None:
+    def _allocate(self, shape: tuple[int, ...], images: int, device: torch.device) -> None:
         table, self._allocation = self._table, object()
         draws = table.draws.long()
         self.latents = torch.empty(images, *shape, device=device)
@@ -253,7 +279,7 @@ class TabulatedUpdate(Update):
         now = torch.stack([self.latents, prediction[:, :channels]])  # (2, B, C, H, W)
         self._remembered.index_copy_(0, self._place.index_select(0, self._call), now[None])
         weights = self._weights.index_select(0, self._call)[0]  # (K, 2)
-        following = (weights[..., None, None, None, None] * self._remembered).sum((0, 1))
+        following = torch.tensordot(weights, self._remembered, dims=2)
         if len(self._noise):
             noise = self._noise.index_select(0, self._draw.index_select(0, self._call))[0]
             growth = torch.exp(self._row[3] * prediction[:, channels:]) if self.takes_variance else 1.0
@@ -269,17 +295,16 @@ class SchedulerUpdate(Update):
         super().__init__(timesteps_of(scheduler, steps), takes_variance(scheduler), on_device=False)
         self._scheduler, self._steps = scheduler, steps
 
-    def begin(self, shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device) -> object:
-        self._scheduler.set_timesteps(self._steps)  # clears what it remembers of the trajectory before
+    def begin(self, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> object:
+        set_steps(self._scheduler, self._steps)  # clears what it remembers of the trajectory before
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.latents = _drawn(shape, generators).to(device) * float(self._scheduler.init_noise_sigma)
+        self.latents = _drawn(shape, generators).to(device) * _first_scale(self._scheduler)
         self._extra: dict[str, Any] = {"generator": generators} if _takes_generator(self._scheduler) else {}
         self._remaining = list(self._scheduler.timesteps)[::-1]
         return None
 
     def model_input(self) -> Tensor:
-        scaled: Tensor = self._scheduler.scale_model_input(self.latents, self._remaining[-1])
-        return scaled
+        return _scaled(self._scheduler, self.latents, self._remaining[-1])
 
     def timestep(self) -> Tensor:
         timestep: Tensor = self._remaining[-1]

@@ -1,0 +1,42 @@
+"""Graph pass: the mask of an `Attention` gets a row for every query.
+
+A mask over a prompt's tokens is one row for all queries, which ONNX lets broadcast and ONNX Runtime does not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+MASK, QUERIES = 3, -2  # which input of an Attention, and which axis of query and mask
+
+
+class ExpandMasksPass(InPlacePass):
+    """Puts an Expand in front of every mask with one row; those that are equal are merged by the passes that follow."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        expanded = [_expanded(model.graph, node) for node in tuple(model.graph) if node.op_type == "Attention"]
+        return PassResult(model, modified=any(expanded))
+
+
+def _expanded(graph: ir.Graph, node: ir.Node) -> bool:
+    mask = node.inputs[MASK] if len(node.inputs) > MASK else None
+    query = node.inputs[0]
+    if mask is None or query is None or mask.shape is None or query.shape is None or len(query.shape) != 4:
+        return False
+    rows, queries = mask.shape[QUERIES], query.shape[QUERIES]
+    if rows != 1 or not isinstance(queries, int) or queries == 1:
+        return False
+    name = f"{mask.name}.rows"
+    if name not in graph.initializers:
+        sizes = ir.tensor(np.array([queries, 1], dtype=np.int64), name=name)
+        graph.register_initializer(
+            ir.Value(name=name, shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.INT64), const_value=sizes)
+        )
+    expand = ir.Node("", "Expand", [mask, graph.initializers[name]], num_outputs=1)
+    expand.outputs[0].type = mask.type
+    expand.outputs[0].shape = ir.Shape([*list(mask.shape)[:QUERIES], queries, *list(mask.shape)[QUERIES + 1 :]])
+    graph.insert_before(node, [expand])
+    node.replace_input_with(MASK, expand.outputs[0])
+    return True

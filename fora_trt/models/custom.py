@@ -1,0 +1,155 @@
+"""A module of one's own: `package.module:factory` is imported and called, and what is not said of it is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fora_trt.errors import ModelError, first_line
+from fora_trt.models.examples import TRAINED_TIMESTEPS, example_inputs
+from fora_trt.models.options import SourceOptions
+from fora_trt.models.spec import (
+    BATCH,
+    CLASS_LABELS,
+    LATENTS,
+    NOISE_PREDICTION,
+    TIMESTEP,
+    GuidanceSpec,
+    LatentSpec,
+    ModelSpec,
+    TensorSpec,
+)
+
+Call: TypeAlias = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+HOW = (
+    "a factory returns a torch.nn.Module, or a module and a fora_trt.ModelSpec; without a ModelSpec a recipe says the "
+    "inputs in a table [inputs], see export/README.md"
+)
+
+
+def module_from_factory(options: SourceOptions) -> tuple[nn.Module, ModelSpec]:
+    """Import and call the factory that `options.source` names, from here or from what is installed.
+
+    The spec is complete: what it leaves open is found by calling the module once. Raises `ModelError`.
+    """
+    source = options.source
+    made = _called(source)
+    module, spec = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(module, nn.Module) or not isinstance(spec, ModelSpec | None):
+        raise ModelError(f"{source!r} returned {_kind(made)}; {HOW}")
+    if options.inputs is not None:
+        base = spec or ModelSpec(inputs=())
+        spec = dataclasses.replace(base, inputs=options.tensors(), conditioning=options.conditioning())
+    if spec is None:
+        raise ModelError(f"nothing says which inputs {source!r} takes; {HOW}")
+    module = module.eval().requires_grad_(False).cpu().float()
+    return module, completed(module, spec, source)
+
+
+def completed(module: nn.Module, spec: ModelSpec, source: str) -> ModelSpec:
+    """Fill in what can be measured: the prediction's shape, the latents', and classes from the bound of the labels."""
+    given = [tensor.name for tensor in spec.inputs]
+    for tensor in spec.inputs:
+        if not tensor.shape or tensor.shape[0] != BATCH:
+            raise ModelError(
+                f"the input {tensor.name!r} of {source!r} has the shape {list(tensor.shape)}; the first size must be "
+                f"{BATCH!r}"
+            )
+    if {LATENTS, TIMESTEP} - {*given}:
+        raise ModelError(f"the inputs of {source!r} are {', '.join(given)}; {LATENTS!r} and {TIMESTEP!r} are needed")
+    latents = next(tensor for tensor in spec.inputs if tensor.name == LATENTS)
+    conditioning = dict(spec.conditioning)
+    for tensor in spec.inputs:
+        if tensor.dtype == "int64" and tensor.name not in (TIMESTEP, *conditioning):
+            raise ModelError(
+                f"the input {tensor.name!r} of {source!r} takes whole numbers, and nothing says how many there are; "
+                f"give `below` in the recipe, or conditioning={{{tensor.name!r}: InputSpec(values=(0, N))}}"
+            )
+    if (time := conditioning.pop(TIMESTEP, None)) is not None and time.values is not None:
+        spec = dataclasses.replace(spec, call=_with_time_up_to(time.values[1], spec.call))
+    spec = dataclasses.replace(spec, conditioning=conditioning, architecture=spec.architecture or type(module).__name__)
+    shape = _prediction_shape(module, spec, source)
+    size = tuple(int(one) for one in latents.shape[1:])
+    if shape[1:] != size and (shape[1], *shape[2:]) != (2 * size[0], *size[1:]):
+        raise ModelError(
+            f"{source!r} predicts {list(shape[1:])} for latents of {list(size)}; the same shape is needed, or twice "
+            "the channels where it learned the variance too"
+        )
+    labels = conditioning.get(CLASS_LABELS)
+    guidance = spec.guidance
+    if guidance is None and labels is not None and labels.values is not None:
+        guidance = GuidanceSpec(num_classes=int(labels.values[1]), null_class=None)
+    return dataclasses.replace(
+        spec,
+        output=spec.output or TensorSpec(NOISE_PREDICTION, "float32", (BATCH, *shape[1:])),
+        latents=spec.latents
+        or LatentSpec(
+            size, pixels=len(size) == 3 and size[0] in (1, 3), learned_sigma=shape[1] == 2 * size[0] != size[0]
+        ),
+        guidance=guidance,
+    )
+
+
+def _with_time_up_to(most: float, call: Call) -> Call:
+    """The same call for a module whose time runs to `most`; the graphs take the timesteps of schedulers, to 1000."""
+    scale = most / TRAINED_TIMESTEPS
+    return lambda module, inputs: call(module, {**inputs, TIMESTEP: inputs[TIMESTEP] * scale})
+
+
+def _called(source: str) -> object:
+    """What the factory returns; the current folder can be imported from meanwhile, by the factory too."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        factory = _imported(source)
+        try:
+            return factory()
+        except Exception as error:  # the user's own code can raise anything
+            raise ModelError(f"the factory {source!r} failed: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(here)
+
+
+def _imported(source: str) -> Callable[[], object]:
+    name, _, attribute = source.partition(":")
+    try:
+        factory: object = getattr(importlib.import_module(name), attribute)
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"the source {source!r} cannot be imported: there is no module {error.name!r} in this folder or installed"
+        ) from error
+    except AttributeError as error:
+        raise ModelError(f"the source {source!r} cannot be found: {error}") from error
+    except Exception as error:  # the user's own code can raise anything
+        raise ModelError(f"importing {name!r} failed: {type(error).__name__}: {error}") from error
+    if not callable(factory):
+        raise ModelError(f"{source!r} is {_kind(factory)}, which cannot be called; {HOW}")
+    return factory
+
+
+@torch.no_grad()
+def _prediction_shape(module: nn.Module, spec: ModelSpec, source: str) -> tuple[int, ...]:
+    """Of a batch of two, in fp32 as the module was made."""
+    try:
+        prediction = spec.call(module, example_inputs(spec.inputs, spec.conditioning, batch=2))
+    except Exception as error:
+        shapes = ", ".join(f"{tensor.name} {list(tensor.sized(2))} {tensor.dtype}" for tensor in spec.inputs)
+        raise ModelError(
+            f"{source!r} cannot be called with the inputs that were said, {shapes}: {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
+    if not isinstance(prediction, Tensor) or prediction.dim() < 2 or prediction.shape[0] != 2:
+        raise ModelError(f"{source!r} puts out {_kind(prediction)} for a batch of 2; a tensor (2, ...) was expected")
+    return tuple(prediction.shape)
+
+
+def _kind(made: object) -> str:
+    return f"an object of type {type(made).__name__}"

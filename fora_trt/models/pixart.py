@@ -1,0 +1,117 @@
+"""PixArt-alpha (arXiv 2310.00426) and PixArt-Sigma (2403.04692) as diffusers' `PixArtTransformer2DModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fora_trt.errors import ModelError
+from fora_trt.models.spec import (
+    BATCH,
+    LATENTS,
+    NOISE_PREDICTION,
+    PROMPT,
+    PROMPT_MASK,
+    TIMESTEP,
+    InputSpec,
+    LatentSpec,
+    ModelSpec,
+    TensorSpec,
+    TextSpec,
+)
+
+ARCHITECTURE = "PixArtTransformer2DModel"
+ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
+TEXT_LENGTH = {ALPHA: 120, SIGMA: 300}  # tokens that the models were trained with
+VAE_SCALE = {ALPHA: 0.18215, SIGMA: 0.13025}  # of the autoencoders that they come with
+RESOLUTION, ASPECT_RATIO = "resolution", "aspect_ratio"
+
+PUBLISHED = {"PixArt-XL/2": ALPHA, "PixArt-Sigma-XL/2": SIGMA}
+
+SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+}
+
+
+def config_from_name(name: str, sample_size: int) -> dict[str, Any]:
+    """The configuration of a published model for square latents of `sample_size`."""
+    return {
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 28,
+        "cross_attention_dim": 1152,
+        "caption_channels": 4096,
+        "sample_size": sample_size,
+        "patch_size": 2,
+        "use_additional_conditions": PUBLISHED[name] == ALPHA and sample_size == 128,
+    }
+
+
+def call(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The network's prediction (B, out_channels, H, W) for the inputs that the spec names."""
+    sizes = {name: inputs.get(name) for name in (RESOLUTION, ASPECT_RATIO)}
+    prediction: Tensor = module(
+        inputs[LATENTS],
+        encoder_hidden_states=inputs[PROMPT],
+        encoder_attention_mask=inputs[PROMPT_MASK],
+        timestep=inputs[TIMESTEP],
+        added_cond_kwargs=sizes,
+        return_dict=False,
+    )[0]
+    return prediction
+
+
+def spec_from_config(
+    config: Mapping[str, Any], *, size: tuple[int, int], factor: int, scale: float, shift: float, text: TextSpec
+) -> ModelSpec:
+    """Describe a PixArt of this configuration for latents of `size`, each of whose pixels covers `factor` of the image.
+
+    Models for 1024 pixels also take the image's height and width in pixels and their ratio; those of the exported
+    size are their defaults.
+    """
+    channels, patch = config["in_channels"], config.get("patch_size", 2)
+    outputs = config.get("out_channels") or channels
+    if min(size) < 1 or any(side % patch for side in size):
+        raise ModelError(
+            f"latents of {size[0]} x {size[1]} cannot be cut into patches of {patch}; give --image-size another value"
+        )
+    height, width = (float(side * factor) for side in size)
+    additional = config.get("use_additional_conditions")
+    if additional is None:
+        additional = config.get("sample_size") == 128  # as diffusers decides
+    sizes: dict[str, tuple[float, ...]] = {RESOLUTION: (height, width), ASPECT_RATIO: (height / width,)}
+    if not additional:
+        sizes = {}
+    return ModelSpec(
+        architecture=ARCHITECTURE,
+        inputs=(
+            TensorSpec(LATENTS, "float32", (BATCH, channels, *size)),
+            TensorSpec(TIMESTEP, "float32", (BATCH,)),
+            TensorSpec(PROMPT, "float32", (BATCH, text.length, config["caption_channels"])),
+            TensorSpec(PROMPT_MASK, "int64", (BATCH, text.length)),
+            *(TensorSpec(name, "float32", (BATCH, len(default))) for name, default in sizes.items()),
+        ),
+        output=TensorSpec(NOISE_PREDICTION, "float32", (BATCH, outputs, *size)),
+        call=call,
+        cache_sites={
+            "attention": ("transformer_blocks.*.attn1",),
+            "cross-attention": ("transformer_blocks.*.attn2",),
+            "feed-forward": ("transformer_blocks.*.ff",),
+        },
+        latents=LatentSpec((channels, *size), scale=scale, shift=shift, learned_sigma=outputs == 2 * channels),
+        conditioning={PROMPT_MASK: InputSpec(values=(0, 2))}
+        | {name: InputSpec(default=default) for name, default in sizes.items()},
+        text=text,
+        fp32_in_bf16=("adaln_single.emb",),
+        scheduler=SCHEDULER,
+    )

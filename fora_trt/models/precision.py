@@ -1,0 +1,131 @@
+"""Half precision that holds: cache sites compute in fp16 or bf16, and what runs between them stays in fp32.
+
+Between the sites are the residual sum, normalisation, modulation and gates, the timestep embedding and the positions:
+little arithmetic, and all of the places where fp16 is known to overflow and bf16 to lose what matters. Layers there
+that multiply by matrices (patches, adaLN, the last projection) keep half weights and half products too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 # as everybody calls it
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from fora_trt.models.sites import matches
+from fora_trt.models.spec import PRECISIONS
+
+MULTIPLYING = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.Bilinear)
+"""Layers whose weights are large enough to be worth halving wherever they are."""
+
+ONE_DTYPE = {
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, F.layer_norm, F.group_norm, F.rms_norm),
+    *(F.multi_head_attention_forward, torch._native_multi_head_attention),
+    *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm),
+}
+"""Functions that want one dtype of all their tensors; within a cache site tables kept in fp32 may have widened some."""
+
+
+def half_modules(
+    module: nn.Module, sites: Iterable[str], keep_fp32: Sequence[str]
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What computes in half precision: the cache sites, and the multiplying layers outside of them.
+
+    What a pattern of `keep_fp32` names, and all within it, is left out.
+    """
+    within = [module.get_submodule(path) for path in sites]
+    inner = {id(part) for site in within for part in site.modules()}
+    kept = {
+        id(part)
+        for path, owner in module.named_modules(remove_duplicate=False)
+        if any(matches(path, pattern) for pattern in keep_fp32)
+        for part in owner.modules()
+    }
+    layers: list[nn.Module] = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, MULTIPLYING) and id(layer) not in inner and id(layer) not in kept
+    ]
+    return within, layers
+
+
+def dtypes_of_parameters(
+    module: nn.Module, precision: str, sites: Iterable[str], keep_fp32: Sequence[str]
+) -> dict[str, torch.dtype]:
+    """The dtype that each parameter is to have, by name; names of shared parameters too. The module may be empty."""
+    half = getattr(torch, PRECISIONS[precision])
+    parts = chain(*half_modules(module, sites, keep_fp32))
+    halved = {id(one) for part in parts for one in part.parameters()}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: half if id(parameter) in halved else torch.float32 for name, parameter in named}
+
+
+class HalfPrecision:
+    """Casts at the edges of what computes in half precision: narrower going in, fp32 coming out.
+
+    They belong to the module, so every way of running it (eagerly, traced, with features replaced) computes alike.
+    """
+
+    def __init__(self, module: nn.Module, precision: str, sites: Iterable[str], keep_fp32: Sequence[str]) -> None:
+        self._module = module
+        self._half: torch.dtype = getattr(torch, PRECISIONS[precision])
+        self.dtype = self._half
+        within, layers = half_modules(module, sites, keep_fp32)
+        for part in (*within, *layers):
+            part.register_forward_pre_hook(self._narrow, with_kwargs=True)
+            part.register_forward_hook(self._widen)
+        for site in within:
+            site.forward = self._of_one_dtype(site.forward)
+
+    def widen(self) -> None:
+        """Make all of it fp32 for good: the weights, and what is computed with them."""
+        self._module.float()
+        self.dtype = torch.float32
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let the module compute in fp32 for a while; the caller widens the weights."""
+        self.dtype = torch.float32
+        try:
+            yield
+        finally:
+            self.dtype = self._half
+
+    def _narrow(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        narrowed: tuple[Any, Any] = cast_all((args, kwargs), self.dtype)
+        return narrowed
+
+    def _widen(self, _: nn.Module, __: Any, output: Any) -> Any:
+        return cast_all(output, torch.float32)
+
+    def _of_one_dtype(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def within_site(*args: Any, **kwargs: Any) -> Any:
+            with _OneDtype(self):
+                return cast_all(forward(*args, **kwargs), self.dtype)
+
+        return within_site
+
+
+class _OneDtype(TorchFunctionMode):
+    """Gives the functions of `ONE_DTYPE` all their tensors in the precision of the site, as autocast would."""
+
+    def __init__(self, precision: HalfPrecision) -> None:
+        super().__init__()
+        self._precision = precision
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ONE_DTYPE:
+            args, kwargs = cast_all((args, kwargs or {}), self._precision.dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def cast_all(tensors: Any, dtype: torch.dtype) -> Any:
+    """Every floating-point tensor of a tree in `dtype`; all else as it is."""
+    return tree_map_only(Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, tensors)

@@ -1,0 +1,69 @@
+"""Which modules of a network are cache sites: kinds and patterns to module paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from fora_trt.errors import ExportError
+
+OTHER = "module"
+"""Kind of a site that the architecture has no word for."""
+
+
+def find_sites(
+    module: nn.Module, known: Mapping[str, Sequence[str]], cache: Sequence[str] | None
+) -> list[tuple[str, str]]:
+    """Module path and kind of every site that `cache` asks for, in the order of the module tree.
+
+    `known` maps the kinds of the architecture to patterns. Each entry of `cache` is such a kind (`attention`) or a
+    pattern over module paths (`transformer_blocks.*.attn1`); None asks for all kinds. Raises `ExportError` for one
+    that matches nothing, and for a site within another one.
+    """
+    name = type(module).__name__
+    paths = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
+    example = next((patterns[0] for patterns in known.values()), "blocks.*.attn")
+    choices = f"one of {', '.join(known)} or " if known else ""
+    kinds: dict[str, str] = {}
+    for wanted in known if cache is None else cache:
+        patterns = known.get(wanted, (wanted,))
+        matched = [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
+        if not matched:
+            raise ExportError(
+                f"the cache pattern {wanted!r} matches no module of {name}; give {choices}a pattern such as "
+                f"{example}, in which * stands for one part of a path; the module has {_outline(paths)}"
+            )
+        kinds.update({path: _kind_of(path, known) for path in matched})
+    if not kinds:
+        raise ExportError(
+            f"nothing to cache was named for {name}; give --cache a pattern such as {example}; "
+            f"the module has {_outline(paths)}"
+        )
+    for path in kinds:
+        if outer := next((one for one in kinds if path.startswith(f"{one}.")), None):
+            raise ExportError(f"the cache site {path} lies in the cache site {outer}; leave one out of --cache")
+    return [(path, kinds[path]) for path in paths if path in kinds]
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a pattern stands for this module path, part by part."""
+    parts, wanted = path.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _kind_of(path: str, known: Mapping[str, Sequence[str]]) -> str:
+    for kind, patterns in known.items():
+        if any(matches(path, pattern) for pattern in patterns):
+            return kind
+    return OTHER
+
+
+def _outline(paths: Sequence[str], most: int = 12) -> str:
+    """The shapes of module paths, numbers replaced by stars, as far as they fit a sentence."""
+    shapes = list(
+        dict.fromkeys(".".join("*" if part.isdecimal() else part for part in path.split(".")) for path in paths)
+    )
+    shapes = [shape for shape in shapes if shape.count(".") < 3]
+    return ", ".join(shapes[:most]) + (", ..." if len(shapes) > most else "")

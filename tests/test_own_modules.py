@@ -1,0 +1,337 @@
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor, nn
+
+from fora_trt import InputSpec, ModelSpec, Schedule, TensorSpec, load
+from fora_trt.bundle import Bundle
+from fora_trt.cli import main
+from fora_trt.errors import ExportError
+from fora_trt.evaluate.verify import compare_with_pytorch
+from fora_trt.export.split import check_sites
+from fora_trt.models.options import SourceOptions
+
+CPU = torch.device("cpu")
+
+CODE = '''
+import torch
+from torch import nn
+from fora_trt import InputSpec, ModelSpec, TensorSpec
+
+class Attention(nn.Module):
+    """Puts out a tuple: the result, a constant, and weights that nobody reads."""
+    def __init__(self, width):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+    def forward(self, x, bias=None):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        weights = (q @ k.transpose(1, 2) / 4).softmax(-1)
+        return self.out(weights @ v), None, weights
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(width), Attention(width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width))
+        self.gate = nn.Linear(width, 2 * width)
+    def forward(self, x, c):
+        one, two = self.gate(c)[:, None].chunk(2, dim=-1)
+        x = x + one * self.attn(self.norm(x))[0]
+        return x + two * self.mlp(x)
+
+class Net(nn.Module):
+    """On tokens (B, N, D), not on images."""
+    def __init__(self, width=16, depth=2, classes=5):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.spare = Block(width)
+        self.times, self.classes = nn.Linear(1, width), nn.Embedding(classes, width)
+        self.last = nn.Linear(width, width)
+    def forward(self, x, t, y):
+        c = self.times(t[:, None] * 3).sin() + self.classes(y)
+        for block in self.blocks:
+            x = block(x, c)
+        return {"prediction": self.last(x)}
+
+INPUTS = (
+    TensorSpec("latents", "float32", ("batch", 6, 16)),
+    TensorSpec("timestep", "float32", ("batch",)),
+    TensorSpec("class_labels", "int64", ("batch",)),
+)
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+def make():
+    return net(), ModelSpec(
+        inputs=INPUTS,
+        call=lambda module, inputs: module(*inputs.values())["prediction"],
+        conditioning={"class_labels": InputSpec(values=(0, 5)), "timestep": InputSpec(values=(0, 1))},
+    )
+
+class Plain(Net):
+    def forward(self, x, t, y):
+        return super().forward(x, t / 1000, y)["prediction"]
+
+def plain():
+    torch.manual_seed(0)
+    return Plain()
+
+class Rotated(nn.Module):
+    """Attention by PyTorch's own module, on tokens that a table in fp32 has turned."""
+    def __init__(self, width):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.out = nn.Linear(width, width)
+        self.register_buffer("table", torch.linspace(0, 3, 6 * width).reshape(6, width).cos())
+    def forward(self, x):
+        x = x * self.table
+        x, weights = self.attention(x, x, x)
+        mixed = (x.float() @ x.transpose(1, 2)).softmax(-1) @ x
+        return self.out(mixed * self.table), weights
+
+class Turned(Net):
+    def __init__(self):
+        super().__init__()
+        for block in self.blocks:
+            block.attn = Rotated(16)
+    def forward(self, x, t, y):
+        return super().forward(x, t / 1000, y)["prediction"]
+
+def turned():
+    import json  # found while the factory runs, as is what lies in this folder
+    torch.manual_seed(0)
+    return Turned().half(), ModelSpec(inputs=INPUTS, conditioning={"class_labels": InputSpec(values=(0, 5))})
+
+def broken():
+    raise RuntimeError("no such file: weights.bin")
+
+number = 3
+def text(): return "a module"
+'''
+RECIPE = """
+source = "{source}"
+cache = ["blocks.*.attn", "blocks.*.mlp"]
+[inputs]
+latents = {{ shape = [6, 16] }}
+timestep = {{}}
+class_labels = {{ dtype = "int64", below = 5 }}
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    name = f"own_{abs(hash(tmp_path))}"
+    (tmp_path / f"{name}.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def fora(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def eager(module: nn.Module, spec: ModelSpec, schedule: Schedule, latents: Tensor, labels: Tensor) -> list[Tensor]:
+    """FORA in a few lines of the test's own: predictions along a walk that feeds them back."""
+    kept: dict[str, Any] = {}
+    full = True
+    sites = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn", "mlp")]
+    for path in sites:
+        site = module.get_submodule(path)
+
+        def forward(*args: Any, path: str = path, original: Any = site.forward) -> Any:
+            if full:
+                kept[path] = original(*args)
+            return kept[path]
+
+        site.forward = forward
+    predictions = []
+    for step, full in enumerate(schedule.full):  # noqa: B007 # `forward` reads it
+        time = torch.full((len(latents),), 1 - step / schedule.steps)
+        given = {"latents": latents, "timestep": time, "class_labels": labels}
+        predictions.append(spec.call(module, given))
+        latents = latents - predictions[-1] / schedule.steps
+    return predictions
+
+
+def test_a_factory_and_two_patterns_give_eager_fora(package: str, tmp_path: Path) -> None:
+    made = fora(
+        "export",
+        f"{package}:make",
+        "--cache",
+        "blocks.*.attn",
+        "--cache",
+        "blocks.*.mlp",
+        "--name",
+        "own",
+        "--out",
+        tmp_path,
+    )
+    assert made.exit_code == 0, made.output
+    bundle = Bundle.open(tmp_path / "own")
+    sites = {site.module: [one.name for one in site.features] for site in bundle.manifest.cache_sites}
+    assert sites["blocks.0.attn"] == ["feature.blocks.0.attn.0"], "the weights, which nobody reads, are no feature"
+    assert sites["blocks.1.mlp"] == ["feature.blocks.1.mlp"]
+    for backend in ("onnxruntime", "torch"):
+        for comparison in compare_with_pytorch(bundle, backend, torch.device("cpu"), 10, (1, 3)):
+            assert comparison.error.relative < 1e-4, comparison
+
+    module, spec = sys.modules[package].make()
+    schedule = Schedule.static(9, 3)
+    latents, labels = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 4])
+    denoiser = load(bundle, schedule=schedule, backend="onnxruntime", device="cpu")
+    with torch.no_grad():
+        expected = eager(module.eval(), spec, schedule, latents, labels)
+    for step, want in enumerate(expected):
+        got = denoiser(latents, 1000 * (1 - step / schedule.steps), class_labels=labels).clone()
+        assert (got - want).abs().max() < 1e-4
+        latents = latents - want / schedule.steps
+
+
+def test_a_recipe_says_the_inputs_of_a_module_without_a_spec(package: str, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(RECIPE.format(source=f"{package}:plain"))
+    made = fora("export", "own.toml", "--name", "own", "--out", tmp_path)
+    assert made.exit_code == 0, made.output
+    assert fora("verify", tmp_path / "own", "--steps", 6, "--device", "cpu").exit_code == 0, "it is found again"
+    run = fora("run", tmp_path / "own", "--class-labels", "0,4", "--steps", 4, "--latents-out", tmp_path / "a.npy")
+    assert run.exit_code == 0, run.output
+    assert "there is no class 5" in fora("run", tmp_path / "own", "--class-labels", "5").stderr
+    assert "--guidance-scale 1" in fora("run", tmp_path / "own", "--class-labels", "1", "--guidance-scale", 2).stderr
+    pictures = fora("run", tmp_path / "own", "--class-labels", "1", "-o", "a.png").stderr
+    assert "has no VAE to decode them; name one with --vae FOLDER, or give --latents-out FILE.npy" in pictures
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_tables_in_fp32_and_pytorchs_own_attention_fit_any_precision(
+    precision: str, package: str, tmp_path: Path
+) -> None:
+    made = fora(
+        "export", f"{package}:turned", "--cache", "blocks.*.attn,blocks.*.mlp", "--precision", precision,
+        "--name", "own", "--out", tmp_path,
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    bundle = Bundle.open(tmp_path / "own")
+    admitted = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 5e-2}[precision]
+    for comparison in compare_with_pytorch(bundle, "torch" if precision == "bf16" else "onnxruntime", CPU, 10, (1, 3)):
+        assert comparison.error.relative < admitted, comparison
+    if precision != "fp32":
+        assert bundle.manifest.trajectory_error is not None
+        assert all(error.relative < admitted for error in bundle.manifest.trajectory_error.errors.values())
+
+
+def test_sites_nobody_reads_are_passed_over_with_a_word(package: str, tmp_path: Path) -> None:
+    made = fora(
+        "export", f"{package}:make", "--cache", "*.attn,blocks.*.attn,spare.mlp", "--name", "own", "--out", tmp_path
+    )
+    assert made.exit_code == 0, made.output
+    assert "passing over 2 cache sites whose output no reuse step reads, spare.attn first" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "cache", "message"),
+    [
+        ("nowhere.at:all", "a", "cannot be imported: there is no module 'nowhere' in this folder or installed"),
+        ("{}:none", "a", "has no attribute 'none'"),
+        ("{}:number", "a", "is an object of type int, which cannot be called"),
+        ("{}:text", "a", "returned an object of type str; a factory returns a torch.nn.Module"),
+        ("{}:broken", "a", "failed: RuntimeError: no such file: weights.bin"),
+        ("{}:net", "a", "nothing says which inputs"),
+        (
+            "{}:make",
+            "layers.*",
+            "the cache pattern 'layers.*' matches no module of Net; give a pattern such as blocks.*.attn",
+        ),
+        ("{}:make", "", "nothing to cache was named for Net"),
+        ("{}:make", "blocks.*,blocks.*.attn", "the cache site blocks.0.attn lies in the cache site blocks.0"),
+        ("{}:make", "spare.attn", "the model reads the output of none of the cache sites, spare.attn first"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(source: str, cache: str, message: str, package: str, tmp_path: Path) -> None:
+    refused = fora("export", source.format(package), "--cache", cache, "--out", tmp_path)
+    assert refused.exit_code == 1
+    assert message in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.output
+
+
+def test_inputs_that_the_module_does_not_take_are_named(package: str, tmp_path: Path) -> None:
+    recipe = RECIPE.format(source=f"{package}:plain")
+
+    def refused(old: str, new: str) -> str:
+        (tmp_path / "own.toml").write_text(recipe.replace(old, new))
+        return fora("export", "own.toml", "--out", tmp_path).stderr
+
+    wrong = refused("shape = [6, 16]", "shape = [6, 15]")
+    assert "cannot be called with the inputs that were said, latents [2, 6, 15] float32, timestep [2] float32" in wrong
+    assert "lack 'latents' or 'timestep'" in refused("timestep = {}", "time = {}")
+    assert "takes whole numbers, and nothing says how many" in refused(", below = 5", "")
+    assert "is not float32 or int64" in refused('"int64"', '"int8"')
+    assert "cannot be called" in refused("timestep = {}", "timestep = {}\nmore = {}")
+
+
+class Wayward(nn.Module):
+    """A network with a site that cannot be cached, of the kind that `way` says."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.site, self.other, self.calls = way, nn.Identity(), nn.Identity(), 0
+        self.site.forward = getattr(self, way)  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        left = x.clone()
+        y = self.site(left)
+        if self.way == "twice":
+            y = self.site(y)
+        result: Tensor = self.other(y.sum(1, keepdim=True) + left)
+        return result
+
+    def twice(self, x: Tensor) -> Tensor:
+        return x
+
+    def counts(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+    def draws(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+    def selects(self, x: Tensor) -> Tensor:
+        return x[:, : int(x.argmax(1).max()) + 1]
+
+    def in_place(self, x: Tensor) -> Tensor:
+        return x.mul_(2) * 1
+
+    def whole(self, x: Tensor) -> Tensor:
+        return x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("twice", "site is called more than once in one step"),
+        ("counts", "site puts out something else at every call: it keeps state or draws random numbers"),
+        ("draws", "site puts out something else at every call"),
+        ("selects", r"the output of the cache site site has shape \[2, \d+\], and for .* only the first size"),
+        ("in_place", "site does more than its output shows"),
+        ("whole", r"the output of the cache site site has shape \[1, 9\]"),
+    ],
+)
+def test_a_site_that_cannot_be_cached_is_found_and_named(way: str, message: str) -> None:
+    inputs = (TensorSpec("latents", "float32", ("batch", 9)), TensorSpec("timestep", "float32", ("batch",)))
+    spec = ModelSpec(inputs=inputs, conditioning={"latents": InputSpec()})
+    with pytest.raises(ExportError, match=message):
+        check_sites(Wayward(way), spec, ["site"])
+
+
+def test_options_of_a_source_survive_a_manifest() -> None:
+    options = SourceOptions.model_validate(
+        {"source": "a:b", "image_size": 512, "inputs": {"latents": {"shape": [4, 8]}, "timestep": {}}}
+    )
+    assert options.image_size == (512, 512)
+    assert SourceOptions.model_validate_json(options.model_dump_json()) == options
