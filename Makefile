@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # of the developers' environment; `make demo` needs less
-EXTRAS ?= cpu,rtx,text,plot,dev
+EXTRAS ?= cpu,rtx,text,report,dev
 DEMO_EXTRAS := $(if $(filter command line,$(origin EXTRAS)),$(EXTRAS),cpu)
 
 .PHONY: demo test test-slow gpu-check lint format wheelhouse clean

@@ -23,12 +23,12 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.circumstances import RESULTS, circumstances
 from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import BACKENDS
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import ForaError
+from fora_trt.evaluate.circumstances import circumstances
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.evaluate.verify import graph_errors
 from fora_trt.export.write import bundle_from_model
@@ -39,6 +39,7 @@ from fora_trt.runtime.sampling import Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
 
+RESULTS = Path(__file__).parent / "results"
 CACHE_INTERVALS = (1, 2, 3, 5)
 GUIDANCE_SCALE = 1.5
 

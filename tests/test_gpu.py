@@ -98,9 +98,9 @@ def test_the_count_of_transfers_can_fail() -> None:
 def test_another_batch_is_captured_anew(exported: Bundle, engines: Path, backend: str) -> None:
     sampler = sampler_of(exported, backend, engines)
     schedule, both = Schedule.static(8, 3), conditioning_of_classes(exported.manifest, [1, 2])
-    alone = [sampler(schedule, both.part(0, 1), [7], 1.5).latents for _ in range(3)][-1]
+    alone = [sampler(schedule, both.at([0]), [7], 1.5).latents for _ in range(3)][-1]
     pair = [sampler(schedule, both, [7, 8], 1.5).latents for _ in range(3)][-1]
-    again = [sampler(schedule, both.part(0, 1), [7], 1.5).latents for _ in range(3)][-1]
+    again = [sampler(schedule, both.at([0]), [7], 1.5).latents for _ in range(3)][-1]
     scale = pair.abs().max().item()
     torch.testing.assert_close(alone[0], pair[0], atol=1e-3 * scale, rtol=0)
     torch.testing.assert_close(alone, again, atol=1e-5 * scale, rtol=0)

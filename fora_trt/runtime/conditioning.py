@@ -35,13 +35,14 @@ class Conditioning:
     conditional: Mapping[str, Tensor]
     unconditional: Mapping[str, Tensor] | None
 
-    def part(self, start: int, stop: int) -> Conditioning:
-        """Images `start` to `stop`, the last excluded."""
+    def at(self, images: Sequence[int]) -> Conditioning:
+        """Some of the images, in this order; an image may be named more than once."""
+        rows = torch.tensor(images, dtype=torch.int64)
         halves = [
-            None if half is None else {name: tensor[start:stop] for name, tensor in half.items()}
+            None if half is None else {name: tensor[rows] for name, tensor in half.items()}
             for half in (self.conditional, self.unconditional)
         ]
-        return Conditioning(min(stop, self.images) - start, halves[0] or {}, halves[1])
+        return Conditioning(len(images), halves[0] or {}, halves[1])
 
 
 def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
@@ -58,6 +59,21 @@ def conditioning_of_classes(manifest: Manifest, class_labels: Sequence[int]) -> 
     labels = torch.tensor(list(class_labels))
     without = None if null is None else {CLASS_LABELS: torch.full_like(labels, null)}
     return conditioning_of_tensors(manifest, len(labels), {CLASS_LABELS: labels}, without)
+
+
+def balanced_labels(manifest: Manifest, count: int) -> list[int]:
+    """Every class in turn, so that each is there as often as any other. Raises `InputError` for a model without."""
+    check_labels([], manifest)
+    assert manifest.guidance is not None
+    return [k % manifest.guidance.num_classes for k in range(count)]
+
+
+def drawn_labels(manifest: Manifest, count: int, seed: int) -> list[int]:
+    """Classes drawn at random, each as likely as any other. Raises `InputError` for a model without."""
+    check_labels([], manifest)
+    assert manifest.guidance is not None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(manifest.guidance.num_classes, (count,), generator=generator).tolist()
 
 
 def check_labels(class_labels: Iterable[int], manifest: Manifest) -> None:

@@ -48,12 +48,12 @@ def save_images(images: Sequence[Image.Image], path: Path) -> None:
 def save_image(image: Image.Image, path: Path) -> None:
     """Write one picture in the format of its suffix."""
     form = Image.registered_extensions()[path.suffix.lower()]
-    _write(path, lambda file: image.save(file, format=form))
+    write_whole(path, lambda file: image.save(file, format=form))
 
 
 def save_latents(latents: Tensor, path: Path) -> None:
     """Write latents (B, C, H, W) as a .npy file in fp32."""
-    _write(path, lambda file: numpy.save(file, latents.numpy()))
+    write_whole(path, lambda file: numpy.save(file, latents.numpy()))
 
 
 def _is_folder(path: Path) -> bool:
@@ -67,7 +67,7 @@ def _probe(folder: Path, path: Path) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror} ({folder}); give another path") from error
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write beside `path` and rename, so that a full disk leaves no half of a file."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

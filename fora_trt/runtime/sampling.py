@@ -218,7 +218,7 @@ def sample_in_batches(
     """Denoise any number of images, `batch_size` at a time; image k has the seed `seed` + k whatever its batch."""
     parts = []
     for start in range(0, conditioning.images, batch_size):
-        part = conditioning.part(start, start + batch_size)
+        part = conditioning.at(range(start, min(start + batch_size, conditioning.images)))
         seeds = range(seed + start, seed + start + part.images)
         parts.append(sampler(schedule, part, seeds, guidance, watch))
     return Trajectory.joined(parts)

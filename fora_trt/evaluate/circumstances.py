@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from fora_trt import __version__
 from fora_trt.engines.backends import installed_version
 
-RESULTS = Path(__file__).parent / "results"
 VERSIONED = ("diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "triton")
 
 
@@ -38,10 +38,15 @@ def circumstances() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parents[1])]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without history
+    """The commit of this source tree; None for a package that was installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
         return None
-    return commit + (" with changes" if changed.stdout else "")
+    git = ["git", "-C", str(root)]
+    try:
+        run = partial(subprocess.run, capture_output=True, text=True, check=True)
+        commit = run([*git, "rev-parse", "HEAD"]).stdout.strip()
+        changed = run([*git, "status", "--porcelain", "-uno"]).stdout
+    except (OSError, subprocess.CalledProcessError):  # no git, or not its owner
+        return None
+    return f"{commit}{' with changes' if changed else ''}"
