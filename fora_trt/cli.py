@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -484,6 +485,7 @@ def run(
     """
     opened = _open(bundle)
     from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.runtime.conditioning import usual_guidance_scale
     from fora_trt.runtime.denoiser import load
     from fora_trt.runtime.images import Decoder, can_decode, check_image_size
     from fora_trt.runtime.outputs import save_images, save_latents, writable_file, writable_images
@@ -507,7 +509,7 @@ def run(
     placed = device_from_name(device, where)
     given = _conditioning(opened, class_labels, prompts, negative_prompt, conditioning_file, num_images, placed)
     if guidance_scale is None:
-        guidance_scale = 1.0 if given.unconditional is None else 4.5 if manifest.text is not None else 1.5
+        guidance_scale = usual_guidance_scale(manifest, given)
     guidance = Guidance(guidance_scale, *(guidance_interval or (0, None)))
     if guidance_interval is not None and not any(map(guidance.guides, range(update.calls))):
         first, last = guidance_interval
@@ -632,6 +634,108 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 
 @main.command()
+@BUNDLE
+@click.option(
+    "--backends",
+    type=Words(),
+    default="tensorrt,tensorrt-rtx,onnxruntime",
+    help="What to time at every cache interval; plain PyTorch and torch-compile always come along.",
+)
+@click.option("--cache-intervals", type=Numbers(), default="1,2,3,5,7", help="1, no caching, always comes along.")
+@click.option("--batch-sizes", type=Numbers(), default="1,4,16", help="Images that are denoised together.")
+@click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps.")
+@click.option("--repeats", type=click.IntRange(min=1), default=10, help="Timed runs of each row, after a warm-up.")
+@click.option("--scheduler", help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]")
+@click.option("--guidance-scale", type=click.FloatRange(min=0), help="Up to 1: none.  [default: the model's usual one]")
+@click.option("--memory/--no-memory", default=True, help="Measure peak memory, in a process for each backend.")
+@DEVICE
+@ENGINES
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: none is written]")
+@click.option("--force", is_flag=True, help="Replace the latency in a report that is there.")
+@AS_JSON
+def bench(
+    bundle: Path,
+    backends: tuple[str, ...],
+    cache_intervals: tuple[int, ...],
+    batch_sizes: tuple[int, ...],
+    steps: int,
+    repeats: int,
+    scheduler: str | None,
+    guidance_scale: float | None,
+    memory: bool,
+    device: str,
+    engines: Path,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Measure what caching saves: every backend at every cache interval, and what one would use instead.
+
+    Each cached row is followed by a control: the same time spent on fewer steps without caching. Rows are timed in
+    turn. Ctrl-C ends it and keeps what was measured.
+
+    \b
+    Examples:
+      fora-trt bench export/digits --out report
+      fora-trt bench export/dit-xl-2-256 --batch-sizes 1,8,32 --out report
+      fora-trt bench export/digits --backends onnxruntime --cache-intervals 1,3 --repeats 3 --json
+    """
+    opened = _open(bundle)
+    from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.evaluate.bench import Benchmark
+    from fora_trt.evaluate.circumstances import circumstances
+    from fora_trt.evaluate.entrants import entrants_of
+    from fora_trt.evaluate.report import bench_tables, check_report_folder, write_report
+    from fora_trt.evaluate.results import About
+    from fora_trt.runtime.conditioning import example_conditioning
+    from fora_trt.runtime.schedulers import scheduler_from_config
+    from fora_trt.runtime.updates import timesteps_of
+    from fora_trt.schedule import Schedule
+
+    for name in backends:
+        backend_from_name(name)  # a typing error shows before anything is loaded
+    chosen = scheduler_from_config(opened.scheduler_config, scheduler, opened.manifest.latents.learned_sigma)
+    for interval in cache_intervals:
+        Schedule.static(timesteps_of(chosen, steps), interval)
+    if bad := [size for size in batch_sizes if size < 1]:
+        raise InputError(f"a batch size is {bad[0]}; at least 1 is needed")
+    if out is not None:
+        check_report_folder(out, "bench", About.of(opened), force)
+    with _plans(engines, 2 * max(batch_sizes), as_json) as plans:
+        entrants, absent = entrants_of(
+            opened, backends, cache_intervals, lambda name: device_from_name(device, backend_from_name(name)), plans,
+            report=lambda stage: _say(as_json, stage),
+        )  # fmt: skip
+    benchmark = Benchmark(opened, entrants, absent, chosen, steps, guidance_scale, plans if memory else None)
+    interrupted = False
+    try:
+        with _status(as_json) as tell:
+            for images in sorted(set(batch_sizes)):
+                for stage in benchmark.measure(example_conditioning(opened.manifest, images), repeats):
+                    tell(stage)
+    except KeyboardInterrupt:
+        interrupted = True
+    found = benchmark.result(interrupted)
+    if out is not None:
+        write_report(out, About.of(opened), circumstances(), bench=found)
+    if as_json:
+        click.echo(found.model_dump_json())
+    else:
+        for title, columns, rows in bench_tables(found):
+            table = _table(title, *columns)
+            for row in rows:
+                table.add_row(*row)
+            _print(table)
+        for one in found.absent:
+            click.echo(f"{one.backend}: {one.why}")
+        if out is not None:
+            click.echo(f"wrote {out / 'report.html'}")
+    if interrupted:
+        click.echo("interrupted: what is shown was measured before", err=True)
+        click.get_current_context().exit(130)
+
+
+@main.command()
 @AS_JSON
 def doctor(as_json: bool) -> None:
     """Show which backends work here, their versions, the GPU, and how to install what is missing.
@@ -689,33 +793,40 @@ def demo(
     bundle = out / "digits"
     context.invoke(verify, bundle=bundle, backend=backend, device=device, engines=engines)
     from fora_trt.engines.backends import backend_from_name, device_from_name
-    from fora_trt.evaluate.comparison import grey_levels_between, measure, name_of, picture_of, settings_of
+    from fora_trt.evaluate.bench import Benchmark
+    from fora_trt.evaluate.entrants import entrants_of
+    from fora_trt.evaluate.pictures import grey_levels_between, picture_of
+    from fora_trt.evaluate.results import EAGER
     from fora_trt.runtime.conditioning import conditioning_of_classes
+    from fora_trt.runtime.schedulers import scheduler_from_config
 
     opened, chosen = _open(bundle), backend_from_name(backend)
     where = device_from_name(device, chosen)
     with _plans(engines, 20, False) as plans:
-        settings = settings_of(opened, chosen.name, where, steps, cache_intervals, plans)
-    for _ in _watched("measuring", False)(
-        measure(settings, conditioning_of_classes(opened.manifest, range(10)), 1.5, repeats)
-    ):
-        pass
-    baseline = next(setting for setting in settings if setting.name == name_of(1))
+        entrants, _ = entrants_of(opened, [chosen.name], cache_intervals, lambda name: where, plans, [EAGER])
+    kept = [replace(one, controls=tuple({3}.intersection(one.controls))) for one in entrants]
+    benchmark = Benchmark(opened, kept, [], scheduler_from_config(opened.scheduler_config, None, True), steps)
+    with _status(False) as tell:
+        for stage in benchmark.measure(conditioning_of_classes(opened.manifest, range(10)), repeats):
+            tell(stage)
+    (timings,) = benchmark.rows.values()
+    bench = benchmark.result()
     table = _table(
-        f"10 digits on {chosen.name} ({where}), median of {repeats} (fastest to slowest)",
-        "", "full steps", "seconds", "speed-up", "ideal", "difference of 255",
+        f"10 digits ({where}), median of {repeats} (fastest to slowest)",
+        "", "full steps", "seconds", "ideal", "speed-up", "over PyTorch", "difference of 255",
     )  # fmt: skip
-    for setting in settings:
+    for timing, row in zip(timings, bench.rows, strict=True):
         table.add_row(
-            setting.name,
-            f"{setting.schedule.full_steps} of {setting.schedule.steps}",
-            "{:.2f} ({:.2f} to {:.2f})".format(setting.seconds, *setting.spread),
-            f"{baseline.seconds / setting.seconds:.2f}x",
-            f"{steps / setting.schedule.full_steps:.2f}x",
-            f"{grey_levels_between(setting.latents, baseline.latents):.1f}",
+            f"{row.backend}, {row.setting.label}",
+            f"{row.setting.full_steps} of {row.setting.steps}",
+            f"{row.seconds:.2f} ({row.fastest:.2f} to {row.slowest:.2f})",
+            f"{row.ideal_speedup:.2f}x",
+            f"{row.speedup:.2f}x",
+            f"{bench.over_eager(row):.2f}x",
+            f"{grey_levels_between(timing.latents, timings[0].latents):.1f}",
         )
     _print(table)
-    save_image(picture_of(settings, opened, baseline), output)
+    save_image(picture_of(opened, zip(timings, bench.rows, strict=True)), output)
     click.echo(f"wrote {output}: each row of the table, from the same noise")
 
 
@@ -744,6 +855,18 @@ def _watched(what: str, quiet: bool) -> Callable[[Iterable[Any]], Iterator[Any]]
         yield from track(items, description=what, console=Console(stderr=True), transient=True)
 
     return watch
+
+
+@contextmanager
+def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """One line that says what is going on, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda stage: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        yield status.update
 
 
 @contextmanager

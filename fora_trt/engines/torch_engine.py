@@ -47,21 +47,22 @@ def steps_from_bundle(bundle: Bundle, device: torch.device) -> dict[str, Split]:
     return {FULL: full, REUSE: reuse}
 
 
-def model_from_bundle(bundle: Bundle) -> Model:
+def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
     """Load the module that a bundle was exported from, and make sure that it is the same.
 
-    Raises `BackendError` if the source is no longer there or has other weights.
+    In another `precision` than the bundle's the weights are others too, and are not compared. Raises `BackendError` if
+    the source is no longer there or has other weights.
     """
     record, sites = bundle.manifest.model, [site.module for site in bundle.manifest.cache_sites]
     source = record.options.source
     try:
-        model = model_from_source(record.options, bundle.manifest.precision, sites)
+        model = model_from_source(record.options, precision or bundle.manifest.precision, sites)
     except (ModelError, ExportError) as error:
         raise BackendError(
             f"PyTorch needs the checkpoint that {bundle.folder} was exported from, "
             f"and {source!r} cannot be loaded: {error}"
         ) from error
-    if weights_digest(model.module) != record.weights_sha256:
+    if model.precision == bundle.manifest.precision and weights_digest(model.module) != record.weights_sha256:
         raise BackendError(
             f"{source!r} has other weights than those {bundle.folder} was exported from; "
             f"export it again: fora-trt export {source} --name {bundle.manifest.name} --force"

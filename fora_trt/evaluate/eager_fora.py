@@ -13,18 +13,23 @@ from torch import Tensor
 
 from fora_trt.bundle import Bundle
 from fora_trt.engines.torch_engine import model_from_bundle
-from fora_trt.models.spec import LATENTS, TIMESTEP
+from fora_trt.models.precision import cast_all
+from fora_trt.models.spec import LATENTS, PRECISIONS, TIMESTEP
 
 
 class EagerFora:
-    """Takes steps like a `Denoiser`; computes in fp32."""
+    """Takes steps like a `Denoiser`; computes in fp32, or with `cast_whole` all of it in the bundle's precision.
 
-    def __init__(self, bundle: Bundle, device: torch.device) -> None:
-        model = model_from_bundle(bundle)
+    The one is the reference for results, the other what `pipe.to(torch.float16)` gives, the reference for time.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device, cast_whole: bool = False) -> None:
+        model = model_from_bundle(bundle, precision="fp32" if cast_whole else None)
         self.manifest, self.device = bundle.manifest, device
         if model.half is not None:
             model.half.widen()
-        self.module, self._call = model.module.to(device), model.spec.call
+        self._dtype = getattr(torch, PRECISIONS[bundle.manifest.precision]) if cast_whole else torch.float32
+        self.module, self.call = model.module.to(device, self._dtype), model.spec.call
         self._inputs = [tensor.name for tensor in model.spec.inputs]
         self._dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in model.spec.inputs}
         self._full = True
@@ -41,8 +46,8 @@ class EagerFora:
         """Compute every layer, or reuse what the sites put out in the last full step."""
         self._full = full
         times = torch.as_tensor(timestep, device=self.device).to(self._dtypes[TIMESTEP]).expand(len(latents))
-        given = {LATENTS: latents.float(), TIMESTEP: times, **conditioning}
-        return self._call(self.module, {name: given[name] for name in self._inputs})
+        given: dict[str, Tensor] = cast_all({LATENTS: latents, **conditioning}, self._dtype) | {TIMESTEP: times}
+        return self.call(self.module, {name: given[name] for name in self._inputs}).float()
 
     def is_capturable(self) -> bool:
         """Eager PyTorch is what most people run; it is left as it is."""

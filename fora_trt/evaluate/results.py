@@ -9,6 +9,12 @@ from fora_trt.folders import MANIFEST, Record, sha256_of
 
 REPORT_VERSION = 1
 
+EAGER = "torch"
+"""In a benchmark: the module as it is, and with the hooks of FORA; not the split one that the backend `torch` runs."""
+
+NO_CACHE = "no cache"
+"""Label of the setting that all others are compared with."""
+
 
 class About(Record):
     """Which bundle it is; `sha256` digests its manifest, and so all of it."""
@@ -42,24 +48,20 @@ class Setting(Record):
     control_of: int | None = None
 
     @property
-    def ideal_speedup(self) -> float:
-        """Over no caching in as many steps, if a reuse step cost nothing."""
-        return self.steps / self.full_steps
-
-    @property
     def label(self) -> str:
         """What it is called in tables and plots."""
         if self.control_of is not None:
             return f"{self.steps} steps, no cache"
-        return "no cache" if self.cache_interval == 1 else f"interval {self.cache_interval}"
+        return NO_CACHE if self.cache_interval == 1 else f"interval {self.cache_interval}"
 
 
 class BenchRow(Record):
     """One setting on one backend: medians over the repeats, in seconds.
 
-    `speedup` is over the same backend without caching at as many steps as the benchmark has; for those fewer steps
-    of a control too. `outside` is the share of the time that is spent outside of the engines; `floor_seconds` what the
-    arithmetic and the bytes of the graphs would take at the peak rates of this machine.
+    `speedup` is over the same backend without caching at all the steps of the benchmark, and `ideal_speedup` what it
+    would be if a reuse step cost nothing; of a control, with its fewer steps, too. `outside` is the share of the time
+    that is spent outside of the engines, None for eager PyTorch on a GPU; `floor_seconds` what the arithmetic and the
+    bytes of the graphs would take at the peak rates of this machine.
     """
 
     backend: str
@@ -70,15 +72,16 @@ class BenchRow(Record):
     slowest: float
     full_step_seconds: float
     reuse_step_seconds: float | None
-    outside: float
+    outside: float | None
     speedup: float
+    ideal_speedup: float
     floor_seconds: float
     peak_memory_bytes: int | None
 
     @property
     def of_ideal(self) -> float:
         """Which part of the ideal speed-up was reached."""
-        return self.speedup / self.setting.ideal_speedup
+        return self.speedup / self.ideal_speedup
 
 
 class Absent(Record):
@@ -106,6 +109,16 @@ class Bench(Record):
     peaks: PeakRates
     rows: tuple[BenchRow, ...]
     absent: tuple[Absent, ...]
+
+    def over_eager(self, row: BenchRow) -> float | None:
+        """How much faster a row is than plain PyTorch without caching; None where that could not run."""
+        plain = (
+            one.seconds
+            for one in self.rows
+            if (one.backend, one.images, one.setting.label) == (EAGER, row.images, NO_CACHE)
+        )
+        seconds = next(plain, None)
+        return None if seconds is None else seconds / row.seconds
 
 
 class QualityRow(Record):

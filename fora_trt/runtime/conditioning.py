@@ -168,3 +168,10 @@ def example_conditioning(manifest: Manifest, images: int) -> Conditioning:
     tensors = inputs_of(manifest).values()
     halves = [example_inputs(tensors, manifest.conditioning, images, seed) for seed in (1, 2)]
     return Conditioning(images, halves[0], halves[1] if manifest.text is not None else None)
+
+
+def usual_guidance_scale(manifest: Manifest, given: Conditioning) -> float:
+    """What a model is used with where nobody says: 4.5 for text, 1.5 for classes, none without a second half."""
+    if given.unconditional is None:
+        return 1.0
+    return 4.5 if manifest.text is not None else 1.5

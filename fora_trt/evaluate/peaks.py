@@ -1,0 +1,84 @@
+"""What a machine does at best, and what the arithmetic and the bytes of a graph would take at that."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from fora_trt.bundle import Bundle
+from fora_trt.evaluate.results import PeakRates
+from fora_trt.export.statistics import graph_statistics
+from fora_trt.models.spec import FULL, PRECISIONS, REUSE, TensorSpec
+from fora_trt.schedule import Schedule
+
+MATRIX = {"cpu": 1536, "cuda": 8192}
+"""Side of the matrices that are multiplied, by type of device."""
+
+COPIED = 2**28
+"""Bytes that are read, and copied: more than caches hold."""
+
+
+def measure_peaks(device: torch.device, precision: str) -> PeakRates:
+    """The best of three products of large matrices, and of three readings and copies of a large tensor.
+
+    Matrices are of the bundle's precision on a GPU and of fp32 on the CPU, whose kernels widen what is narrower.
+    """
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, PRECISIONS[precision])
+    side = MATRIX[device.type]
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    source = torch.ones(COPIED // 4, device=device)
+    target = torch.empty_like(source)
+    return PeakRates(
+        flops=2 * side**3 / _fastest(lambda: matrix @ matrix, device),
+        bytes=max(
+            COPIED / _fastest(source.sum, device),
+            2 * COPIED / _fastest(lambda: target.copy_(source), device),
+        ),
+    )
+
+
+def best_of(one: PeakRates | None, other: PeakRates) -> PeakRates:
+    """The higher of both rates."""
+    if one is None:
+        return other
+    return PeakRates(flops=max(one.flops, other.flops), bytes=max(one.bytes, other.bytes))
+
+
+def _fastest(work: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(4):  # the first warms up
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+class Floor:
+    """The least time that the graphs of a bundle could take: their operations, or their weights and edges in bytes.
+
+    Features count as written by a full step and read by a reuse step. Everything within a graph counts as free.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        graphs = bundle.manifest.graphs
+        self._statistics = {name: graph_statistics(bundle.graph_path(name)) for name in (FULL, REUSE)}
+        self._edges = {name: sum(map(_bytes_of, (*graphs[name].inputs, *graphs[name].outputs))) for name in graphs}
+
+    def seconds(self, schedule: Schedule, batch: int, peaks: PeakRates) -> float:
+        """Of a trajectory, for this batch of the graphs (twice the images under guidance)."""
+
+        def of(graph: str) -> float:
+            found = self._statistics[graph]
+            moved = found.weight_bytes + batch * self._edges[graph]
+            return max(batch * found.flops / peaks.flops, moved / peaks.bytes)
+
+        return schedule.full_steps * of(FULL) + (schedule.steps - schedule.full_steps) * of(REUSE)
+
+
+def _bytes_of(tensor: TensorSpec) -> int:
+    return math.prod(tensor.sized(1)) * int(getattr(torch, tensor.dtype).itemsize)
