@@ -15,6 +15,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.torch_engine import model_from_bundle
 from fora_trt.models.precision import cast_all
 from fora_trt.models.spec import LATENTS, PRECISIONS, TIMESTEP
+from fora_trt.quiet import quiet
 
 
 class EagerFora:
@@ -29,7 +30,8 @@ class EagerFora:
         if model.half is not None:
             model.half.widen()
         self._dtype = getattr(torch, PRECISIONS[bundle.manifest.precision]) if cast_whole else torch.float32
-        self.module, self.call = model.module.to(device, self._dtype), model.spec.call
+        with quiet("diffusers"):  # it warns of casts whatever they are to
+            self.module, self.call = model.module.to(device, self._dtype), model.spec.call
         self._inputs = [tensor.name for tensor in model.spec.inputs]
         self._dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in model.spec.inputs}
         self._full = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -46,6 +47,7 @@ class Decoder:
         """
         self.manifest, self._where = manifest, vae or manifest.model.vae
         self._subfolder: str | None = None
+        self._vae: Any = None
         if manifest.latents.pixels:
             return
         if self._where is None:
@@ -55,33 +57,25 @@ class Decoder:
             )
         self._subfolder = _subfolder_of_vae(self._where)
 
-    @torch.inference_mode()
     def images(self, latents: Tensor, device: torch.device) -> list[Image.Image]:
         """One RGB or grey picture for each of `latents` (B, C, H, W). Raises `InputError` for what is not finite."""
+        return [Image.fromarray(image.squeeze(-1).numpy()) for image in self.levels(latents, device)]
+
+    @torch.inference_mode()
+    def levels(self, latents: Tensor, device: torch.device) -> Tensor:
+        """The same as whole numbers from 0 to 255, (B, H, W, 3 or 1) in uint8 on the CPU."""
         pixels = latents if self.manifest.latents.pixels else self._decoded(latents, device)
         if not pixels.isfinite().all():
             raise InputError(
                 f"the pictures of {self.manifest.name} are not finite, though the latents were: its VAE "
                 f"{self._where!r} overflows on them; --latents-out FILE.npy keeps the latents"
             )
-        levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-        return [Image.fromarray(image.squeeze(-1).numpy()) for image in levels]
+        levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return levels.permute(0, 2, 3, 1).cpu().contiguous()
 
     def _decoded(self, latents: Tensor, device: torch.device) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W) in [-1, 1] on the CPU, in fp32, as many at once as fit."""
-        from diffusers import AutoencoderKL
-
-        try:
-            with quiet("huggingface_hub"), quiet("diffusers"):
-                vae = AutoencoderKL.from_pretrained(
-                    self._where, subfolder=self._subfolder, torch_dtype=torch.float32
-                ).to(device)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"the VAE of {self._where!r} cannot be loaded, so there are no pictures: {first_line(error)}; "
-                "--latents-out FILE.npy keeps the latents"
-            ) from error
-        latent = self.manifest.latents
+        vae, latent = self._vae_on(device), self.manifest.latents
         scaled = latents.to(device) / latent.scale + latent.shift
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         at_once = max(1, DECODED_AT_ONCE // (factor**2 * latents.shape[-1] * latents.shape[-2]))
@@ -98,6 +92,23 @@ class Decoder:
                 at_once //= 2
                 torch.cuda.empty_cache()
         return torch.cat(done)
+
+    def _vae_on(self, device: torch.device) -> Any:
+        """The VAE, loaded at the first call and kept."""
+        from diffusers import AutoencoderKL
+
+        if self._vae is None:
+            try:
+                with quiet("huggingface_hub"), quiet("diffusers"):
+                    self._vae = AutoencoderKL.from_pretrained(
+                        self._where, subfolder=self._subfolder, torch_dtype=torch.float32
+                    )
+            except (OSError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"the VAE of {self._where!r} cannot be loaded, so there are no pictures: {first_line(error)}; "
+                    "--latents-out FILE.npy keeps the latents"
+                ) from error
+        return self._vae.to(device)
 
 
 def _subfolder_of_vae(where: str) -> str | None:
