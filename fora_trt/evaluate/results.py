@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fora_trt.bundle import Bundle
 from fora_trt.folders import MANIFEST, Record, sha256_of
+from fora_trt.runtime.conditioning import way_to_condition
 
 REPORT_VERSION = 1
+_EXAMPLES = {"--class-labels": "--class-labels 0", "--prompt": '--prompt "..."'}
 
 
 class About(Record):
-    """Which bundle it is; `sha256` digests its manifest, and so all of it."""
+    """Which bundle it is; `sha256` digests its manifest, and so all of it.
+
+    `folder` is where it was, `scheduler` its own, `asks_for` the option that `run` must be given to know what to make.
+    """
 
     name: str
+    folder: str
     source: str
     architecture: str
     precision: str
+    scheduler: str
+    asks_for: str | None
     sha256: str
 
     @classmethod
     def of(cls, bundle: Bundle) -> About:
         """The bundle of this folder."""
         manifest = bundle.manifest
+        asked = re.split(", | with ", way_to_condition(manifest) or "")[0]
         return cls(
             name=manifest.name,
+            folder=str(bundle.folder),
             source=manifest.model.options.source,
             architecture=manifest.model.architecture,
             precision=manifest.precision,
+            scheduler=str(bundle.scheduler_config.get("_class_name", "")),
+            asks_for=_EXAMPLES.get(asked, asked) or None,
             sha256=sha256_of(bundle.folder / MANIFEST),
         )
 
@@ -77,7 +90,7 @@ class BenchRow(Record):
 
     @property
     def of_ideal(self) -> float:
-        """Which part of the ideal speed-up was reached."""
+        """Which part of the ideal speed-up was reached, by a setting of as many steps as the benchmark has."""
         return self.speedup / self.setting.ideal_speedup
 
 
@@ -106,6 +119,10 @@ class Bench(Record):
     peaks: PeakRates
     rows: tuple[BenchRow, ...]
     absent: tuple[Absent, ...]
+
+    def ideal_speedup(self, row: BenchRow) -> float:
+        """What `row.speedup` would be if only full steps took time; a control saves its steps as caching does."""
+        return self.steps / row.setting.full_steps
 
 
 class QualityRow(Record):
@@ -148,10 +165,15 @@ class Quality(Record):
 
 
 class Report(Record):
-    """All of it. `measured_on` says hardware, versions and commit of each part."""
+    """All of it. `measured_on` says hardware, versions and commit of each part.
+
+    `min_psnr` is the stated loss, in dB against no caching; `recommendation` the sentence that follows from it.
+    """
 
     format_version: int
     about: About
     measured_on: dict[str, dict[str, Any]]
+    min_psnr: float = 30.0
+    recommendation: str = ""
     bench: Bench | None = None
     quality: Quality | None = None
