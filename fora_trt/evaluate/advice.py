@@ -80,7 +80,9 @@ def _within(about: About, quality: Quality, min_psnr: float, also: str | None) -
     finding = f"The fastest setting that keeps {min_psnr:g} dB of PSNR is {described(best)}"
     if best.setting.cache_interval == 1:
         cached = [row for row in kept if row.setting.cache_interval > 1]
-        rest = f"the best with caching is {described(max(cached, key=gain))}" if cached else "nothing cached keeps that"
+        rest = (
+            f"the best with caching is {described(max(cached, key=gain))}" if cached else "nothing cached keeps as much"
+        )
         finding = f"{finding}, so caching does not pay here; {rest}"
     return Advice(finding, _command(about, quality, best), also, best, gain(best))
 

@@ -53,7 +53,7 @@ def _bench_table(bench: Bench, images: int) -> Table:
             "speed-up": column(lambda row: f"{row.speedup:.2f}x"),
             "of ideal": column(lambda row: f"{row.speedup / bench.ideal_speedup(row):.0%}"),
             "time": column(lambda row: seconds(row.seconds)),
-            "spread": column(lambda row: f"{seconds(row.fastest)} to {seconds(row.slowest)}"),
+            "spread": column(lambda row: _spread(row.fastest, row.slowest)),
             "per image": column(lambda row: "" if images == 1 else seconds(row.seconds / images)),
             "full step": column(lambda row: seconds(row.full_step_seconds)),
             "reuse step": column(lambda row: seconds(row.reuse_step_seconds)),
@@ -82,7 +82,9 @@ def quality_table(quality: Quality, chosen: Setting | None = None) -> Table:
             "PSNR": column(lambda row: "identical" if row.psnr is None else f"{row.psnr:.1f} dB"),
             "SSIM": column(lambda row: f"{row.ssim:.4f}"),
             "LPIPS": column(lambda row: _figure(row.lpips, ".4f")),
-            "error of latents": column(lambda row: _figure(last(row.latent_errors), ".1%")),
+            "error of latents": [
+                "" if row.setting.cache_interval == 1 else _figure(last(row.latent_errors), ".1%") for row in rows
+            ],  # without caching they would be compared with themselves
             "Fréchet distance": column(lambda row: _figure(row.frechet_distance, ".3g")),
             "precision": column(lambda row: _figure(row.precision, ".3f")),
             "recall": column(lambda row: _figure(row.recall, ".3f")),
@@ -128,6 +130,12 @@ def seconds(value: float | None) -> str:
     if value < 0.9995:
         return f"{value * 1e3:.{2 if value < 0.00995 else 1 if value < 0.0995 else 0}f} ms"
     return f"{value:.{2 if value < 99.5 else 0}f} s"
+
+
+def _spread(fastest: float, slowest: float) -> str:
+    """Two times, with one unit where it fits both."""
+    least, most = seconds(fastest), seconds(slowest)
+    return f"{least.split()[0] if least.split()[1] == most.split()[1] else least} to {most}"
 
 
 def memory(count: int | None) -> str:
