@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,15 @@ PROBE = """JSON.stringify({
   })),
   boxes: [...document.querySelectorAll('.scroll')].map(one => one.getBoundingClientRect().right),
 })"""
+
+AS_3_AND_4 = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for end, place in zip(high, (3, 4)):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Starts the browser with the two pipes where it looks for them; a shell could not name descriptors above 9."""
 
 
 class Browser:
@@ -74,9 +84,9 @@ def browser(chromium: str, profile: Path) -> Iterator[Browser]:
     """A browser for the length of a block; `profile` is an empty folder for what it keeps."""
     (theirs_in, to), (back, theirs_out) = os.pipe(), os.pipe()
     options = f"--headless --no-sandbox --disable-gpu --remote-debugging-pipe --user-data-dir={profile}"
-    pipes = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', chromium]  # it wants them as 3 and 4
+    start = [sys.executable, "-c", AS_3_AND_4, str(theirs_in), str(theirs_out)]
     running = subprocess.Popen(
-        [*pipes, *options.split()], pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL,
+        [*start, chromium, *options.split()], pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(theirs_in)
