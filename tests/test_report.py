@@ -327,10 +327,12 @@ def test_tables() -> None:
         "interval 5",
         "20 steps, no cache",
     ]
-    mixed = quality(likeness(setting(3, 20), 0.02, 30.0), likeness(setting(3, scheduler="UniPCScheduler"), 0.04, 30.0))
+    mixed = quality(
+        likeness(setting(3, 20), 0.02, 30.0), likeness(setting(3, scheduler="UniPCMultistepScheduler"), 0.04, 30.0)
+    )
     assert [row[0] for row in quality_table(mixed).rows][1:] == [
-        "interval 3, 20 steps, DDIM",
-        "interval 3, 50 steps, UniPC",
+        "interval 3, 20 steps, ddim",
+        "interval 3, 50 steps, unipc",
     ]
     assert replace(table, chosen=1).chosen == 1
     assert [seconds(value) for value in (0.00123, 0.0456, 0.789, 0.9999, 12.3, 123.4)] == [

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fora_trt.evaluate.results import Bench, BenchRow, Quality, QualityRow, Report
-from fora_trt.evaluate.tables import batch_sizes, labels
+from fora_trt.evaluate.tables import batch_sizes, labels, scheduler_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,8 @@ PLACES: tuple[tuple[float, float, Literal["left", "center", "right"]], ...] = (
     (16, -36, "left"), (-16, -36, "right"),
 )  # fmt: skip
 """Where a name may stand, in points from its point, and which side of it is there; the best first."""
-SERIES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (YELLOW, "v"), (SKY, "P"), (INK, "X"))
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY, INK)
+SERIES = tuple(zip(COLOURS, "os^DvPX", strict=True))
 
 
 def plots_of(report: Report) -> dict[str, bytes]:
@@ -52,7 +53,7 @@ def latency_quality(quality: Quality, min_psnr: float) -> Figure | None:
     """Time against PSNR, with the Pareto front over all settings; None where there is nothing but no caching."""
     from matplotlib.ticker import MaxNLocator
 
-    names = labels([row.setting for row in quality.rows])
+    names = labels([row.setting for row in quality.rows], schedulers=False)
     pairs = [(row, name) for row, name in zip(quality.rows, names, strict=True) if row.psnr is not None]
     if not pairs:
         return None
@@ -64,22 +65,33 @@ def latency_quality(quality: Quality, min_psnr: float) -> Figure | None:
     axes.axhline(min_psnr, color=PALE, linestyle=(0, (5, 3)), linewidth=1.0, label=f"stated loss, {min_psnr:g} dB")
     front = pareto_front(rows)
     axes.plot(*_points(front), color=RULE, linewidth=3.5, zorder=1, solid_joinstyle="round", label="Pareto front")
-    cached = [row for row in rows if row.setting.cache_interval > 1]
-    others = [row for row in rows if row.setting.cache_interval == 1]
-    axes.plot(*_points(cached), "o", color=BLUE, markersize=8, label="cached", zorder=3)
-    axes.plot(
-        *_points(others), "s", color=ORANGE, markersize=7.5, markerfacecolor="white", markeredgewidth=2.0, zorder=3,
-        label="fewer steps, no cache",
-    )  # fmt: skip
+    schedulers = list(dict.fromkeys(scheduler_label(row.setting) for row in rows))
+    plain_kind = "fewer steps, no cache" if len(schedulers) == 1 else "no cache"
+    for is_cached, kind in ((True, "cached"), (False, plain_kind)):
+        for k, scheduler in enumerate(schedulers):
+            own = [row for row in rows if scheduler_label(row.setting) == scheduler]
+            own = [row for row in own if (row.setting.cache_interval > 1) == is_cached]
+            _scatter(axes, own, kind if len(schedulers) == 1 else f"{kind}, {scheduler}", k, hollow=not is_cached)
     psnrs = [min_psnr, *_points(rows)[1]]
     margin = max(1.0, 0.16 * (max(psnrs) - min(psnrs)))
     axes.set_ylim(min(psnrs) - margin, max(psnrs) + margin)
     axes.yaxis.set_major_locator(MaxNLocator(7, integer=True))
     _legend(axes, below=True)
-    _label_points(
-        axes, [(*point, name) for point, (_, name) in zip(zip(*_points(rows), strict=True), pairs, strict=True)]
-    )
+    short = [name.replace(", no cache", "").replace("no cache, ", "") for _, name in pairs]
+    _label_points(axes, list(zip(*_points(rows), short, strict=True)))
     return figure
+
+
+def _scatter(axes: Axes, rows: Sequence[QualityRow], name: str, series: int, hollow: bool) -> None:
+    """Points of one kind: a colour and a shape for each scheduler, filled where features are cached."""
+    if not rows:
+        return
+    filled, empty = COLOURS[2 * series % len(COLOURS)], COLOURS[(2 * series + 1) % len(COLOURS)]
+    colour, marker = (empty, "sDv"[series % 3]) if hollow else (filled, "o^P"[series % 3])
+    axes.plot(
+        *_points(rows), marker, color=colour, markersize=7.5, markerfacecolor="white" if hollow else colour,
+        markeredgewidth=2.0, zorder=3, label=name,
+    )  # fmt: skip
 
 
 def pareto_front(rows: Sequence[QualityRow]) -> list[QualityRow]:
@@ -104,7 +116,8 @@ def error_over_steps(quality: Quality) -> Figure | None:
         errors = [100 * error for error in row.latent_errors]
         steps = range(1, len(errors) + 1)
         every = max(1, len(errors) // 8)
-        axes.plot(steps, errors, color=colour, linewidth=2.2, marker=marker, markevery=every, markersize=5)
+        dashes = ("-", "--", ":")[k // len(SERIES) % 3]
+        axes.plot(steps, errors, dashes, color=colour, linewidth=2.2, marker=marker, markevery=every, markersize=5)
         ends.append((len(errors), errors[-1], name, colour))
     axes.set_ylim(bottom=0)
     axes.set_xlim(1, max(end[0] for end in ends))
@@ -259,6 +272,7 @@ def _label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
             name, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center", fontsize=SMALL, color=INK,
             parse_math=False, path_effects=[withStroke(linewidth=3, foreground="white")], arrowprops=line,
         )  # fmt: skip
+        note.set_in_layout(False)
         return note, note.get_window_extent()
 
     for k in range(len(points)):
@@ -269,8 +283,8 @@ def _label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
             if inside and not any(box.overlaps(other) for other in rivals):
                 break
             note.remove()
-        else:  # no room anywhere
-            _, box = placed(k, *PLACES[0])
+        else:
+            continue  # no room anywhere: the table names it
         taken.append(box)
 
 
@@ -284,7 +298,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
         place = (1.05, (above - least) / (most - least))
         axes.annotate(
             name, (x, y), place, textcoords="axes fraction", va="center", fontsize=SMALL, color=INK,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1.4, "shrinkA": 1, "shrinkB": 1},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1.4, "relpos": (0, 0.5)},
             annotation_clip=False, parse_math=False,
         )  # fmt: skip
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fora_trt.evaluate.results import Bench, BenchRow, Quality, QualityRow, Report, Setting
+from fora_trt.runtime.schedulers import FLOW_SHORT_NAMES, SHORT_NAMES
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,22 @@ def circumstances_table(report: Report) -> Table:
     return Table("measured on", ("", *(part for part, _ in parts)), rows, texts=1 + len(parts))
 
 
-def labels(settings: Sequence[Setting]) -> list[str]:
+def labels(settings: Sequence[Setting], schedulers: bool = True) -> list[str]:
     """A name for each, with its number of steps and its scheduler only where these tell settings apart."""
     many_steps = len({setting.steps for setting in settings if setting.control_of is None}) > 1
-    many_schedulers = len({setting.scheduler for setting in settings}) > 1
+    many_schedulers = schedulers and len({setting.scheduler for setting in settings}) > 1
     return [
         setting.label
         + (f", {setting.steps} steps" if many_steps and setting.control_of is None else "")
-        + (f", {setting.scheduler.removesuffix('Scheduler')}" if many_schedulers else "")
+        + (f", {scheduler_label(setting)}" if many_schedulers else "")
         for setting in settings
     ]
+
+
+def scheduler_label(setting: Setting) -> str:
+    """The short name of its scheduler, or else its class without the suffix that all have."""
+    names = [*SHORT_NAMES.items(), *FLOW_SHORT_NAMES.items()]
+    return {name: short for short, name in names}.get(setting.scheduler, setting.scheduler.removesuffix("Scheduler"))
 
 
 def last(errors: Sequence[float]) -> float | None:
