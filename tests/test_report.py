@@ -318,6 +318,9 @@ def test_tables() -> None:
     assert one.header.index("ideal") < one.header.index("speed-up")
     assert "per image" not in one.header
     assert dict(zip(four.header, four.rows[2], strict=True))["per image"] == "1.57 s"
+    mingled = bench().model_copy(update={"rows": (latency(1, setting(1), "a"), latency(1, setting(1), "b"),
+                                                  latency(1, setting(2), "a"))})  # fmt: skip
+    assert [row[0] for row in bench_tables(mingled)[0].rows] == ["a", "a", "b"]
     table = quality_table(quality())
     assert "LPIPS" not in table.header
     assert [row[0] for row in table.rows] == [

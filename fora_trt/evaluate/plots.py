@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fora_trt.evaluate.results import Bench, BenchRow, Quality, QualityRow, Report
-from fora_trt.evaluate.tables import batch_sizes, labels, scheduler_label
+from fora_trt.evaluate.tables import batch_sizes, labels, rows_at, scheduler_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,7 +128,7 @@ def error_over_steps(quality: Quality) -> Figure | None:
 def speedup(bench: Bench) -> Figure | None:
     """What each interval gains on each backend, below what it could; None where no interval was measured."""
     images = batch_sizes(bench)[0]
-    rows = [row for row in bench.rows if row.images == images and row.setting.control_of is None]
+    rows = [row for row in rows_at(bench, images) if row.setting.control_of is None]
     intervals = sorted({row.setting.cache_interval for row in rows})
     if intervals in ([], [1]):
         return None
@@ -163,7 +163,7 @@ def time_split(bench: Bench) -> Figure:
     as the median steps are, which may themselves contain some of it.
     """
     images = batch_sizes(bench)[0]
-    rows = [row for row in bench.rows if row.images == images]
+    rows = rows_at(bench, images)
     figure, axes = _figure(f"Where the time goes, {_at_once(images)}", "seconds per trajectory", "")
     names = labels([row.setting for row in rows])
     places: list[float] = []

@@ -37,8 +37,14 @@ def batch_sizes(bench: Bench) -> list[int]:
     return sorted({row.images for row in bench.rows})
 
 
+def rows_at(bench: Bench, images: int) -> list[BenchRow]:
+    """Those of one batch size, backend by backend, in the order in which backends first appear."""
+    backends = list(dict.fromkeys(row.backend for row in bench.rows))
+    return sorted((row for row in bench.rows if row.images == images), key=lambda row: backends.index(row.backend))
+
+
 def _bench_table(bench: Bench, images: int) -> Table:
-    rows = [row for row in bench.rows if row.images == images]
+    rows = rows_at(bench, images)
     names = labels([row.setting for row in rows])
 
     def column(cell: Callable[[BenchRow], str]) -> list[str]:
