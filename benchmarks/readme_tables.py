@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from fora_trt.evaluate.comparison import grey_levels_between, measure, name_of, settings_of
 
 from benchmarks.digits_accuracy import digits_accuracy
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import backend_from_name, device_from_name
 from fora_trt.evaluate.circumstances import circumstances
-from fora_trt.evaluate.comparison import grey_levels_between, measure, name_of, settings_of
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from fora_trt.runtime.conditioning import conditioning_of_classes

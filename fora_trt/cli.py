@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from fora_trt.bundle import Bundle
     from fora_trt.engines.plan_store import PlanSource
+    from fora_trt.evaluate.tables import Table as Found
     from fora_trt.models.recipes import Recipe
     from fora_trt.runtime.conditioning import Conditioning
 
@@ -685,8 +686,9 @@ def bench(
     from fora_trt.evaluate.bench import Benchmark
     from fora_trt.evaluate.circumstances import circumstances
     from fora_trt.evaluate.entrants import entrants_of
-    from fora_trt.evaluate.report import bench_tables, check_report_folder, write_report
+    from fora_trt.evaluate.report import check_report_folder, write_report
     from fora_trt.evaluate.results import About
+    from fora_trt.evaluate.tables import bench_tables
     from fora_trt.runtime.conditioning import example_conditioning
     from fora_trt.runtime.schedulers import scheduler_from_config
     from fora_trt.runtime.updates import timesteps_of
@@ -721,13 +723,10 @@ def bench(
     if as_json:
         click.echo(found.model_dump_json())
     else:
-        for title, columns, rows in bench_tables(found):
-            table = _table(title, *columns)
-            for row in rows:
-                table.add_row(*row)
-            _print(table)
-        for one in found.absent:
-            click.echo(f"{one.backend}: {one.why}")
+        for one in bench_tables(found):
+            _print_found(one)
+        for missing in found.absent:
+            click.echo(f"{missing.backend}: {missing.why}")
         if out is not None:
             click.echo(f"wrote {out / 'report.html'}")
     if interrupted:
@@ -900,6 +899,16 @@ def _table(title: str, *columns: str, numbers: bool = True) -> Table:
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if numbers and i else "left")
     return table
+
+
+def _print_found(found: Found) -> None:
+    """A table of a report."""
+    table = _table(found.title)
+    for k, heading in enumerate(found.header):
+        table.add_column(heading, justify="left" if k < found.texts else "right")
+    for row in found.rows:
+        table.add_row(*row)
+    _print(table)
 
 
 def _print(table: Table) -> None:

@@ -55,13 +55,19 @@ def sealed(content: Mapping[str, Any]) -> str:
 
 
 def read_manifest(
-    folder: Path, kind: type[ManifestType], version: int, what: str, mend: str, error: type[ForaError]
+    folder: Path,
+    kind: type[ManifestType],
+    version: int,
+    what: str,
+    mend: str,
+    error: type[ForaError],
+    name: str = MANIFEST,
 ) -> ManifestType:
     """Read and check the manifest of a `what` ("bundle") whose newest known format is `version`.
 
     Raises `error` that names the file, what is wrong with it, and `mend`.
     """
-    path = folder / MANIFEST
+    path = folder / name
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = content["format_version"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fora_trt.bundle import Bundle
 from fora_trt.folders import MANIFEST, Record, sha256_of
+from fora_trt.runtime.conditioning import way_to_condition
 
 REPORT_VERSION = 1
+_EXAMPLES = {"--class-labels": "--class-labels 0", "--prompt": '--prompt "..."'}
 
 EAGER = "torch"
 """In a benchmark: the module as it is, and with the hooks of FORA; not the split one that the backend `torch` runs."""
@@ -17,23 +20,33 @@ NO_CACHE = "no cache"
 
 
 class About(Record):
-    """Which bundle it is; `sha256` digests its manifest, and so all of it."""
+    """Which bundle it is; `sha256` digests its manifest, and so all of it.
+
+    `folder` is where it was, `scheduler` its own, `asks_for` the option that `run` must be given to know what to make.
+    """
 
     name: str
+    folder: str
     source: str
     architecture: str
     precision: str
+    scheduler: str
+    asks_for: str | None
     sha256: str
 
     @classmethod
     def of(cls, bundle: Bundle) -> About:
         """The bundle of this folder."""
         manifest = bundle.manifest
+        asked = re.split(", | with ", way_to_condition(manifest) or "")[0]
         return cls(
             name=manifest.name,
+            folder=str(bundle.folder),
             source=manifest.model.options.source,
             architecture=manifest.model.architecture,
             precision=manifest.precision,
+            scheduler=str(bundle.scheduler_config.get("_class_name", "")),
+            asks_for=_EXAMPLES.get(asked, asked) or None,
             sha256=sha256_of(bundle.folder / MANIFEST),
         )
 
@@ -161,10 +174,15 @@ class Quality(Record):
 
 
 class Report(Record):
-    """All of it. `measured_on` says hardware, versions and commit of each part."""
+    """All of it. `measured_on` says hardware, versions and commit of each part.
+
+    `min_psnr` is the stated loss, in dB against no caching; `recommendation` the sentence that follows from it.
+    """
 
     format_version: int
     about: About
     measured_on: dict[str, dict[str, Any]]
+    min_psnr: float = 30.0
+    recommendation: str = ""
     bench: Bench | None = None
     quality: Quality | None = None
