@@ -1,135 +1,120 @@
-"""Make the tables of the README: time, speed-up and difference on this machine, with what it was measured on.
+"""Measure the models of the README on this machine: what caching saves, and of the digits what it costs.
 
     python -m benchmarks.readme_tables cpu-2-cores
+    python -m benchmarks.readme_tables h100 dit-xl-2-256 dit-xl-2-512
 
-writes benchmarks/results/<model>_<hardware>_<date>.json and .md for the digits and for DiT-S/2 with random weights.
+writes benchmarks/results/<model>_<hardware>_<date>.json and .md, and prints the tables of the README.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-from fora_trt.evaluate.comparison import grey_levels_between, measure, name_of, settings_of
 
 from benchmarks.digits_accuracy import digits_accuracy
 from fora_trt.bundle import Bundle
-from fora_trt.engines.backends import backend_from_name, device_from_name
-from fora_trt.evaluate.circumstances import circumstances
-from fora_trt.export.write import bundle_from_model
-from fora_trt.models.sources import model_from_source
-from fora_trt.runtime.conditioning import conditioning_of_classes
+from fora_trt.evaluate.report import as_markdown, read_report
+from fora_trt.evaluate.results import Report
+from fora_trt.evaluate.tables import Table, bench_tables, quality_table
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, CACHE_INTERVALS = 50, (1, 2, 3, 5)
 
 
-def rows_of(bundle: Bundle, class_labels: Sequence[int], guidance_scale: float, repeats: int) -> list[dict[str, Any]]:
-    """A row per setting; difference from interval 1 in grey levels for pixels, else relative to the latents' norm."""
-    backend = backend_from_name("auto")
-    settings = settings_of(
-        bundle, backend.name, device_from_name("auto", backend), STEPS, CACHE_INTERVALS, also=("torch-compile",)
-    )
-    wanted = conditioning_of_classes(bundle.manifest, class_labels)
-    with click.progressbar(
-        measure(settings, wanted, guidance_scale, repeats), length=len(settings) * (repeats + 1)
-    ) as bar:
-        for _ in bar:
-            pass
-    baseline = next(setting for setting in settings if setting.name == name_of(1))
-    rows = []
-    for setting in settings:
-        error = setting.latents - baseline.latents
-        pixels = bundle.manifest.latents.pixels
-        rows.append(
-            {
-                "setting": setting.name,
-                "steps": setting.schedule.steps,
-                "full_steps": setting.schedule.full_steps,
-                "seconds": setting.seconds,
-                "fastest": setting.spread[0],
-                "slowest": setting.spread[1],
-                "speedup": baseline.seconds / setting.seconds,
-                "ideal": STEPS / setting.schedule.full_steps,
-                "difference": grey_levels_between(setting.latents, baseline.latents)
-                if pixels
-                else (error.norm() / baseline.latents.norm()).item(),
-                **setting.median_milliseconds(),
-            }
-        )
-    return rows
+@dataclass(frozen=True)
+class Measured:
+    """A model, as `export`, `bench` and `quality` are told."""
+
+    export: tuple[str, ...]
+    bench: tuple[str, ...]
+    quality: tuple[str, ...] | None = None
 
 
-def write(result: dict[str, Any], hardware: str) -> None:
-    """The result as JSON and as a table in Markdown."""
-    stem = RESULTS / f"{result['model']}_{hardware}_{result['measured_on']['date']}"
-    RESULTS.mkdir(exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    kind = "difference (of 255)" if result["difference"] == "grey levels" else "difference (relative)"
-    lines = [
-        f"# {result['title']}",
-        "",
-        ", ".join(f"{key} {value}" for key, value in result["measured_on"].items() if value is not None),
-        "",
-        f"{STEPS} steps, {result['images']} images, guidance {result['guidance_scale']}, "
-        f"median of {result['repeats']} interleaved runs.",
-        "",
-        f"| setting | full steps | seconds | spread | full step | reuse step | speed-up | ideal | {kind} |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
-    for row in result["rows"]:
-        reuse = "" if row["reuse_step_ms"] is None else f"{row['reuse_step_ms']:.1f} ms"
-        lines.append(
-            f"| {row['setting']} | {row['full_steps']} of {row['steps']} | {row['seconds']:.2f} "
-            f"| {row['fastest']:.2f} to {row['slowest']:.2f} | {row['full_step_ms']:.1f} ms | {reuse} "
-            f"| {row['speedup']:.2f}x | {row['ideal']:.2f}x | {row['difference']:.3g} |"
-        )
-    for name, value in result.get("accuracy", {}).items():
-        lines += ["", f"Read as the class asked for, {name}: {value:.1%}"]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    click.echo(f"wrote {stem}.json and .md")
+MODELS = {
+    "digits": Measured(
+        ("digits",), ("--batch-sizes", "10", "--cache-intervals", "1,2,3,5,7"), ("--num-images", "1000")
+    ),
+    "dit-s-2": Measured(("random:DiT-S/2",), ("--batch-sizes", "1,4", "--cache-intervals", "1,2,3,5,7")),
+    "dit-b-2": Measured(("random:DiT-B/2",), ("--batch-sizes", "1", "--cache-intervals", "1,2,3,5,7")),
+    "dit-xl-2-256": Measured(("random:DiT-XL/2", "--precision", "fp16"), ("--batch-sizes", "1,4,8,16,32")),
+    "dit-xl-2-512": Measured(
+        ("random:DiT-XL/2", "--precision", "fp16", "--image-size", "512"), ("--batch-sizes", "1,4,8,16,32")
+    ),
+}
+OF_THE_CPU = ("digits", "dit-s-2", "dit-b-2")
+
+SHOWN = (
+    "backend", "setting", "full steps", "ideal", "speed-up", "of ideal", "over PyTorch", "time", "full step",
+    "reuse step", "outside", "peak memory",
+)  # fmt: skip
+"""Columns of a latency table in the README; the result has more."""
+
+
+def measure(name: str, repeats: int) -> Report:
+    """Export, time and compare one model, in the current folder."""
+    model = MODELS[name]
+    _fora("export", *model.export, "--name", name, "--force")
+    _fora("bench", f"export/{name}", *model.bench, "--repeats", str(repeats), "--out", name)
+    if model.quality is not None:
+        _fora("quality", f"export/{name}", *model.quality, "--out", name)
+    report = read_report(Path(name))
+    if report is None:
+        raise click.ClickException(f"nothing was written for {name}")
+    return report
+
+
+def _fora(*arguments: str) -> None:
+    click.echo(f"fora-trt {' '.join(arguments)}", err=True)
+    subprocess.run([sys.executable, "-m", "fora_trt", *arguments], check=True)
+
+
+def readme_lines(report: Report) -> list[str]:
+    """The tables of the README."""
+    lines: list[str] = []
+    for table in bench_tables(report.bench) if report.bench else []:
+        lines += [f"{table.title}:", "", *_lines_of(table, SHOWN), ""]
+    if report.quality is not None:
+        table = quality_table(report.quality)
+        lines += _lines_of(table, table.header)
+    return lines
+
+
+def _lines_of(table: Table, columns: tuple[str, ...]) -> list[str]:
+    places = [k for k, heading in enumerate(table.header) if heading in columns]
+    marks = tuple("---" if k < table.texts else "--:" for k in range(len(table.header)))
+    return [f"| {' | '.join(cells[k] for k in places)} |" for cells in (table.header, marks, *table.rows)]
 
 
 @click.command()
 @click.argument("hardware")
-@click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True)
-def main(hardware: str, repeats: int) -> None:
-    """Measure the digits and DiT-S/2; HARDWARE is a word for the names of the files, such as cpu-2-cores."""
-    measured_on = circumstances()
+@click.argument("models", nargs=-1, type=click.Choice(list(MODELS)))
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+def main(hardware: str, models: tuple[str, ...], repeats: int) -> None:
+    """Measure MODELS (by default those for a CPU); HARDWARE is a word for the names of the files."""
+    RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        digits = bundle_from_model(model_from_source("digits"), Path(folder) / "digits")
-        write(
-            {
-                "title": "Digits, 8 x 8 pixels, trained",
-                "model": "digits",
-                "measured_on": measured_on,
-                "images": 10,
-                "guidance_scale": 1.5,
-                "repeats": repeats,
-                "difference": "grey levels",
-                "rows": rows_of(digits, range(10), 1.5, repeats),
-                "accuracy": digits_accuracy(digits, CACHE_INTERVALS),
-            },
-            hardware,
-        )
-        small = bundle_from_model(model_from_source("random:DiT-S/2"), Path(folder) / "dit-s-2")
-        write(
-            {
-                "title": "DiT-S/2, 256 x 256 pixels (latents), random weights: for time only",
-                "model": "dit-s-2",
-                "measured_on": measured_on,
-                "images": 1,
-                "guidance_scale": 1.5,
-                "repeats": repeats,
-                "difference": "relative",
-                "rows": rows_of(small, [207], 1.5, repeats),
-            },
-            hardware,
-        )
+        os.chdir(folder)  # so that no path of this machine gets into a result
+        for name in models or OF_THE_CPU:
+            report = measure(name, repeats)
+            date = next(iter(report.measured_on.values()))["date"]
+            stem = RESULTS / f"{name}_{hardware}_{date}"
+            content: dict[str, Any] = report.model_dump(mode="json")
+            text = as_markdown(report)
+            if name == "digits":
+                content["accuracy"] = digits_accuracy(Bundle.open(f"export/{name}"), (1, 3, 5))
+                read = ", ".join(f"{value:.1%} ({what})" for what, value in content["accuracy"].items())
+                text += f"\nRead as the class that was asked for by a support vector machine: {read}\n"
+            stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+            stem.with_suffix(".md").write_text(text)
+            click.echo("\n".join(readme_lines(report)))
+            click.echo(f"wrote {stem.name}.json and .md")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def latency(images: int, one: Setting, backend: str = "onnxruntime") -> BenchRow
     return BenchRow(
         backend=backend, images=images, setting=one, seconds=time, fastest=0.9 * time, slowest=1.2 * time,
         full_step_seconds=0.08 * images, reuse_step_seconds=0.004 * images if reuses else None, outside=0.05,
-        speedup=4 * images / time, ideal_speedup=50 / one.full_steps, floor_seconds=0.5 * time, peak_memory_bytes=3 * 2**28,
+        speedup=4 * images / time, ideal_speedup=50 / one.full_steps, floor_seconds=0.5 * time,
+        peak_memory_bytes=3 * 2**28,
     )  # fmt: skip
 
 
