@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from fora_trt.bundle import Bundle
     from fora_trt.engines.plan_store import PlanSource
+    from fora_trt.evaluate.results import Quality, QualityRow
     from fora_trt.models.recipes import Recipe
     from fora_trt.runtime.conditioning import Conditioning
 
@@ -33,6 +34,27 @@ ENGINES = click.option(
     default="engines",
     help="Where TensorRT plans are and are built if missing; or one set of plans, used as it is.",
 )
+NEGATIVE_PROMPT = click.option("--negative-prompt", default="", help="What not to show.")
+CONDITIONING = click.option(
+    "--prompt-embeds",
+    "--conditioning",
+    "conditioning_file",
+    type=click.Path(path_type=Path),
+    help="Inputs of the model by name, .npz or .safetensors; names with negative_ are the unconditional half.",
+)
+GUIDANCE_SCALE = click.option(
+    "--guidance-scale",
+    type=click.FloatRange(min=0),
+    help="Classifier-free guidance; up to 1: none.  [default: 1.5 for classes, 4.5 for prompts]",
+    show_default=False,
+)
+SEED = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k."
+)
+BATCH_SIZE = click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together."
+)
+VAE = click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
@@ -147,7 +169,7 @@ def main() -> None:
 @click.option("--architecture", type=click.Choice(["DiT", "SiT"], case_sensitive=False), help="Of a state dict.")
 @click.option("--num-heads", type=click.IntRange(min=1), help="Attention heads of a state dict of unusual width.")
 @click.option("--text-length", type=click.IntRange(min=1), help="Tokens of a prompt.  [default: the model's own]")
-@click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
+@VAE
 @click.option("--opset", type=int, help="ONNX opset.  [default: 23]")
 @click.option(
     "--measure-trajectory/--no-measure-trajectory",
@@ -417,33 +439,22 @@ def verify(
 @BUNDLE
 @click.option("--class-labels", type=Numbers(), help="A class for each image.")
 @click.option("--prompt", "prompts", multiple=True, help="What to show; given again for more images.")
-@click.option("--negative-prompt", default="", help="What not to show.")
-@click.option(
-    "--prompt-embeds",
-    "--conditioning",
-    "conditioning_file",
-    type=click.Path(path_type=Path),
-    help="Inputs of the model by name, .npz or .safetensors; names with negative_ are the unconditional half.",
-)
+@NEGATIVE_PROMPT
+@CONDITIONING
 @click.option("--num-images", type=click.IntRange(min=1), help="Of each prompt, or of a model that takes noise alone.")
 @click.option("--height", type=click.IntRange(min=1), help="Of the image; must be what was exported.")
 @click.option("--width", type=click.IntRange(min=1), help="Of the image; must be what was exported.")
 @click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps.")
 @click.option("--cache-interval", type=click.IntRange(min=1), default=3, help="Full step every N steps; 1: no caching.")
-@click.option(
-    "--guidance-scale",
-    type=click.FloatRange(min=0),
-    help="Classifier-free guidance; up to 1: none.  [default: 1.5 for classes, 4.5 for prompts]",
-    show_default=False,
-)
+@GUIDANCE_SCALE
 @click.option("--guidance-interval", type=StepRange(), help="Steps that are guided, from 0.  [default: all]")
 @click.option("--scheduler", help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together.")
+@SEED
+@BATCH_SIZE
 @BACKEND
 @DEVICE
 @ENGINES
-@click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
+@VAE
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A .png for a grid, or a folder.")
 @click.option("--latents-out", type=click.Path(path_type=Path), help="Keep the latents as a .npy file.")
 @AS_JSON
@@ -506,8 +517,7 @@ def run(
     where = backend_from_name(backend)
     placed = device_from_name(device, where)
     given = _conditioning(opened, class_labels, prompts, negative_prompt, conditioning_file, num_images, placed)
-    if guidance_scale is None:
-        guidance_scale = 1.0 if given.unconditional is None else 4.5 if manifest.text is not None else 1.5
+    guidance_scale = _guidance_scale(guidance_scale, opened, given)
     guidance = Guidance(guidance_scale, *(guidance_interval or (0, None)))
     if guidance_interval is not None and not any(map(guidance.guides, range(update.calls))):
         first, last = guidance_interval
@@ -556,6 +566,13 @@ def run(
             click.echo(f"wrote {path}")
 
 
+def _guidance_scale(asked: float | None, bundle: Bundle, given: Conditioning) -> float:
+    """What was asked for, or what is usual for the kind of model."""
+    if asked is not None:
+        return asked
+    return 1.0 if given.unconditional is None else 4.5 if bundle.manifest.text is not None else 1.5
+
+
 def _conditioning(
     bundle: Bundle,
     class_labels: tuple[int, ...] | None,
@@ -592,6 +609,142 @@ def _conditioning(
         each = [prompt for prompt in prompts for _ in range(num_images or 1)]
         return conditioning_of_prompts(manifest, each, negative_prompt, device)
     return conditioning_of_tensors(manifest, num_images or 1, {}, None)
+
+
+@main.command()
+@BUNDLE
+@click.option("--num-images", type=click.IntRange(min=2), default=1000, help="Images of each setting.")
+@click.option("--cache-intervals", type=Numbers(), default="2,3,5", help="Compared with no caching.")
+@click.option("--steps", type=Numbers(), default="50", help="Numbers of denoising steps.")
+@click.option("--schedulers", type=Words(), help="As for run, between commas.  [default: the model's own]")
+@click.option("--prompt", "prompts", multiple=True, help="Given again for more; the images take them in turn.")
+@NEGATIVE_PROMPT
+@CONDITIONING
+@GUIDANCE_SCALE
+@SEED
+@BATCH_SIZE
+@BACKEND
+@DEVICE
+@ENGINES
+@VAE
+@click.option(
+    "--inception-weights",
+    type=click.Path(path_type=Path),
+    help="Of the InceptionV3 of torch-fidelity, for the Fréchet distance and the like.",
+)
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="Images to be as near to: a .npz of the ADM evaluator."
+)
+@click.option("--no-images", is_flag=True, help="Keep the grid alone, not the images of every setting.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
+@click.option("--resume", is_flag=True, help="Go on where this was stopped.")
+@AS_JSON
+def quality(
+    bundle: Path,
+    num_images: int,
+    cache_intervals: tuple[int, ...],
+    steps: tuple[int, ...],
+    schedulers: tuple[str, ...] | None,
+    prompts: tuple[str, ...],
+    negative_prompt: str,
+    conditioning_file: Path | None,
+    guidance_scale: float | None,
+    seed: int,
+    batch_size: int,
+    backend: str,
+    device: str,
+    engines: Path,
+    vae: str | None,
+    inception_weights: Path | None,
+    reference: Path | None,
+    no_images: bool,
+    out: Path,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Measure what caching costs: images of every setting against those without caching, from the same noise.
+
+    Beside each cache interval stands no caching in so many steps as take the same time. A model of classes makes all
+    of them in turn. Writes a report, a grid, and the images of every setting to --out. What was done when it is
+    stopped stays there for --resume.
+
+    \b
+    Examples:
+      fora-trt quality export/digits --out report/
+      fora-trt quality export/dit-xl-2-256 --num-images 200 --schedulers ddim,dpm-solver++ --steps 20,50 --out report/
+      fora-trt quality export/dit-xl-2-256 --inception-weights weights-inception-2015-12-05-6726825d.pth --out report/
+    """
+    opened = _open(bundle)
+    from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.evaluate.circumstances import circumstances
+    from fora_trt.evaluate.quality import QualityOptions, measure_quality
+    from fora_trt.evaluate.report import write_report
+    from fora_trt.evaluate.results import About
+    from fora_trt.runtime.conditioning import balanced_labels
+
+    where = backend_from_name(backend)
+    placed = device_from_name(device, where)
+    said = prompts or conditioning_file is not None
+    labels = None if said or opened.manifest.guidance is None else tuple(balanced_labels(opened.manifest, num_images))
+    given = _conditioning(opened, labels, prompts, negative_prompt, conditioning_file, None, placed)
+    options = QualityOptions(
+        images=num_images,
+        schedulers=schedulers or (None,),
+        steps=steps,
+        cache_intervals=cache_intervals,
+        guidance_scale=_guidance_scale(guidance_scale, opened, given),
+        seed=seed,
+        batch_size=min(batch_size, num_images),
+        keep_images=not no_images,
+        vae=vae,
+    )
+    with _plans(engines, options.batch_size * (2 if options.guidance_scale > 1 else 1), as_json) as plans:
+        found = measure_quality(
+            opened,
+            options,
+            given,
+            out,
+            backend=where.name,
+            device=placed,
+            plans=plans,
+            inception_weights=inception_weights,
+            reference=reference,
+            resume=resume,
+            watch=_watched("comparing", as_json),
+        )
+    write_report(out, About.of(opened), circumstances(), quality=found)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle), "out": str(out), **found.model_dump(mode="json")}))
+        return
+    _print(_quality_table(found))
+    for note in found.notes:
+        click.echo(note)
+    click.echo(f"wrote {out}: the report, {found.grid}{'' if no_images else ', and the images of every setting'}")
+
+
+def _quality_table(found: Quality) -> Table:
+    """A row for each setting; figures that no setting has are left out."""
+    from fora_trt.evaluate.candidates import labels_of
+
+    columns: dict[str, Callable[[QualityRow], str | None]] = {
+        "full steps": lambda row: f"{row.setting.full_steps} of {row.setting.calls or row.setting.steps}",
+        "ms an image": lambda row: f"{row.seconds_per_image * 1e3:.1f}",
+        "PSNR": lambda row: None if row.psnr is None else f"{row.psnr:.2f} dB",
+        "SSIM": lambda row: f"{row.ssim:.4f}",
+        "LPIPS": lambda row: None if row.lpips is None else f"{row.lpips:.4f}",
+        "Fréchet distance": lambda row: None if row.frechet_distance is None else f"{row.frechet_distance:.3f}",
+        "to reference": lambda row: None if row.to_reference is None else f"{row.to_reference:.3f}",
+        "precision": lambda row: None if row.precision is None else f"{row.precision:.3f}",
+        "recall": lambda row: None if row.recall is None else f"{row.recall:.3f}",
+        "as asked": lambda row: None if row.as_asked is None else f"{row.as_asked:.1%}",
+    }
+    cells = {name: [shown(row) for row in found.rows] for name, shown in columns.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    title = f"{found.images} images of each setting on {found.backend} ({found.device}), against no caching"
+    table = _table(title, "", *cells)
+    for k, label in enumerate(labels_of([row.setting for row in found.rows])):
+        table.add_row(label, *(column[k] or "" for column in cells.values()))
+    return table
 
 
 @main.command()

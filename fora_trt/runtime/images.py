@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -46,6 +47,7 @@ class Decoder:
         """
         self.manifest, self._where = manifest, vae or manifest.model.vae
         self._subfolder: str | None = None
+        self._vae: Any = None
         if manifest.latents.pixels:
             return
         if self._where is None:
@@ -69,18 +71,7 @@ class Decoder:
 
     def _decoded(self, latents: Tensor, device: torch.device) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W) in [-1, 1] on the CPU, in fp32, as many at once as fit."""
-        from diffusers import AutoencoderKL
-
-        try:
-            with quiet("huggingface_hub"), quiet("diffusers"):
-                vae = AutoencoderKL.from_pretrained(
-                    self._where, subfolder=self._subfolder, torch_dtype=torch.float32
-                ).to(device)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"the VAE of {self._where!r} cannot be loaded, so there are no pictures: {first_line(error)}; "
-                "--latents-out FILE.npy keeps the latents"
-            ) from error
+        vae = self._loaded(device)
         latent = self.manifest.latents
         scaled = latents.to(device) / latent.scale + latent.shift
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -98,6 +89,23 @@ class Decoder:
                 at_once //= 2
                 torch.cuda.empty_cache()
         return torch.cat(done)
+
+    def _loaded(self, device: torch.device) -> Any:
+        """The VAE, kept for the next batch."""
+        from diffusers import AutoencoderKL
+
+        try:
+            if self._vae is None:
+                with quiet("huggingface_hub"), quiet("diffusers"):
+                    self._vae = AutoencoderKL.from_pretrained(
+                        self._where, subfolder=self._subfolder, torch_dtype=torch.float32
+                    )
+            return self._vae.to(device)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"the VAE of {self._where!r} cannot be loaded, so there are no pictures: {first_line(error)}; "
+                "--latents-out FILE.npy keeps the latents"
+            ) from error
 
 
 def _subfolder_of_vae(where: str) -> str | None:
