@@ -35,6 +35,27 @@ ENGINES = click.option(
     default="engines",
     help="Where TensorRT plans are and are built if missing; or one set of plans, used as it is.",
 )
+NEGATIVE_PROMPT = click.option("--negative-prompt", default="", help="What not to show.")
+CONDITIONING = click.option(
+    "--prompt-embeds",
+    "--conditioning",
+    "conditioning_file",
+    type=click.Path(path_type=Path),
+    help="Inputs of the model by name, .npz or .safetensors; names with negative_ are the unconditional half.",
+)
+GUIDANCE_SCALE = click.option(
+    "--guidance-scale",
+    type=click.FloatRange(min=0),
+    help="Classifier-free guidance; up to 1: none.  [default: 1.5 for classes, 4.5 for prompts]",
+    show_default=False,
+)
+SEED = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k."
+)
+BATCH_SIZE = click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together."
+)
+VAE = click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
@@ -149,7 +170,7 @@ def main() -> None:
 @click.option("--architecture", type=click.Choice(["DiT", "SiT"], case_sensitive=False), help="Of a state dict.")
 @click.option("--num-heads", type=click.IntRange(min=1), help="Attention heads of a state dict of unusual width.")
 @click.option("--text-length", type=click.IntRange(min=1), help="Tokens of a prompt.  [default: the model's own]")
-@click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
+@VAE
 @click.option("--opset", type=int, help="ONNX opset.  [default: 23]")
 @click.option(
     "--measure-trajectory/--no-measure-trajectory",
@@ -419,33 +440,22 @@ def verify(
 @BUNDLE
 @click.option("--class-labels", type=Numbers(), help="A class for each image.")
 @click.option("--prompt", "prompts", multiple=True, help="What to show; given again for more images.")
-@click.option("--negative-prompt", default="", help="What not to show.")
-@click.option(
-    "--prompt-embeds",
-    "--conditioning",
-    "conditioning_file",
-    type=click.Path(path_type=Path),
-    help="Inputs of the model by name, .npz or .safetensors; names with negative_ are the unconditional half.",
-)
+@NEGATIVE_PROMPT
+@CONDITIONING
 @click.option("--num-images", type=click.IntRange(min=1), help="Of each prompt, or of a model that takes noise alone.")
 @click.option("--height", type=click.IntRange(min=1), help="Of the image; must be what was exported.")
 @click.option("--width", type=click.IntRange(min=1), help="Of the image; must be what was exported.")
 @click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps.")
 @click.option("--cache-interval", type=click.IntRange(min=1), default=3, help="Full step every N steps; 1: no caching.")
-@click.option(
-    "--guidance-scale",
-    type=click.FloatRange(min=0),
-    help="Classifier-free guidance; up to 1: none.  [default: 1.5 for classes, 4.5 for prompts]",
-    show_default=False,
-)
+@GUIDANCE_SCALE
 @click.option("--guidance-interval", type=StepRange(), help="Steps that are guided, from 0.  [default: all]")
 @click.option("--scheduler", help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together.")
+@SEED
+@BATCH_SIZE
 @BACKEND
 @DEVICE
 @ENGINES
-@click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
+@VAE
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A .png for a grid, or a folder.")
 @click.option("--latents-out", type=click.Path(path_type=Path), help="Keep the latents as a .npy file.")
 @AS_JSON
@@ -486,7 +496,6 @@ def run(
     """
     opened = _open(bundle)
     from fora_trt.engines.backends import backend_from_name, device_from_name
-    from fora_trt.runtime.conditioning import usual_guidance_scale
     from fora_trt.runtime.denoiser import load
     from fora_trt.runtime.images import Decoder, can_decode, check_image_size
     from fora_trt.runtime.outputs import save_images, save_latents, writable_file, writable_images
@@ -509,8 +518,7 @@ def run(
     where = backend_from_name(backend)
     placed = device_from_name(device, where)
     given = _conditioning(opened, class_labels, prompts, negative_prompt, conditioning_file, num_images, placed)
-    if guidance_scale is None:
-        guidance_scale = usual_guidance_scale(manifest, given)
+    guidance_scale = _guidance_scale(guidance_scale, opened, given)
     guidance = Guidance(guidance_scale, *(guidance_interval or (0, None)))
     if guidance_interval is not None and not any(map(guidance.guides, range(update.calls))):
         first, last = guidance_interval
@@ -559,6 +567,13 @@ def run(
             click.echo(f"wrote {path}")
 
 
+def _guidance_scale(asked: float | None, bundle: Bundle, given: Conditioning) -> float:
+    """What was asked for, or what is usual for the kind of model."""
+    from fora_trt.runtime.conditioning import usual_guidance_scale
+
+    return usual_guidance_scale(bundle.manifest, given) if asked is None else asked
+
+
 def _conditioning(
     bundle: Bundle,
     class_labels: tuple[int, ...] | None,
@@ -595,6 +610,119 @@ def _conditioning(
         each = [prompt for prompt in prompts for _ in range(num_images or 1)]
         return conditioning_of_prompts(manifest, each, negative_prompt, device)
     return conditioning_of_tensors(manifest, num_images or 1, {}, None)
+
+
+@main.command()
+@BUNDLE
+@click.option("--num-images", type=click.IntRange(min=2), default=1000, help="Images of each setting.")
+@click.option("--cache-intervals", type=Numbers(), default="2,3,5", help="Compared with no caching.")
+@click.option("--steps", type=Numbers(), default="50", help="Numbers of denoising steps.")
+@click.option("--schedulers", type=Words(), help="As for run, between commas.  [default: the model's own]")
+@click.option("--prompt", "prompts", multiple=True, help="Given again for more; the images take them in turn.")
+@NEGATIVE_PROMPT
+@CONDITIONING
+@GUIDANCE_SCALE
+@SEED
+@BATCH_SIZE
+@BACKEND
+@DEVICE
+@ENGINES
+@VAE
+@click.option(
+    "--inception-weights",
+    type=click.Path(path_type=Path),
+    help="Of the InceptionV3 of torch-fidelity, for the Fréchet distance and the like.",
+)
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="Images to be as near to: a .npz of the ADM evaluator."
+)
+@click.option("--no-images", is_flag=True, help="Keep the grid alone, not the images of every setting.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
+@click.option("--resume", is_flag=True, help="Go on where this was stopped.")
+@AS_JSON
+def quality(
+    bundle: Path,
+    num_images: int,
+    cache_intervals: tuple[int, ...],
+    steps: tuple[int, ...],
+    schedulers: tuple[str, ...] | None,
+    prompts: tuple[str, ...],
+    negative_prompt: str,
+    conditioning_file: Path | None,
+    guidance_scale: float | None,
+    seed: int,
+    batch_size: int,
+    backend: str,
+    device: str,
+    engines: Path,
+    vae: str | None,
+    inception_weights: Path | None,
+    reference: Path | None,
+    no_images: bool,
+    out: Path,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Measure what caching costs: images of every setting against those without caching, from the same noise.
+
+    Beside each cache interval stands no caching in so many steps as take the same time. A model of classes makes all
+    of them in turn. Writes a report, a grid, and the images of every setting to --out. What was done when it is
+    stopped stays there for --resume.
+
+    \b
+    Examples:
+      fora-trt quality export/digits --out report/
+      fora-trt quality export/dit-xl-2-256 --num-images 200 --schedulers ddim,dpm-solver++ --steps 20,50 --out report/
+      fora-trt quality export/dit-xl-2-256 --inception-weights weights-inception-2015-12-05-6726825d.pth --out report/
+    """
+    opened = _open(bundle)
+    from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.evaluate.circumstances import circumstances
+    from fora_trt.evaluate.quality import QualityOptions, measure_quality
+    from fora_trt.evaluate.report import check_report_folder, write_report
+    from fora_trt.evaluate.results import About
+    from fora_trt.evaluate.tables import quality_table
+    from fora_trt.runtime.conditioning import balanced_labels
+
+    check_report_folder(out, "quality", About.of(opened), resume)
+    where = backend_from_name(backend)
+    placed = device_from_name(device, where)
+    said = prompts or conditioning_file is not None
+    labels = None if said or opened.manifest.guidance is None else tuple(balanced_labels(opened.manifest, num_images))
+    given = _conditioning(opened, labels, prompts, negative_prompt, conditioning_file, None, placed)
+    options = QualityOptions(
+        images=num_images,
+        schedulers=schedulers or (None,),
+        steps=steps,
+        cache_intervals=cache_intervals,
+        guidance_scale=_guidance_scale(guidance_scale, opened, given),
+        seed=seed,
+        batch_size=min(batch_size, num_images),
+        keep_images=not no_images,
+        vae=vae,
+    )
+    with _plans(engines, options.batch_size * (2 if options.guidance_scale > 1 else 1), as_json) as plans:
+        found = measure_quality(
+            opened,
+            options,
+            given,
+            out,
+            backend=where.name,
+            device=placed,
+            plans=plans,
+            inception_weights=inception_weights,
+            reference=reference,
+            resume=resume,
+            watch=_watched("comparing", as_json),
+        )
+    write_report(out, About.of(opened), circumstances(), quality=found)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle), "out": str(out), **found.model_dump(mode="json")}))
+        return
+    _print_found(quality_table(found))
+    for note in found.notes:
+        click.echo(note)
+    click.echo(f"wrote {out}: the report, {found.grid}{'' if no_images else ', and the images of every setting'}")
 
 
 @main.command()

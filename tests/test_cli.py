@@ -15,7 +15,7 @@ from PIL import Image
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
 
-COMMANDS = ["export", "verify", "run", "inspect", "doctor", "demo"]
+COMMANDS = ["export", "verify", "run", "quality", "inspect", "doctor", "demo"]
 
 
 def fora(*arguments: object) -> Result:

@@ -89,6 +89,7 @@ def _timing(
     setting = Setting(
         scheduler=type(scheduler).__name__,
         steps=steps,
+        calls=None if schedule.steps == steps else schedule.steps,
         full_steps=schedule.full_steps,
         cache_interval=interval,
         control_of=control,

@@ -196,7 +196,7 @@ def time_split(bench: Bench) -> Figure:
 def _parts(row: BenchRow) -> tuple[float, float, float]:
     """Seconds of full steps, of reuse steps, and outside of the engines; together the time of the trajectory."""
     full = row.setting.full_steps * row.full_step_seconds
-    reuse = (row.setting.steps - row.setting.full_steps) * (row.reuse_step_seconds or 0.0)
+    reuse = ((row.setting.calls or row.setting.steps) - row.setting.full_steps) * (row.reuse_step_seconds or 0.0)
     outside = row.outside or 0.0
     inside = row.seconds * (1 - outside)
     return inside * full / (full + reuse), inside * reuse / (full + reuse), row.seconds * outside

@@ -52,13 +52,17 @@ class About(Record):
 
 
 class Setting(Record):
-    """How trajectories are taken. `control_of` is the cache interval whose time is spent here on fewer steps."""
+    """How trajectories are taken. `control_of` is the cache interval whose time is spent here on fewer steps.
+
+    `calls` is how often the scheduler calls the model, where that is more often than it takes steps (Heun, PNDM).
+    """
 
     scheduler: str
     steps: int
     full_steps: int
     cache_interval: int
     control_of: int | None = None
+    calls: int | None = None
 
     @property
     def label(self) -> str:

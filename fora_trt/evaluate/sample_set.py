@@ -5,7 +5,6 @@ Image k has the seed `seed` + k, whatever batch it is in; batches are the same h
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy
-import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
@@ -49,16 +47,6 @@ class SampleSettings(Record):
     vae: str | None
     layout: Literal["npz", "png"]
     versions: dict[str, str]
-
-
-def digest_of(given: Conditioning) -> str:
-    """SHA-256 of what the images are to be."""
-    digest = hashlib.sha256()
-    for half in (given.conditional, given.unconditional or {}):
-        for name, tensor in half.items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

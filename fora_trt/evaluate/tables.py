@@ -55,7 +55,7 @@ def _bench_table(bench: Bench, images: int) -> Table:
         {
             "backend": column(lambda row: row.backend),
             "setting": names,
-            "full steps": column(lambda row: f"{row.setting.full_steps} of {row.setting.steps}"),
+            "full steps": column(lambda row: f"{row.setting.full_steps} of {row.setting.calls or row.setting.steps}"),
             "ideal": column(lambda row: f"{row.ideal_speedup:.2f}x"),
             "speed-up": column(lambda row: f"{row.speedup:.2f}x"),
             "of ideal": column(lambda row: f"{row.of_ideal:.0%}"),
@@ -84,7 +84,7 @@ def quality_table(quality: Quality, chosen: Setting | None = None) -> Table:
         f"{quality.images} images on {quality.backend} ({quality.device}), guidance {quality.guidance_scale:g}",
         {
             "setting": labels([row.setting for row in rows]),
-            "full steps": column(lambda row: f"{row.setting.full_steps} of {row.setting.steps}"),
+            "full steps": column(lambda row: f"{row.setting.full_steps} of {row.setting.calls or row.setting.steps}"),
             "time per image": column(lambda row: seconds(row.seconds_per_image)),
             "speed-up": column(lambda row: f"{plain / row.seconds_per_image:.2f}x"),
             "PSNR": column(lambda row: "identical" if row.psnr is None else f"{row.psnr:.1f} dB"),

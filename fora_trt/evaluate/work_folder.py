@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import zipfile
+import zlib
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,13 +40,13 @@ class WorkFolder:
         """Keep a part that is done. Raises `InputError` where the folder cannot be written."""
         write_whole(self._path(part), lambda file: numpy.savez(file, **arrays))  # type: ignore[arg-type] # of the stubs
 
-    def read(self, part: int) -> dict[str, NDArray[numpy.generic]]:
-        """A part that is done. Raises `InputError` for one that is damaged."""
+    def read(self, part: int, names: Container[str] | None = None) -> dict[str, NDArray[numpy.generic]]:
+        """A part that is done, or its arrays of these names alone. Raises `InputError` for one that is damaged."""
         path = self._path(part)
         try:
             with numpy.load(path, allow_pickle=False) as content:
-                return {name: content[name] for name in content.files}
-        except (OSError, ValueError, EOFError) as error:
+                return {name: content[name] for name in content.files if names is None or name in names}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{path} cannot be read ({error}); remove it and go on with --resume") from error
 
     def clear(self) -> None:
@@ -59,7 +61,8 @@ class WorkFolder:
 def work_folder(folder: Path, settings: Record, resume: bool, beside: tuple[str, ...] = ()) -> Iterator[WorkFolder]:
     """Make or resume the folder for the length of a block, in which nobody else uses it.
 
-    A new one must be empty but for what is named in `beside`. Raises `InputError` for one that is not, that was
+    A new one must be empty but for what is named in `beside`; it is removed again if the block fails before any part
+    is done. Raises `InputError` for one that is not, that was
     made with other settings, that somebody else is working in, or that cannot be written.
     """
     path = folder / SETTINGS
@@ -87,6 +90,11 @@ def work_folder(folder: Path, settings: Record, resume: bool, beside: tuple[str,
         for left in (folder / PARTS).glob(".*"):  # half a part, of a process that was killed
             left.unlink()
         yield WorkFolder(folder)
+    except BaseException:
+        if not strange and not any((folder / PARTS).glob("*")):
+            for made in (path, folder / PARTS):
+                shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+        raise
     finally:
         lock.release()
 

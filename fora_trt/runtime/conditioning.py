@@ -5,6 +5,7 @@ Shapes: B images; every tensor begins with B.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,15 @@ class Conditioning:
             for half in (self.conditional, self.unconditional)
         ]
         return Conditioning(len(images), halves[0] or {}, halves[1])
+
+    def digest(self) -> str:
+        """SHA-256 of all of it, so that work on it is not gone on with on something else."""
+        digest = hashlib.sha256()
+        for half in (self.conditional, self.unconditional or {}):
+            for name, tensor in sorted(half.items()):
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:

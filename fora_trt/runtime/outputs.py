@@ -69,13 +69,16 @@ def _probe(folder: Path, path: Path) -> None:
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write beside `path` and rename, so that a full disk leaves no half of a file."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    beside = None
     try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        beside = Path(name)
         with os.fdopen(handle, "wb") as file:
             write(file)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        beside.chmod(0o644)
+        beside.replace(path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}; give another path") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        if beside is not None:
+            beside.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -109,11 +109,14 @@ class Sampler:
         seeds: Sequence[int],
         guidance: Guidance | float = 1.0,
         watch: Any = iter,
+        observe: Callable[[Tensor], object] | None = None,
     ) -> Trajectory:
         """Denoise one batch, image k from `seeds[k]` alone, so that it is the same in any batch.
 
         The schedule has a step for each call of the scheduler (`update.calls`); `watch` wraps them, for a progress
-        bar. A step at which guidance sets in is a full one: the unconditional half has no features before it.
+        bar, and may leave out the last ones, for a warm-up. `observe` is given the latents after each step, on the
+        device, which may not have computed them yet; they are valid until it returns. A step at which guidance sets in
+        is a full one: the unconditional half has no features before it.
         Raises `InputError` for guidance without an unconditional half, `BackendError` for latents that are not finite.
         """
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
@@ -135,6 +138,8 @@ class Sampler:
         for full, now in watch(kinds):
             with clock.step(full):
                 self.launch(full, now)
+            if observe is not None:
+                observe(self.update.latents)
         latents = self.update.latents.cpu()  # waits for the device
         if not latents.isfinite().all():
             self._begin(conditioning, seeds, guidance.scale, frozenset(guided))

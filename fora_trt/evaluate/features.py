@@ -1,0 +1,174 @@
+"""What turns pictures into features: the built-in reader of digits, or Inception from a local file.
+
+Shapes: B pictures (B, H, W, C) of whole levels from 0 to 255; features (B, D).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fora_trt.bundle import Manifest
+from fora_trt.errors import InputError, ModelError, first_line
+from fora_trt.evaluate.digit_classifier import digit_classifier, makes_digits, pixels_of
+from fora_trt.folders import sha256_of
+from fora_trt.models.checkpoint import tensors_from_file
+
+INCEPTION_LAYER = "2048"
+INCEPTION_SHAPES = {
+    "Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3),
+    "Mixed_5b.branch_pool.conv.weight": (32, 192, 1, 1),
+    "Mixed_7c.branch_pool.conv.weight": (192, 2048, 1, 1),
+    "fc.weight": (1008, 2048),
+}
+"""What tells the network of the Fréchet inception distance from others, torchvision's of 1,000 classes among them."""
+
+AT_ONCE = 32  # pictures that Inception sees together
+
+
+class Extractor(ABC):
+    """`name` says what it is, `digest` tells its weights from others."""
+
+    name: str
+    dimensions: int
+    digest: str
+
+    @abstractmethod
+    def features(self, pictures: Tensor) -> Tensor:
+        """Features (B, D) in fp32, on the CPU."""
+
+    def classes(self, pictures: Tensor) -> Tensor | None:
+        """The class that each picture is read as, (B,); None for an extractor that does not know the classes."""
+        return None
+
+
+class Digits(Extractor):
+    """The classifier of digits that comes with fora-trt: its penultimate layer, and what it reads."""
+
+    name, digest = "digit classifier", "built in"
+
+    def __init__(self) -> None:
+        self._model = digit_classifier()
+        self.dimensions = self._model.features
+
+    @torch.no_grad()
+    def features(self, pictures: Tensor) -> Tensor:
+        features: Tensor = self._model(pixels_of(pictures))[0]
+        return features
+
+    @torch.no_grad()
+    def classes(self, pictures: Tensor) -> Tensor:
+        logits: Tensor = self._model(pixels_of(pictures))[1]
+        return logits.argmax(1)
+
+
+class Inception(Extractor):
+    """The InceptionV3 of torch-fidelity, of which the Fréchet inception distance takes the last pooling layer."""
+
+    name, dimensions = "InceptionV3", int(INCEPTION_LAYER)
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        """Read a file of the weights. Raises `InputError` for another kind, or where torch-fidelity is missing."""
+        network = _network_of_inception()
+        tensors = _inception_tensors(weights)
+        self.digest, self._device = sha256_of(weights), device
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                ours = Path(folder, "inception.pth")  # torch-fidelity would run the code that a file brings along
+                torch.save(tensors, ours)
+                self._model = network(
+                    "inception-v3-compat", [INCEPTION_LAYER], feature_extractor_weights_path=str(ours)
+                )
+        except RuntimeError as error:
+            raise InputError(
+                f"{weights} does not fit the InceptionV3 of torch-fidelity: {first_line(error)}"
+            ) from error
+        self._model.to(device)
+
+    @torch.no_grad()
+    def features(self, pictures: Tensor) -> Tensor:
+        channels_first = pictures.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)  # grey three times
+        parts = torch.split(channels_first, AT_ONCE)
+        return torch.cat([self._model(part.contiguous().to(self._device))[0].float().cpu() for part in parts])
+
+
+def extractor_for(manifest: Manifest, inception_weights: Path | None, device: torch.device) -> Extractor | None:
+    """Inception where its weights are given, else the reader of digits for a bundle that makes digits, else none."""
+    if inception_weights is not None:
+        return Inception(inception_weights, device)
+    return Digits() if makes_digits(manifest) else None
+
+
+def _network_of_inception() -> Any:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except (ImportError, RuntimeError) as error:  # the latter for a torchvision that does not fit torch
+        raise InputError(
+            f"--inception-weights needs torch-fidelity, which cannot be imported here: {first_line(error)}; "
+            "pip install torch-fidelity"
+        ) from error
+    return FeatureExtractorInceptionV3
+
+
+def _inception_tensors(path: Path) -> dict[str, Tensor]:
+    """The weights in a file, read without running any code of it. Raises `InputError` for those of another network."""
+    try:
+        tensors: Mapping[str, Tensor] = tensors_from_file(path)
+    except ModelError as error:
+        raise InputError(f"--inception-weights: {error}") from error
+    wrong = [name for name, shape in INCEPTION_SHAPES.items() if name not in tensors or tensors[name].shape != shape]
+    if wrong:
+        name = wrong[0]
+        found = (
+            f"is {list(tensors[name].shape)} and not {list(INCEPTION_SHAPES[name])}"
+            if name in tensors
+            else "is missing"
+        )
+        raise InputError(
+            f"{path} does not hold the weights of InceptionV3 that the Fréchet inception distance is defined by: "
+            f"{name} {found}; give the file "
+            "weights-inception-2015-12-05-6726825d.pth that torch-fidelity publishes"
+        )
+    return dict(tensors)
+
+
+def reference_pictures(path: Path, shape: tuple[int, ...] | None) -> NDArray[numpy.uint8]:
+    """Pictures (N, H, W, C) of a .npz file in the layout of the ADM evaluator, `arr_0`.
+
+    Raises `InputError` unless they have the `shape` (H, W, C) of those that they are compared with, if that is known.
+    """
+    try:
+        with numpy.load(path, allow_pickle=False) as content:
+            pictures: NDArray[Any] = content["arr_0"]
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise InputError(
+            f"{path} cannot be read as pictures: {first_line(error)}; a reference is a .npz file with arr_0, "
+            "uint8, (images, height, width, channels)"
+        ) from error
+    fits = pictures.dtype == numpy.uint8 and pictures.ndim == 4 and len(pictures) > 1
+    if not fits or (shape is not None and pictures.shape[1:] != shape):
+        wanted = ", ".join(map(str, shape or ("height", "width", "channels")))
+        raise InputError(
+            f"{path} holds {pictures.dtype} of shape {list(pictures.shape)}; a reference for this bundle is uint8 of "
+            f"shape [images, {wanted}], of at least 2 images"
+        )
+    return pictures
