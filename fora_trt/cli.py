@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,39 +25,7 @@ if TYPE_CHECKING:
     from fora_trt.evaluate.tables import Table as Found
     from fora_trt.models.recipes import Recipe
     from fora_trt.runtime.conditioning import Conditioning
-
-PRECISION = click.Choice(["fp32", "fp16", "bf16"])
-BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
-BACKEND = click.option("--backend", default="auto", help="auto, or a name that 'fora-trt doctor' lists.")
-DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-ENGINES = click.option(
-    "--engines",
-    type=click.Path(path_type=Path),
-    default="engines",
-    help="Where TensorRT plans are and are built if missing; or one set of plans, used as it is.",
-)
-NEGATIVE_PROMPT = click.option("--negative-prompt", default="", help="What not to show.")
-CONDITIONING = click.option(
-    "--prompt-embeds",
-    "--conditioning",
-    "conditioning_file",
-    type=click.Path(path_type=Path),
-    help="Inputs of the model by name, .npz or .safetensors; names with negative_ are the unconditional half.",
-)
-GUIDANCE_SCALE = click.option(
-    "--guidance-scale",
-    type=click.FloatRange(min=0),
-    help="Classifier-free guidance; up to 1: none.  [default: 1.5 for classes, 4.5 for prompts]",
-    show_default=False,
-)
-SEED = click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k."
-)
-BATCH_SIZE = click.option(
-    "--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together."
-)
-VAE = click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+    from fora_trt.runtime.sampling import Guidance
 
 
 class Numbers(click.ParamType["tuple[int, ...]"]):
@@ -129,6 +98,51 @@ class Words(click.ParamType[tuple[str, ...]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(",") if part)
+
+
+PRECISION = click.Choice(["fp32", "fp16", "bf16"])
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+BACKEND = click.option("--backend", default="auto", help="auto, or a name that 'fora-trt doctor' lists.")
+DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+ENGINES = click.option(
+    "--engines",
+    type=click.Path(path_type=Path),
+    default="engines",
+    help="Where TensorRT plans are and are built if missing; or one set of plans, used as it is.",
+)
+NEGATIVE_PROMPT = click.option("--negative-prompt", default="", help="What not to show.")
+CONDITIONING = click.option(
+    "--prompt-embeds",
+    "--conditioning",
+    "conditioning_file",
+    type=click.Path(path_type=Path),
+    help="Inputs of the model by name, .npz or .safetensors; names with negative_ are the unconditional half.",
+)
+GUIDANCE_SCALE = click.option(
+    "--guidance-scale",
+    type=click.FloatRange(min=0),
+    help="Classifier-free guidance; up to 1: none.  [default: 1.5 for classes, 4.5 for prompts]",
+    show_default=False,
+)
+SEED = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k."
+)
+BATCH_SIZE = click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together."
+)
+SCHEDULER = click.option(
+    "--scheduler",
+    help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]",
+    show_default=False,
+)
+GUIDANCE_INTERVAL = click.option(
+    "--guidance-interval",
+    type=StepRange(),
+    help="Steps that are guided, from 0.  [default: all]",
+    show_default=False,
+)
+VAE = click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
 class Commands(click.Group):
@@ -448,8 +462,8 @@ def verify(
 @click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps.")
 @click.option("--cache-interval", type=click.IntRange(min=1), default=3, help="Full step every N steps; 1: no caching.")
 @GUIDANCE_SCALE
-@click.option("--guidance-interval", type=StepRange(), help="Steps that are guided, from 0.  [default: all]")
-@click.option("--scheduler", help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]")
+@GUIDANCE_INTERVAL
+@SCHEDULER
 @SEED
 @BATCH_SIZE
 @BACKEND
@@ -499,7 +513,7 @@ def run(
     from fora_trt.runtime.denoiser import load
     from fora_trt.runtime.images import Decoder, can_decode, check_image_size
     from fora_trt.runtime.outputs import save_images, save_latents, writable_file, writable_images
-    from fora_trt.runtime.sampling import Guidance, Sampler, sample_in_batches
+    from fora_trt.runtime.sampling import Sampler, sample_in_batches
     from fora_trt.runtime.schedulers import scheduler_from_config
     from fora_trt.runtime.updates import update_from_scheduler
     from fora_trt.schedule import Schedule
@@ -518,16 +532,8 @@ def run(
     where = backend_from_name(backend)
     placed = device_from_name(device, where)
     given = _conditioning(opened, class_labels, prompts, negative_prompt, conditioning_file, num_images, placed)
-    guidance_scale = _guidance_scale(guidance_scale, opened, given)
-    guidance = Guidance(guidance_scale, *(guidance_interval or (0, None)))
-    if guidance_interval is not None and not any(map(guidance.guides, range(update.calls))):
-        first, last = guidance_interval
-        raise InputError(
-            f"no step is guided: the interval is {first}:{last}, there are steps 0 to {update.calls - 1}, and the "
-            f"guidance scale is {guidance_scale:g}"
-        )
-    batch = min(batch_size, given.images) * (2 if guidance_scale > 1 else 1)
-    with _plans(engines, batch, as_json) as plans:
+    guidance = _guidance(guidance_scale, guidance_interval, opened, given, update.calls)
+    with _plans(engines, min(batch_size, given.images) * (2 if guidance.scale > 1 else 1), as_json) as plans:
         denoiser = load(opened, schedule=schedule, backend=where.name, device=placed, plans=plans)
     trajectory = sample_in_batches(
         Sampler(denoiser, update), schedule, given, seed, guidance, batch_size, _watched("denoising", as_json)
@@ -543,7 +549,7 @@ def run(
         "scheduler": type(chosen).__name__,
         "images": given.images,
         "batch_size": min(batch_size, given.images),
-        "guidance_scale": guidance_scale,
+        "guidance_scale": guidance.scale,
         "guidance_interval": guidance_interval,
         "steps": schedule.steps,
         "full_steps": len(trajectory.full_seconds) // -(-given.images // batch_size),
@@ -572,6 +578,21 @@ def _guidance_scale(asked: float | None, bundle: Bundle, given: Conditioning) ->
     from fora_trt.runtime.conditioning import usual_guidance_scale
 
     return usual_guidance_scale(bundle.manifest, given) if asked is None else asked
+
+
+def _guidance(
+    asked: float | None, interval: tuple[int, int] | None, bundle: Bundle, given: Conditioning, calls: int
+) -> Guidance:
+    """Guidance on all steps or on a range of them, which must not be empty."""
+    from fora_trt.runtime.sampling import Guidance
+
+    guidance = Guidance(_guidance_scale(asked, bundle, given), *(interval or (0, None)))
+    if interval is not None and not any(map(guidance.guides, range(calls))):
+        raise InputError(
+            f"no step is guided: the interval is {interval[0]}:{interval[1]}, there are steps 0 to {calls - 1}, and "
+            f"the guidance scale is {guidance.scale:g}"
+        )
+    return guidance
 
 
 def _conditioning(
@@ -610,6 +631,133 @@ def _conditioning(
         each = [prompt for prompt in prompts for _ in range(num_images or 1)]
         return conditioning_of_prompts(manifest, each, negative_prompt, device)
     return conditioning_of_tensors(manifest, num_images or 1, {}, None)
+
+
+@main.command()
+@BUNDLE
+@click.option("--num-images", type=click.IntRange(min=1), default=50_000, help="How many.")
+@click.option(
+    "--labels",
+    type=click.Choice(["balanced", "drawn"]),
+    default="balanced",
+    help="Classes in turn, or at random.",
+)
+@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="Text file, a prompt a line, in turn.")
+@NEGATIVE_PROMPT
+@CONDITIONING
+@click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps.")
+@click.option("--cache-interval", type=click.IntRange(min=1), default=3, help="Full step every N steps; 1: no caching.")
+@GUIDANCE_SCALE
+@GUIDANCE_INTERVAL
+@SCHEDULER
+@SEED
+@BATCH_SIZE
+@BACKEND
+@DEVICE
+@ENGINES
+@VAE
+@click.option("--format", "layout", type=click.Choice(["npz", "png"]), default="npz", help="One archive, or files.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the images.")
+@click.option("--resume", is_flag=True, help="Go on where this was stopped.")
+@AS_JSON
+def sample(
+    bundle: Path,
+    num_images: int,
+    labels: str,
+    prompts_file: Path | None,
+    negative_prompt: str,
+    conditioning_file: Path | None,
+    steps: int,
+    cache_interval: int,
+    guidance_scale: float | None,
+    guidance_interval: tuple[int, int] | None,
+    scheduler: str | None,
+    seed: int,
+    batch_size: int,
+    backend: str,
+    device: str,
+    engines: Path,
+    vae: str | None,
+    layout: str,
+    out: Path,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Make a large set of images for evaluation, in the layout of the ADM evaluator.
+
+    Image k has the seed SEED + k. Stopped at any moment, by kill -9 too, it goes on with --resume, and gives bit for
+    bit what it would have given undisturbed. `samples.npz` holds `arr_0` (N, H, W, 3) and the classes as `arr_1`.
+
+    \b
+    Examples:
+      fora-trt sample export/digits --num-images 2000 --out samples/
+      fora-trt sample export/dit-xl-2-256 --labels drawn --guidance-scale 1.5 --out samples/ --resume
+    """
+    opened = _open(bundle)
+    from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.evaluate.circumstances import versions
+    from fora_trt.evaluate.results import About
+    from fora_trt.evaluate.sample_set import SampleSet, SampleSettings
+    from fora_trt.runtime.conditioning import balanced_labels, drawn_labels
+    from fora_trt.runtime.denoiser import load
+    from fora_trt.runtime.images import Decoder
+    from fora_trt.runtime.sampling import Sampler
+    from fora_trt.runtime.schedulers import scheduler_from_config
+    from fora_trt.runtime.updates import update_from_scheduler
+    from fora_trt.schedule import Schedule
+
+    decoder = Decoder(opened.manifest, vae)
+    chosen = scheduler_from_config(opened.scheduler_config, scheduler, opened.manifest.latents.learned_sigma)
+    update = update_from_scheduler(chosen, steps)
+    schedule = Schedule.static(update.calls, cache_interval)
+    where = backend_from_name(backend)
+    placed = device_from_name(device, where)
+    prompts = _lines_of(prompts_file) if prompts_file else ()
+    classes = None
+    if not prompts and conditioning_file is None and opened.manifest.guidance is not None:
+        of = opened.manifest
+        classes = tuple(balanced_labels(of, num_images) if labels == "balanced" else drawn_labels(of, num_images, seed))
+    given = _conditioning(opened, classes, prompts, negative_prompt, conditioning_file, None, placed)
+    guidance = _guidance(guidance_scale, guidance_interval, opened, given, update.calls)
+    batch_size = min(batch_size, num_images)
+    settings = SampleSettings(
+        bundle=About.of(opened).sha256,
+        num_images=num_images,
+        conditioning=given.digest(),
+        seed=seed,
+        scheduler=type(chosen).__name__,
+        steps=steps,
+        cache_interval=cache_interval,
+        guidance_scale=guidance.scale,
+        guidance_interval=guidance_interval,
+        batch_size=batch_size,
+        backend=where.name,
+        device=placed.type,
+        vae=vae,
+        layout=layout,
+        versions=versions(),
+    )
+    with _plans(engines, batch_size * (2 if guidance.scale > 1 else 1), as_json) as plans:
+        denoiser = load(opened, schedule=schedule, backend=where.name, device=placed, plans=plans)
+    images = SampleSet(out, settings, Sampler(denoiser, update), decoder, schedule, guidance, given)
+    began = time.perf_counter()
+    made = images.make(resume, _watched("sampling", as_json))
+    seconds = time.perf_counter() - began
+    if as_json:
+        click.echo(json.dumps({"output": str(made), "seconds": seconds, **settings.model_dump(mode="json")}))
+    else:
+        click.echo(f"wrote {made}: {num_images} images, {seconds:.1f} s of them now")
+
+
+def _lines_of(path: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not empty."""
+    try:
+        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as text ({error})") from error
+    if not lines:
+        raise InputError(f"{path} holds no prompt; write one a line")
+    return lines
 
 
 @main.command()
@@ -774,7 +922,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @click.option("--batch-sizes", type=Numbers(), default="1,4,16", help="Images that are denoised together.")
 @click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps.")
 @click.option("--repeats", type=click.IntRange(min=1), default=10, help="Timed runs of each row, after a warm-up.")
-@click.option("--scheduler", help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]")
+@SCHEDULER
 @click.option("--guidance-scale", type=click.FloatRange(min=0), help="Up to 1: none.  [default: the model's usual one]")
 @click.option("--memory/--no-memory", default=True, help="Measure peak memory, in a process for each backend.")
 @DEVICE

@@ -22,19 +22,22 @@ def circumstances() -> dict[str, Any]:
     """Hardware, versions and commit, as far as they can be known; packages that are not installed are left out."""
     about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next((line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")), "")
-    versions = {name: version for name in VERSIONED if (version := installed_version(name))}
     return {
         "processor": cpu or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "fora_trt": __version__,
-        "torch": torch.__version__,
-        **versions,
+        **versions(),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes; packages that are not installed are left out."""
+    found = {name: version for name in VERSIONED if (version := installed_version(name))}
+    return {"fora_trt": __version__, "torch": torch.__version__, **found}
 
 
 def _commit() -> str | None:
