@@ -1,5 +1,7 @@
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.errors import InputError
 from fora_trt.evaluate.sample_set import SampleSet, SampleSettings
-from fora_trt.runtime.conditioning import Conditioning, balanced_labels, conditioning_of_classes, drawn_labels
+from fora_trt.runtime.conditioning import balanced_labels, conditioning_of_classes, drawn_labels
 from fora_trt.runtime.images import Decoder
 from fora_trt.runtime.sampling import Guidance, Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
@@ -47,7 +48,7 @@ def updates(bundle: Bundle) -> Any:
     return update_from_scheduler(scheduler_from_config(bundle.scheduler_config, None, False), STEPS)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """As if somebody pressed Ctrl-C."""
 
 
@@ -55,7 +56,7 @@ def stopping_after(batches: int) -> Any:
     def watch(items: Any) -> Iterator[Any]:
         for k, item in enumerate(items):
             if k == batches:
-                raise Stopped
+                raise StoppedError
             yield item
 
     return watch
@@ -70,34 +71,132 @@ def test_every_image_is_what_run_makes_of_its_seed_and_class(exported: Bundle, t
     # what numpy itself writes of the same arrays, byte for byte
     np.savez(tmp_path / "again.npz", arr_0=pictures, arr_1=labels)
     assert (tmp_path / "again.npz").read_bytes() == made.read_bytes()
+    # and every image what `run` makes of its class and its seed, alone
     for k in (0, 4, 6):
-        picture = tmp_path / "one.png"
+        folder = tmp_path / f"image-{k}"
         fora(
             "run", exported.folder, "--class-labels", k, "--seed", 5 + k, "--steps", STEPS, "--cache-interval", 2,
-            "--backend", "torch", "-o", tmp_path / "ones",
+            "--backend", "torch", "-o", folder,
         )  # fmt: skip
-        (tmp_path / "ones").mkdir(exist_ok=True)
-        if picture.exists():
-            picture.unlink()
+        alone = np.asarray(Image.open(folder / "0000.png").convert("RGB")).astype(int)
+        assert np.abs(alone - pictures[k]).max() <= 1, "a batch of another size may round otherwise"
     assert len({picture.tobytes() for picture in pictures}) == IMAGES
 
 
 @pytest.mark.parametrize("layout", ["npz", "png"])
 def test_stopped_and_resumed_it_is_the_same_to_the_bit(exported: Bundle, tmp_path: Path, layout: str) -> None:
-    whole = sample_set(exported, tmp_path / "whole", layout=layout).make()
-    parts = sample_set(exported, tmp_path / "parts", layout=layout)
-    for batches in (1, 0, 1):
-        with pytest.raises(Stopped):
-            parts.make(resume=batches < 1 or (tmp_path / "parts").exists(), watch=stopping_after(batches))
-    again = sample_set(exported, tmp_path / "parts", layout=layout)
-    calls = []
-    launch = again.sampler.launch
-    again.sampler.launch = lambda *given: (calls.append(given), launch(*given))[1]  # type: ignore[method-assign, func-returns-value]
+    whole, folder = sample_set(exported, tmp_path / "whole", layout=layout).make(), tmp_path / "parts"
+    for resume, batches in ((False, 0), (True, 1), (True, 1)):  # before the first, and after the first twice
+        with pytest.raises(StoppedError):
+            sample_set(exported, folder, layout=layout).make(resume, stopping_after(batches))
+    again = sample_set(exported, folder, layout=layout)
+    launched, launch = [], again.sampler.launch
+
+    def counted(full: bool, guided: bool) -> None:
+        launched.append(full)
+        launch(full, guided)
+
+    again.sampler.launch = counted  # type: ignore[method-assign]
     resumed = again.make(resume=True)
-    assert 0 < len(calls) < STEPS * 3, "what was there was not made again"
-    files = [whole] if layout == "npz" else sorted(whole.glob("*.png"))
-    assert len(files) == (1 if layout == "npz" else IMAGES)
-    for file in files:
-        assert file.read_bytes() == (resumed / file.name if layout == "png" else resumed).read_bytes()
-    assert not (tmp_path / "parts/parts").exists()
-    assert again.make(resume=True) == resumed, "complete already"
+    assert len(launched) == STEPS * 2, "the batch that was there is not made again"
+    assert contents(resumed) == contents(whole)
+    assert len(contents(whole)) == (1 if layout == "npz" else IMAGES)
+    assert not (folder / "parts").exists()
+    assert again.make(resume=True) == resumed
+    assert len(launched) == STEPS * 2, "it was complete"
+
+
+def contents(made: Path) -> list[bytes]:
+    """Of the archive, or of all PNGs in order."""
+    return [file.read_bytes() for file in ([made] if made.is_file() else sorted(made.glob("*.png")))]
+
+
+def test_a_folder_is_resumed_with_the_same_settings_only(exported: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        sample_set(exported, tmp_path / "set").make(watch=stopping_after(1))
+    before = {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"set holds parts already; give --resume"):
+        sample_set(exported, tmp_path / "set").make()
+    for changed, named in (({"seed": 6}, "seed 5 and not 6"), ({"steps": 5}, "steps 4 and not 5")):
+        with pytest.raises(InputError, match=f"was made with {named}"):
+            sample_set(exported, tmp_path / "set", **changed).make(resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()} == before
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").touch()
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"other (holds thesis\.tex already|has no settings\.json)"):
+            sample_set(exported, tmp_path / "other").make(resume)
+
+
+def test_labels_are_balanced_or_drawn(exported: Bundle) -> None:
+    manifest = exported.manifest
+    assert balanced_labels(manifest, 2001) == [*range(1000), *range(1000), 0]
+    drawn = drawn_labels(manifest, 4000, seed=1)
+    assert drawn == drawn_labels(manifest, 4000, seed=1) != drawn_labels(manifest, 4000, seed=2)
+    assert 0 <= min(drawn) < 20 and 980 <= max(drawn) < 1000
+    assert 900 < len({*drawn}) < 1000, "with repetition, as draws are"
+
+
+def test_the_command_says_what_it_made(exported: Bundle, tmp_path: Path) -> None:
+    small = ["--steps", 2, "--cache-interval", 1, "--num-images", 5, "--batch-size", 2]
+    made = json.loads(
+        fora("sample", exported.folder, *small, "--labels", "drawn", "--out", tmp_path / "a", "--json").stdout
+    )
+    assert (made["num_images"], made["layout"], made["scheduler"]) == (5, "npz", "DDIMScheduler")
+    with np.load(made["output"]) as content:
+        assert content["arr_1"].tolist() == drawn_labels(exported.manifest, 5, 0)
+    shown = fora("sample", exported.folder, *small, "--format", "png", "--out", tmp_path / "b")
+    assert shown.stdout.startswith(f"wrote {tmp_path / 'b'}: 5 images")
+    assert sorted(path.name for path in (tmp_path / "b").glob("*.png")) == [f"{k:06d}.png" for k in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cache-interval", 9, "--steps", 4], "the cache interval 9 is larger than the number of steps 4"),
+        (["--prompts", "none.txt"], "none.txt cannot be read as text"),
+        (["--prompts", "empty.txt"], "empty.txt holds no prompt; write one a line"),
+        (["--prompts", "prompts.txt"], "takes no prompt; give --class-labels"),
+        (["--scheduler", "dance"], "there is no scheduler 'dance'"),
+        (["--num-images", 0], "0 is not in the range"),
+        (["--out", "a-file"], "a-file"),
+    ],
+)
+def test_each_mistake_has_its_sentence(
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[object], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n")
+    Path("prompts.txt").write_text("a lighthouse\n")
+    Path("a-file").touch()
+    shown = fora("sample", exported.folder, "--num-images", 4, "--out", "set", *options)
+    assert shown.exit_code != 0
+    assert message in shown.output
+    assert not Path("set").exists()
+    assert Path("a-file").stat().st_size == 0
+
+
+@pytest.mark.slow
+def test_killed_nine_times_it_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    """500 digits by the command, undisturbed and with a kill -9 at nine random moments."""
+    fora("export", "digits", "--out", tmp_path / "export")
+    command = [sys.executable, "-m", "fora_trt", "sample", str(tmp_path / "export/digits"), "--num-images", "500"]
+    command += ["--batch-size", "25", "--resume", "--out"]
+    began = time.perf_counter()
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    whole = time.perf_counter() - began
+    chance, kills = random.Random(), 0
+    while kills < 9:
+        process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            process.wait(chance.uniform(0.2, 0.9) * whole)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+        else:  # it was done before: from the start again, so that nine kills hit work
+            assert process.returncode == 0
+            shutil.rmtree(tmp_path / "killed")
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    assert contents(tmp_path / "killed/samples.npz") == contents(tmp_path / "whole/samples.npz")

@@ -67,6 +67,8 @@ class SampleSet:
         Raises `InputError` for a folder that is not empty, or that cannot be resumed with these settings.
         """
         with work_folder(self.folder, self.settings, resume) as work:
+            for left in (*self.folder.glob(".*.png.*"), *self.folder.glob(f".{self.archive.name}.*")):
+                left.unlink()  # half a file, of a process that was killed
             if not self.archive.is_file():
                 batches = self._batches()
                 for number, images in watch(batches):

@@ -61,12 +61,13 @@ class WorkFolder:
 def work_folder(folder: Path, settings: Record, resume: bool, beside: tuple[str, ...] = ()) -> Iterator[WorkFolder]:
     """Make or resume the folder for the length of a block, in which nobody else uses it.
 
-    A new one must be empty but for what is named in `beside`; it is removed again if the block fails before any part
-    is done. Raises `InputError` for one that is not, that was
-    made with other settings, that somebody else is working in, or that cannot be written.
+    A new one must be empty but for what is named in `beside`, and is so again if the block fails before anything was
+    done. Raises `InputError` for one that is not, that was made with other settings, that somebody else is working
+    in, or that cannot be written.
     """
     path = folder / SETTINGS
     found = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
+    stood_there = {folder / name for name in found}
     strange = [name for name in found if name not in beside and not name.startswith(".")]  # a lock, what a kill left
     if strange and not resume:
         raise InputError(f"{folder} holds {strange[0]} already; give --resume to go on with it, or another folder")
@@ -91,9 +92,10 @@ def work_folder(folder: Path, settings: Record, resume: bool, beside: tuple[str,
             left.unlink()
         yield WorkFolder(folder)
     except BaseException:
-        if not strange and not any((folder / PARTS).glob("*")):
-            for made in (path, folder / PARTS):
-                shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+        own = {path, folder / PARTS}
+        if not strange and not any((folder / PARTS).glob("*")) and not {*folder.glob("[!.]*")} - own - stood_there:
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
+            path.unlink(missing_ok=True)
         raise
     finally:
         lock.release()
