@@ -120,8 +120,10 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
     real = features(np.load(tmp_path / "real.npz")["arr_0"])
     assert plain["arr_0"].shape == (10, 8, 8, 1)
     assert plain["arr_1"].tolist() == [0, 3, 7, 0, 3, 7, 0, 3, 7, 0]
+    same = []
     for row in found.rows:
         images = saved(tmp_path / "out", row.setting)["arr_0"]
+        same.append(str(sum(np.array_equal(*pair) for pair in zip(images, plain["arr_0"], strict=True))))
         each = psnr_by_numpy(images, plain["arr_0"])
         if row is found.rows[0]:
             assert row.psnr is None
@@ -137,6 +139,7 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
         read = reader.classes(torch.from_numpy(images)).numpy()
         assert row.as_asked == (read == plain["arr_1"]).mean()
         assert row.lpips is None
+    assert any(set(same[1:]) == {"0"} or f"below the first: {', '.join(same[1:])}" in note for note in found.notes)
     assert any("10 images are too few for 64 features" in note for note in found.notes)
     assert any("a reuse step takes 10.0% of a full step" in note for note in found.notes)
     grid = Image.open(tmp_path / "out" / found.grid)
@@ -260,8 +263,8 @@ def test_no_caching_alone_has_no_controls(pixels: Bundle, tmp_path: Path) -> Non
     )
     found = measure(pixels, tmp_path / "out", given)
     assert [(row.setting.scheduler, row.setting.steps) for row in found.rows] == [
-        ("DDIMScheduler", 4), ("DDIMScheduler", 6), ("DPMSolverMultistepScheduler", 4), ("DPMSolverMultistepScheduler", 6),
-    ]  # fmt: skip
+        (name, steps) for name in ("DDIMScheduler", "DPMSolverMultistepScheduler") for steps in (4, 6)
+    ]
     assert [row.psnr is None for row in found.rows] == [True, False, False, False]
     assert not any("pilot" in note for note in found.notes)
     assert not list((tmp_path / "out" / "quality").glob("*.npz"))
@@ -295,7 +298,10 @@ def test_stopped_anywhere_and_resumed_it_finds_the_same(
     with pytest.raises(InputError, match="was made with conditioning '"):
         other = conditioning_of_classes(pixels.manifest, [0, 3, 8])
         measure(pixels, tmp_path / "parts", resume=True, conditioning=other)
+    half = tmp_path / "parts" / "quality" / ".ddim-8-steps-no-cache.npz.x1y2z3"
+    half.touch()  # of a process that was killed
     resumed = measure(pixels, tmp_path / "parts", resume=True)
+    assert not half.exists()
     assert without_times(resumed) == without_times(whole)
     for row in whole.rows:
         one, other_ = saved(tmp_path / "whole", row.setting), saved(tmp_path / "parts", row.setting)
@@ -420,7 +426,7 @@ def test_what_cannot_be_compared_is_a_sentence(pixels: Bundle, exported: Bundle,
         measure(pixels, tmp_path / "out", reference=tmp_path / "r.npz")
     record = exported.manifest.model.model_copy(update={"vae": None})
     bare = Bundle(exported.folder, exported.manifest.model_copy(update={"model": record}))
-    with pytest.raises(InputError, match="has no VAE to decode them, so there are no pictures to compare; name one"):
+    with pytest.raises(InputError, match=r"has no VAE to decode them; name one with --vae FOLDER$"):
         measure(bare, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ForaError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -27,7 +28,7 @@ from fora_trt.evaluate.work_folder import WorkFolder, work_folder
 from fora_trt.folders import Record, sha256_of
 from fora_trt.runtime.conditioning import Conditioning
 from fora_trt.runtime.denoiser import load
-from fora_trt.runtime.images import Decoder, can_decode, grid
+from fora_trt.runtime.images import Decoder, grid
 from fora_trt.runtime.outputs import save_image, write_whole
 from fora_trt.runtime.sampling import Guidance
 from fora_trt.schedule import Schedule
@@ -87,8 +88,8 @@ def measure_quality(
     """
     manifest, shape = bundle.manifest, _picture_shape(bundle.manifest)
     metrics.check_torchmetrics()
-    _check(manifest, options, folder, resume)
-    decoder = Decoder(manifest, options.vae)
+    _check(options, folder, resume)
+    decoder = Decoder(manifest, options.vae, or_latents=False)
     candidates = candidates_of(bundle, options.schedulers, options.steps, options.cache_intervals)
     extractor = extractor_for(manifest, inception_weights, device)
     pictures = None if reference is None else reference_pictures(reference, shape)
@@ -106,6 +107,7 @@ def measure_quality(
         lpips=no_lpips is None,
     )
     with work_folder(folder / WORK, settings, resume) as work:
+        _remove_halves(work.folder)
         if (work.folder / FINISHED).is_file():
             work.clear()  # unless it was stopped there
             return _read(work.folder / FINISHED)
@@ -124,36 +126,42 @@ def measure_quality(
         share = rounds.plan(work)
         rounds.run(work, watch)
         compared = None if pictures is None else rounds.reference_features(pictures, work, watch)
-        rows = _rows(rounds, work, compared, folder, options.keep_images)
+        rows, same = _rows(rounds, work, compared, folder, options.keep_images)
+        fewest = options.images if compared is None else min(options.images, len(compared))
         found = Quality(
             backend=backend,
             device=str(device),
             images=options.images,
             guidance_scale=options.guidance_scale,
             features=None if extractor is None else extractor.name,
-            notes=_notes(manifest, options.images, share, no_lpips, extractor, compared),
+            notes=_notes(manifest, share, same, no_lpips, extractor, fewest),
             rows=rows,
             grid=GRID,
         )
-        text = found.model_dump_json(indent=2) + "\n"
-        write_whole(work.folder / FINISHED, lambda file: file.write(text.encode()))
+        _write(found, work.folder / FINISHED)
         work.clear()
     return found
 
 
-def _check(manifest: Manifest, options: QualityOptions, folder: Path, resume: bool) -> None:
+def _check(options: QualityOptions, folder: Path, resume: bool) -> None:
     if options.images < 2:
         raise InputError(f"the number of images is {options.images}; at least 2 are needed to compare sets of them")
-    if options.vae is None and not can_decode(manifest):
-        raise InputError(
-            f"{manifest.name} works on latents and its source {manifest.model.options.source!r} has no VAE to decode "
-            "them, so there are no pictures to compare; name one with --vae FOLDER"
-        )
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     known = (WORK, *REPORT_FILES)
     strange = [one.name for one in found if one.name not in known and one.suffix != ".png" and one.name[0] != "."]
     if strange and not resume:
         raise InputError(f"{folder} holds {strange[0]}, which is no part of a report; give another folder")
+
+
+def _remove_halves(folder: Path) -> None:
+    """Remove what a process that was killed had not written to its end."""
+    for half in (*folder.glob(".*.npz.*"), *folder.glob(".*.json.*")):
+        half.unlink()
+
+
+def _write(found: Quality, path: Path) -> None:
+    text = found.model_dump_json(indent=2) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _read(path: Path) -> Quality:
@@ -181,9 +189,13 @@ def _digest_of(conditioning: Conditioning) -> str:
 
 def _rows(
     rounds: Rounds, work: WorkFolder, compared: Tensor | None, folder: Path, keep_images: bool
-) -> tuple[QualityRow, ...]:
-    """A row for each setting; writes its pictures, and the first of all in a grid."""
+) -> tuple[tuple[QualityRow, ...], list[int]]:
+    """A row for each setting, and how many of its pictures are those without caching.
+
+    Writes the pictures, and the first of all settings in a grid.
+    """
     rows: list[QualityRow] = []
+    same: list[int] = []
     shown: list[list[Image.Image]] = []
     plain: Tensor | None = None  # features without caching
     for turn, candidate in enumerate(rounds.candidates):
@@ -191,6 +203,7 @@ def _rows(
         if plain is None and "features" in arrays:
             plain = torch.from_numpy(arrays["features"])
         rows.append(_row(candidate.setting, arrays, rounds, plain, compared))
+        same.append(int(numpy.isinf(arrays["psnr"]).sum()))
         pictures = arrays["pictures"]
         shown.append([Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in pictures[:IN_GRID]])
         if keep_images:
@@ -198,7 +211,7 @@ def _rows(
             content = {"arr_0": pictures} if labels is None else {"arr_0": pictures, "arr_1": labels}
             _save_arrays(content, work.folder / f"{file_name_of(candidate.setting)}.npz")
     save_image(grid(shown, labels_of([row.setting for row in rows])), folder / GRID)
-    return tuple(rows)
+    return tuple(rows), same
 
 
 def _row(setting: Setting, arrays: Arrays, rounds: Rounds, plain: Tensor | None, compared: Tensor | None) -> QualityRow:
@@ -230,21 +243,24 @@ def _save_arrays(arrays: Arrays, path: Path) -> None:
 
 def _notes(
     manifest: Manifest,
-    images: int,
     share: float | None,
+    same: Sequence[int],
     no_lpips: str | None,
     extractor: Extractor | None,
-    compared: Tensor | None,
+    fewest: int,
 ) -> tuple[str, ...]:
     """What was left out and why, and what must be known to read the figures."""
     notes = []
     if share is not None:
         notes.append(f"fewer steps at equal time: a pilot found that a reuse step takes {share:.1%} of a full step")
+    if any(same[1:]):
+        counts = ", ".join(map(str, same[1:]))
+        notes.append(f"PSNR is of the images that differ; those that do not, row by row below the first: {counts}")
     if no_lpips is not None:
         notes.append(f"no LPIPS: {no_lpips}")
     if extractor is None:
         notes.append(f"no Fréchet distance, precision and recall: {_why_no_features(manifest)}")
-    elif (fewest := min(images, images if compared is None else len(compared))) <= extractor.dimensions:
+    elif fewest <= extractor.dimensions:
         notes.append(
             f"{fewest} images are too few for {extractor.dimensions} features: the covariances under the Fréchet "
             "distances have not full rank, so compare them with those of as many images alone"
