@@ -728,11 +728,11 @@ def _quality_table(found: Quality) -> Table:
 
     columns: dict[str, Callable[[QualityRow], str | None]] = {
         "full steps": lambda row: f"{row.setting.full_steps} of {row.setting.calls or row.setting.steps}",
-        "ms an image": lambda row: f"{row.seconds_per_image * 1e3:.1f}",
-        "PSNR": lambda row: None if row.psnr is None else f"{row.psnr:.2f} dB",
+        "ms/image": lambda row: f"{row.seconds_per_image * 1e3:.1f}",
+        "PSNR, dB": lambda row: None if row.psnr is None else f"{row.psnr:.2f}",
         "SSIM": lambda row: f"{row.ssim:.4f}",
         "LPIPS": lambda row: None if row.lpips is None else f"{row.lpips:.4f}",
-        "Fréchet distance": lambda row: None if row.frechet_distance is None else f"{row.frechet_distance:.3f}",
+        "Fréchet": lambda row: None if row.frechet_distance is None else f"{row.frechet_distance:.3f}",
         "to reference": lambda row: None if row.to_reference is None else f"{row.to_reference:.3f}",
         "precision": lambda row: None if row.precision is None else f"{row.precision:.3f}",
         "recall": lambda row: None if row.recall is None else f"{row.recall:.3f}",

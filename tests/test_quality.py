@@ -351,7 +351,7 @@ def test_the_command_writes_a_report_and_a_table(pixels: Bundle, tmp_path: Path)
     small = ["--num-images", 12, "--steps", 6, "--cache-intervals", 3, "--out", out]
     shown = fora("quality", pixels.folder, *small)
     assert shown.exit_code == 0, shown.output
-    for text in ("12 images of each setting on onnxruntime (cpu)", "interval 3", "Fréchet distance", "as asked", " dB"):
+    for text in ("12 images of each setting on onnxruntime (cpu)", "interval 3", "Fréchet", "as asked", "PSNR, dB"):
         assert text in shown.stdout
     assert "no LPIPS: the pictures have fewer" in shown.stdout
     assert shown.stdout.count("LPIPS") == 1, "a column without figures"
