@@ -141,7 +141,7 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
         assert row.lpips is None
     assert any(set(same[1:]) == {"0"} or f"below the first: {', '.join(same[1:])}" in note for note in found.notes)
     assert any("10 images are too few for 64 features" in note for note in found.notes)
-    assert any("a reuse step takes 10.0% of a full step" in note for note in found.notes)
+    assert any("of a full one: 10.0% at interval 2, 10.0% at interval 3" in note for note in found.notes)
     grid = Image.open(tmp_path / "out" / found.grid)
     assert grid.height == 5 * 68 + 4
     assert grid.width > 8 * 68
@@ -211,7 +211,7 @@ def test_candidates_are_all_products_each_once(exported: Bundle) -> None:
         for steps in (8, 12)
         for interval in (1, 2, 3)
     ]
-    everything = with_controls(found, controls_of(found, SHARE))
+    everything = with_controls(found, controls_of(found, dict.fromkeys((2, 3), SHARE)))
     labels = labels_of([one.setting for one in everything])
     assert labels[:5] == [
         "DDIM, 8 steps, no cache",
@@ -238,7 +238,7 @@ def test_a_control_takes_as_long(
     exported: Bundle, scheduler: str, steps: int, interval: int, share: float, expected: int
 ) -> None:
     plain, cached = candidates_of(exported, [scheduler], [steps], [interval])
-    assert controls_of([plain, cached], share) == [0, expected]
+    assert controls_of([plain, cached], {interval: share}) == [0, expected]
     control = with_controls([plain, cached], [0, expected])[-1]
     assert control.setting.control_of == interval
     assert control.setting.full_steps == control.update.calls
@@ -249,11 +249,12 @@ def test_a_control_takes_as_long(
 
 def test_the_pilot_measures_what_the_controls_follow(pixels: Bundle, tmp_path: Path) -> None:
     found = measure(pixels, tmp_path / "out", options(images=2))
-    (note,) = (note for note in found.notes if "a pilot found" in note)
-    share = float(note.split("takes ")[1].split("%")[0]) / 100
-    assert 0 < share <= 1
-    full = Schedule.static(8, 3).full_steps
-    assert abs(found.rows[-1].setting.steps - (full + (8 - full) * share)) <= 0.51
+    (note,) = (note for note in found.notes if "in a pilot" in note)
+    for interval, row in zip((2, 3), found.rows[-2:], strict=True):
+        share = float(note.split(f"% at interval {interval}")[0].split()[-1]) / 100
+        assert 0 < share <= 1
+        full = Schedule.static(8, interval).full_steps
+        assert abs(row.setting.steps - (full + (8 - full) * share)) <= 0.51
 
 
 @pytest.mark.usefixtures("pilot")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -123,7 +123,7 @@ def measure_quality(
             extractor=extractor,
             lpips=no_lpips is None,
         )
-        share = rounds.plan(work)
+        shares = rounds.plan(work)
         rounds.run(work, watch)
         compared = None if pictures is None else rounds.reference_features(pictures, work, watch)
         rows, same = _rows(rounds, work, compared, folder, options.keep_images)
@@ -134,7 +134,7 @@ def measure_quality(
             images=options.images,
             guidance_scale=options.guidance_scale,
             features=None if extractor is None else extractor.name,
-            notes=_notes(manifest, share, same, no_lpips, extractor, fewest),
+            notes=_notes(manifest, shares, same, no_lpips, extractor, fewest),
             rows=rows,
             grid=GRID,
         )
@@ -243,7 +243,7 @@ def _save_arrays(arrays: Arrays, path: Path) -> None:
 
 def _notes(
     manifest: Manifest,
-    share: float | None,
+    shares: Mapping[int, float],
     same: Sequence[int],
     no_lpips: str | None,
     extractor: Extractor | None,
@@ -251,8 +251,9 @@ def _notes(
 ) -> tuple[str, ...]:
     """What was left out and why, and what must be known to read the figures."""
     notes = []
-    if share is not None:
-        notes.append(f"fewer steps at equal time: a pilot found that a reuse step takes {share:.1%} of a full step")
+    if shares:
+        told = ", ".join(f"{share:.1%} at interval {interval}" for interval, share in shares.items())
+        notes.append(f"fewer steps at equal time: in a pilot a reuse step took this part of a full one: {told}")
     if any(same[1:]):
         counts = ", ".join(map(str, same[1:]))
         notes.append(f"PSNR is of the images that differ; those that do not, row by row below the first: {counts}")
