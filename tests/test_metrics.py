@@ -150,6 +150,29 @@ def test_lpips_says_why_it_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert metrics.lpips_problem((64, 64, 3)) is None
 
 
+def test_lpips_is_a_distance_of_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers of AlexNet without its weights, which are not here; what torchmetrics adds to them is its own."""
+    torch.manual_seed(0)
+    widths = [(3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1), (256, 256, 3, 1, 1)]
+    layers: list[nn.Module] = []
+    for k, (inputs, outputs, size, stride, padding) in enumerate(widths):
+        pool = [nn.MaxPool2d(3, 2)] if k in (1, 2) else []
+        layers += [*pool, nn.Conv2d(inputs, outputs, size, stride, padding), nn.ReLU()]
+    monkeypatch.setattr("torchmetrics.image.lpip._TORCHVISION_AVAILABLE", True)
+    monkeypatch.setattr(
+        "torchmetrics.functional.image.lpips._get_tv_model_features", lambda *_, **__: nn.Sequential(*layers)
+    )
+    side = metrics.SMALLEST_FOR_LPIPS
+    one, other = tensors(pictures(1, 3, side, side, 3), pictures(2, 3, side, side, 3))
+    other[1] = one[1]
+    distances = metrics.lpips(torch.device("cpu"))
+    found = distances(one, other)
+    assert found.shape == (3,)
+    assert (found > 0).tolist() == [True, False, True]
+    assert distances(one[2:], other[2:])[0] == found[2], "a batch leaves nothing behind"
+    assert distances(one[..., :1], other[..., :1]).shape == (3,), "grey"
+
+
 def test_the_digit_classifier_reads_held_out_digits() -> None:
     _, held_out, _, classes = digits_split()
     accuracy = accuracy_of(digit_classifier(), held_out, classes)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
+from PIL import Image
 from safetensors.torch import save_file
 
 from fora_trt import load
@@ -136,6 +137,23 @@ def test_prompts_on_the_command_line(kind: str, bundles: dict[str, Bundle], tmp_
         assert np.array_equal(np.load(tmp_path / "b.npy"), latents)
     loaded = conditioning_from_file(bundles[kind].manifest, tmp_path / "prompts.npz")
     assert loaded.images == 4
+
+
+def test_quality_takes_prompts_in_turn(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    said = ["--prompt", "a red cat", "--prompt", "a blue dog", "--steps", 4]
+    out = tmp_path / "report"
+    compared = ["--num-images", 3, "--cache-intervals", 2, "--batch-size", 2, "--out", out, "--json"]
+    done = fora("quality", bundles["sigma"].folder, *said, *compared)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["guidance_scale"], found["features"]) == (4.5, None)
+    with np.load(out / "quality" / "dpmsolvermultistep-4-steps-interval-2.npz") as content:
+        assert content.files == ["arr_0"], "no classes"
+        pictures = content["arr_0"]
+    fora("run", bundles["sigma"].folder, *said, "--cache-interval", 2, "-o", tmp_path / "images")
+    run = [np.asarray(Image.open(tmp_path / "images" / f"000{k}.png")) for k in range(2)]
+    assert np.array_equal(pictures[:2], run)
+    assert not np.array_equal(pictures[0], pictures[2]), "same prompt, other seed"
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,10 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
     real = features(np.load(tmp_path / "real.npz")["arr_0"])
     assert plain["arr_0"].shape == (10, 8, 8, 1)
     assert plain["arr_1"].tolist() == [0, 3, 7, 0, 3, 7, 0, 3, 7, 0]
+    same = []
     for row in found.rows:
         images = saved(tmp_path / "out", row.setting)["arr_0"]
+        same.append(str(sum(np.array_equal(*pair) for pair in zip(images, plain["arr_0"], strict=True))))
         each = psnr_by_numpy(images, plain["arr_0"])
         if row is found.rows[0]:
             assert row.psnr is None
@@ -137,8 +139,9 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
         read = reader.classes(torch.from_numpy(images)).numpy()
         assert row.as_asked == (read == plain["arr_1"]).mean()
         assert row.lpips is None
+    assert any(set(same[1:]) == {"0"} or f"below the first: {', '.join(same[1:])}" in note for note in found.notes)
     assert any("10 images are too few for 64 features" in note for note in found.notes)
-    assert any("a reuse step takes 10.0% of a full step" in note for note in found.notes)
+    assert any("of a full one: 10.0% at interval 2, 10.0% at interval 3" in note for note in found.notes)
     grid = Image.open(tmp_path / "out" / found.grid)
     assert grid.height == 5 * 68 + 4
     assert grid.width > 8 * 68
@@ -208,7 +211,7 @@ def test_candidates_are_all_products_each_once(exported: Bundle) -> None:
         for steps in (8, 12)
         for interval in (1, 2, 3)
     ]
-    everything = with_controls(found, controls_of(found, SHARE))
+    everything = with_controls(found, controls_of(found, dict.fromkeys((2, 3), SHARE)))
     assert len({file_name_of(one.setting) for one in everything}) == len(everything) == 20
 
 
@@ -227,7 +230,7 @@ def test_a_control_takes_as_long(
     exported: Bundle, scheduler: str, steps: int, interval: int, share: float, expected: int
 ) -> None:
     plain, cached = candidates_of(exported, [scheduler], [steps], [interval])
-    assert controls_of([plain, cached], share) == [0, expected]
+    assert controls_of([plain, cached], {interval: share}) == [0, expected]
     control = with_controls([plain, cached], [0, expected])[-1]
     assert control.setting.control_of == interval
     assert control.setting.full_steps == control.update.calls
@@ -237,11 +240,12 @@ def test_a_control_takes_as_long(
 
 def test_the_pilot_measures_what_the_controls_follow(pixels: Bundle, tmp_path: Path) -> None:
     found = measure(pixels, tmp_path / "out", options(images=2))
-    (note,) = (note for note in found.notes if "a pilot found" in note)
-    share = float(note.split("takes ")[1].split("%")[0]) / 100
-    assert 0 < share <= 1
-    full = Schedule.static(8, 3).full_steps
-    assert abs(found.rows[-1].setting.steps - (full + (8 - full) * share)) <= 0.51
+    (note,) = (note for note in found.notes if "in a pilot" in note)
+    for interval, row in zip((2, 3), found.rows[-2:], strict=True):
+        share = float(note.split(f"% at interval {interval}")[0].split()[-1]) / 100
+        assert 0 < share <= 1
+        full = Schedule.static(8, interval).full_steps
+        assert abs(row.setting.steps - (full + (8 - full) * share)) <= 0.51
 
 
 @pytest.mark.usefixtures("pilot")
@@ -251,9 +255,8 @@ def test_no_caching_alone_has_no_controls(pixels: Bundle, tmp_path: Path) -> Non
     )
     found = measure(pixels, tmp_path / "out", given)
     assert [(row.setting.scheduler, row.setting.steps) for row in found.rows] == [
-        ("DDIMScheduler", 4), ("DDIMScheduler", 6),
-        ("DPMSolverMultistepScheduler", 4), ("DPMSolverMultistepScheduler", 6),
-    ]  # fmt: skip
+        (name, steps) for name in ("DDIMScheduler", "DPMSolverMultistepScheduler") for steps in (4, 6)
+    ]
     assert [row.psnr is None for row in found.rows] == [True, False, False, False]
     assert not any("pilot" in note for note in found.notes)
     assert not list((tmp_path / "out" / "quality").glob("*.npz"))
@@ -287,7 +290,10 @@ def test_stopped_anywhere_and_resumed_it_finds_the_same(
     with pytest.raises(InputError, match="was made with conditioning '"):
         other = conditioning_of_classes(pixels.manifest, [0, 3, 8])
         measure(pixels, tmp_path / "parts", resume=True, conditioning=other)
+    half = tmp_path / "parts" / "quality" / ".ddim-8-steps-no-cache.npz.x1y2z3"
+    half.touch()  # of a process that was killed
     resumed = measure(pixels, tmp_path / "parts", resume=True)
+    assert not half.exists()
     assert without_times(resumed) == without_times(whole)
     for row in whole.rows:
         one, other_ = saved(tmp_path / "whole", row.setting), saved(tmp_path / "parts", row.setting)
@@ -337,7 +343,7 @@ def test_the_command_writes_a_report_and_a_table(pixels: Bundle, tmp_path: Path)
     small = ["--num-images", 12, "--steps", 6, "--cache-intervals", 3, "--out", out]
     shown = fora("quality", pixels.folder, *small)
     assert shown.exit_code == 0, shown.output
-    for text in ("12 images of each setting on onnxruntime (cpu)", "interval 3", "Fréchet distance", "as asked", " dB"):
+    for text in ("12 images of each setting on onnxruntime (cpu)", "interval 3", "Fréchet", "as asked", "PSNR, dB"):
         assert text in shown.stdout
     assert "no LPIPS: the pictures have fewer" in shown.stdout
     assert shown.stdout.count("LPIPS") == 1, "a column without figures"
@@ -412,7 +418,7 @@ def test_what_cannot_be_compared_is_a_sentence(pixels: Bundle, exported: Bundle,
         measure(pixels, tmp_path / "out", reference=tmp_path / "r.npz")
     record = exported.manifest.model.model_copy(update={"vae": None})
     bare = Bundle(exported.folder, exported.manifest.model_copy(update={"model": record}))
-    with pytest.raises(InputError, match="has no VAE to decode them, so there are no pictures to compare; name one"):
+    with pytest.raises(InputError, match=r"has no VAE to decode them; name one with --vae FOLDER$"):
         measure(bare, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ForaError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from diffusers import SchedulerMixin
@@ -11,12 +12,13 @@ from fora_trt.bundle import Bundle
 from fora_trt.errors import InputError
 from fora_trt.evaluate.results import Setting
 from fora_trt.runtime.conditioning import Conditioning
-from fora_trt.runtime.sampling import Guidance, Sampler, Steps, Trajectory
+from fora_trt.runtime.sampling import Guidance, Sampler, Steps
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import Update, timesteps_of, update_from_scheduler
 from fora_trt.schedule import Schedule
 
-PILOT_STEPS, PILOT_REPEATS = 10, 3
+PILOT_WINDOWS, PILOT_REPEATS = 3, 3
+LONGEST_PILOT = 8  # cache interval; a longer one is timed as this
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,13 @@ def candidates_of(
     return candidates
 
 
-def controls_of(candidates: Sequence[Candidate], reuse_share: float) -> list[int]:
+def controls_of(candidates: Sequence[Candidate], reuse_shares: Mapping[int, float]) -> list[int]:
     """For each candidate the number of steps that takes as long without caching; 0 for one that caches nothing.
 
-    `reuse_share` is the time of a reuse step as a part of a full one. A scheduler that calls the model more often than
-    it takes steps is given as many calls as come nearest.
+    `reuse_shares` is the time of a reuse step as a part of a full one, by cache interval. A scheduler that calls the
+    model more often than it takes steps is given as many calls as come nearest.
     """
-    return [_steps_in_time_of(one, reuse_share) if one.caches else 0 for one in candidates]
+    return [_steps_in_time_of(one, reuse_shares[one.setting.cache_interval]) if one.caches else 0 for one in candidates]
 
 
 def with_controls(candidates: Sequence[Candidate], steps: Sequence[int]) -> list[Candidate]:
@@ -108,16 +110,27 @@ def _steps_in_time_of(candidate: Candidate, reuse_share: float) -> int:
     return min(admitted, key=lambda steps: admitted[steps])
 
 
-def reuse_share_of(denoiser: Steps, scheduler: SchedulerMixin, conditioning: Conditioning, guidance: Guidance) -> float:
-    """Time of a reuse step as a part of that of a full step: medians of a few short trajectories, after a warm-up."""
-    sampler = Sampler(denoiser, update_from_scheduler(scheduler, PILOT_STEPS))
-    alternating = Schedule(tuple(step % 2 == 0 for step in range(sampler.update.calls)))
+def reuse_share_of(
+    denoiser: Steps, scheduler: SchedulerMixin, cache_interval: int, conditioning: Conditioning, guidance: Guidance
+) -> float:
+    """Time of a reuse step as a part of that of a full step, from a few short trajectories after a warm-up.
+
+    A reuse step that follows a full one takes longer than the next, so they are timed at their interval, a window of
+    them at once; medians over the windows.
+    """
+    interval = min(cache_interval, LONGEST_PILOT)
+    sampler = Sampler(denoiser, update_from_scheduler(scheduler, interval * PILOT_WINDOWS))
+    schedule = Schedule.from_first(sampler.update.calls, interval)
     seeds = range(conditioning.images)
-    done = [sampler(alternating, conditioning, seeds, guidance) for _ in range(1 + PILOT_REPEATS)]
-    times = Trajectory.joined(done[1:]).median_milliseconds()
-    full, reuse = times["full_step_ms"], times["reuse_step_ms"]
-    assert full is not None and reuse is not None
-    return min(1.0, reuse / full)
+    done = [sampler(schedule, conditioning, seeds, guidance) for _ in range(1 + PILOT_REPEATS)][1:]
+    reuse = interval - 1
+    windows = [
+        sum(one.reuse_seconds[start : start + reuse]) / reuse
+        for one in done
+        for start in range(0, len(one.reuse_seconds) - reuse + 1, reuse)
+    ]
+    full = [seconds for one in done for seconds in one.full_seconds]
+    return min(1.0, statistics.median(windows) / statistics.median(full))
 
 
 def file_name_of(setting: Setting) -> str:

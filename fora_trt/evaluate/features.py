@@ -90,9 +90,8 @@ class Inception(Extractor):
                     "inception-v3-compat", [INCEPTION_LAYER], feature_extractor_weights_path=str(ours)
                 )
         except RuntimeError as error:
-            raise InputError(
-                f"{weights} does not fit the InceptionV3 of torch-fidelity: {first_line(error)}"
-            ) from error
+            told = " ".join(str(error).split())[:200]
+            raise InputError(f"{weights} does not fit the InceptionV3 of torch-fidelity: {told}") from error
         self._model.to(device)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ Puts together what `rounds.py` made of each batch. Shapes: N images, D features,
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -28,7 +29,7 @@ from fora_trt.evaluate.work_folder import WorkFolder, work_folder
 from fora_trt.folders import Record, sha256_of
 from fora_trt.runtime.conditioning import Conditioning
 from fora_trt.runtime.denoiser import load
-from fora_trt.runtime.images import Decoder, can_decode, grid
+from fora_trt.runtime.images import Decoder, grid
 from fora_trt.runtime.outputs import save_image, write_whole
 from fora_trt.runtime.sampling import Guidance
 from fora_trt.schedule import Schedule
@@ -87,8 +88,8 @@ def measure_quality(
     """
     manifest, shape = bundle.manifest, _picture_shape(bundle.manifest)
     metrics.check_torchmetrics()
-    _check(manifest, options)
-    decoder = Decoder(manifest, options.vae)
+    _check(options)
+    decoder = Decoder(manifest, options.vae, or_latents=False)
     candidates = candidates_of(bundle, options.schedulers, options.steps, options.cache_intervals)
     extractor = extractor_for(manifest, inception_weights, device)
     pictures = None if reference is None else reference_pictures(reference, shape)
@@ -106,6 +107,7 @@ def measure_quality(
         lpips=no_lpips is None,
     )
     with work_folder(folder / WORK, settings, resume) as work:
+        _remove_halves(work.folder)
         if (work.folder / FINISHED).is_file():
             work.clear()  # unless it was stopped there
             return _read(work.folder / FINISHED)
@@ -121,34 +123,40 @@ def measure_quality(
             extractor=extractor,
             lpips=no_lpips is None,
         )
-        share = rounds.plan(work)
+        shares = rounds.plan(work)
         rounds.run(work, watch)
         compared = None if pictures is None else rounds.reference_features(pictures, work, watch)
-        rows = _rows(rounds, work, compared, folder, options.keep_images)
+        rows, same = _rows(rounds, work, compared, folder, options.keep_images)
+        fewest = options.images if compared is None else min(options.images, len(compared))
         found = Quality(
             backend=backend,
             device=str(device),
             images=options.images,
             guidance_scale=options.guidance_scale,
             features=None if extractor is None else extractor.name,
-            notes=_notes(manifest, options.images, share, no_lpips, extractor, compared),
+            notes=_notes(manifest, shares, same, no_lpips, extractor, fewest),
             rows=rows,
             grid=GRID,
         )
-        text = found.model_dump_json(indent=2) + "\n"
-        write_whole(work.folder / FINISHED, lambda file: file.write(text.encode()))
+        _write(found, work.folder / FINISHED)
         work.clear()
     return found
 
 
-def _check(manifest: Manifest, options: QualityOptions) -> None:
+def _check(options: QualityOptions) -> None:
     if options.images < 2:
         raise InputError(f"the number of images is {options.images}; at least 2 are needed to compare sets of them")
-    if options.vae is None and not can_decode(manifest):
-        raise InputError(
-            f"{manifest.name} works on latents and its source {manifest.model.options.source!r} has no VAE to decode "
-            "them, so there are no pictures to compare; name one with --vae FOLDER"
-        )
+
+
+def _remove_halves(folder: Path) -> None:
+    """Remove what a process that was killed had not written to its end."""
+    for half in (*folder.glob(".*.npz.*"), *folder.glob(".*.json.*")):
+        half.unlink()
+
+
+def _write(found: Quality, path: Path) -> None:
+    text = found.model_dump_json(indent=2) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _read(path: Path) -> Quality:
@@ -167,9 +175,13 @@ def _picture_shape(manifest: Manifest) -> tuple[int, ...] | None:
 
 def _rows(
     rounds: Rounds, work: WorkFolder, compared: Tensor | None, folder: Path, keep_images: bool
-) -> tuple[QualityRow, ...]:
-    """A row for each setting; writes its pictures, and the first of all in a grid."""
+) -> tuple[tuple[QualityRow, ...], list[int]]:
+    """A row for each setting, and how many of its pictures are those without caching.
+
+    Writes the pictures, and the first of all settings in a grid.
+    """
     rows: list[QualityRow] = []
+    same: list[int] = []
     shown: list[list[Image.Image]] = []
     plain: Tensor | None = None  # features without caching
     for turn, candidate in enumerate(rounds.candidates):
@@ -177,6 +189,7 @@ def _rows(
         if plain is None and "features" in arrays:
             plain = torch.from_numpy(arrays["features"])
         rows.append(_row(candidate.setting, arrays, rounds, plain, compared))
+        same.append(int(numpy.isinf(arrays["psnr"]).sum()))
         pictures = arrays["pictures"]
         shown.append([Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in pictures[:IN_GRID]])
         if keep_images:
@@ -184,7 +197,7 @@ def _rows(
             content = {"arr_0": pictures} if classes is None else {"arr_0": pictures, "arr_1": classes}
             _save_arrays(content, work.folder / f"{file_name_of(candidate.setting)}.npz")
     save_image(grid(shown, labels([row.setting for row in rows])), folder / GRID)
-    return tuple(rows)
+    return tuple(rows), same
 
 
 def _row(setting: Setting, arrays: Arrays, rounds: Rounds, plain: Tensor | None, compared: Tensor | None) -> QualityRow:
@@ -216,21 +229,25 @@ def _save_arrays(arrays: Arrays, path: Path) -> None:
 
 def _notes(
     manifest: Manifest,
-    images: int,
-    share: float | None,
+    shares: Mapping[int, float],
+    same: Sequence[int],
     no_lpips: str | None,
     extractor: Extractor | None,
-    compared: Tensor | None,
+    fewest: int,
 ) -> tuple[str, ...]:
     """What was left out and why, and what must be known to read the figures."""
     notes = []
-    if share is not None:
-        notes.append(f"fewer steps at equal time: a pilot found that a reuse step takes {share:.1%} of a full step")
+    if shares:
+        told = ", ".join(f"{share:.1%} at interval {interval}" for interval, share in shares.items())
+        notes.append(f"fewer steps at equal time: in a pilot a reuse step took this part of a full one: {told}")
+    if any(same[1:]):
+        counts = ", ".join(map(str, same[1:]))
+        notes.append(f"PSNR is of the images that differ; those that do not, row by row below the first: {counts}")
     if no_lpips is not None:
         notes.append(f"no LPIPS: {no_lpips}")
     if extractor is None:
         notes.append(f"no Fréchet distance, precision and recall: {_why_no_features(manifest)}")
-    elif (fewest := min(images, images if compared is None else len(compared))) <= extractor.dimensions:
+    elif fewest <= extractor.dimensions:
         notes.append(
             f"{fewest} images are too few for {extractor.dimensions} features: the covariances under the Fréchet "
             "distances have not full rank, so compare them with those of as many images alone"

@@ -56,21 +56,22 @@ class Rounds:
         self._lpips = metrics.lpips(denoiser.device) if lpips else None
         self._samplers: dict[Update, Sampler] = {}
 
-    def plan(self, work: WorkFolder) -> float | None:
+    def plan(self, work: WorkFolder) -> dict[int, float]:
         """Add the controls, in as many steps as the first pilot found; return the time of a reuse step in full ones.
 
-        None where nothing is cached.
+        By cache interval; nothing where nothing is cached.
         """
-        if not any(one.caches for one in self.candidates):
-            return None
+        intervals = sorted({one.setting.cache_interval for one in self.candidates if one.caches})
+        if not intervals:
+            return {}
         if not work.has(PILOT):
-            given = self._given(self.batches[0])
-            share = reuse_share_of(self._denoiser, self.candidates[0].scheduler, given, self._guidance)
-            steps = numpy.array(controls_of(self.candidates, share))
-            work.write(PILOT, {"reuse_share": numpy.array(share), "steps": steps})
+            given, scheduler = self._given(self.batches[0]), self.candidates[0].scheduler
+            shares = {n: reuse_share_of(self._denoiser, scheduler, n, given, self._guidance) for n in intervals}
+            steps = controls_of(self.candidates, shares)
+            work.write(PILOT, {"shares": numpy.array([*shares.values()]), "steps": numpy.array(steps)})
         found = work.read(PILOT)
         self.candidates = with_controls(self.candidates, found["steps"].tolist())
-        return float(found["reuse_share"])
+        return dict(zip(intervals, found["shares"].tolist(), strict=True))
 
     def run(self, work: WorkFolder, watch: Watch = iter) -> None:
         """Make every batch that is not there yet; `watch` wraps the turns of the settings, for a progress bar."""

@@ -40,22 +40,25 @@ def check_image_size(manifest: Manifest, height: int | None, width: int | None) 
 class Decoder:
     """Makes pictures of latents, with the VAE of the model where it has one."""
 
-    def __init__(self, manifest: Manifest, vae: str | None = None) -> None:
+    def __init__(self, manifest: Manifest, vae: str | None = None, *, or_latents: bool = True) -> None:
         """Look for the VAE, at `vae` or where the manifest says; its weights are loaded when they are needed.
 
+        `or_latents` says whether a user could have the latents instead, which messages then advise.
         Raises `InputError` where there is none, before any time is spent on latents that nobody could look at.
         """
         self.manifest, self._where = manifest, vae or manifest.model.vae
         self._subfolder: str | None = None
         self._vae: Any = None
+        instead = ", or give --latents-out FILE.npy instead of -o" if or_latents else ""
+        self._keep = "; --latents-out FILE.npy keeps the latents" if or_latents else ""
         if manifest.latents.pixels:
             return
         if self._where is None:
             raise InputError(
                 f"{manifest.name} works on latents and its source {manifest.model.options.source!r} has no VAE to "
-                "decode them; name one with --vae FOLDER, or give --latents-out FILE.npy instead of -o"
+                f"decode them; name one with --vae FOLDER{instead}"
             )
-        self._subfolder = _subfolder_of_vae(self._where)
+        self._subfolder = _subfolder_of_vae(self._where, instead)
 
     def images(self, latents: Tensor, device: torch.device) -> list[Image.Image]:
         """One RGB or grey picture for each of `latents` (B, C, H, W). Raises `InputError` for what is not finite."""
@@ -68,7 +71,7 @@ class Decoder:
         if not pixels.isfinite().all():
             raise InputError(
                 f"the pictures of {self.manifest.name} are not finite, though the latents were: its VAE "
-                f"{self._where!r} overflows on them; --latents-out FILE.npy keeps the latents"
+                f"{self._where!r} overflows on them{self._keep}"
             )
         levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return levels.permute(0, 2, 3, 1).cpu().contiguous()
@@ -86,8 +89,7 @@ class Decoder:
             except torch.cuda.OutOfMemoryError:  # noqa: PERF203 # each batch may be too large
                 if at_once == 1:
                     raise InputError(
-                        f"{device} has no room to decode one image; end what else uses it, or keep the latents with "
-                        "--latents-out FILE.npy"
+                        f"{device} has no room to decode one image; end what else uses it{self._keep}"
                     ) from None
                 at_once //= 2
                 torch.cuda.empty_cache()
@@ -104,14 +106,14 @@ class Decoder:
                         self._where, subfolder=self._subfolder, torch_dtype=torch.float32
                     )
             except (OSError, ValueError, RuntimeError) as error:
+                told = f"{first_line(error)}{self._keep}"
                 raise InputError(
-                    f"the VAE of {self._where!r} cannot be loaded, so there are no pictures: {first_line(error)}; "
-                    "--latents-out FILE.npy keeps the latents"
+                    f"the VAE of {self._where!r} cannot be loaded, so there are no pictures: {told}"
                 ) from error
         return self._vae.to(device)
 
 
-def _subfolder_of_vae(where: str) -> str | None:
+def _subfolder_of_vae(where: str, instead: str) -> str | None:
     """Where the VAE is in a pipeline's folder or repository; None for one that is a VAE itself."""
     from diffusers import AutoencoderKL
 
@@ -123,8 +125,7 @@ def _subfolder_of_vae(where: str) -> str | None:
         except (OSError, ValueError):  # noqa: PERF203 # two places to look at
             continue
     raise InputError(
-        f"no VAE was found at {where!r}; download it where there is a network and give its folder with --vae, or give "
-        "--latents-out FILE.npy instead of -o"
+        f"no VAE was found at {where!r}; download it where there is a network and give its folder with --vae{instead}"
     )
 
 
