@@ -184,6 +184,20 @@ def test_what_does_not_fit_is_named(state: dict[str, torch.Tensor], tmp_path: Pa
     )
     wide = {**state, "blocks.0.mlp.fc1.weight": torch.ones(96, 48)}
     assert "2 times as wide as the network" in refused(wide, **some)
+    flat = {
+        "pos_embed": torch.ones(16, 48),
+        "y_embedder.embedding_table.weight": torch.ones(0, 48),
+        "x_embedder.proj.weight": torch.ones(48, 4, 0, 0),
+        "blocks.0.mlp.fc1.weight": torch.tensor(1.0),
+    }
+    for name, tensor in flat.items():
+        assert f"other shapes: {name} is {list(tensor.shape)}, where" in refused({**state, name: tensor}, **some)
+    narrow = refused({**state, "pos_embed": torch.ones(1, 16, 40)}, **some)
+    assert "([1, 16, 40] and not [1, 16, 48])" in narrow
+    for odd in (torch.tensor(1.0), torch.ones(2), torch.ones(145, 48)):
+        assert "attn1.to_q.weight is" in refused({**state, "blocks.0.attn.qkv.weight": odd}, **some)
+    assert "a dictionary with 3: Tensor" in refused({**state, 3: torch.ones(1)})  # type: ignore[dict-item]
+    assert "an empty dictionary" in refused({})
 
 
 def test_a_pickle_with_more_than_tensors_is_refused_unread(tmp_path: Path) -> None:
@@ -195,6 +209,9 @@ def test_a_pickle_with_more_than_tensors_is_refused_unread(tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"holds more than tensors \(.*\), and loading that could run code"):
         model_from_source(str(tmp_path / "evil.pt"))
     assert not (tmp_path / "was-run").exists()
+    (tmp_path / "text.pt").write_text("hello world")
+    with pytest.raises(ModelError, match=r"text.pt cannot be read \(.*\); download or copy the file again"):
+        model_from_source(str(tmp_path / "text.pt"))
     torch.save([torch.ones(1)], tmp_path / "list.pt")
     with pytest.raises(ModelError, match="holds list where a dictionary of tensors was expected"):
         model_from_source(str(tmp_path / "list.pt"))
