@@ -18,6 +18,7 @@ from fora_trt.models.options import SourceOptions
 from fora_trt.models.spec import (
     BATCH,
     CLASS_LABELS,
+    FEATURE,
     LATENTS,
     NOISE_PREDICTION,
     TIMESTEP,
@@ -63,6 +64,8 @@ def completed(module: nn.Module, spec: ModelSpec, source: str) -> ModelSpec:
                 f"the input {tensor.name!r} of {source!r} has the shape {list(tensor.shape)}; the first size must be "
                 f"{BATCH!r}"
             )
+        if tensor.name == NOISE_PREDICTION or tensor.name.startswith(FEATURE) or given.count(tensor.name) > 1:
+            raise ModelError(f"the name {tensor.name!r} of an input of {source!r} is taken; give it another")
     if {LATENTS, TIMESTEP} - {*given}:
         raise ModelError(f"the inputs of {source!r} are {', '.join(given)}; {LATENTS!r} and {TIMESTEP!r} are needed")
     latents = next(tensor for tensor in spec.inputs if tensor.name == LATENTS)
@@ -73,6 +76,8 @@ def completed(module: nn.Module, spec: ModelSpec, source: str) -> ModelSpec:
                 f"the input {tensor.name!r} of {source!r} takes whole numbers, and nothing says how many there are; "
                 f"give `below` in the recipe, or conditioning={{{tensor.name!r}: InputSpec(values=(0, N))}}"
             )
+    if not isinstance(spec.scheduler, Mapping | None):
+        raise ModelError(f"the scheduler of {source!r} is {_kind(spec.scheduler)}; a diffusers configuration is needed")
     if (time := conditioning.pop(TIMESTEP, None)) is not None and time.values is not None:
         spec = dataclasses.replace(spec, call=_with_time_up_to(time.values[1], spec.call))
     spec = dataclasses.replace(spec, conditioning=conditioning, architecture=spec.architecture or type(module).__name__)
