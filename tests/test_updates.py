@@ -4,6 +4,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from fora_trt.errors import InputError
+from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import (
     SchedulerUpdate,
     TabulatedUpdate,
@@ -71,6 +73,14 @@ def test_what_is_no_weighted_sum_is_called(name: str) -> None:
     assert isinstance(update, SchedulerUpdate)
     assert not update.on_device
     assert all(state.isfinite().all() for state in trajectory(update, [0]))
+
+
+def test_settings_that_no_scheduler_has_are_named() -> None:
+    with pytest.raises(InputError, match=r"DDIMScheduler does not take the settings .* zz is not implemented"):
+        scheduler_from_config({"_class_name": "DDIMScheduler", "beta_schedule": "zz"}, None, learned_sigma=False)
+    wrong = scheduler_from_config({"_class_name": "DDIMScheduler", "prediction_type": "x"}, None, learned_sigma=False)
+    with pytest.raises(InputError, match=r"DDIMScheduler takes no step .*prediction_type given as x must be"):
+        update_from_scheduler(wrong, 4)
 
 
 def test_tables_remember_no_more_than_the_scheduler_does() -> None:

@@ -9,7 +9,7 @@ import diffusers
 from diffusers import SchedulerMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-from fora_trt.errors import InputError
+from fora_trt.errors import InputError, first_line
 
 SHORT_NAMES = {
     "ddim": "DDIMScheduler",
@@ -45,5 +45,11 @@ def scheduler_from_config(config: Mapping[str, Any], name: str | None, learned_s
     settings = {**config, "variance_type": "learned_range" if learned else None}
     if not learned:
         del settings["variance_type"]
-    scheduler: SchedulerMixin = getattr(diffusers, wanted).from_config(settings)
+    try:
+        scheduler: SchedulerMixin = getattr(diffusers, wanted).from_config(settings)
+    except Exception as error:  # whatever a setting that it does not check leads to
+        raise InputError(
+            f"{wanted} does not take the settings of this model's scheduler ({type(error).__name__}: "
+            f"{first_line(error)}); mend scheduler_config.json of the source and export it again"
+        ) from error
     return scheduler
