@@ -236,7 +236,7 @@ def _recipe(source: str, given: dict[str, Any]) -> Recipe:
 
 
 def _folder_name(name: str) -> str:
-    if name in ("", ".", "..") or name != Path(name).name or name.startswith("."):
+    if name in ("", ".", "..") or name != Path(name).name or name.startswith(".") or "\0" in name:
         raise click.BadParameter(f"{name!r} is not the name of one folder", param_hint="--name")
     return name
 
@@ -438,7 +438,9 @@ def verify(
 )
 @click.option("--guidance-interval", type=StepRange(), help="Steps that are guided, from 0.  [default: all]")
 @click.option("--scheduler", help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the first image; the k-th after it adds k."
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together.")
 @BACKEND
 @DEVICE
@@ -578,6 +580,8 @@ def _conditioning(
     given = [option for option, is_given in said.items() if is_given]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} say the same thing in two ways; give one of them")
+    if negative_prompt and not prompts:
+        raise InputError("--negative-prompt goes with --prompt; a file holds its own as negative_prompt_embeds")
     if not given and (needed := way_to_condition(manifest)):
         raise InputError(f"nothing says what {manifest.name} is to make; give {needed}")
     if num_images is not None and not prompts and given:
