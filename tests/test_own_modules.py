@@ -1,3 +1,4 @@
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,17 @@ class Turned(Net):
             block.attn = Rotated(16)
     def forward(self, x, t, y):
         return super().forward(x, t / 1000, y)["prediction"]
+
+class Compiled(Plain):
+    """Calls what it has given to torch.compile, as many published networks do."""
+    @torch.compile
+    def forward(self, x, t, y):
+        return super().forward(x, t, y)
+
+def compiled():
+    print("a word of its own")
+    torch.manual_seed(0)
+    return Compiled(), ModelSpec(inputs=INPUTS, conditioning={"class_labels": InputSpec(values=(0, 5))})
 
 def turned():
     import json  # found while the factory runs, as is what lies in this folder
@@ -224,6 +236,22 @@ def test_tables_in_fp32_and_pytorchs_own_attention_fit_any_precision(
     if precision != "fp32":
         assert bundle.manifest.trajectory_error is not None
         assert all(error.relative < admitted for error in bundle.manifest.trajectory_error.errors.values())
+
+
+def test_a_module_with_compiled_functions_needs_no_compiler_and_may_print(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
+    made = fora(
+        "export", f"{package}:compiled", "--cache", "blocks.*.attn,blocks.*.mlp", "--name", "own", "--json",
+        "--out", tmp_path,
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["bundle"] == str(tmp_path / "own"), "nothing else is on this output"
+    assert "a word of its own" in made.stderr
+    bundle = Bundle.open(tmp_path / "own")
+    for comparison in compare_with_pytorch(bundle, "onnxruntime", CPU, 10, (1, 3)):
+        assert comparison.error.relative < 1e-4, comparison
 
 
 def test_sites_nobody_reads_are_passed_over_with_a_word(package: str, tmp_path: Path) -> None:
