@@ -439,6 +439,12 @@ def verify(
 @click.option("--guidance-interval", type=StepRange(), help="Steps that are guided, from 0.  [default: all]")
 @click.option("--scheduler", help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]")
 @click.option(
+    "--timestep-spacing",
+    type=click.Choice(["leading", "linspace", "trailing"]),
+    help="Which timesteps the scheduler takes.  [default: the scheduler's own]",
+    show_default=False,
+)
+@click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the first image; the k-th after it adds k."
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together.")
@@ -463,6 +469,7 @@ def run(
     guidance_scale: float | None,
     guidance_interval: tuple[int, int] | None,
     scheduler: str | None,
+    timestep_spacing: str | None,
     seed: int,
     batch_size: int,
     backend: str,
@@ -502,7 +509,8 @@ def run(
     for path, check in ((output, writable_images), (latents_out, writable_file)):
         if path is not None:
             check(path)
-    chosen = scheduler_from_config(opened.scheduler_config, scheduler, manifest.latents.learned_sigma)
+    learned_sigma = manifest.latents.learned_sigma
+    chosen = scheduler_from_config(opened.scheduler_config, scheduler, learned_sigma, timestep_spacing)
     update = update_from_scheduler(chosen, steps)
     schedule = Schedule.static(update.calls, cache_interval)
     where = backend_from_name(backend)

@@ -53,6 +53,23 @@ def trajectory(update: Update, seeds: list[int]) -> list[Tensor]:
     return states
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_flow_matching_takes_steps_of_one_length_from_1_to_0(order: int) -> None:
+    name = {1: "FlowMatchEulerDiscreteScheduler", 2: "FlowMatchHeunDiscreteScheduler"}[order]
+    steps = 5
+    update = update_from_scheduler(getattr(diffusers, name)(), steps)
+    assert update.calls == order * steps - (order - 1), "the last step is one of Euler's"
+    (*_, found) = trajectory(update, [3])
+    latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3))
+    for k in range(steps):
+        time = torch.tensor([1000 * (1 - k / steps)])
+        velocity = network(latents, time, 4)
+        if order == 2 and k < steps - 1:
+            velocity = (velocity + network(latents - velocity / steps, time - 1000 / steps, 4)) / 2
+        latents = latents - velocity / steps
+    torch.testing.assert_close(found, latents)
+
+
 @pytest.mark.parametrize("name", TABULATED)
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_a_table_gives_what_the_scheduler_gives_at_every_step(name: str, steps: int) -> None:

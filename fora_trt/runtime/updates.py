@@ -86,11 +86,14 @@ def timesteps_of(scheduler: SchedulerMixin, steps: int) -> int:
 def set_steps(scheduler: SchedulerMixin, steps: int) -> None:
     """Set the scheduler to so many steps; those of flow matching to steps of one length, from 1 to 0.
 
-    Left to itself the Euler scheduler ends with a step that is as short as the first noise level.
+    Left to themselves those end with a step that is as short as the first noise level.
     """
-    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and is_flow_matching(scheduler):
+    if not is_flow_matching(scheduler):
+        scheduler.set_timesteps(steps)
+    elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])
-    else:
+    else:  # Heun's, which spaces them evenly from its largest to its least
+        scheduler.sigma_min = 1 / steps
         scheduler.set_timesteps(steps)
 
 
