@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -177,6 +178,7 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
     recipe = _recipe(source, given)
     from fora_trt.export.write import bundle_from_model
     from fora_trt.models.sources import model_from_source
+    from fora_trt.runtime.denoiser import mend_overflow
 
     _say(as_json, f"loading {recipe.source}")
     target = None if recipe.name is None else out / _folder_name(recipe.name)
@@ -203,6 +205,12 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
     else:
         shown = ", ".join(f"{name} graph {error.relative:.1e}" for name, error in errors.items())
         click.echo(f"largest error relative to PyTorch in fp32: {shown}")
+        if not all(math.isfinite(error.relative) for error in errors.values()):
+            click.echo(
+                f"the graphs put out what is not finite in {bundle.manifest.precision}; 'fora-trt run' will name the "
+                f"first such tensor; {mend_overflow(bundle.manifest.precision)}",
+                err=True,
+            )
     if (whole := bundle.manifest.trajectory_error) is not None:
         shown = ", ".join(f"{error.relative:.1e} at cache interval {n}" for n, error in whole.errors.items())
         click.echo(f"error of {whole.steps} steps relative to fp32, on {whole.backend}: {shown}")
