@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -125,7 +126,7 @@ GUIDANCE_SCALE = click.option(
     show_default=False,
 )
 SEED = click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Of the first image; the k-th after it adds k."
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the first image; the k-th after it adds k."
 )
 BATCH_SIZE = click.option(
     "--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together."
@@ -133,6 +134,12 @@ BATCH_SIZE = click.option(
 SCHEDULER = click.option(
     "--scheduler",
     help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]",
+    show_default=False,
+)
+TIMESTEP_SPACING = click.option(
+    "--timestep-spacing",
+    type=click.Choice(["leading", "linspace", "trailing"]),
+    help="Which timesteps the scheduler takes.  [default: the scheduler's own]",
     show_default=False,
 )
 GUIDANCE_INTERVAL = click.option(
@@ -214,6 +221,7 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
     recipe = _recipe(source, given)
     from fora_trt.export.write import bundle_from_model
     from fora_trt.models.sources import model_from_source
+    from fora_trt.runtime.denoiser import mend_overflow
 
     _say(as_json, f"loading {recipe.source}")
     target = None if recipe.name is None else out / _folder_name(recipe.name)
@@ -240,6 +248,12 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
     else:
         shown = ", ".join(f"{name} graph {error.relative:.1e}" for name, error in errors.items())
         click.echo(f"largest error relative to PyTorch in fp32: {shown}")
+        if not all(math.isfinite(error.relative) for error in errors.values()):
+            click.echo(
+                f"the graphs put out what is not finite in {bundle.manifest.precision}; 'fora-trt run' will name the "
+                f"first such tensor; {mend_overflow(bundle.manifest.precision)}",
+                err=True,
+            )
     if (whole := bundle.manifest.trajectory_error) is not None:
         shown = ", ".join(f"{error.relative:.1e} at cache interval {n}" for n, error in whole.errors.items())
         click.echo(f"error of {whole.steps} steps relative to fp32, on {whole.backend}: {shown}")
@@ -273,7 +287,7 @@ def _recipe(source: str, given: dict[str, Any]) -> Recipe:
 
 
 def _folder_name(name: str) -> str:
-    if name in ("", ".", "..") or name != Path(name).name or name.startswith("."):
+    if name in ("", ".", "..") or name != Path(name).name or name.startswith(".") or "\0" in name:
         raise click.BadParameter(f"{name!r} is not the name of one folder", param_hint="--name")
     return name
 
@@ -464,6 +478,7 @@ def verify(
 @GUIDANCE_SCALE
 @GUIDANCE_INTERVAL
 @SCHEDULER
+@TIMESTEP_SPACING
 @SEED
 @BATCH_SIZE
 @BACKEND
@@ -487,6 +502,7 @@ def run(
     guidance_scale: float | None,
     guidance_interval: tuple[int, int] | None,
     scheduler: str | None,
+    timestep_spacing: str | None,
     seed: int,
     batch_size: int,
     backend: str,
@@ -526,7 +542,8 @@ def run(
     for path, check in ((output, writable_images), (latents_out, writable_file)):
         if path is not None:
             check(path)
-    chosen = scheduler_from_config(opened.scheduler_config, scheduler, manifest.latents.learned_sigma)
+    learned_sigma = manifest.latents.learned_sigma
+    chosen = scheduler_from_config(opened.scheduler_config, scheduler, learned_sigma, timestep_spacing)
     update = update_from_scheduler(chosen, steps)
     schedule = Schedule.static(update.calls, cache_interval)
     where = backend_from_name(backend)
@@ -617,6 +634,8 @@ def _conditioning(
     given = [option for option, is_given in said.items() if is_given]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} say the same thing in two ways; give one of them")
+    if negative_prompt and not prompts:
+        raise InputError("--negative-prompt goes with --prompt; a file holds its own as negative_prompt_embeds")
     if not given and (needed := way_to_condition(manifest)):
         raise InputError(f"nothing says what {manifest.name} is to make; give {needed}")
     if num_images is not None and not prompts and given:
@@ -650,6 +669,7 @@ def _conditioning(
 @GUIDANCE_SCALE
 @GUIDANCE_INTERVAL
 @SCHEDULER
+@TIMESTEP_SPACING
 @SEED
 @BATCH_SIZE
 @BACKEND
@@ -672,6 +692,7 @@ def sample(
     guidance_scale: float | None,
     guidance_interval: tuple[int, int] | None,
     scheduler: str | None,
+    timestep_spacing: str | None,
     seed: int,
     batch_size: int,
     backend: str,
@@ -707,7 +728,8 @@ def sample(
     from fora_trt.schedule import Schedule
 
     decoder = Decoder(opened.manifest, vae)
-    chosen = scheduler_from_config(opened.scheduler_config, scheduler, opened.manifest.latents.learned_sigma)
+    learned = opened.manifest.latents.learned_sigma
+    chosen = scheduler_from_config(opened.scheduler_config, scheduler, learned, timestep_spacing)
     update = update_from_scheduler(chosen, steps)
     schedule = Schedule.static(update.calls, cache_interval)
     where = backend_from_name(backend)
@@ -726,6 +748,7 @@ def sample(
         conditioning=given.digest(),
         seed=seed,
         scheduler=type(chosen).__name__,
+        timestep_spacing=timestep_spacing,
         steps=steps,
         cache_interval=cache_interval,
         guidance_scale=guidance.scale,

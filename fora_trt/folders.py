@@ -134,9 +134,13 @@ def staging(target: Path, force: bool, what: str, error: type[ForaError]) -> Ite
 
     Raises `error` if `target` is there and `force` is not given, is no `what` ("bundle"), or cannot be written.
     """
-    if target.exists() and not force:
+    try:
+        there, known = target.exists(), (target / MANIFEST).is_file()
+    except OSError as problem:  # a name that is too long, say
+        raise error(f"{target} cannot be written ({problem.strerror}); choose another name or folder") from problem
+    if there and not force:
         raise error(f"{target} is there already; give --force to replace it or --name to make another")
-    if target.exists() and not (target / MANIFEST).is_file():
+    if there and not known:
         raise error(f"{target} is not a {what}, so --force does not replace it; remove it or choose another folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -128,6 +128,18 @@ BAD = {
     "no bundle": (["run", "nowhere", "--class-labels", "1"], 1, "nowhere is not a bundle"),
     "class out of range": (["run", "BUNDLE", "--class-labels", "1000"], 1, "there is no class 1000"),
     "negative class": (["run", "BUNDLE", "--class-labels", "-1"], 1, "there is no class -1"),
+    "a negative prompt for classes": (
+        ["run", "BUNDLE", "--class-labels", "1", "--negative-prompt", "people"],
+        1,
+        "--negative-prompt goes with --prompt",
+    ),
+    "no number for guidance": (
+        ["run", "BUNDLE", "--class-labels", "1", "--guidance-scale", "nan"],
+        1,
+        "the guidance scale is nan",
+    ),
+    "a seed that no generator takes": (["run", "BUNDLE", "--class-labels", "1", "--seed", str(2**64)], 2, "range"),
+    "a name that no folder can have": (["export", "PIPELINE", "--name", "x" * 300], 1, "cannot be written"),
     "no number": (["run", "BUNDLE", "--class-labels", "cat"], 2, "'cat' is not a list of whole numbers"),
     "no classes": (["run", "BUNDLE"], 1, "nothing says what tiny is to make; give --class-labels"),
     "zero steps": (["run", "BUNDLE", "--class-labels", "1", "--steps", "0"], 2, "0 is not in the range x>=1"),

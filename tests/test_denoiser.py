@@ -186,6 +186,8 @@ def test_what_the_graphs_do_not_take_is_named(denoiser: Denoiser) -> None:
         denoiser(inputs["latents"], 3)
     with pytest.raises(InputError, match="takes no 'prompt'"):
         denoiser(**inputs, prompt=inputs["latents"])
+    with pytest.raises(InputError, match="'class_labels' holds -1; it takes whole numbers from 0 to 1000"):
+        denoiser(inputs["latents"], 3, class_labels=torch.tensor([1, -1]))
     denoiser(inputs["latents"], 3.0, class_labels=inputs["class_labels"])  # nothing was lost by the mistakes
 
 

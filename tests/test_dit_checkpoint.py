@@ -126,7 +126,7 @@ def test_guidance_of_the_authors_leaves_the_fourth_channel_alone(
 
 
 def test_sit_integrates_its_velocity_as_the_authors_do(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """Euler from t = 0 (noise) to 1 (image) in steps of one length, velocity taken as it is."""
+    """Euler and Heun from t = 0 (noise) to 1 (image) in steps of one length, velocity taken as it is."""
     torch.save(state, tmp_path / "SiT-small.pt")
     model = opened(tmp_path / "SiT-small.pt")
     bundle = bundle_from_model(model, tmp_path / "export" / "sit")
@@ -137,9 +137,7 @@ def test_sit_integrates_its_velocity_as_the_authors_do(state: dict[str, torch.Te
         x = x + authors_dit(state, x, torch.full((2,), k / steps), y)[:, :4] / steps
     assert (trajectory(bundle, None, steps, noise, 1.0) - x).abs().max() < 1e-4
 
-    grid = np.append(
-        np.linspace(1, 0.001, steps), 0
-    )  # the noise levels of the Heun scheduler; its last step is Euler's
+    grid = np.linspace(1, 0, steps + 1)  # the last step is Euler's
     x = noise.clone()
     for now, after in zip(1 - grid[:-1], 1 - grid[1:], strict=True):
         first = authors_dit(state, x, torch.full((2,), now), y)[:, :4]
@@ -184,6 +182,20 @@ def test_what_does_not_fit_is_named(state: dict[str, torch.Tensor], tmp_path: Pa
     )
     wide = {**state, "blocks.0.mlp.fc1.weight": torch.ones(96, 48)}
     assert "2 times as wide as the network" in refused(wide, **some)
+    flat = {
+        "pos_embed": torch.ones(16, 48),
+        "y_embedder.embedding_table.weight": torch.ones(0, 48),
+        "x_embedder.proj.weight": torch.ones(48, 4, 0, 0),
+        "blocks.0.mlp.fc1.weight": torch.tensor(1.0),
+    }
+    for name, tensor in flat.items():
+        assert f"other shapes: {name} is {list(tensor.shape)}, where" in refused({**state, name: tensor}, **some)
+    narrow = refused({**state, "pos_embed": torch.ones(1, 16, 40)}, **some)
+    assert "([1, 16, 40] and not [1, 16, 48])" in narrow
+    for odd in (torch.tensor(1.0), torch.ones(2), torch.ones(145, 48)):
+        assert "attn1.to_q.weight is" in refused({**state, "blocks.0.attn.qkv.weight": odd}, **some)
+    assert "a dictionary with 3: Tensor" in refused({**state, 3: torch.ones(1)})  # type: ignore[dict-item]
+    assert "an empty dictionary" in refused({})
 
 
 def test_a_pickle_with_more_than_tensors_is_refused_unread(tmp_path: Path) -> None:
@@ -195,6 +207,9 @@ def test_a_pickle_with_more_than_tensors_is_refused_unread(tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"holds more than tensors \(.*\), and loading that could run code"):
         model_from_source(str(tmp_path / "evil.pt"))
     assert not (tmp_path / "was-run").exists()
+    (tmp_path / "text.pt").write_text("hello world")
+    with pytest.raises(ModelError, match=r"text.pt cannot be read \(.*\); download or copy the file again"):
+        model_from_source(str(tmp_path / "text.pt"))
     torch.save([torch.ones(1)], tmp_path / "list.pt")
     with pytest.raises(ModelError, match="holds list where a dictionary of tensors was expected"):
         model_from_source(str(tmp_path / "list.pt"))

@@ -1,3 +1,4 @@
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,17 @@ class Turned(Net):
             block.attn = Rotated(16)
     def forward(self, x, t, y):
         return super().forward(x, t / 1000, y)["prediction"]
+
+class Compiled(Plain):
+    """Calls what it has given to torch.compile, as many published networks do."""
+    @torch.compile
+    def forward(self, x, t, y):
+        return super().forward(x, t, y)
+
+def compiled():
+    print("a word of its own")
+    torch.manual_seed(0)
+    return Compiled(), ModelSpec(inputs=INPUTS, conditioning={"class_labels": InputSpec(values=(0, 5))})
 
 def turned():
     import json  # found while the factory runs, as is what lies in this folder
@@ -226,6 +238,22 @@ def test_tables_in_fp32_and_pytorchs_own_attention_fit_any_precision(
         assert all(error.relative < admitted for error in bundle.manifest.trajectory_error.errors.values())
 
 
+def test_a_module_with_compiled_functions_needs_no_compiler_and_may_print(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
+    made = fora(
+        "export", f"{package}:compiled", "--cache", "blocks.*.attn,blocks.*.mlp", "--name", "own", "--json",
+        "--out", tmp_path,
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["bundle"] == str(tmp_path / "own"), "nothing else is on this output"
+    assert "a word of its own" in made.stderr
+    bundle = Bundle.open(tmp_path / "own")
+    for comparison in compare_with_pytorch(bundle, "onnxruntime", CPU, 10, (1, 3)):
+        assert comparison.error.relative < 1e-4, comparison
+
+
 def test_sites_nobody_reads_are_passed_over_with_a_word(package: str, tmp_path: Path) -> None:
     made = fora(
         "export", f"{package}:make", "--cache", "*.attn,blocks.*.attn,spare.mlp", "--name", "own", "--out", tmp_path
@@ -250,6 +278,7 @@ def test_sites_nobody_reads_are_passed_over_with_a_word(package: str, tmp_path: 
         ),
         ("{}:make", "", "nothing to cache was named for Net"),
         ("{}:make", "blocks.*,blocks.*.attn", "the cache site blocks.0.attn lies in the cache site blocks.0"),
+        ("{}:make", "blocks.*", "nothing in the reuse graph depends on the latents with blocks.0, blocks.1 cached"),
         ("{}:make", "spare.attn", "the model reads the output of none of the cache sites, spare.attn first"),
     ],
 )
@@ -319,7 +348,7 @@ class Wayward(nn.Module):
         ("draws", "site puts out something else at every call"),
         ("selects", r"the output of the cache site site has shape \[2, \d+\], and for .* only the first size"),
         ("in_place", "site does more than its output shows"),
-        ("whole", r"the output of the cache site site has shape \[1, 9\]"),
+        ("whole", r"the output of the cache site site has shape \[1, 9\] for a batch of 2; its first size must"),
     ],
 )
 def test_a_site_that_cannot_be_cached_is_found_and_named(way: str, message: str) -> None:

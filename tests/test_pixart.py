@@ -222,5 +222,5 @@ def test_an_oblong_image_is_exported_and_run(folders: dict[str, Path], tmp_path:
     assert bundle.manifest.latents.shape == (4, 128, 256)
     for comparison in compare_with_pytorch(bundle, "onnxruntime", torch.device("cpu"), 4, (2,)):
         assert comparison.error.relative < 1e-4, comparison
-    assert "give a multiple of 2" in fora(*source[:3], "255x512").stderr
-    assert "cannot be cut into patches of 16" in fora(*source[:3], "250x512").stderr
+    assert "give a multiple of 32" in fora(*source[:3], "255x512").stderr
+    assert "250 x 512 does not fit" in fora(*source[:3], "250x512").stderr

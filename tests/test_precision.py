@@ -143,6 +143,17 @@ def test_overflow_names_the_first_tensor_that_is_not_finite(pipeline_folder: Pat
         pipe(class_labels=[1], num_inference_steps=6)
 
 
+def test_an_export_that_is_not_finite_says_so(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = overflowing(pipeline_folder, "fp16")
+    monkeypatch.setattr("fora_trt.models.sources.model_from_source", lambda *_: model)
+    command = ["export", str(pipeline_folder), "--precision", "fp16", "--no-measure-trajectory", "--out", str(tmp_path)]
+    shown = CliRunner().invoke(main, command)
+    assert "the graphs put out what is not finite in fp16" in shown.stderr
+    assert "export it with --precision bf16 or fp32" in shown.stderr
+
+
 def test_the_sum_of_the_stream_does_not_overflow(pipeline_folder: Path, tmp_path: Path) -> None:
     """Each feature fits fp16 and their sum does not: 40000 from one layer and again from the next."""
     model = model_from_source(str(pipeline_folder), "fp16")

@@ -33,7 +33,8 @@ def sample_set(bundle: Bundle, folder: Path, **changed: Any) -> SampleSet:
     settings = SampleSettings.model_validate(
         {
             "bundle": "0" * 64, "num_images": IMAGES, "conditioning": given.digest(), "seed": 5,
-            "scheduler": "DDIMScheduler", "steps": STEPS, "cache_interval": 2, "guidance_scale": 1.5,
+            "scheduler": "DDIMScheduler", "timestep_spacing": None, "steps": STEPS, "cache_interval": 2,
+            "guidance_scale": 1.5,
             "guidance_interval": None, "batch_size": 3, "backend": "torch", "device": "cpu", "vae": None,
             "layout": "npz", "versions": {},
         }

@@ -7,6 +7,7 @@ from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.errors import BackendError, InputError
 from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.models import dit
 from fora_trt.runtime.conditioning import Conditioning, conditioning_of_classes
 from fora_trt.runtime.images import Decoder, grid, square_grid
 from fora_trt.runtime.sampling import Sampler, Trajectory, mix_guidance, sample_in_batches
@@ -69,6 +70,15 @@ def test_diffusers_class_names_are_taken_and_others_refused(exported: Bundle) ->
     for wrong in ("ddim2", "AutoencoderKL", "CogVideoXDDIMScheduler", ""):
         with pytest.raises(InputError, match=r"there is no scheduler .* give one of ddim, ddpm"):
             scheduler_from_config(config, wrong, True)
+
+
+def test_timesteps_can_be_spaced_as_the_dit_authors_space_them() -> None:
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    scheduler = scheduler_from_config(dit.SCHEDULER, "ddpm", True, "linspace")
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps.tolist() == [round(k * 999 / 19) for k in reversed(range(20))]
+    with pytest.raises(ValueError, match="has no choice of timesteps; leave --timestep-spacing out"):
+        scheduler_from_config(flow, None, False, "linspace")
 
 
 def test_only_ddpm_takes_the_learned_variance(exported: Bundle) -> None:

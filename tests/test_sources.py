@@ -71,7 +71,7 @@ def test_the_image_size_changes_the_latents(folder: Path) -> None:
     assert model.spec.inputs[0].shape == ("batch", 4, 12, 12)
     with pytest.raises(ModelError, match="image size of 25 does not fit"):
         model_from_source(SourceOptions(source=str(folder), image_size=25))
-    with pytest.raises(ModelError, match="latents of 9 x 9 cannot be cut into patches of 2"):
+    with pytest.raises(ModelError, match=r"an image size of 18 does not fit .* give a multiple of 4"):
         model_from_source(SourceOptions(source=str(folder), image_size=18))
 
 
@@ -107,7 +107,7 @@ def test_an_unknown_source_is_named(source: str, message: str) -> None:
 
 def test_a_hub_id_without_network_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="download the repository where there is a network, copy it here and give"):
+    with pytest.raises(ModelError, match=r"\(hf download facebook/DiT-XL-2-256 --local-dir DiT-XL-2-256\), copy"):
         model_from_source("facebook/DiT-XL-2-256")
 
 
@@ -130,6 +130,50 @@ def test_a_configuration_that_is_no_json_is_named(folder: Path) -> None:
         model_from_source(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("transformer/config.json", {"_class_name": ["DiT"]}, "holds \\['DiT'\\]; fora-trt knows"),
+        ("transformer/config.json", {"num_layers": 0}, "num_layers is 0, and a whole number from 1 on was expected"),
+        ("transformer/config.json", {"sample_size": "8"}, "sample_size is '8', and a whole number"),
+        (
+            "transformer/config.json",
+            {"num_embeds_ada_norm": -3},
+            "is none of a DiTTransformer2DModel: Trying to create",
+        ),
+        ("transformer/config.json", {"activation_fn": "no"}, "is none of a DiTTransformer2DModel"),
+        ("vae/config.json", {"block_out_channels": 3}, "block_out_channels is 3"),
+        ("vae/config.json", {"scaling_factor": "a"}, "scaling_factor and shift_factor are 'a' and None"),
+    ],
+)
+def test_a_setting_of_another_kind_is_named(folder: Path, file: str, changes: dict[str, object], message: str) -> None:
+    edit(folder / file, **changes)
+    with pytest.raises(ModelError, match=message):
+        model_from_source(str(folder))
+
+
+def test_what_a_configuration_leaves_out_is_as_diffusers_has_it(folder: Path) -> None:
+    config = json.loads((folder / "transformer/config.json").read_text())
+    del config["in_channels"], config["num_embeds_ada_norm"]  # 4 and 1000, as in the fixture
+    (folder / "transformer/config.json").write_text(json.dumps(config))
+    edit(folder / "model_index.json", vae=None)
+    model = model_from_source(str(folder))
+    assert (model.config["in_channels"], model.config["num_embeds_ada_norm"], model.vae) == (4, 1000, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_length": 5}, "takes no text_length, which is for models that take a prompt; leave it out"),
+        ({"num_heads": 5}, "takes no num_heads, which is for state dicts"),
+        ({"inputs": {"latents": {}, "timestep": {}}}, "takes no inputs, which is for a network of your own"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        model_from_source(SourceOptions.model_validate({"source": "digits", **options}))
+
+
 def test_weights_that_do_not_fit_are_named(folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     missing = dict(weights)
@@ -143,6 +187,13 @@ def test_weights_that_do_not_fit_are_named(folder: Path) -> None:
     save_file({**weights, "proj_out_1.weight": torch.zeros(3, 3)}, folder / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 of another shape \(proj_out_1\.weight is \[3, 3\] and not \[32, 16\]\)"):
         model_from_source(str(folder))
+    for wrong, why in (
+        (torch.full((32, 16), torch.nan), "is not finite"),
+        (torch.ones(32, 16).char(), "is torch.int8"),
+    ):
+        save_file({**weights, "proj_out_1.weight": wrong}, folder / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=rf"1 unfit to compute with \(proj_out_1\.weight {why}"):
+            model_from_source(str(folder))
     (folder / WEIGHTS).write_bytes(b"not safetensors")
     with pytest.raises(ModelError, match=r"the weights in .* cannot be read"):
         model_from_source(str(folder))

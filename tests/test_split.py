@@ -34,6 +34,16 @@ def test_a_star_stands_for_one_path_component(module: nn.Module, spec: ModelSpec
         find_sites(module, spec.cache_sites, ["*.attn1"])
 
 
+def test_a_pattern_that_matches_nothing_is_answered_with_patterns_that_do() -> None:
+    def layer() -> nn.Module:
+        return nn.ModuleDict({"norm": nn.LayerNorm(4), "self_attention": nn.Linear(4, 4)})
+
+    embedder = nn.ModuleDict({f"part{k}": nn.Linear(4, 4) for k in range(20)})
+    network = nn.ModuleDict({"embedder": embedder, "layers": nn.ModuleList([layer(), layer()])})
+    with pytest.raises(ExportError, match=r"such as layers\.\*\.self_attention, in .* has layers\.\*\.norm, layers"):
+        find_sites(network, {}, ["blocks.*.attn"])
+
+
 def test_full_step_is_the_module_bit_for_bit(module: nn.Module, spec: ModelSpec) -> None:
     sites = [path for path, _ in find_sites(module, spec.cache_sites, ["attention", "feed-forward"])]
     inputs = example_inputs(spec.inputs, spec.conditioning, batch=2)

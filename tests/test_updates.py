@@ -4,6 +4,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from fora_trt.errors import InputError
+from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import (
     SchedulerUpdate,
     TabulatedUpdate,
@@ -51,6 +53,23 @@ def trajectory(update: Update, seeds: list[int]) -> list[Tensor]:
     return states
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_flow_matching_takes_steps_of_one_length_from_1_to_0(order: int) -> None:
+    name = {1: "FlowMatchEulerDiscreteScheduler", 2: "FlowMatchHeunDiscreteScheduler"}[order]
+    steps = 5
+    update = update_from_scheduler(getattr(diffusers, name)(), steps)
+    assert update.calls == order * steps - (order - 1), "the last step is one of Euler's"
+    (*_, found) = trajectory(update, [3])
+    latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3))
+    for k in range(steps):
+        time = torch.tensor([1000 * (1 - k / steps)])
+        velocity = network(latents, time, 4)
+        if order == 2 and k < steps - 1:
+            velocity = (velocity + network(latents - velocity / steps, time - 1000 / steps, 4)) / 2
+        latents = latents - velocity / steps
+    torch.testing.assert_close(found, latents)
+
+
 @pytest.mark.parametrize("name", TABULATED)
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_a_table_gives_what_the_scheduler_gives_at_every_step(name: str, steps: int) -> None:
@@ -71,6 +90,14 @@ def test_what_is_no_weighted_sum_is_called(name: str) -> None:
     assert isinstance(update, SchedulerUpdate)
     assert not update.on_device
     assert all(state.isfinite().all() for state in trajectory(update, [0]))
+
+
+def test_settings_that_no_scheduler_has_are_named() -> None:
+    with pytest.raises(InputError, match=r"DDIMScheduler does not take the settings .* zz is not implemented"):
+        scheduler_from_config({"_class_name": "DDIMScheduler", "beta_schedule": "zz"}, None, learned_sigma=False)
+    wrong = scheduler_from_config({"_class_name": "DDIMScheduler", "prediction_type": "x"}, None, learned_sigma=False)
+    with pytest.raises(InputError, match=r"DDIMScheduler takes no step .*prediction_type given as x must be"):
+        update_from_scheduler(wrong, 4)
 
 
 def test_tables_remember_no_more_than_the_scheduler_does() -> None:

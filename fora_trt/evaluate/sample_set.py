@@ -37,6 +37,7 @@ class SampleSettings(Record):
     conditioning: str
     seed: int
     scheduler: str
+    timestep_spacing: str | None
     steps: int
     cache_interval: int
     guidance_scale: float

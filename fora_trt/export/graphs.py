@@ -153,7 +153,10 @@ def _traced(step: Split, inputs: Mapping[str, Tensor], outputs: Callable[[], lis
     model.graph.inputs.clear()
     model.graph.inputs.extend(read)
     if LATENTS not in (value.name for value in read):
-        raise ExportError(f"nothing in the {name} graph depends on the latents; cache less than that")
+        shown = ", ".join(step.sites[:3]) + (", ..." if len(step.sites) > 3 else "")
+        raise ExportError(
+            f"nothing in the {name} graph depends on the latents with {shown} cached; cache less than that"
+        )
     for value in (*model.graph.inputs, *model.graph.outputs):
         spec = tensor_spec(value)
         _check_shape(spec, f"{spec.name!r} of the {name} graph")

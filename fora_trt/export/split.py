@@ -197,6 +197,12 @@ def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> Non
     full, _ = steps_of_module(module, spec, sites)
     inputs, prediction, features = run(batch=2, seed=1)
     outputs = dict(full.outputs)
+    for name, feature in features.items():
+        if feature.shape[:1] != (2,):
+            raise ExportError(
+                f"the output of the cache site {name.removeprefix(FEATURE)} has shape {list(feature.shape)} for a "
+                "batch of 2; its first size must be the batch, so it cannot be cached"
+            )
     for case, batch, seed in (("same inputs", 2, 1), ("other inputs", 2, 2), ("another batch", 3, 3)):
         *_, again = run(batch, seed)
         for path in sites:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fora_trt.errors import ModelError, first_line
@@ -50,8 +50,11 @@ def tensors_from_file(path: Path) -> Tensors:
     """
     try:
         found = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ModelError(f"the weights in {path} cannot be read: {first_line(error)}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # a file that is no such one can lead to any
+        reason = f"{type(error).__name__}: {first_line(error)}".rstrip(": ")
+        raise ModelError(f"the weights in {path} cannot be read ({reason}); download or copy the file again") from error
     return _unwrapped(found)
 
 
@@ -99,10 +102,19 @@ def _pickled(path: Path) -> Tensors:
     for key in AVERAGED:
         if isinstance(inner, dict) and isinstance(inner.get(key), dict):
             inner = inner[key]
-    if not isinstance(inner, dict) or not inner or not all(isinstance(one, Tensor) for one in inner.values()):
-        kind = type(inner).__name__ if not isinstance(inner, dict) else "a dictionary with other things"
+    named = isinstance(inner, dict) and all(isinstance(name, str) for name in inner)
+    if not named or not inner or not all(isinstance(one, Tensor) for one in inner.values()):
+        kind = type(inner).__name__ if not isinstance(inner, dict) else _odd_one(inner)
         raise ModelError(f"{path} holds {kind} where a dictionary of tensors was expected; save model.state_dict()")
     return Tensors({name: lambda tensor=tensor: tensor for name, tensor in inner.items()})  # type: ignore[misc]
+
+
+def _odd_one(content: Mapping[Any, Any]) -> str:
+    """What makes a dictionary something else than tensors by name."""
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            return f"a dictionary with {name!r}: {type(value).__name__}"
+    return "an empty dictionary"
 
 
 def _culprit(error: Exception) -> str:
@@ -127,31 +139,41 @@ def place_weights(
     """Fill an empty module, whose parameters are on the meta device; buffers are left as they are.
 
     `tensors` may hold copies for each name of a shared parameter; the first is taken. Raises `ModelError` that names
-    what is missing, left over or of another shape, and says what `fits`.
+    what is missing, left over, of another shape or no numbers to compute with, and says what `fits`.
     """
     wanted = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers())
     missing = [name for name in wanted if name not in tensors]
     extra = [name for name in tensors if name not in wanted and name not in buffers]
-    misshapen = []
+    misshapen, odd = [], []
     placed: dict[int, nn.Parameter] = {}
     if not missing and not extra:
         for name, empty in wanted.items():
             tensor = None if id(empty) in placed else tensors[name]
             if tensor is not None and tensor.shape != empty.shape:
                 misshapen.append(f"{name} is {list(tensor.shape)} and not {list(empty.shape)}")
+            elif tensor is not None and (problem := _problem_of(tensor)):
+                odd.append(f"{name} {problem}")
             elif tensor is not None:
                 placed[id(empty)] = nn.Parameter(_own(tensor, dtypes[name]), requires_grad=False)
     wrong = [
         _counted(missing, "missing"),
         _counted(extra, "not expected"),
         _counted(misshapen, "of another shape"),
+        _counted(odd, "unfit to compute with"),
     ]
     if any(wrong):
         raise ModelError(f"the weights of {what} do not fit: {'; '.join(filter(None, wrong))}; {fits}")
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             setattr(owner, name, placed[id(parameter)])
+
+
+def _problem_of(tensor: Tensor) -> str | None:
+    """Why a tensor of the right shape is no weight: quantized or sparse ones would need what belongs to them."""
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return f"is {tensor.dtype}, {tensor.layout} on {tensor.device.type}"
+    return None if tensor.float().isfinite().all() else "is not finite"
 
 
 def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,6 +19,7 @@ from fora_trt.models.options import SourceOptions
 from fora_trt.models.spec import (
     BATCH,
     CLASS_LABELS,
+    FEATURE,
     LATENTS,
     NOISE_PREDICTION,
     TIMESTEP,
@@ -63,6 +65,8 @@ def completed(module: nn.Module, spec: ModelSpec, source: str) -> ModelSpec:
                 f"the input {tensor.name!r} of {source!r} has the shape {list(tensor.shape)}; the first size must be "
                 f"{BATCH!r}"
             )
+        if tensor.name == NOISE_PREDICTION or tensor.name.startswith(FEATURE) or given.count(tensor.name) > 1:
+            raise ModelError(f"the name {tensor.name!r} of an input of {source!r} is taken; give it another")
     if {LATENTS, TIMESTEP} - {*given}:
         raise ModelError(f"the inputs of {source!r} are {', '.join(given)}; {LATENTS!r} and {TIMESTEP!r} are needed")
     latents = next(tensor for tensor in spec.inputs if tensor.name == LATENTS)
@@ -73,9 +77,16 @@ def completed(module: nn.Module, spec: ModelSpec, source: str) -> ModelSpec:
                 f"the input {tensor.name!r} of {source!r} takes whole numbers, and nothing says how many there are; "
                 f"give `below` in the recipe, or conditioning={{{tensor.name!r}: InputSpec(values=(0, N))}}"
             )
+    if not isinstance(spec.scheduler, Mapping | None):
+        raise ModelError(f"the scheduler of {source!r} is {_kind(spec.scheduler)}; a diffusers configuration is needed")
     if (time := conditioning.pop(TIMESTEP, None)) is not None and time.values is not None:
         spec = dataclasses.replace(spec, call=_with_time_up_to(time.values[1], spec.call))
-    spec = dataclasses.replace(spec, conditioning=conditioning, architecture=spec.architecture or type(module).__name__)
+    spec = dataclasses.replace(
+        spec,
+        call=_not_compiled(spec.call),
+        conditioning=conditioning,
+        architecture=spec.architecture or type(module).__name__,
+    )
     shape = _prediction_shape(module, spec, source)
     size = tuple(int(one) for one in latents.shape[1:])
     if shape[1:] != size and (shape[1], *shape[2:]) != (2 * size[0], *size[1:]):
@@ -104,16 +115,33 @@ def _with_time_up_to(most: float, call: Call) -> Call:
     return lambda module, inputs: call(module, {**inputs, TIMESTEP: inputs[TIMESTEP] * scale})
 
 
+def _not_compiled(call: Call) -> Call:
+    """The same call in which functions that the module has given to torch.compile are what they were before.
+
+    They are traced whole anyway; compiling them would take a C++ compiler, and anew for every site that is replaced.
+    """
+
+    def called(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.compiler.set_stance("force_eager"):
+            return call(module, inputs)
+
+    return called
+
+
 def _called(source: str) -> object:
-    """What the factory returns; the current folder can be imported from meanwhile, by the factory too."""
+    """What the factory returns; the current folder can be imported from meanwhile, by the factory too.
+
+    What it prints goes to the other output, where it is in nobody's way.
+    """
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        factory = _imported(source)
-        try:
-            return factory()
-        except Exception as error:  # the user's own code can raise anything
-            raise ModelError(f"the factory {source!r} failed: {type(error).__name__}: {error}") from error
+        with redirect_stdout(sys.stderr):
+            factory = _imported(source)
+            try:
+                return factory()
+            except Exception as error:  # the user's own code can raise anything
+                raise ModelError(f"the factory {source!r} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)
 

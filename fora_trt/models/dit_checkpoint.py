@@ -40,6 +40,11 @@ NAMES = {  # theirs -> of diffusers, without .weight or .bias; {} is the number 
 }
 QKV = ("blocks.{}.attn.qkv", "transformer_blocks.{}.attn1.to_")
 
+LABELS, HIDDEN = "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight"
+
+DIMENSIONS = {"x_embedder.proj.weight": 4, "final_layer.linear.weight": 2, LABELS: 2, HIDDEN: 2, POSITIONS: 3}
+"""How many sizes the tensors have from which a configuration is read; positions may be left out."""
+
 REQUIRED = ("x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "final_layer.linear.weight")
 """By these a state dict is known as one of theirs; what else is needed is checked by name and shape."""
 
@@ -60,11 +65,16 @@ def is_dit_checkpoint(tensors: Mapping[str, Tensor]) -> bool:
 
 def config_from_checkpoint(tensors: Mapping[str, Tensor], num_heads: int | None, what: str) -> dict[str, Any]:
     """The diffusers configuration that fits the shapes. Raises `ModelError` for shapes that no DiT has."""
+    for key, dimensions in DIMENSIONS.items():
+        shape = list(tensors[key].shape) if key in tensors else None
+        if (shape is None and key != POSITIONS) or (shape is not None and (len(shape) != dimensions or 0 in shape)):
+            shown = f"{key} is {shape}" if shape is not None else f"there is no {key}"
+            raise ModelError(
+                f"{what} has the names of a DiT and other shapes: {shown}, where {dimensions} sizes were expected; "
+                "for a network of your own see 'package.module:factory' in the README"
+            )
     patches, output = tensors["x_embedder.proj.weight"], tensors["final_layer.linear.weight"]
-    table = tensors.get("y_embedder.embedding_table.weight")
-    if patches.dim() != 4 or output.dim() != 2 or table is None or table.dim() != 2:
-        raise ModelError(f"{what} has the names of a DiT and other shapes, or no table of classes; see --cache and "
-                         "'package.module:factory' in the README for a network of your own")  # fmt: skip
+    table, hidden = tensors[LABELS], tensors[HIDDEN]
     width, channels, patch = patches.shape[0], patches.shape[1], patches.shape[2]
     blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
     heads = num_heads or HEADS.get(width)
@@ -73,8 +83,7 @@ def config_from_checkpoint(tensors: Mapping[str, Tensor], num_heads: int | None,
             f"{what} has a width of {width}, for which the number of attention heads is not known"
             f"{f' to be {heads}' if heads else ''}; give it with --num-heads, a divisor of {width}"
         )
-    hidden = tensors.get("blocks.0.mlp.fc1.weight")
-    if hidden is not None and hidden.shape[0] != 4 * width:
+    if hidden.shape[0] != 4 * width:
         raise ModelError(
             f"the feed-forward layers of {what} are {hidden.shape[0] / width:g} times as wide as the network; "
             "diffusers builds DiTs with 4 times; export the module itself with 'package.module:factory'"
@@ -104,7 +113,7 @@ def as_diffusers(tensors: Mapping[str, Tensor], depth: int) -> Tensors:
     def take(theirs: str, ours: str, part: int | None = None) -> None:
         if theirs in tensors:
             left.discard(theirs)
-            read[ours] = lambda: tensors[theirs] if part is None else tensors[theirs].chunk(3)[part]
+            read[ours] = lambda: tensors[theirs] if part is None else _third(tensors[theirs], part)
 
     for end in (".weight", ".bias"):
         for block in range(depth):
@@ -113,6 +122,11 @@ def as_diffusers(tensors: Mapping[str, Tensor], depth: int) -> Tensors:
             for part, letter in enumerate("qkv"):
                 take(QKV[0].format(block) + end, QKV[1].format(block) + letter + end, part)
     return Tensors(read | {name: lambda name=name: tensors[name] for name in left})
+
+
+def _third(joint: Tensor, part: int) -> Tensor:
+    """Query, key or value of a joint projection; of another shape where that does not divide by three."""
+    return joint.tensor_split(3)[part] if joint.dim() else joint
 
 
 def set_up_as_authors(module: nn.Module, positions: Tensor | None, what: str) -> None:
@@ -130,8 +144,9 @@ def set_up_as_authors(module: nn.Module, positions: Tensor | None, what: str) ->
             table.pos_embed = positions.float().clone()  # learned ones
         return
     raise ModelError(
-        f"{what} has positions for {positions.shape[1]} patches and not for {table.pos_embed.shape[1]}: leave "
-        "--image-size out, or give the size that it was trained at"
+        f"{what} has positions for {positions.shape[1]} patches and not for {table.pos_embed.shape[1]} "
+        f"({list(positions.shape)} and not {list(table.pos_embed.shape)}): leave --image-size out, or give the size "
+        "that it was trained at"
     )
 
 

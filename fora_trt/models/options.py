@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 from fora_trt.models.spec import BATCH, LATENTS, TIMESTEP, InputSpec, TensorSpec
 
@@ -12,9 +12,9 @@ class InputOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shape: tuple[int, ...] = ()
+    shape: tuple[PositiveInt, ...] = ()
     dtype: str = "float32"
-    below: int | None = None
+    below: PositiveInt | None = None
 
     @field_validator("dtype")
     @classmethod

@@ -24,7 +24,10 @@ def find_sites(
     """
     name = type(module).__name__
     paths = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
-    example = next((patterns[0] for patterns in known.values()), "blocks.*.attn")
+    shapes = _shapes(paths)
+    repeated = [shape for shape in shapes if "*." in shape]
+    attentions = [shape for shape in repeated if "att" in shape.rsplit(".", 1)[-1]]
+    example = next((patterns[0] for patterns in known.values()), [*attentions, *repeated, "blocks.*.attn"][0])
     choices = f"one of {', '.join(known)} or " if known else ""
     kinds: dict[str, str] = {}
     for wanted in known if cache is None else cache:
@@ -33,13 +36,13 @@ def find_sites(
         if not matched:
             raise ExportError(
                 f"the cache pattern {wanted!r} matches no module of {name}; give {choices}a pattern such as "
-                f"{example}, in which * stands for one part of a path; the module has {_outline(paths)}"
+                f"{example}, in which * stands for one part of a path; the module has {_outline(shapes)}"
             )
         kinds.update({path: _kind_of(path, known) for path in matched})
     if not kinds:
         raise ExportError(
             f"nothing to cache was named for {name}; give --cache a pattern such as {example}; "
-            f"the module has {_outline(paths)}"
+            f"the module has {_outline(shapes)}"
         )
     for path in kinds:
         if outer := next((one for one in kinds if path.startswith(f"{one}.")), None):
@@ -60,10 +63,13 @@ def _kind_of(path: str, known: Mapping[str, Sequence[str]]) -> str:
     return OTHER
 
 
-def _outline(paths: Sequence[str], most: int = 12) -> str:
-    """The shapes of module paths, numbers replaced by stars, as far as they fit a sentence."""
-    shapes = list(
-        dict.fromkeys(".".join("*" if part.isdecimal() else part for part in path.split(".")) for path in paths)
-    )
-    shapes = [shape for shape in shapes if shape.count(".") < 3]
+def _shapes(paths: Sequence[str]) -> list[str]:
+    """Module paths with stars for numbers, without what lies deep; what there is several times of comes first."""
+    starred = (".".join("*" if part.isdecimal() else part for part in path.split(".")) for path in paths)
+    shapes = [shape for shape in dict.fromkeys(starred) if shape.count(".") < 3]
+    return sorted(shapes, key=lambda shape: "*." not in shape)
+
+
+def _outline(shapes: Sequence[str], most: int = 12) -> str:
+    """As many of them as fit a sentence."""
     return ", ".join(shapes[:most]) + (", ..." if len(shapes) > most else "")

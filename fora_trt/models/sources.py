@@ -52,6 +52,18 @@ RANDOM = "random:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 DEFAULT_IMAGE_SIZE = {"DiT": 256, "PixArt": 512}
+TAKEN_BY = {
+    "architecture": "state dicts of the DiT and SiT authors",
+    "num_heads": "state dicts of the DiT and SiT authors",
+    "image_size": "models of images",
+    "text_length": "models that take a prompt",
+    "inputs": "a network of your own (package.module:factory)",
+}
+"""What each option of a source is for; one that would have no effect is refused."""
+
+SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "patch_size")
+"""Of a configuration; where one is left out, diffusers has a default."""
+
 CLASSES: dict[str, Any] = {dit.ARCHITECTURE: DiTTransformer2DModel, pixart.ARCHITECTURE: PixArtTransformer2DModel}
 
 FILES = ("model_index.json", "config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*", "vae/*")
@@ -103,13 +115,14 @@ class _Loading:
         if name not in known:
             raise ModelError(f"there is no model 'random:{name}'; known are {', '.join(known)}")
         height, width = self.options.image_size or (DEFAULT_IMAGE_SIZE[known[name]],) * 2
+        self._takes("image_size", *(["text_length"] if known[name] == "PixArt" else []))
         if known[name] == "DiT":
             config = dit.config_from_name(name, self._square(height, width))
             spec = dit.spec_from_config(config, sample_size=config["sample_size"], scale=dit.VAE_SCALE, pixels=False)
             scheduler: Mapping[str, Any] = dit.SCHEDULER
         else:
             side = DEFAULT_IMAGE_SIZE["PixArt"] // dit.VAE_FACTOR
-            size = self._latent_size((side, side), dit.VAE_FACTOR)
+            size = self._latent_size((side, side), dit.VAE_FACTOR, 2)
             config = pixart.config_from_name(name, max(size))
             spec = self._pixart_spec(config, size, pixart.PUBLISHED[name], {}, None)
             scheduler = pixart.SCHEDULER
@@ -127,40 +140,48 @@ class _Loading:
         bare = (folder / "config.json").is_file()
         part = folder if bare else folder / "transformer"
         config = _config(part / "config.json", "transformer", source)
-        architecture = config.get("_class_name", "nothing that names its class")
+        architecture = str(config.get("_class_name", "nothing that names its class"))
         if architecture not in CLASSES:
             raise ModelError(
                 f"{source!r} holds {architecture}; fora-trt knows {', '.join(CLASSES)}, and for any other network "
                 "package.module:factory with --cache patterns, see 'A network of your own' in the README"
             )
         index = {} if bare else _config(folder / "model_index.json", "pipeline", source)
-        autoencoder = _config(folder / "vae" / "config.json", "VAE", source) if index.get("vae", [None])[0] else None
+        autoencoder = _autoencoder(folder, source) if _has(index, "vae") else None
         where = (vae or str(folder)) if autoencoder else None
         own_scheduler = None if bare else _config(folder / "scheduler/scheduler_config.json", "scheduler", source)
         tensors = tensors_from_folder(part)
         module = _empty(architecture, config)
+        config = {**config, **dict(module.config)}  # with the defaults of what is left out
+        patch = config["patch_size"]
         if architecture == dit.ARCHITECTURE:
+            self._takes("image_size")
             pixels = autoencoder is None and config["in_channels"] in (1, 3)
             factor = 1 if pixels else _vae_factor(autoencoder)
             spec = dit.spec_from_config(
                 config,
-                sample_size=self._square(*self._latent_size((config["sample_size"],) * 2, factor)),
-                scale=1.0 if pixels else (autoencoder or {}).get("scaling_factor", dit.VAE_SCALE),
+                sample_size=self._square(
+                    *self._latent_size((config["sample_size"],) * 2, factor, config["patch_size"])
+                ),
+                scale=1.0 if pixels else (autoencoder or {}).get("scaling_factor") or dit.VAE_SCALE,
                 pixels=pixels,
             )
             dit.share_embedders(module, tensors)
         else:
-            pipeline = index.get("_class_name") if index.get("_class_name") in pixart.TEXT_LENGTH else pixart.ALPHA
+            self._takes("image_size", "text_length")
+            named = str(index.get("_class_name"))
+            pipeline = named if named in pixart.TEXT_LENGTH else pixart.ALPHA
             factor = _vae_factor(autoencoder)
-            size = self._latent_size((config["sample_size"],) * 2, factor)
-            encoder = (vae or str(folder)) if index.get("text_encoder", [None])[0] else None
-            spec = self._pixart_spec(config, size, str(pipeline), autoencoder or {}, encoder)
+            size = self._latent_size((config["sample_size"],) * 2, factor, patch)
+            encoder = (vae or str(folder)) if _has(index, "text_encoder") else None
+            spec = self._pixart_spec(config, size, pipeline, autoencoder or {}, encoder)
         scheduler = own_scheduler or spec.scheduler or dit.SCHEDULER
         fill = self._placing(module, tensors, config)
         return self._model(name, module, spec, config, scheduler, where, factor, fill)
 
     def from_state_dict(self, path: Path) -> Model:
         """A file of the DiT or SiT authors."""
+        self._takes("image_size", "architecture", "num_heads")
         tensors, what = tensors_from_file(path), str(path)
         if not is_dit_checkpoint(tensors):
             shown = ", ".join(list(tensors)[:4])
@@ -170,7 +191,7 @@ class _Loading:
             )
         config = config_from_checkpoint(tensors, self.options.num_heads, what)
         trained = config["sample_size"]
-        size = self._square(*self._latent_size((trained, trained), dit.VAE_FACTOR))
+        size = self._square(*self._latent_size((trained, trained), dit.VAE_FACTOR, config["patch_size"]))
         config["sample_size"] = size
         spec = dit.spec_from_config(config, sample_size=size, scale=dit.VAE_SCALE, pixels=False)
         spec = guided_as_authors(spec)
@@ -188,6 +209,7 @@ class _Loading:
 
     def from_factory(self) -> Model:
         """A module of the user's own."""
+        self._takes("inputs")
         module, spec = module_from_factory(self.options)
 
         def cast(dtypes: Mapping[str, torch.dtype]) -> None:
@@ -244,15 +266,21 @@ class _Loading:
         )
         return lambda dtypes: place_weights(module, tensors, dtypes, repr(self.options.source), fits)
 
-    def _latent_size(self, default: tuple[int, int], factor: int) -> tuple[int, int]:
-        """Height and width of the latents; `default` is the model's own."""
+    def _takes(self, *names: str) -> None:
+        """Raise `ModelError` for an option that says nothing of this kind of source."""
+        for name, kind in TAKEN_BY.items():
+            if getattr(self.options, name) is not None and name not in names:
+                raise ModelError(f"{self.options.source!r} takes no {name}, which is for {kind}; leave it out")
+
+    def _latent_size(self, default: tuple[int, int], factor: int, patch: int) -> tuple[int, int]:
+        """Height and width of the latents, which are cut into patches; `default` is the model's own."""
         if self.options.image_size is None:
             return default
         height, width = self.options.image_size
-        if height % factor or width % factor:
+        if any(side < 1 or side % (factor * patch) for side in (height, width)):
             shown = str(height) if height == width else f"{height} x {width}"
             raise ModelError(
-                f"an image size of {shown} does not fit {self.options.source!r}: give a multiple of {factor}"
+                f"an image size of {shown} does not fit {self.options.source!r}: give a multiple of {factor * patch}"
             )
         return height // factor, width // factor
 
@@ -273,7 +301,7 @@ class _Loading:
             config,
             size=size,
             factor=_vae_factor(autoencoder),
-            scale=autoencoder.get("scaling_factor", pixart.VAE_SCALE[pipeline]),
+            scale=autoencoder.get("scaling_factor") or pixart.VAE_SCALE[pipeline],
             shift=autoencoder.get("shift_factor") or 0.0,
             text=TextSpec(self.options.text_length or pixart.TEXT_LENGTH[pipeline], pipeline, encoder),
         )
@@ -287,12 +315,18 @@ class _Loading:
         return known[said.lower()] if said else SIT if path.name.lower().startswith("sit") else DIT
 
 
-def _empty(architecture: str, config: Mapping[str, Any]) -> nn.Module:
+def _empty(architecture: str, config: Mapping[str, Any]) -> Any:
     """The diffusers module of a configuration, its parameters without memory; positions and the like are computed."""
+    for key in SIZES:
+        if key in config and (type(config[key]) is not int or config[key] < 1):
+            raise ModelError(
+                f"the configuration is none of a {architecture}: {key} is {config[key]!r}, and a whole number from 1 "
+                "on was expected"
+            )
     try:
         with init_empty_weights(include_buffers=False), quiet("diffusers"):
-            module: nn.Module = CLASSES[architecture].from_config(dict(config))
-    except (TypeError, ValueError, KeyError, NotImplementedError) as error:  # the last for a variant it has no code for
+            module = CLASSES[architecture].from_config(dict(config))
+    except Exception as error:  # whatever a value that it does not check leads to
         raise ModelError(f"the configuration is none of a {architecture}: {first_line(error)}") from error
     return module
 
@@ -328,8 +362,28 @@ def _downloaded(hub_id: str) -> Path:
     except Exception as error:  # of many libraries: no network, no such repository, no right to read it
         raise ModelError(
             f"{hub_id!r} is no folder here and cannot be downloaded ({type(error).__name__}); download the repository "
-            "where there is a network, copy it here and give the path of its folder"
+            f"where there is a network (hf download {hub_id} --local-dir {hub_id.split('/')[1]}), copy that folder "
+            "here and give its path"
         ) from error
+
+
+def _has(index: Mapping[str, Any], part: str) -> bool:
+    """Whether a pipeline comes with this part: its index names library and class, or twice nothing."""
+    named = index.get(part)
+    return isinstance(named, list) and any(named)
+
+
+def _autoencoder(folder: Path, source: str) -> dict[str, Any]:
+    """The configuration of a pipeline's VAE. Raises `ModelError` unless it tells what latents are."""
+    config = _config(folder / "vae" / "config.json", "VAE", source)
+    numbers = [config.get(key) for key in ("scaling_factor", "shift_factor")]
+    blocks = config.get("block_out_channels")
+    if not isinstance(blocks, list) or not blocks or not all(isinstance(one, float | int | None) for one in numbers):
+        raise ModelError(
+            f"the VAE configuration of {source!r} is none of an AutoencoderKL: block_out_channels is {blocks!r}, and "
+            f"scaling_factor and shift_factor are {numbers[0]!r} and {numbers[1]!r}"
+        )
+    return config
 
 
 def _vae_factor(autoencoder: Mapping[str, Any] | None) -> int:

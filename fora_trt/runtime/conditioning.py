@@ -135,8 +135,24 @@ def _completed(
         shape = tensor.sized(images)
         if value.shape != shape and value.shape != tensor.sized(1):
             raise InputError(f"{name!r} has shape {list(value.shape)}; {manifest.name} takes {list(shape)}")
+        check_values(tensor, value, told)
         completed[name] = value.expand(shape).to(getattr(torch, tensor.dtype))
     return completed
+
+
+def check_values(tensor: TensorSpec, value: Tensor, told: InputSpec) -> None:
+    """Raise `InputError` for numbers that are not whole or out of bounds where whole ones are taken.
+
+    Not every engine notices: some take the nearest row of a table, or count from its end.
+    """
+    if tensor.dtype != "int64" or told.values is None:
+        return
+    numbers, (low, high) = value.double(), told.values
+    odd = numbers[~((numbers == numbers.round()) & (numbers >= low) & (numbers < high))]
+    if odd.numel():
+        raise InputError(
+            f"{tensor.name!r} holds {odd.flatten()[0].item():g}; it takes whole numbers from {low:g} to {high - 1:g}"
+        )
 
 
 def conditioning_from_file(manifest: Manifest, path: Path) -> Conditioning:
@@ -151,6 +167,8 @@ def conditioning_from_file(manifest: Manifest, path: Path) -> Conditioning:
     if not given:
         raise InputError(f"{path} holds no tensor for {manifest.name}, which takes {', '.join(inputs_of(manifest))}")
     images = max(len(value) if value.dim() else 1 for value in given.values())
+    if not images:
+        raise InputError(f"{path} is for no image: its tensors have a first size of 0")
     for half in (given, negative):
         if PROMPT in half and PROMPT_MASK in inputs_of(manifest) and PROMPT_MASK not in half:
             half[PROMPT_MASK] = torch.ones(half[PROMPT].shape[:2], dtype=torch.int64)

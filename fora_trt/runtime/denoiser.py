@@ -21,7 +21,7 @@ from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.models.examples import default_of
 from fora_trt.models.spec import FULL, LATENTS, NOISE_PREDICTION, REUSE, TIMESTEP, InputSpec
-from fora_trt.runtime.conditioning import inputs_of
+from fora_trt.runtime.conditioning import check_values, inputs_of
 from fora_trt.schedule import Schedule
 
 OPEN_STEPS = 1000
@@ -108,6 +108,9 @@ class Denoiser:
                 f"the batch became {len(latents)} within a trajectory, whose features are for another; "
                 "call reset() first"
             )
+        if self._step == 0:  # once a trajectory: on a GPU this waits for it
+            for name in conditioning.keys() & self._inputs.keys():
+                check_values(self._inputs[name], conditioning[name], self.manifest.conditioning.get(name, InputSpec()))
         self.prepare(len(latents))
         prediction = self.predict(full, latents, timestep, **conditioning)
         self._step += 1

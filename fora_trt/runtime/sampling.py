@@ -84,6 +84,10 @@ class Guidance:
     first: int = 0
     last: int | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < float("inf"):  # not a number is not either
+            raise InputError(f"the guidance scale is {self.scale}; give a number from 0 on, up to 1 for no guidance")
+
     def guides(self, step: int) -> bool:
         """Whether this step has an unconditional half."""
         return self.scale > 1 and self.first <= step and (self.last is None or step < self.last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import diffusers
 from diffusers import SchedulerMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-from fora_trt.errors import InputError
+from fora_trt.errors import InputError, first_line
 
 SHORT_NAMES = {
     "ddim": "DDIMScheduler",
@@ -25,11 +26,14 @@ FLOW_SHORT_NAMES = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMat
 """The same of models that were trained by flow matching, which no other scheduler fits."""
 
 
-def scheduler_from_config(config: Mapping[str, Any], name: str | None, learned_sigma: bool) -> SchedulerMixin:
+def scheduler_from_config(
+    config: Mapping[str, Any], name: str | None, learned_sigma: bool, spacing: str | None = None
+) -> SchedulerMixin:
     """The scheduler that `config` names, or another by short name or by diffusers class, over the same noise levels.
 
-    With `learned_sigma` the stochastic DDPM takes its variance from the model; all others do without it.
-    Raises `InputError` for a name that does not fit the model.
+    With `learned_sigma` the stochastic DDPM takes its variance from the model; all others do without it. `spacing` is
+    leading, linspace or trailing (table 2 of arXiv 2305.08891), or None for what `config` says or the class prefers.
+    Raises `InputError` for a name that does not fit the model, and for a spacing that the scheduler does not have.
     """
     flows = str(config.get("_class_name")) in FLOW_SHORT_NAMES.values()
     names = FLOW_SHORT_NAMES if flows else SHORT_NAMES
@@ -45,5 +49,16 @@ def scheduler_from_config(config: Mapping[str, Any], name: str | None, learned_s
     settings = {**config, "variance_type": "learned_range" if learned else None}
     if not learned:
         del settings["variance_type"]
-    scheduler: SchedulerMixin = getattr(diffusers, wanted).from_config(settings)
+    chosen = getattr(diffusers, wanted)
+    if spacing is not None:
+        if "timestep_spacing" not in inspect.signature(chosen.__init__).parameters:
+            raise InputError(f"{wanted} has no choice of timesteps; leave --timestep-spacing out")
+        settings["timestep_spacing"] = spacing
+    try:
+        scheduler: SchedulerMixin = chosen.from_config(settings)
+    except Exception as error:  # whatever a setting that it does not check leads to
+        raise InputError(
+            f"{wanted} does not take the settings of this model's scheduler ({type(error).__name__}: "
+            f"{first_line(error)}); mend scheduler_config.json of the source and export it again"
+        ) from error
     return scheduler

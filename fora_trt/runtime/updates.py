@@ -21,7 +21,7 @@ from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fora_trt.errors import InputError
+from fora_trt.errors import InputError, first_line
 
 LONGEST_MEMORY = 6  # calls; the longest among the schedulers of diffusers is PNDM's, five
 AGREEMENT = 1e-4  # relative; a scheduler that differs more from its table (it clips, say) is called instead
@@ -62,7 +62,13 @@ class Update(ABC):
 def update_from_scheduler(scheduler: SchedulerMixin, steps: int) -> Update:
     """A table of the scheduler at so many steps where it agrees with the scheduler, else the scheduler itself."""
     timesteps_of(scheduler, steps)
-    table = table_from_scheduler(scheduler, steps)
+    try:
+        table = table_from_scheduler(scheduler, steps)
+    except ValueError as error:  # a setting that is looked at only now
+        raise InputError(
+            f"{type(scheduler).__name__} takes no step with the settings of this model's scheduler: "
+            f"{first_line(error)}; mend scheduler_config.json of the source and export it again"
+        ) from error
     return TabulatedUpdate(table) if table is not None else SchedulerUpdate(scheduler, steps)
 
 
@@ -80,11 +86,14 @@ def timesteps_of(scheduler: SchedulerMixin, steps: int) -> int:
 def set_steps(scheduler: SchedulerMixin, steps: int) -> None:
     """Set the scheduler to so many steps; those of flow matching to steps of one length, from 1 to 0.
 
-    Left to itself the Euler scheduler ends with a step that is as short as the first noise level.
+    Left to themselves those end with a step that is as short as the first noise level.
     """
-    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and is_flow_matching(scheduler):
+    if not is_flow_matching(scheduler):
+        scheduler.set_timesteps(steps)
+    elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])
-    else:
+    else:  # Heun's, which spaces them evenly from its largest to its least
+        scheduler.sigma_min = 1 / steps
         scheduler.set_timesteps(steps)
 
 
