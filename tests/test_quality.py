@@ -339,7 +339,7 @@ def test_killed_at_random_and_resumed_it_finds_the_same(pixels: Bundle, tmp_path
 def test_the_command_writes_a_report_and_a_table(pixels: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "report"
     out.mkdir()
-    (out / "latency.png").touch()  # of a benchmark
+    (out / "speedup.png").touch()  # of a benchmark
     small = ["--num-images", 12, "--steps", 6, "--cache-intervals", 3, "--out", out]
     shown = fora("quality", pixels.folder, *small)
     assert shown.exit_code == 0, shown.output
@@ -396,8 +396,6 @@ def test_a_mistake_gets_a_sentence_and_leaves_nothing(
 
 def test_folders_that_are_not_taken(pixels: Bundle, tmp_path: Path) -> None:
     (tmp_path / "thesis.doc").touch()
-    with pytest.raises(InputError, match=r"holds thesis\.doc, which is no part of a report"):
-        measure(pixels, tmp_path)
     with pytest.raises(InputError, match="cannot be written"):
         measure(pixels, tmp_path / "thesis.doc")
     (tmp_path / "out" / "quality").mkdir(parents=True)
