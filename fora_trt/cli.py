@@ -149,6 +149,9 @@ GUIDANCE_INTERVAL = click.option(
     show_default=False,
 )
 VAE = click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
+WIDTH = 120
+"""Of tables that do not go to a terminal."""
+
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
@@ -807,6 +810,7 @@ def _lines_of(path: Path) -> tuple[str, ...]:
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="Images to be as near to: a .npz of the ADM evaluator."
 )
+@click.option("--min-psnr", type=float, default=30.0, help="dB that the setting which is recommended must keep.")
 @click.option("--no-images", is_flag=True, help="Keep the grid alone, not the images of every setting.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
 @click.option("--resume", is_flag=True, help="Go on where this was stopped.")
@@ -829,6 +833,7 @@ def quality(
     vae: str | None,
     inception_weights: Path | None,
     reference: Path | None,
+    min_psnr: float,
     no_images: bool,
     out: Path,
     resume: bool,
@@ -886,14 +891,15 @@ def quality(
             resume=resume,
             watch=_watched("comparing", as_json),
         )
-    write_report(out, About.of(opened), circumstances(), quality=found)
+    report = write_report(out, About.of(opened), circumstances(), quality=found, min_psnr=min_psnr)
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle), "out": str(out), **found.model_dump(mode="json")}))
         return
     _print_found(quality_table(found))
     for note in found.notes:
         click.echo(note)
-    click.echo(f"wrote {out}: the report, {found.grid}{'' if no_images else ', and the images of every setting'}")
+    click.echo(report.recommendation)
+    click.echo(f"wrote {out / 'report.html'}, {found.grid}{'' if no_images else ', and the images of every setting'}")
 
 
 @main.command()
@@ -1018,7 +1024,7 @@ def bench(
         interrupted = True
     found = benchmark.result(interrupted)
     if out is not None:
-        write_report(out, About.of(opened), circumstances(), bench=found)
+        report = write_report(out, About.of(opened), circumstances(), bench=found)
     if as_json:
         click.echo(found.model_dump_json())
     else:
@@ -1027,7 +1033,7 @@ def bench(
         for missing in found.absent:
             click.echo(f"{missing.backend}: {missing.why}")
         if out is not None:
-            click.echo(f"wrote {out / 'report.html'}")
+            click.echo(f"{report.recommendation}\nwrote {out / 'report.html'}")
     if interrupted:
         click.echo("interrupted: what is shown was measured before", err=True)
         click.get_current_context().exit(130)
@@ -1201,7 +1207,10 @@ def _table(title: str, *columns: str, numbers: bool = True) -> Table:
 
 
 def _print_found(found: Found) -> None:
-    """A table of a report."""
+    """A table of a report, or as much of it as fits a line; the report has all."""
+    from rich.console import Console
+
+    found = found.fitting(Console().width if sys.stdout.isatty() else WIDTH)
     table = _table(found.title)
     for k, heading in enumerate(found.header):
         table.add_column(heading, justify="left" if k < found.texts else "right")
@@ -1213,7 +1222,7 @@ def _print_found(found: Found) -> None:
 def _print(table: Table) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH, markup=False).print(table)
 
 
 def _bytes(count: float) -> str:

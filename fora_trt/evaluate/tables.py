@@ -26,6 +26,22 @@ class Table:
         filled = {heading: cells for heading, cells in columns.items() if any(cells)}
         return cls(title, tuple(filled), tuple(zip(*filled.values(), strict=True)), texts, chosen)
 
+    def fitting(self, width: int) -> Table:
+        """The same with as many columns as fit; those that are missed least go first."""
+        widths = [max(map(len, cells)) + 2 for cells in zip(self.header, *self.rows, strict=True)]
+        kept = [*range(len(self.header))]
+        for heading in MISSED_LEAST:
+            if sum(widths[k] for k in kept) > width and heading in self.header:
+                kept.remove(self.header.index(heading))
+        rows = tuple(tuple(cells[k] for k in kept) for cells in (self.header, *self.rows))
+        return Table(self.title, rows[0], rows[1:], self.texts, self.chosen)
+
+
+MISSED_LEAST = (
+    "spread", "floor", "recall", "peak memory", "of ideal", "per image", "outside", "precision", "latent error",
+    "full steps", "SSIM",
+)  # fmt: skip
+
 
 def bench_tables(bench: Bench) -> list[Table]:
     """Latency, a table for each number of images at once; the ideal stands before what was measured."""
@@ -85,19 +101,19 @@ def quality_table(quality: Quality, chosen: Setting | None = None) -> Table:
         {
             "setting": labels([row.setting for row in rows]),
             "full steps": column(lambda row: f"{row.setting.full_steps} of {row.setting.calls or row.setting.steps}"),
-            "time per image": column(lambda row: seconds(row.seconds_per_image)),
+            "per image": column(lambda row: seconds(row.seconds_per_image)),
             "speed-up": column(lambda row: f"{plain / row.seconds_per_image:.2f}x"),
             "PSNR": column(lambda row: "identical" if row.psnr is None else f"{row.psnr:.1f} dB"),
             "SSIM": column(lambda row: f"{row.ssim:.4f}"),
             "LPIPS": column(lambda row: _figure(row.lpips, ".4f")),
-            "error of latents": [
+            "latent error": [
                 "" if row.setting.cache_interval == 1 else _figure(last(row.latent_errors), ".1%") for row in rows
             ],  # without caching they would be compared with themselves
-            "Fréchet distance": column(lambda row: _figure(row.frechet_distance, ".3g")),
+            "Fréchet": column(lambda row: _figure(row.frechet_distance, ".3g")),
             "precision": column(lambda row: _figure(row.precision, ".3f")),
             "recall": column(lambda row: _figure(row.recall, ".3f")),
-            "Fréchet to reference": column(lambda row: _figure(row.to_reference, ".3g")),
-            "read as asked": column(lambda row: _figure(row.as_asked, ".1%")),
+            "to reference": column(lambda row: _figure(row.to_reference, ".3g")),
+            "as asked": column(lambda row: _figure(row.as_asked, ".1%")),
         },
         texts=1,
         chosen=next((k for k, row in enumerate(rows) if row.setting == chosen), None),
