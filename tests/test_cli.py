@@ -15,8 +15,6 @@ from PIL import Image
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
 
-COMMANDS = ["export", "verify", "run", "quality", "inspect", "doctor", "demo"]
-
 
 def fora(*arguments: object) -> Result:
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -25,7 +23,7 @@ def fora(*arguments: object) -> Result:
     return result
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *main.commands])
 def test_help_is_instant_and_has_an_example(command: str) -> None:
     began = time.perf_counter()
     shown = subprocess.run(

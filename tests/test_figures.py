@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ from benchmarks.digits_accuracy import digits_accuracy
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.engines.plan_builder import PlanOptions
-from fora_trt.engines.plan_store import build_plans, default_profile, target_of
+from fora_trt.engines.plan_store import PlanSource, build_plans, default_profile, target_of
 from fora_trt.engines.tensorrt_library import TENSORRT_RTX, library_from_name
+from fora_trt.evaluate.bench import Benchmark
+from fora_trt.evaluate.entrants import entrants_of
 from fora_trt.evaluate.verify import compare_with_pytorch
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
-from fora_trt.runtime.conditioning import conditioning_of_classes
+from fora_trt.runtime.conditioning import conditioning_of_classes, example_conditioning
 from fora_trt.runtime.sampling import Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
@@ -92,6 +95,34 @@ def test_a_reuse_step_is_cheap_and_a_cached_trajectory_fast(bundles: dict[str, B
         print(f"{name}: a reuse step takes {share:.1%} of a full step; interval 3 is {speedup:.2f} times as fast as 1")
     assert share <= 0.06
     assert speedup >= 2.4
+
+
+def test_a_benchmark_reaches_the_ideal_and_adds_nothing(bundles: dict[str, Bundle]) -> None:
+    """What is left of the ideal speed-up of DiT-S/2, and a row of the benchmark beside the bare trajectory.
+
+    The fastest of each: other work on the machine only adds time.
+    """
+    bundle = bundles["random:DiT-S/2"]
+    cpu = torch.device("cpu")
+    entrants, _ = entrants_of(bundle, ["onnxruntime"], [2, 3, 5], lambda name: cpu, PlanSource(), references=[])
+    scheduler = scheduler_from_config(bundle.scheduler_config, None, learned_sigma=True)
+    benchmark = Benchmark(bundle, [replace(one, controls=()) for one in entrants], [], scheduler, 50)
+    one_image = example_conditioning(bundle.manifest, 1)
+    bare = Sampler(
+        load(bundle, cache_interval=1, backend="onnxruntime", device=cpu), update_from_scheduler(scheduler, 50)
+    )
+    bare_seconds: list[float] = []
+    for stage in benchmark.measure(one_image, repeats=6):
+        if "repeat" in stage and len(benchmark.rows[1][2].trajectories) > len(bare_seconds):
+            bare_seconds.append(bare(Schedule.static(50, 3), one_image, [0], benchmark.guidance_scale).seconds)
+    plain, *cached = benchmark.result().rows
+    for row in cached:
+        reached = plain.fastest / row.fastest / row.ideal_speedup
+        print(f"{row.setting.label}: {reached:.1%} of the ideal, {row.outside:.2%} outside of the engines")
+        assert reached >= 0.88
+    added = cached[1].fastest / min(bare_seconds) - 1
+    print(f"a row of the benchmark takes {added:+.2%} of the bare trajectory")
+    assert added < 0.02
 
 
 PEAK = """

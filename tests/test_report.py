@@ -344,6 +344,18 @@ def test_tables() -> None:
     ]  # fmt: skip
 
 
+def test_tables_fit_a_narrow_terminal() -> None:
+    for table in (*bench_tables(bench()), quality_table(quality())):
+        whole = table.fitting(1000)
+        assert whole == table
+        narrow = table.fitting(80)
+        assert sum(max(map(len, cells)) + 3 for cells in zip(narrow.header, *narrow.rows, strict=True)) <= 80
+        assert {"setting", "speed-up"} <= {*narrow.header}
+        assert len(narrow.rows) == len(table.rows)
+        kept = [table.header.index(heading) for heading in narrow.header]
+        assert [tuple(row[k] for k in kept) for row in table.rows] == [*narrow.rows]
+
+
 def test_plots_of_little_or_much_are_drawn() -> None:
     alone = report_of(quality=quality().model_copy(update={"rows": quality().rows[:1]}))
     assert plots_of(alone) == {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle
+from fora_trt.engines.memory import bytes_of, check_room
 from fora_trt.engines.torch_engine import model_from_bundle
 from fora_trt.models.precision import cast_all
 from fora_trt.models.spec import LATENTS, PRECISIONS, TIMESTEP
@@ -40,7 +41,8 @@ class EagerFora:
             module.forward = self._cached(module.forward)
 
     def prepare(self, batch: int) -> object:
-        """Nothing is allocated before it is needed."""
+        """Nothing is allocated before it is needed; what cannot fit is refused with `InputError`."""
+        check_room(batch, self.device, lambda count: bytes_of(self.manifest.features(), count))
         return None
 
     @torch.no_grad()

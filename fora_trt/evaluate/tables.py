@@ -28,19 +28,20 @@ class Table:
 
     def fitting(self, width: int) -> Table:
         """The same with as many columns as fit; those that are missed least go first."""
-        widths = [max(map(len, cells)) + 2 for cells in zip(self.header, *self.rows, strict=True)]
+        widths = [max(map(len, cells)) + 3 for cells in zip(self.header, *self.rows, strict=True)]  # a gap of three
         kept = [*range(len(self.header))]
         for heading in MISSED_LEAST:
-            if sum(widths[k] for k in kept) > width and heading in self.header:
+            if sum(widths[k] for k in kept) >= width and heading in self.header:
                 kept.remove(self.header.index(heading))
         rows = tuple(tuple(cells[k] for k in kept) for cells in (self.header, *self.rows))
         return Table(self.title, rows[0], rows[1:], self.texts, self.chosen)
 
 
 MISSED_LEAST = (
-    "spread", "floor", "recall", "peak memory", "of ideal", "per image", "outside", "precision", "latent error",
-    "full steps", "SSIM",
+    "spread", "floor", "recall", "peak memory", "per image", "full step", "precision", "outside", "full steps", "SSIM",
+    "of ideal", "latent error", "ideal", "as asked", "reuse step",
 )  # fmt: skip
+"""Columns that a narrow terminal goes without, those first."""
 
 
 def bench_tables(bench: Bench) -> list[Table]:
@@ -109,10 +110,10 @@ def quality_table(quality: Quality, chosen: Setting | None = None) -> Table:
             "latent error": [
                 "" if row.setting.cache_interval == 1 else _figure(last(row.latent_errors), ".1%") for row in rows
             ],  # without caching they would be compared with themselves
-            "Fréchet": column(lambda row: _figure(row.frechet_distance, ".3g")),
+            "Fréchet": column(lambda row: _distance(row.frechet_distance)),
             "precision": column(lambda row: _figure(row.precision, ".3f")),
             "recall": column(lambda row: _figure(row.recall, ".3f")),
-            "to reference": column(lambda row: _figure(row.to_reference, ".3g")),
+            "to reference": column(lambda row: _distance(row.to_reference)),
             "as asked": column(lambda row: _figure(row.as_asked, ".1%")),
         },
         texts=1,
@@ -177,6 +178,11 @@ def memory(count: int | None) -> str:
 
 def _figure(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _distance(value: float | None) -> str:
+    """Of features; what rounding leaves of a distance to the same images is none."""
+    return _figure(value if value is None or value > 1e-6 else 0.0, ".3g")
 
 
 def _said(value: Any) -> str:

@@ -5,7 +5,6 @@ Shapes: B is the batch of one call (twice the images under guidance), C, H, W ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from torch import Tensor
 from fora_trt.bundle import Bundle, Manifest
 from fora_trt.engines.backends import AUTO, backend_from_name, device_from_name
 from fora_trt.engines.base import Engine
-from fora_trt.engines.memory import free_bytes, gibibytes
+from fora_trt.engines.memory import bytes_of, check_room
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.models.examples import default_of
@@ -183,7 +182,7 @@ class Denoiser:
         if batch < 1:
             raise InputError(f"the batch is {batch}; at least one latent is needed")
         self.buffers, self._memory = {}, {}  # before the new ones: both need not fit at once
-        self._check_room(batch)
+        check_room(batch, self.device, self._bytes_of)
         memory: dict[str, Tensor] = {}
         with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
             for tensor in self._tensors.values():
@@ -191,29 +190,9 @@ class Denoiser:
                 memory[tensor.name] = torch.zeros(tensor.sized(batch), dtype=dtype, device=self.device)
         self._memory, self._allocation = memory, object()
 
-    def _check_room(self, batch: int) -> None:
-        """Raise `InputError` if tensors and scratch of this batch do not fit the GPU; name a batch that would."""
-        need = self._bytes_of(batch)
-        if self.device.type != "cuda" or need <= (free := free_bytes(self.device)):
-            return
-        fitting = next((fewer for fewer in range(batch - 1, 0, -1) if self._fits(fewer, free)), 0)
-        remedy = f"a batch of {fitting} would fit" if fitting else "not even a batch of 1 would fit"
-        raise InputError(
-            f"a batch of {batch} (twice the images under guidance) needs {gibibytes(need)} on {self.device}, "
-            f"where {gibibytes(free)} are free; {remedy}, see --batch-size"
-        )
-
-    def _fits(self, batch: int, free: int) -> bool:
-        try:
-            return self._bytes_of(batch) <= free
-        except InputError:  # a batch that the engines do not admit
-            return False
-
     def _bytes_of(self, batch: int) -> int:
-        tensors: int = sum(
-            math.prod(one.sized(batch)) * getattr(torch, one.dtype).itemsize for one in self._tensors.values()
-        )
-        return tensors + max(self.full.scratch_bytes(batch), self.reuse.scratch_bytes(batch))
+        scratch = max(self.full.scratch_bytes(batch), self.reuse.scratch_bytes(batch))
+        return bytes_of(self._tensors.values(), batch) + scratch
 
     def _fill(self, latents: Tensor, timestep: Tensor | float, conditioning: Mapping[str, Tensor]) -> None:
         """Copy the arguments to their buffers, cast to the graphs' dtypes."""

@@ -159,6 +159,7 @@ class Sampler:
         """`guided` holds what steps there are: with guidance, without, or both."""
         with torch.inference_mode(False), torch.no_grad():  # tensors made in that mode cannot be written outside it
             latents = self.denoiser.manifest.latents
+            self.denoiser.prepare(conditioning.images * (1 + max(guided)))  # what cannot fit is refused before the rest
             allocation = self.update.begin(latents.shape, seeds, self.denoiser.device)
             self._prepare(conditioning, scale, guided, allocation)
 
