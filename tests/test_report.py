@@ -186,9 +186,12 @@ def test_the_fastest_within_the_loss_is_recommended() -> None:
     assert recommendation(both, 30) == (
         "The fastest setting that keeps 30 dB of PSNR is interval 3 (2.50 times as fast as no caching, 31.5 dB): "
         "fora-trt run export/digits --steps 50 --cache-interval 3 --guidance-scale 1.5 --backend onnxruntime "
-        "--class-labels 0"
+        "--class-labels 0\n"
+        "Fewer steps without caching are as good a choice: "
+        "20 steps, no cache (2.38 times as fast as no caching, 33.0 dB)."
     )
     assert "interval 5 (4.00 times" in recommendation(both, 25)
+    assert "Fewer steps" not in recommendation(both, 25)
     assert "interval 2 (1.82 times" in recommendation(both, 35)
     assert quality_table(quality(), setting(3)).chosen == 2
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
 
 from fora_trt.evaluate.results import About, Bench, Quality, QualityRow, Report
 from fora_trt.evaluate.tables import labels
+
+AS_FAST = 0.95
+"""Part of the speed of the fastest setting, from which on one without caching is told beside it."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,11 @@ def _within(about: About, quality: Quality, min_psnr: float, also: str | None) -
             f"the best with caching is {described(max(cached, key=gain))}" if cached else "nothing cached keeps as much"
         )
         finding = f"{finding}, so caching does not pay here; {rest}"
+    rivals = [row for row in kept if row.setting.cache_interval == 1 and gain(row) >= AS_FAST * gain(best)]
+    closest = max(rivals, key=lambda row: math.inf if row.psnr is None else row.psnr, default=best)
+    if best.setting.cache_interval > 1 and (closest.psnr or math.inf) > (best.psnr or math.inf):
+        rival = f"Fewer steps without caching are as good a choice: {described(closest)}."
+        also = rival if also is None else f"{rival} {also}"
     return Advice(finding, _command(about, quality, best), also, best, gain(best))
 
 

@@ -191,10 +191,12 @@ class Sampler:
             latents = torch.cat([latents, latents])
         given = {name: tensor[:count] for name, tensor in self._given.items()}
         prediction = self.denoiser.predict(full, latents, update.timestep(), **given).float()
+        if not update.takes_variance:
+            prediction = prediction[:, : manifest.latents.channels]
         if guided:
             channels = manifest.guidance.channels if manifest.guidance is not None else None
             prediction = mix_guidance(prediction, self._scale, channels or manifest.latents.channels)
-        update.advance(prediction if update.takes_variance else prediction[:, : manifest.latents.channels])
+        update.advance(prediction)
 
     def _is_capturable(self) -> bool:
         """Not while the batch changes: an engine that is bound anew between replays need not be what was captured."""
@@ -238,7 +240,7 @@ def mix_guidance(prediction: Tensor, scale: Tensor, channels: int) -> Tensor:
     """(2B, ...) -> (B, ...): pushes the first channels away from the unconditional prediction, leaves the others."""
     conditional, unconditional = prediction.chunk(2)
     noise = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
-    return torch.cat([noise, conditional[:, channels:]], dim=1)
+    return noise if channels == prediction.shape[1] else torch.cat([noise, conditional[:, channels:]], dim=1)
 
 
 class StepClock:

@@ -288,7 +288,7 @@ class TabulatedUpdate(Update):
         now = torch.stack([self.latents, prediction[:, :channels]])  # (2, B, C, H, W)
         self._remembered.index_copy_(0, self._place.index_select(0, self._call), now[None])
         weights = self._weights.index_select(0, self._call)[0]  # (K, 2)
-        following = torch.tensordot(weights, self._remembered, dims=2)
+        following = (weights.view(1, -1) @ self._remembered.view(weights.numel(), -1)).view_as(self.latents)
         if len(self._noise):
             noise = self._noise.index_select(0, self._draw.index_select(0, self._call))[0]
             growth = torch.exp(self._row[3] * prediction[:, channels:]) if self.takes_variance else 1.0
