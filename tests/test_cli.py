@@ -112,6 +112,7 @@ BAD = {
         1,
         "the source 'mnist' is neither a file, a folder nor a name that fora-trt knows",
     ),
+    "no source": (["export", ""], 1, "no source is named; known sources: digits; "),
     "unknown size": (["export", "random:DiT-Q/2"], 1, "no model 'random:DiT-Q/2'"),
     "unknown precision": (["export", "digits", "--precision", "fp8"], 2, "'fp8' is not one of"),
     "a name that leaves the folder": (["export", "digits", "--name", "../x"], 2, "is not the name of one folder"),

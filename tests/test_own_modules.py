@@ -124,6 +124,10 @@ def turned():
 def broken():
     raise RuntimeError("no such file: weights.bin")
 
+
+def leaving():
+    raise SystemExit(3)
+
 number = 3
 def text(): return "a module"
 '''
@@ -270,6 +274,7 @@ def test_sites_nobody_reads_are_passed_over_with_a_word(package: str, tmp_path: 
         ("{}:number", "a", "is an object of type int, which cannot be called"),
         ("{}:text", "a", "returned an object of type str; a factory returns a torch.nn.Module"),
         ("{}:broken", "a", "failed: RuntimeError: no such file: weights.bin"),
+        ("{}:leaving", "a", "failed: SystemExit: 3"),
         ("{}:net", "a", "nothing says which inputs"),
         (
             "{}:make",

@@ -140,7 +140,7 @@ def _called(source: str) -> object:
             factory = _imported(source)
             try:
                 return factory()
-            except Exception as error:  # the user's own code can raise anything
+            except (Exception, SystemExit) as error:  # the user's own code can raise anything
                 raise ModelError(f"the factory {source!r} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)
@@ -156,7 +156,7 @@ def _imported(source: str) -> Callable[[], object]:
         ) from error
     except AttributeError as error:
         raise ModelError(f"the source {source!r} cannot be found: {error}") from error
-    except Exception as error:  # the user's own code can raise anything
+    except (Exception, SystemExit) as error:  # the user's own code can raise anything
         raise ModelError(f"importing {name!r} failed: {type(error).__name__}: {error}") from error
     if not callable(factory):
         raise ModelError(f"{source!r} is {_kind(factory)}, which cannot be called; {HOW}")

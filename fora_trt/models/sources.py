@@ -85,6 +85,8 @@ def model_from_source(
     name = options.source
     if precision not in PRECISIONS:
         raise ModelError(f"the precision is {precision!r}; known are {', '.join(PRECISIONS)}")
+    if not name.strip():
+        raise ModelError(f"no source is named; {KNOWN}")
     path = Path(name).expanduser()
     if name == "digits":
         folder = Path(str(files("fora_trt"))) / "models" / "digits"
