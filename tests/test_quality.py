@@ -428,12 +428,12 @@ def test_what_cannot_be_compared_is_a_sentence(pixels: Bundle, exported: Bundle,
 
 
 @pytest.mark.slow
-def test_the_error_of_a_thousand_digits_grows_with_the_interval(tmp_path: Path) -> None:
-    """Twenty steps, so that it takes two minutes and not five; the figures from the images that it kept."""
+def test_the_error_of_digits_grows_with_the_interval(tmp_path: Path) -> None:
+    """A third of what the README shows, so that it takes a minute and not four; the figures from the images that it kept."""
     bundle_from_model(model_from_source("digits"), tmp_path / "digits")
     real = load_digits()
     np.savez(tmp_path / "real.npz", arr_0=np.round(real.images * 255 / 16).astype(np.uint8)[..., None])
-    command = ["quality", tmp_path / "digits", "--num-images", 1000, "--steps", 20, "--batch-size", 125]
+    command = ["quality", tmp_path / "digits", "--num-images", 300, "--steps", 15, "--batch-size", 100]
     began = time.perf_counter()
     done = fora(*command, "--reference", tmp_path / "real.npz", "--out", tmp_path / "out")
     print(f"{time.perf_counter() - began:.0f} s\n{done.output}")
@@ -447,8 +447,8 @@ def test_the_error_of_a_thousand_digits_grows_with_the_interval(tmp_path: Path) 
     }
     cached = [rows[f"interval {interval}"] for interval in (2, 3, 5)]
     plain, reader = saved(tmp_path / "out", rows["no cache"].setting), Digits()
-    assert plain["arr_0"].shape == (1000, 8, 8, 1)
-    assert np.bincount(plain["arr_1"]).tolist() == [100] * 10
+    assert plain["arr_0"].shape == (300, 8, 8, 1)
+    assert np.bincount(plain["arr_1"]).tolist() == [30] * 10
     last = [row.latent_errors[-1] for row in cached]
     distances = [row.frechet_distance or 0.0 for row in cached]
     ratios = [row.psnr or math.inf for row in cached]
