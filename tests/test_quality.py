@@ -429,7 +429,7 @@ def test_what_cannot_be_compared_is_a_sentence(pixels: Bundle, exported: Bundle,
 
 @pytest.mark.slow
 def test_the_error_of_digits_grows_with_the_interval(tmp_path: Path) -> None:
-    """A third of what the README shows, so that it takes a minute and not four; the figures from the images that it kept."""
+    """On a third of the images of the README, to take a minute and not four; the figures from those that it kept."""
     bundle_from_model(model_from_source("digits"), tmp_path / "digits")
     real = load_digits()
     np.savez(tmp_path / "real.npz", arr_0=np.round(real.images * 255 / 16).astype(np.uint8)[..., None])
