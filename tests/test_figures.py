@@ -83,7 +83,7 @@ def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(bundles: dic
     scheduler = scheduler_from_config(bundle.scheduler_config, None, learned_sigma=True)
     benchmark = Benchmark(bundle, [replace(one, controls=()) for one in entrants], [], scheduler, 50)
     image, guidance = example_conditioning(bundle.manifest, 1), benchmark.guidance_scale
-    list(benchmark.measure(image, repeats=5))
+    list(benchmark.measure(image, repeats=3))
     plain, *cached = benchmark.result().rows
     for row in cached:
         reached = plain.fastest / row.fastest / row.ideal_speedup
