@@ -202,6 +202,15 @@ def test_the_eager_rival_of_a_half_bundle_is_cast_as_a_whole(
     assert 0 < (rough - exact).norm() / exact.norm() < 0.05
 
 
+def test_what_plain_pytorch_keeps_is_not_asked_for_again(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    rival = EagerFora(exported, CPU)
+    rival.prepare(2)
+    monkeypatch.setattr("fora_trt.engines.memory.free_bytes", lambda device: 0)
+    rival.prepare(2)
+    with pytest.raises(InputError, match="a batch of 3 .* not even a batch of 1 would fit"):
+        rival.prepare(3)
+
+
 def test_the_floor_counts_operations_and_bytes(exported: Bundle) -> None:
     """Three blocks of width 16 on 16 tokens; the products of the full graph are counted by hand."""
     floor = Floor(exported)

@@ -35,14 +35,16 @@ class EagerFora:
             self.module, self.call = model.module.to(device, self._dtype), model.spec.call
         self._inputs = [tensor.name for tensor in model.spec.inputs]
         self._dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in model.spec.inputs}
-        self._full = True
+        self._full, self._room_for = True, 0
         for site in bundle.manifest.cache_sites:
             module = self.module.get_submodule(site.module)
             module.forward = self._cached(module.forward)
 
     def prepare(self, batch: int) -> object:
         """Nothing is allocated before it is needed; what cannot fit is refused with `InputError`."""
-        check_room(batch, self.device, lambda count: bytes_of(self.manifest.features(), count))
+        if batch > self._room_for:  # once: later, the features that it keeps are no longer free
+            check_room(batch, self.device, lambda count: bytes_of(self.manifest.features(), count))
+            self._room_for = batch
         return None
 
     @torch.no_grad()
