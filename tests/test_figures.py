@@ -88,7 +88,7 @@ def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(bundles: dic
     for row in cached:
         reached = plain.fastest / row.fastest / row.ideal_speedup
         print(f"{row.setting.label}: {reached:.1%} of the ideal, {row.outside:.2%} outside of the engines")
-        assert reached >= (0.84 if row.setting.cache_interval == 5 else 0.88)  # 0.87 to 0.92 on a quiet machine
+        assert reached >= (0.84 if row.setting.cache_interval == 5 else 0.88)  # bound by memory: 0.83 to 0.92
     timing = benchmark.rows[1][2]
     full = min(seconds for done in timing.trajectories for seconds in done.full_seconds)
     reuse = min(seconds for done in timing.trajectories for seconds in done.reuse_seconds)

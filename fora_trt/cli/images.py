@@ -10,23 +10,7 @@ from typing import Any
 import click
 
 from fora_trt.cli.conditioning import conditioning_of, guidance_of, lines_of
-from fora_trt.cli.options import (
-    AS_JSON,
-    BACKEND,
-    BATCH_SIZE,
-    BUNDLE,
-    CONDITIONING,
-    DEVICE,
-    ENGINES,
-    GUIDANCE_INTERVAL,
-    GUIDANCE_SCALE,
-    NEGATIVE_PROMPT,
-    SCHEDULER,
-    SEED,
-    TIMESTEP_SPACING,
-    VAE,
-    Numbers,
-)  # fmt: skip
+from fora_trt.cli.options import AS_JSON, BUNDLE, CONDITIONING, NEGATIVE_PROMPT, Numbers, sampling_options
 from fora_trt.cli.terminal import plan_source, watched
 
 
@@ -39,18 +23,7 @@ from fora_trt.cli.terminal import plan_source, watched
 @click.option("--num-images", type=click.IntRange(min=1), help="Of each prompt, or of a model that takes noise alone.")
 @click.option("--height", type=click.IntRange(min=1), help="Of the image; must be what was exported.")
 @click.option("--width", type=click.IntRange(min=1), help="Of the image; must be what was exported.")
-@click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps.")
-@click.option("--cache-interval", type=click.IntRange(min=1), default=3, help="Full step every N steps; 1: no caching.")
-@GUIDANCE_SCALE
-@GUIDANCE_INTERVAL
-@SCHEDULER
-@TIMESTEP_SPACING
-@SEED
-@BATCH_SIZE
-@BACKEND
-@DEVICE
-@ENGINES
-@VAE
+@sampling_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A .png for a grid, or a folder.")
 @click.option("--latents-out", type=click.Path(path_type=Path), help="Keep the latents as a .npy file.")
 @AS_JSON
@@ -170,18 +143,7 @@ def run(
 @click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="Text file, a prompt a line, in turn.")
 @NEGATIVE_PROMPT
 @CONDITIONING
-@click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps.")
-@click.option("--cache-interval", type=click.IntRange(min=1), default=3, help="Full step every N steps; 1: no caching.")
-@GUIDANCE_SCALE
-@GUIDANCE_INTERVAL
-@SCHEDULER
-@TIMESTEP_SPACING
-@SEED
-@BATCH_SIZE
-@BACKEND
-@DEVICE
-@ENGINES
-@VAE
+@sampling_options
 @click.option("--format", "layout", type=click.Choice(["npz", "png"]), default="npz", help="One archive, or files.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the images.")
 @click.option("--resume", is_flag=True, help="Go on where this was stopped.")

@@ -23,7 +23,7 @@ from fora_trt.cli.options import (
     VAE,
     Numbers,
     Words,
-)  # fmt: skip
+)
 from fora_trt.cli.terminal import new_table, plan_source, print_found, print_table, say, status, watched
 from fora_trt.errors import InputError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,29 @@ GUIDANCE_INTERVAL = click.option(
 VAE = click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """All that says how images are made, whatever they are to be."""
+    options = (
+        click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps."),
+        click.option(
+            "--cache-interval",
+            type=click.IntRange(min=1),
+            default=3,
+            help="Full step every N steps; 1: no caching.",
+        ),
+        GUIDANCE_SCALE,
+        GUIDANCE_INTERVAL,
+        SCHEDULER,
+        TIMESTEP_SPACING,
+        SEED,
+        BATCH_SIZE,
+        BACKEND,
+        DEVICE,
+        ENGINES,
+        VAE,
+    )
+    for option in reversed(options):  # as decorators in this order would
+        command = option(command)
+    return command

@@ -29,7 +29,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([vars(finding) for finding in report]))
         return
-    table = new_table("", "", "found", "to do", numbers=False)
+    table = new_table("", "", "found", "to do", texts=3)
     for finding in report:
         table.add_row(finding.what, finding.found, finding.remedy)
     print_table(table)

@@ -50,8 +50,8 @@ def status(quiet: bool) -> Iterator[Callable[[str], None]]:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status("") as status:
-        yield status.update
+    with Console(stderr=True).status("") as shown:
+        yield shown.update
 
 
 @contextmanager
@@ -63,9 +63,9 @@ def bar(quiet: bool) -> Iterator[Callable[[float, str], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("building", total=1.0)
-        yield lambda fraction, phase: bar.update(task, completed=fraction, description=phase)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("building", total=1.0)
+        yield lambda fraction, phase: progress.update(task, completed=fraction, description=phase)
 
 
 @contextmanager
@@ -77,14 +77,14 @@ def plan_source(engines: Path, batch: int, quiet: bool) -> Iterator[PlanSource]:
         yield PlanSource(engines, batch, lambda line: say(quiet, line), progress)
 
 
-def new_table(title: str, *columns: str, numbers: bool = True) -> Table:
-    """An empty table; columns after the first are of numbers, to the right, unless told otherwise."""
+def new_table(title: str, *columns: str, texts: int = 1) -> Table:
+    """An empty table; the first `texts` columns are words, all others are figures, to the right."""
     from rich import box
     from rich.table import Table
 
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if numbers and i else "left")
+        table.add_column(column, justify="left" if i < texts else "right")
     return table
 
 
@@ -93,9 +93,7 @@ def print_found(found: Found) -> None:
     from rich.console import Console
 
     found = found.fitting(Console().width if sys.stdout.isatty() else WIDTH)
-    table = new_table(found.title)
-    for k, heading in enumerate(found.header):
-        table.add_column(heading, justify="left" if k < found.texts else "right")
+    table = new_table(found.title, *found.header, texts=found.texts)
     for row in found.rows:
         table.add_row(*row)
     print_table(table)

@@ -66,10 +66,9 @@ def engines_from_bundle(bundle: Bundle, device: torch.device, *_: object) -> dic
 
 def _session(bundle: Bundle, graph: str, device: torch.device) -> Any:
     provider: Any = "CPUExecutionProvider"
-    unwanted = ["SkipLayerNormFusion"]  # on a CPU slower than the two nodes that it replaces
+    unwanted = ["SkipLayerNormFusion"]  # slower there than the two nodes that it replaces
     if device.type == "cuda":
-        unwanted = []
-        provider = ("CUDAExecutionProvider", {"device_id": device.index or 0})
+        provider, unwanted = ("CUDAExecutionProvider", {"device_id": device.index or 0}), []
     options = onnxruntime.SessionOptions()
     # The sessions alternate: threads of the one that spin after its run would slow the other one down.
     options.add_session_config_entry("session.force_spinning_stop", "1")

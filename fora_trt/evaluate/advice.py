@@ -72,11 +72,11 @@ def _within(about: About, quality: Quality, min_psnr: float, also: str | None) -
         loss = "no difference" if row.psnr is None else f"{row.psnr:.1f} dB"
         return f"{names[id(row)]} ({gain(row):.2f} times as fast as no caching, {loss})"
 
-    kept = [row for row in others if row.psnr is None or row.psnr >= min_psnr]
+    kept = [row for row in others if _likeness(row) >= min_psnr]
     if not others:
         return Advice("Nothing but no caching was measured", also=also)
     if not kept:
-        closest = max(others, key=lambda row: row.psnr or 0)
+        closest = max(others, key=_likeness)
         return Advice(f"No setting keeps {min_psnr:g} dB of PSNR; the closest is {described(closest)}", also=also)
     best = max(kept, key=gain)
     if gain(best) <= 1:
@@ -89,11 +89,16 @@ def _within(about: About, quality: Quality, min_psnr: float, also: str | None) -
         )
         finding = f"{finding}, so caching does not pay here; {rest}"
     rivals = [row for row in kept if row.setting.cache_interval == 1 and gain(row) >= AS_FAST * gain(best)]
-    closest = max(rivals, key=lambda row: math.inf if row.psnr is None else row.psnr, default=best)
-    if best.setting.cache_interval > 1 and (closest.psnr or math.inf) > (best.psnr or math.inf):
-        rival = f"Fewer steps without caching are as good a choice: {described(closest)}."
-        also = rival if also is None else f"{rival} {also}"
+    rival = max(rivals, key=_likeness, default=best)
+    if best.setting.cache_interval > 1 and _likeness(rival) > _likeness(best):
+        told = f"Fewer steps without caching are as good a choice: {described(rival)}."
+        also = told if also is None else f"{told} {also}"
     return Advice(finding, _command(about, quality, best), also, best, gain(best))
+
+
+def _likeness(row: QualityRow) -> float:
+    """PSNR in dB; infinite where nothing differs."""
+    return math.inf if row.psnr is None else row.psnr
 
 
 def _command(about: About, quality: Quality, row: QualityRow) -> str:

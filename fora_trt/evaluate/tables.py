@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fora_trt.evaluate.results import Bench, BenchRow, Quality, QualityRow, Report, Setting
@@ -34,7 +34,7 @@ class Table:
             if sum(widths[k] for k in kept) >= width and heading in self.header:
                 kept.remove(self.header.index(heading))
         rows = tuple(tuple(cells[k] for k in kept) for cells in (self.header, *self.rows))
-        return Table(self.title, rows[0], rows[1:], self.texts, self.chosen)
+        return replace(self, header=rows[0], rows=rows[1:])
 
 
 MISSED_LEAST = (

@@ -159,18 +159,17 @@ class Sampler:
         """`guided` holds what steps there are: with guidance, without, or both."""
         with torch.inference_mode(False), torch.no_grad():  # tensors made in that mode cannot be written outside it
             latents = self.denoiser.manifest.latents
-            self.denoiser.prepare(conditioning.images * (1 + max(guided)))  # what cannot fit is refused before the rest
+            for now in sorted(guided, reverse=True):  # all that any step needs, before the first; the larger first
+                memory = self.denoiser.prepare(conditioning.images * (1 + now))
             allocation = self.update.begin(latents.shape, seeds, self.denoiser.device)
-            self._prepare(conditioning, scale, guided, allocation)
+            self._prepare(conditioning, scale, guided, (allocation, memory))
 
-    def _prepare(self, conditioning: Conditioning, scale: float, guided: frozenset[bool], allocation: object) -> None:
+    def _prepare(self, conditioning: Conditioning, scale: float, guided: frozenset[bool], memory: object) -> None:
         """Fill the tensors that a step reads; captured steps stay as long as those are where they were."""
         device, images = self.denoiser.device, conditioning.images
         halves = [conditioning.conditional, *([conditioning.unconditional or {}] if True in guided else [])]
         given = {name: torch.cat([half[name] for half in halves]) for name in conditioning.conditional}  # (2B, ...)
-        for now in sorted(guided, reverse=True):  # all that any step needs is there before the first; the larger first
-            memory = self.denoiser.prepare(images * (1 + now))
-        key = (images, guided, allocation, memory)
+        key = (images, guided, memory)
         if key != self._key:
             self._key, self._images, self._guided = key, images, guided
             self._scale = torch.empty((), device=device)
