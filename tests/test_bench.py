@@ -207,7 +207,7 @@ def test_what_plain_pytorch_keeps_is_not_asked_for_again(exported: Bundle, monke
     rival.prepare(2)
     monkeypatch.setattr("fora_trt.engines.memory.free_bytes", lambda device: 0)
     rival.prepare(2)
-    with pytest.raises(InputError, match="a batch of 3 .* not even a batch of 1 would fit"):
+    with pytest.raises(InputError, match=r"a batch of 3 .* not even a batch of 1 would fit"):
         rival.prepare(3)
 
 
