@@ -1,4 +1,4 @@
-"""The folder that holds an exported pair of graphs: its format, and reading it. `export/write.py` writes it."""
+"""The folder that holds exported graphs: its format, and reading it. `export/write.py` writes it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from fora_trt.errors import BundleError
 from fora_trt.folders import MANIFEST, FileRecord, Record, check_files, read_manifest
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.spec import (
+    CONDITIONING,
     FEATURE,
     FULL,
     REUSE,
+    WINDOW,
     CacheSite,
     GuidanceSpec,
     InputSpec,
     LatentSpec,
     TensorSpec,
     TextSpec,
+    in_window,
+    out_of_window,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SCHEDULER = "scheduler_config.json"
 
 
@@ -85,6 +89,8 @@ class Manifest(Record):
     model: ModelRecord
     precision: Literal["fp32", "fp16", "bf16"]
     opset: int
+    optimization: Literal["none", "conditioning", "fold"]
+    inputs: tuple[TensorSpec, ...]
     graphs: dict[str, GraphRecord]
     cache_sites: tuple[CacheSite, ...]
     latents: LatentSpec
@@ -98,6 +104,20 @@ class Manifest(Record):
     def features(self) -> list[TensorSpec]:
         """Every feature of every site, in order."""
         return [feature for site in self.cache_sites for feature in site.features]
+
+    def unfed(self) -> list[str]:
+        """Inputs of graphs that are neither the model's nor put out by a graph that runs before, as they are read."""
+        provided, unfed = {*self.inputs}, []
+        for name in (CONDITIONING, FULL, REUSE):
+            graph = self.graphs.get(name)
+            if graph is None:
+                continue
+            unfed += [one.name for one in graph.inputs if one not in provided]
+            provided.update(graph.outputs)
+            if name == CONDITIONING:
+                provided.update(in_window(one) for one in graph.outputs)
+            provided.update(out_of_window(one) for one in graph.outputs if one.shape[:1] == (WINDOW,))
+        return unfed
 
 
 @dataclass(frozen=True)
@@ -141,10 +161,14 @@ class Bundle:
             for site in manifest.cache_sites
             for feature in site.features
         )
-        if not named or (*manifest.features(),) != manifest.graphs[FULL].outputs[1:]:
+        features = tuple(one for one in manifest.graphs[FULL].outputs if one.name.startswith(FEATURE))
+        known = {*features} <= {*manifest.features()} if manifest.optimization == "fold" else False
+        if not named or not (known or (*manifest.features(),) == features):
             raise BundleError(
                 f"the cache sites in the manifest of {folder} are not the outputs of its full graph; {mend}"
             )
+        if unfed := manifest.unfed():
+            raise BundleError(f"nothing in {folder} provides {unfed[0]!r}, which one of its graphs reads; {mend}")
         needed = {SCHEDULER, *(graph.file for graph in manifest.graphs.values())}
         if missing := sorted(needed - manifest.files.keys()):
             raise BundleError(f"the manifest of {folder} does not list {missing[0]}; {mend}")
@@ -152,7 +176,7 @@ class Bundle:
             _check_graph(folder, graph, manifest.files.keys(), mend)
 
     def graph_path(self, name: str) -> Path:
-        """The ONNX file of the graph `full` or `reuse`."""
+        """The ONNX file of the graph `full`, `reuse` or, where there is one, `conditioning`."""
         return self.folder / self.manifest.graphs[name].file
 
     @property

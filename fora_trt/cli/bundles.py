@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 @click.option("--num-heads", type=click.IntRange(min=1), help="Attention heads of a state dict of unusual width.")
 @click.option("--text-length", type=click.IntRange(min=1), help="Tokens of a prompt.  [default: the model's own]")
 @VAE
+@click.option(
+    "--optimize",
+    type=click.Choice(["none", "conditioning", "fold"]),
+    help="What leaves the loop: what timestep and class decide, then the cached sum too.  [default: all that can]",
+    show_default=False,
+)
 @click.option("--opset", type=int, help="ONNX opset.  [default: 23]")
 @click.option(
     "--measure-trajectory/--no-measure-trajectory",
@@ -64,6 +70,7 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
     recipe = _recipe(source, given)
     from fora_trt.export.write import bundle_from_model
     from fora_trt.models.sources import model_from_source
+    from fora_trt.models.spec import OPTIMIZATIONS
     from fora_trt.runtime.denoiser import mend_overflow
 
     say(as_json, f"loading {recipe.source}")
@@ -73,6 +80,7 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
         model,
         target or out / _folder_name(model.name),
         opset=recipe.opset or 23,
+        optimization=recipe.optimize or OPTIMIZATIONS[-1],
         force=force,
         report=lambda stage: say(as_json, stage),
     )

@@ -18,6 +18,12 @@ class Engine(ABC):
     and in place until it binds others.
     """
 
+    longest_window: int | None = None
+    """The most reuse steps that tensors of a window can be bound for; None for any number."""
+
+    most_rows: int | None = None
+    """The largest batch of a conditioning engine; None for any."""
+
     def __init__(self, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], device: torch.device) -> None:
         self.inputs: Mapping[str, TensorSpec] = {tensor.name: tensor for tensor in inputs}
         self.outputs: Mapping[str, TensorSpec] = {tensor.name: tensor for tensor in outputs}
@@ -39,9 +45,10 @@ class Engine(ABC):
         """Where the memory is that it uses beside bound tensors; a graph that was captured at another is void."""
         return 0
 
-    def scratch_bytes(self, batch: int) -> int:
+    def scratch_bytes(self, batch: int, window: int = 0) -> int:
         """Device memory that binding this batch allocates beside the bound tensors, as far as it is known.
 
+        `window` is the number of reuse steps in tensors of a window.
         Raises `InputError` for a batch that the engine does not admit.
         """
         return 0

@@ -26,9 +26,9 @@ def gibibytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def bytes_of(tensors: Iterable[TensorSpec], batch: int) -> int:
-    """What tensors take at a batch."""
-    return sum(math.prod(one.sized(batch)) * getattr(torch, one.dtype).itemsize for one in tensors)
+def bytes_of(tensors: Iterable[TensorSpec], batch: int, window: int = 0) -> int:
+    """What tensors take at a batch, and at so many reuse steps in a window."""
+    return sum(math.prod(one.sized(batch, window)) * getattr(torch, one.dtype).itemsize for one in tensors)
 
 
 def check_room(batch: int, device: torch.device, need_of: Callable[[int], int]) -> None:

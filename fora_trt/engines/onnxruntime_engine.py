@@ -1,4 +1,4 @@
-"""The `onnxruntime` backend: both graphs on the CPU or CUDA provider, bound to the addresses of torch tensors."""
+"""The `onnxruntime` backend: the graphs on the CPU or CUDA provider, bound to the addresses of torch tensors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class OnnxRuntimeEngine(Engine):
                     self.device.index or 0,
                     _ELEMENT_TYPES[spec.dtype],
                     tuple(tensor.shape),
-                    tensor.data_ptr(),
+                    tensor.data_ptr() or tensor.untyped_storage().data_ptr(),  # an empty one has an address too
                 )
         self._binding = binding
 

@@ -1,4 +1,7 @@
-"""The `torch` backend: the module itself, split at its cache sites and run eagerly. It is the reference."""
+"""The `torch` backend: the module itself, split at its cache sites and run eagerly. It is the reference.
+
+What is done to the graphs of a bundle is not done here: both steps read all inputs, and features pass between them.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,12 @@ class TorchEngine(Engine):
     """One step of a split module; its results are copied to the bound outputs."""
 
     def __init__(self, step: Split, bundle: Bundle, graph: str, device: torch.device) -> None:
-        record = bundle.manifest.graphs[graph]
-        super().__init__(record.inputs, record.outputs, device)
+        manifest, features = bundle.manifest, bundle.manifest.features()
+        prediction = manifest.graphs[FULL].outputs[:1]
+        if graph == FULL:
+            super().__init__(manifest.inputs, (*prediction, *features), device)
+        else:
+            super().__init__((*manifest.inputs, *features), prediction, device)
         self._step = step
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ It shares nothing with the split: each site's output is kept when the step is fu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,13 @@ class EagerFora:
         for site in bundle.manifest.cache_sites:
             module = self.module.get_submodule(site.module)
             module.forward = self._cached(module.forward)
+
+    def begin(self, timesteps: Tensor, full: Sequence[bool], conditioning: Mapping[str, Tensor], batch: int) -> list[bool]:
+        """Nothing is computed before the loop."""
+        return list(full)
+
+    def turn_to(self, step: int) -> None:
+        """A step knows all it needs from its call."""
 
     def prepare(self, batch: int) -> object:
         """Nothing is allocated before it is needed; what cannot fit is refused with `InputError`."""

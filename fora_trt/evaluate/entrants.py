@@ -58,6 +58,7 @@ class TimedEngine(Engine):
     def __init__(self, engine: Engine, clock: EngineClock) -> None:
         super().__init__(engine.inputs.values(), engine.outputs.values(), engine.device)
         self._engine, self._enqueue = engine, clock.timed(engine.enqueue)
+        self.longest_window, self.most_rows = engine.longest_window, engine.most_rows
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         self._engine.bind(tensors)

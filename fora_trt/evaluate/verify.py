@@ -12,10 +12,11 @@ from fora_trt.bundle import Bundle, GraphError, TrajectoryError
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import BackendError
 from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.export.check import GRAPH_TOLERANCE
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.folders import write_manifest
 from fora_trt.models.examples import example_inputs
-from fora_trt.models.spec import FULL, REUSE
+from fora_trt.models.spec import FULL, LATENTS, REUSE, TIMESTEP
 from fora_trt.runtime.conditioning import example_conditioning
 from fora_trt.runtime.denoiser import Denoiser, load
 from fora_trt.runtime.sampling import Sampler
@@ -23,7 +24,6 @@ from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
 from fora_trt.schedule import Schedule
 
-GRAPH_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 MEASURED_STEPS, MEASURED_INTERVALS = 50, (1, 3)
 """Of the trajectories whose error a manifest keeps."""
 
@@ -86,13 +86,22 @@ def trajectory_errors(
 
 
 def graph_errors(denoiser: Denoiser, reference: EagerFora, batch: int) -> Iterator[tuple[str, GraphError]]:
-    """The error of the full and then of the reuse graph, on seeded inputs that differ between the two."""
+    """The error of a full and then of a reuse step, on seeded inputs: other latents and another timestep."""
+    manifest, device = denoiser.manifest, denoiser.device
+    latents, timesteps, conditioning = [], [], {}
+    for seed in (2, 1):
+        conditioning = example_inputs(manifest.inputs, manifest.conditioning, batch, seed)
+        latents.insert(0, conditioning.pop(LATENTS).to(device))
+        timesteps.insert(0, conditioning.pop(TIMESTEP)[:1].to(device))
+    given = {name: value.to(device) for name, value in conditioning.items()}
+    denoiser.begin(torch.cat(timesteps), [True, False], given, batch)
     denoiser.prepare(batch)
-    for seed, graph in enumerate((FULL, REUSE), start=1):
-        inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.conditioning, batch, seed)
-        placed = {name: value.to(denoiser.device) for name, value in inputs.items()}
+    for step, graph in enumerate((FULL, REUSE)):
+        denoiser.turn_to(step)
         with torch.inference_mode():
-            predictions = [one.predict(graph == FULL, **placed) for one in (denoiser, reference)]
+            predictions = [
+                one.predict(graph == FULL, latents[step], timesteps[step], **given) for one in (denoiser, reference)
+            ]
             error = GraphError.between(*predictions)
         yield graph, error
 

@@ -14,7 +14,10 @@ from fora_trt.bundle import GraphError
 from fora_trt.errors import ExportError
 from fora_trt.export.split import steps_of_module
 from fora_trt.models.examples import example_inputs
-from fora_trt.models.spec import FULL, REUSE, CacheSite, Model
+from fora_trt.models.spec import CONDITIONING, FULL, REUSE, CacheSite, Model, of_window
+
+GRAPH_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""Largest admitted error of a graph relative to PyTorch's largest value, by precision; PyTorch computes in fp32."""
 
 MEASURED_BATCH = 1
 """Another than the graphs were traced with, so that a batch that became a constant shows."""
@@ -24,6 +27,7 @@ MEASURED_BATCH = 1
 def measure_errors(model: Model, sites: Sequence[CacheSite], paths: Mapping[str, Path]) -> dict[str, GraphError] | None:
     """Error of the full graph (worst over its outputs) and of the reuse graph, on seeded inputs.
 
+    What optimized graphs take from each other is computed by them: the errors are those of all that came before.
     The reference is the module computing in fp32 with the weights of its precision. ONNX Runtime runs the graphs on
     the CPU; the result is None where it is not installed, or where it has no kernels (bfloat16).
     """
@@ -38,13 +42,29 @@ def measure_errors(model: Model, sites: Sequence[CacheSite], paths: Mapping[str,
         reuse.features = [feature.name for feature in kept]
         (reused,) = reuse(*second.values(), *(expected[name] for name in reuse.features))
 
-    stale = {feature.name: expected[feature.name].to(getattr(torch, feature.dtype)) for feature in kept}
-    worst = [GraphError.between(got, expected[name]) for name, got in _outputs(paths[FULL], first).items()]
-    again = _outputs(paths[REUSE], second | stale)
+    conditioned, ahead, stale = {}, {}, {}
+    if CONDITIONING in paths:
+        both = {name: torch.cat([value, second[name]]) for name, value in first.items()}
+        rows = {name: value.split(MEASURED_BATCH) for name, value in _outputs(paths[CONDITIONING], both).items()}
+        conditioned = {name: before for name, (before, _) in rows.items()}
+        second |= {name: after for name, (_, after) in rows.items()}
+        ahead = {of_window(name): after[None] for name, (_, after) in rows.items()}
+    got = _outputs(paths[FULL], first | conditioned | ahead)
+    for name, value in got.items():
+        in_front = of_window("")
+        stale[name.removeprefix(in_front)] = value[0] if name.startswith(in_front) else value
+    stale |= {one.name: expected[one.name].to(getattr(torch, one.dtype)) for one in kept}
+    worst = [GraphError.between(value, expected[name]) for name, value in got.items() if name in expected]
+    again = _outputs(paths[REUSE], stale | second)
     return {
         FULL: GraphError(max(error.maximum for error in worst), max(error.relative for error in worst)),
         REUSE: GraphError.between(again[model.output.name], reused),
     }
+
+
+def is_rounding(errors: Mapping[str, GraphError], precision: str) -> bool:
+    """Whether errors are no larger than the order in which sums are taken and the precision explain."""
+    return all(error.relative <= GRAPH_TOLERANCE[precision] for error in errors.values())
 
 
 @contextmanager

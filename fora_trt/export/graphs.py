@@ -16,6 +16,7 @@ from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
     DeduplicateInitializersPass,
+    NameFixPass,
     RemoveUnusedNodesPass,
 )
 from torch import Tensor
@@ -24,6 +25,8 @@ from fora_trt.bundle import tensor_spec
 from fora_trt.errors import ExportError, first_line
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
+from fora_trt.export.hoist import drop_unread
+from fora_trt.export.optimize import optimized
 from fora_trt.export.slice_projections import SliceProjectionsPass
 from fora_trt.export.split import FullStep, Split, check_sites, steps_of_module
 from fora_trt.models.examples import example_inputs
@@ -32,6 +35,7 @@ from fora_trt.models.spec import BATCH, FEATURE, FULL, LATENTS, REUSE, CacheSite
 from fora_trt.quiet import quiet
 
 TRACED_BATCH = 2  # any size but 0 and 1, which torch.export treats as constants
+INLINE_BYTES = 2**14  # a smaller constant stays in the graph's own file: shapes and lengths must be readable there
 OPSETS = range(20, 25)  # LayerNormalization and Gelu are single operators from 20 on, Attention from 23
 
 
@@ -44,10 +48,19 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
 
 
+@dataclass(frozen=True)
+class Graphs:
+    """The graphs of a model by name, its cache sites in the order of the module tree, and how far it was optimized."""
+
+    graphs: dict[str, Graph]
+    sites: list[CacheSite]
+    optimization: str
+
+
 def graphs_from_model(
-    model: Model, opset: int, report: Callable[[str], None] = lambda stage: None
-) -> tuple[dict[str, Graph], list[CacheSite]]:
-    """The graphs of a full and of a reuse step, and the cache sites in the order of the module tree.
+    model: Model, opset: int, optimization: str = "none", report: Callable[[str], None] = lambda stage: None
+) -> Graphs:
+    """The graphs of a full and of a reuse step, and what they have in common, optimized as far as is possible.
 
     Only what is read is kept: a reuse graph has no input that features made needless (the text of a prompt, whose
     cross-attention is cached), and a feature that no reuse step reads is no feature. Raises `ExportError`.
@@ -82,10 +95,14 @@ def graphs_from_model(
     if needless:
         report(f"passing over {len(needless)} cache sites whose output no reuse step reads, {needless[0]} first")
         sites = [site for site in sites if site.features]
-    return {FULL: _graph(whole), REUSE: _graph(light)}, sites
+    if optimization != "none":
+        report("taking out what need not be computed at every step")
+    graphs, reached = optimized({FULL: whole, REUSE: light}, model.spec.inputs, optimization)
+    return Graphs({name: _graph(one) for name, one in graphs.items()}, sites, reached)
 
 
 def _graph(model: ir.Model) -> Graph:
+    Sequential(SliceProjectionsPass(), RemoveUnusedNodesPass(), NameFixPass())(model)
     return Graph(model, tuple(map(tensor_spec, model.graph.inputs)), tuple(map(tensor_spec, model.graph.outputs)))
 
 
@@ -99,7 +116,7 @@ def _drop_outputs(model: ir.Model, names: Collection[str]) -> None:
 def save_graph(graph: Graph, path: Path) -> list[Path]:
     """Write `path` and its weights beside it as `path`.data; return the files written."""
     data = path.with_name(path.name + ".data")
-    ir.save(graph.onnx, path, external_data=data.name)
+    ir.save(graph.onnx, path, external_data=data.name, size_threshold_bytes=INLINE_BYTES)
     onnx.checker.check_model(path)
     return [path, data] if data.exists() else [path]
 
@@ -144,15 +161,11 @@ def _traced(step: Split, inputs: Mapping[str, Tensor], outputs: Callable[[], lis
         ExpandMasksPass(),
         DeduplicateInitializersPass(),
         CommonSubexpressionEliminationPass(),
-        SliceProjectionsPass(),
-        RemoveUnusedNodesPass(),
         ClearMetadataAndDocStringPass(),
     )(model)
     model.graph.name = name
-    read = [value for value in model.graph.inputs if value.uses() or value.is_graph_output()]
-    model.graph.inputs.clear()
-    model.graph.inputs.extend(read)
-    if LATENTS not in (value.name for value in read):
+    drop_unread(model)
+    if LATENTS not in (value.name for value in model.graph.inputs):
         shown = ", ".join(step.sites[:3]) + (", ..." if len(step.sites) > 3 else "")
         raise ExportError(
             f"nothing in the {name} graph depends on the latents with {shown} cached; cache less than that"

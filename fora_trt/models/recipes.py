@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -24,6 +24,7 @@ class Recipe(SourceOptions):
     precision: str | None = None
     cache: tuple[str, ...] | None = None
     opset: int | None = None
+    optimize: Literal["none", "conditioning", "fold"] | None = None
 
     def options(self) -> SourceOptions:
         """What of it says how to load the source."""

@@ -21,11 +21,27 @@ LATENTS, TIMESTEP, CLASS_LABELS, NOISE_PREDICTION = "latents", "timestep", "clas
 PROMPT, PROMPT_MASK = "encoder_hidden_states", "encoder_attention_mask"
 """Names of the text inputs, as diffusers calls them: embeddings (B, L, D), and (B, L) with 1 where a token is."""
 
-FULL, REUSE = "full", "reuse"
-"""Names of the two graphs, of their engines and of their files."""
+FULL, REUSE, CONDITIONING = "full", "reuse", "conditioning"
+"""Names of the graphs, of their engines and of their files. A bundle without optimization has the first two."""
 
 FEATURE = "feature."
 """A feature is named by this and the module path of its site, in both graphs."""
+
+HOISTED, FOLDED = "conditioning.", "folded."
+"""What the conditioning graph puts out for the others, and what the full graph puts out instead of features."""
+
+WINDOW = "window"
+"""Name of the symbolic dimension in front of `batch` in tensors that hold something for each reuse step of a window."""
+
+OPTIMIZATIONS = ("none", "conditioning", "fold")
+"""What is taken out of the graphs of a step, each with what is before it: nothing; what depends on timestep and class
+alone; the sum of the features."""
+
+
+def of_window(name: str) -> str:
+    """Name of the tensor that holds `name` for each reuse step of a window, (window, batch, ...)."""
+    return f"{WINDOW}.{name}"
+
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precision of a graph -> dtype of its weights, of what its cache sites compute, and of their features."""
@@ -39,9 +55,20 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
-    def sized(self, batch: int) -> tuple[int, ...]:
-        """The shape for a given batch size."""
-        return tuple(batch if size == BATCH else int(size) for size in self.shape)
+    def sized(self, batch: int, window: int = 0) -> tuple[int, ...]:
+        """The shape for a batch size, and for so many reuse steps in a window."""
+        symbols = {BATCH: batch, WINDOW: window}
+        return tuple(symbols[size] if isinstance(size, str) else size for size in self.shape)
+
+
+def in_window(tensor: TensorSpec) -> TensorSpec:
+    """The tensor that holds another for each reuse step of a window."""
+    return TensorSpec(of_window(tensor.name), tensor.dtype, (WINDOW, *tensor.shape))
+
+
+def out_of_window(tensor: TensorSpec) -> TensorSpec:
+    """What such a tensor holds for one step."""
+    return TensorSpec(tensor.name.removeprefix(of_window("")), tensor.dtype, tensor.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fora_trt.bundle import Manifest
 from fora_trt.errors import InputError, first_line
 from fora_trt.models.examples import default_of, example_inputs
-from fora_trt.models.spec import CLASS_LABELS, FULL, LATENTS, PROMPT, PROMPT_MASK, TIMESTEP, InputSpec, TensorSpec
+from fora_trt.models.spec import CLASS_LABELS, LATENTS, PROMPT, PROMPT_MASK, TIMESTEP, InputSpec, TensorSpec
 
 NEGATIVE = "negative_"
 """In a file, what begins so belongs to the unconditional half."""
@@ -56,9 +56,8 @@ class Conditioning:
 
 
 def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
-    """The inputs of the graphs beside latents and timestep, by name."""
-    tensors = manifest.graphs[FULL].inputs
-    return {tensor.name: tensor for tensor in tensors if tensor.name not in (LATENTS, TIMESTEP)}
+    """The inputs of the model beside latents and timestep, by name."""
+    return {tensor.name: tensor for tensor in manifest.inputs if tensor.name not in (LATENTS, TIMESTEP)}
 
 
 def conditioning_of_classes(manifest: Manifest, class_labels: Sequence[int]) -> Conditioning:

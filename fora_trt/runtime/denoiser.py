@@ -5,9 +5,11 @@ Shapes: B is the batch of one call (twice the images under guidance), C, H, W ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -19,8 +21,9 @@ from fora_trt.engines.memory import bytes_of, check_room
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.models.examples import default_of
-from fora_trt.models.spec import FULL, LATENTS, NOISE_PREDICTION, REUSE, TIMESTEP, InputSpec
+from fora_trt.models.spec import CONDITIONING, FULL, LATENTS, NOISE_PREDICTION, REUSE, TIMESTEP, InputSpec, of_window
 from fora_trt.runtime.conditioning import check_values, inputs_of
+from fora_trt.runtime.table import ConditioningTable, take
 from fora_trt.schedule import Schedule
 
 OPEN_STEPS = 1000
@@ -69,13 +72,15 @@ def load(
 class Denoiser:
     """Alternates the engines of one bundle over a schedule.
 
-    It allocates every tensor of both graphs once, for the largest batch so far; a smaller one uses the first rows. The
-    features that the full engine writes are the very memory that the reuse engine reads: tensors are bound by name,
-    and a feature has one name in both graphs.
+    It allocates every tensor of the graphs once, for the largest batch so far; a smaller one uses the first rows. What
+    the full engine writes is the very memory that the reuse engine reads: tensors are bound by name, and a feature has
+    one name in both graphs. What a conditioning engine puts out before the loop, and what the full engine puts out for
+    every reuse step of its window, is copied to where the engines read it, a step's part at a time.
     """
 
     def __init__(self, engines: Mapping[str, Engine], manifest: Manifest, schedule: Schedule, backend: str) -> None:
         self.full, self.reuse = engines[FULL], engines[REUSE]
+        self.table = ConditioningTable(engines[CONDITIONING]) if CONDITIONING in engines else None
         self.manifest = manifest
         self.schedule = schedule
         self.backend = backend
@@ -83,11 +88,18 @@ class Denoiser:
         self.buffers: dict[str, Tensor] = {}
         engines_tensors = (self.full.inputs, self.full.outputs, self.reuse.inputs, self.reuse.outputs)
         self._tensors = {name: one for tensors in engines_tensors for name, one in tensors.items()}
-        self._inputs = {name: one for name, one in self._tensors.items() if name in inputs_of(manifest)}
+        self._inputs = inputs_of(manifest)
+        self._folded = [name for name in self.reuse.inputs if of_window(name) in self.full.outputs]
         self._memory: dict[str, Tensor] = {}
         self._allocation = object()
         self._scratch: tuple[int, int] | None = None
-        self._step = 0
+        self._batch = self._window = self._step = self._begun = 0
+        self._rows: Tensor | None = None
+        self._table_memory: object = None
+        self._place = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._timesteps: Tensor | None = None
+        self._followed: dict[str, Tensor] | None = None
+        self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
@@ -101,41 +113,86 @@ class Denoiser:
             raise ScheduleError(
                 f"all {self.schedule.steps} steps of the schedule are done; call reset() before the next trajectory"
             )
-        full = self.next_step_is_full
-        if not full and len(latents) != self._batch:
+        full, batch = self.next_step_is_full, len(latents)
+        if not full and batch != self._batch:
             raise ScheduleError(
-                f"the batch became {len(latents)} within a trajectory, whose features are for another; "
-                "call reset() first"
+                f"the batch became {batch} within a trajectory, whose features are for another; call reset() first"
             )
         if self._step == 0:  # once a trajectory: on a GPU this waits for it
             for name in conditioning.keys() & self._inputs.keys():
                 check_values(self._inputs[name], conditioning[name], self.manifest.conditioning.get(name, InputSpec()))
-        self.prepare(len(latents))
-        prediction = self.predict(full, latents, timestep, **conditioning)
+        given = self._completed(conditioning, batch)
+        full = self._follow(full, torch.as_tensor(timestep), given, batch)
+        self.prepare(batch)
+        prediction = self.predict(full, latents, timestep, **given)
         self._step += 1
         return prediction
 
+    def begin(
+        self, timesteps: Tensor, full: Sequence[bool], conditioning: Mapping[str, Tensor], batch: int
+    ) -> list[bool]:
+        """Say which steps are going to be taken, before the first of them; returns which of them must be full.
+
+        `timesteps` is (S,), `full` a flag for each step, and `conditioning` has the `batch` rows of the largest step.
+        More steps are full than were asked for where a window is longer than the engines admit.
+        """
+        flags = self._with_short_windows(full)
+        lengths = _window_lengths(flags)
+        window = max(lengths) if self._folded else 0
+        if window != self._window:
+            self._window, self._batch, self._allocation = window, 0, object()
+        self._lengths, self._places = lengths, _places(flags)
+        if self.table is not None:
+            self.table.begin(timesteps, conditioning, batch, least=max(lengths) + 1)
+            self._prepare_rows(batch)
+        return flags
+
+    def turn_to(self, step: int) -> None:
+        """Make ready for a step of those that `begin` was told, counted from 0; they are taken in order."""
+        if self.table is not None:
+            if step + self._lengths[step] >= self.table.end or step < self.table.first:
+                self.table.fill(step)
+            held = step - self.table.first
+            self._now.copy_(self._rows[held])
+            self._ahead.copy_(self._rows[held + 1 : held + 1 + self._window])
+        self._place.fill_(max(0, self._places[step]))
+
     def prepare(self, batch: int) -> object:
-        """Let both engines use tensors of this batch; another object than the last time if memory has moved.
+        """Let the engines use tensors of this batch; another object than the last time if memory has moved.
 
         Memory only grows. Features of a batch stay where they are for a smaller one, which takes their first rows.
         """
-        if batch > self._capacity or batch < 1:
+        if batch < 1:
+            raise InputError(f"the batch is {batch}; at least one latent is needed")
+        if any(self._memory[name].numel() < size for name, size in self._sizes(batch).items()) if self._memory else True:
             self._allocate(batch)
         if batch != self._batch:
-            self.buffers, buffers = {}, {name: tensor[:batch] for name, tensor in self._memory.items()}
+            self._batch, shapes = 0, {name: one.sized(batch, self._window) for name, one in self._tensors.items()}
+            buffers = {name: one[: math.prod(shapes[name])].view(shapes[name]) for name, one in self._memory.items()}
             self.full.bind(buffers)
             self.reuse.bind(buffers)
-            self.buffers = buffers
-            if (scratch := (self.full.scratch_address(), self.reuse.scratch_address())) != self._scratch:
-                self._scratch, self._allocation = scratch, object()
+            self.buffers, self._batch = buffers, batch
+        if (scratch := (self.full.scratch_address(), self.reuse.scratch_address())) != self._scratch:
+            self._scratch, self._allocation = scratch, object()
         return self._allocation
 
     def predict(self, full: bool, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
         """Run a full or a reuse step whatever the schedule says, on tensors that were prepared."""
         self._fill(latents, timestep, conditioning)
-        (self.full if full else self.reuse).enqueue()
-        return self.buffers[NOISE_PREDICTION]
+        engine, buffers, batch = self.full if full else self.reuse, self.buffers, self._batch
+        if self.table is not None:
+            for name, rows in self.table.rows.items():
+                if name in engine.inputs:
+                    take(rows, self._now[:batch], buffers[name])
+                if full and (ahead := of_window(name)) in engine.inputs:
+                    take(rows, self._ahead[:, :batch].flatten(), buffers[ahead].flatten(0, 1))
+        if full:
+            self._sums = {name: buffers[of_window(name)] for name in self._folded}
+        else:
+            for name, sums in self._sums.items():
+                take(sums[:, :batch], self._place, buffers[name][None])
+        engine.enqueue()
+        return buffers[NOISE_PREDICTION]
 
     def is_capturable(self) -> bool:
         """Whether `predict` can become a part of a CUDA graph."""
@@ -144,15 +201,24 @@ class Denoiser:
     def first_not_finite(self) -> str | None:
         """What is not finite after a step: the latents that went in, else the first feature, else the prediction."""
         features = [feature.name for feature in self.manifest.features()]
-        for name in (LATENTS, *features, NOISE_PREDICTION):
-            if not self.buffers[name].isfinite().all():
+        for name in (LATENTS, *features, *map(of_window, self._folded), NOISE_PREDICTION):
+            if name in self.buffers and not self.buffers[name].isfinite().all():
                 return name
         return None
 
-    def reset(self, schedule: Schedule | None = None) -> None:
-        """Go back to the first step, of another schedule if one is given."""
+    def reset(self, schedule: Schedule | None = None, timesteps: Tensor | None = None) -> None:
+        """Go back to the first step, of another schedule if one is given.
+
+        `timesteps` (S,) are those that the steps are going to be called with. A bundle whose sum is folded into the
+        full steps must know them; without them it takes a full step each time.
+        """
         self.schedule = schedule or self.schedule
-        self._step = 0
+        self._timesteps = None if timesteps is None else torch.as_tensor(timesteps).cpu().float()
+        if self._timesteps is not None and self._timesteps.shape != (self.schedule.steps,):
+            raise ScheduleError(
+                f"there are {self._timesteps.numel()} timesteps for a schedule of {self.schedule.steps} steps"
+            )
+        self._step, self._followed = 0, None
 
     @property
     def finished(self) -> bool:
@@ -170,44 +236,119 @@ class Denoiser:
 
         return DenoiserTransformer(self)
 
-    @property
-    def _capacity(self) -> int:
-        return len(self._memory[LATENTS]) if self._memory else 0
+    def _follow(self, full: bool, timestep: Tensor, given: Mapping[str, Tensor], batch: int) -> bool:
+        """Make ready for a step of which only now is known what it is called with; whether it is a full one."""
+        if self.table is None and not self._folded:
+            self.begin(timestep.flatten()[:1], [full], given, batch)
+            self.turn_to(0)
+            return full
+        now, ahead = timestep.flatten()[:1].cpu().float(), self._timesteps
+        foreseen = ahead is not None and bool(ahead[self._step] == now) and timestep.unique().numel() == 1
+        told = {name: value.cpu().clone() for name, value in given.items()}
+        same = self._followed is not None and all(map(torch.equal, told.values(), self._followed.values()))
+        if not (foreseen and same):
+            if self._folded and not full:
+                warn(
+                    "a full step is taken in place of a reuse step: the sum of the features was folded for steps that "
+                    "were known before, and this is not one of them; say reset(timesteps=...), and keep the "
+                    "conditioning, or export with --optimize conditioning",
+                    stacklevel=3,
+                )
+                full = True
+            following = self.schedule.full[self._step + 1 :]
+            if foreseen and ahead is not None:
+                self.begin(ahead[self._step :], [full, *following], given, batch)
+                self._followed, self._begun = told, self._step
+            else:
+                self.begin(timestep.flatten(), [full], given, batch)
+                self._followed, self._begun = None, self._step
+        self.turn_to(self._step - self._begun)
+        return full
 
-    @property
-    def _batch(self) -> int:
-        return len(self.buffers[LATENTS]) if self.buffers else 0
+    def _with_short_windows(self, full: Sequence[bool]) -> list[bool]:
+        longest = self.full.longest_window if self._folded else None
+        flags, since = [], 0
+        for flag in full:
+            since = 0 if flag or (longest is not None and since >= longest) else since + 1
+            flags.append(since == 0)
+        if sum(flags) > sum(full):
+            warn(
+                f"windows of more than {longest} reuse steps do not fit the plans: {sum(flags)} of {len(flags)} steps "
+                f"are full instead of {sum(full)}",
+                stacklevel=4,
+            )
+        return flags
+
+    def _prepare_rows(self, batch: int) -> None:
+        """Which rows of the table each step that it holds reads; those behind the last are read and not used."""
+        table = self.table
+        assert table is not None
+        steps = torch.arange(table.steps + self._window + 1).clamp_(max=table.steps - 1)
+        rows = (steps[:, None] * table.distinct + table.samples).to(self.device)
+        if self._rows is None or self._rows.shape != rows.shape or self._table_memory is not table.memory:
+            self._rows, self._table_memory, self._allocation = torch.empty_like(rows), table.memory, object()
+            self._now = torch.empty(batch, dtype=torch.int64, device=self.device)
+            self._ahead = torch.empty(self._window, batch, dtype=torch.int64, device=self.device)
+        self._rows.copy_(rows)
+
+    def _sizes(self, batch: int) -> dict[str, int]:
+        return {name: math.prod(one.sized(batch, self._window)) for name, one in self._tensors.items()}
 
     def _allocate(self, batch: int) -> None:
-        if batch < 1:
-            raise InputError(f"the batch is {batch}; at least one latent is needed")
-        self.buffers, self._memory = {}, {}  # before the new ones: both need not fit at once
+        self.buffers, self._memory, self._sums, self._batch = {}, {}, {}, 0  # before the new ones: both need not fit
         check_room(batch, self.device, self._bytes_of)
         memory: dict[str, Tensor] = {}
         with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
-            for tensor in self._tensors.values():
-                dtype = getattr(torch, tensor.dtype)
-                memory[tensor.name] = torch.zeros(tensor.sized(batch), dtype=dtype, device=self.device)
+            for name, size in self._sizes(batch).items():
+                memory[name] = torch.zeros(max(1, size), dtype=getattr(torch, self._tensors[name].dtype), device=self.device)
         self._memory, self._allocation = memory, object()
 
     def _bytes_of(self, batch: int) -> int:
-        scratch = max(self.full.scratch_bytes(batch), self.reuse.scratch_bytes(batch))
-        return bytes_of(self._tensors.values(), batch) + scratch
+        scratch = max(engine.scratch_bytes(batch, self._window) for engine in (self.full, self.reuse))
+        return bytes_of(self._tensors.values(), batch, self._window) + scratch
 
     def _fill(self, latents: Tensor, timestep: Tensor | float, conditioning: Mapping[str, Tensor]) -> None:
         """Copy the arguments to their buffers, cast to the graphs' dtypes."""
-        expected = self.buffers[LATENTS].shape
+        buffers = self.buffers
+        expected = buffers[LATENTS].shape
         if latents.shape != expected:
             raise InputError(f"latents have shape {tuple(latents.shape)}; this bundle takes {tuple(expected)}")
-        self.buffers[LATENTS].copy_(latents)
-        self.buffers[TIMESTEP].copy_(torch.as_tensor(timestep))
+        buffers[LATENTS].copy_(latents)
+        if TIMESTEP in buffers:
+            buffers[TIMESTEP].copy_(torch.as_tensor(timestep))
+        for name, value in conditioning.items():
+            if name in buffers:
+                buffers[name].copy_(value)
+
+    def _completed(self, conditioning: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+        """The model's other inputs, (B, ...) or (1, ...), with what may be left out."""
+        takes = f"takes {', '.join(one.name for one in self.manifest.inputs)}"
         if unknown := conditioning.keys() - self._inputs.keys():
-            raise InputError(f"this bundle takes no {min(unknown)!r}; it takes {', '.join(self.full.inputs)}")
+            raise InputError(f"this bundle takes no {min(unknown)!r}; it {takes}")
+        completed = {}
         for name, tensor in self._inputs.items():
-            buffer, told = self.buffers[name], self.manifest.conditioning.get(name, InputSpec())
+            told, shape = self.manifest.conditioning.get(name, InputSpec()), tensor.sized(batch)
             value = default_of(tensor, told) if name not in conditioning and told.default else conditioning.get(name)
             if value is None:
-                raise InputError(f"{name!r} is missing; this bundle takes {', '.join(self.full.inputs)}")
-            if value.shape not in (buffer.shape, (1, *buffer.shape[1:])):
-                raise InputError(f"{name!r} has shape {tuple(value.shape)}; this bundle takes {tuple(buffer.shape)}")
-            buffer.copy_(value)
+                raise InputError(f"{name!r} is missing; this bundle {takes}")
+            if value.shape not in (shape, (1, *shape[1:])):
+                raise InputError(f"{name!r} has shape {tuple(value.shape)}; this bundle takes {shape}")
+            completed[name] = value
+        return completed
+
+
+def _window_lengths(full: Sequence[bool]) -> list[int]:
+    """For each step how many reuse steps follow it before the next full one."""
+    lengths = [0] * len(full)
+    for k in reversed(range(len(full) - 1)):
+        lengths[k] = 0 if full[k + 1] else lengths[k + 1] + 1
+    return lengths
+
+
+def _places(full: Sequence[bool]) -> list[int]:
+    """For each reuse step its place in the window, counted from 0; -1 for a full step."""
+    places, place = [], -1
+    for flag in full:
+        place = -1 if flag else place + 1
+        places.append(place)
+    return places

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -30,6 +30,14 @@ class Steps(Protocol):
 
     manifest: Manifest
     device: torch.device
+
+    def begin(
+        self, timesteps: Tensor, full: Sequence[bool], conditioning: Mapping[str, Tensor], batch: int
+    ) -> list[bool]:
+        """Say which steps are going to be taken, and with what; returns which of them must be full."""
+
+    def turn_to(self, step: int) -> None:
+        """Make ready for a step of those."""
 
     def prepare(self, batch: int) -> object:
         """Make ready for calls of this batch; another object than the last time if memory has moved."""
@@ -132,43 +140,54 @@ class Sampler:
             )
         assert schedule.steps == self.update.calls
         assert len(seeds) == conditioning.images
-        kinds = [
-            (full or (now and not before), now)
-            for full, now, before in zip(schedule.full, guided, [guided[0], *guided], strict=False)
-        ]
         clock = StepClock(device)
         began = time.perf_counter()
-        self._begin(conditioning, seeds, guidance.scale, frozenset(guided))
-        for full, now in watch(kinds):
+        kinds = self.begin(schedule, conditioning, seeds, guidance.scale, guided)
+        for step, (full, now) in enumerate(watch(kinds)):
             with clock.step(full):
-                self.launch(full, now)
+                self.launch(step, full, now)
             if observe is not None:
                 observe(self.update.latents)
         latents = self.update.latents.cpu()  # waits for the device
         if not latents.isfinite().all():
-            self._begin(conditioning, seeds, guidance.scale, frozenset(guided))
+            self.begin(schedule, conditioning, seeds, guidance.scale, guided)
             raise BackendError(self._blame(kinds))
         return Trajectory(latents.clone(), time.perf_counter() - began, *clock.seconds())
 
-    def launch(self, full: bool, guided: bool) -> None:
-        """Take a full or a reuse step of a trajectory that was begun; may return before it is done."""
+    def begin(
+        self,
+        schedule: Schedule,
+        conditioning: Conditioning,
+        seeds: Sequence[int],
+        scale: float,
+        guided: Sequence[bool],
+    ) -> list[tuple[bool, bool]]:
+        """Make ready for the first step of a trajectory; returns of each step whether it is full, whether guided."""
+        kinds = {*guided}
+        halves = [conditioning.conditional, *([conditioning.unconditional or {}] if True in kinds else [])]
+        given = {name: torch.cat([half[name] for half in halves]) for name in conditioning.conditional}  # (2B, ...)
+        with torch.inference_mode(False), torch.no_grad():  # tensors made in that mode cannot be written outside it
+            sets_in = [now and not before for now, before in zip(guided, [guided[0], *guided], strict=False)]
+            wanted = [full or sets for full, sets in zip(schedule.full, sets_in, strict=True)]
+            most = conditioning.images * (1 + max(guided))
+            full = self.denoiser.begin(self.update.timesteps, wanted, given, most)
+            for now in sorted(kinds, reverse=True):  # all that any step needs, before the first; the larger first
+                memory = self.denoiser.prepare(conditioning.images * (1 + now))
+            allocation = self.update.begin(self.denoiser.manifest.latents.shape, seeds, self.denoiser.device)
+            self._prepare(conditioning.images, given, scale, frozenset(kinds), (allocation, memory))
+        return list(zip(full, guided, strict=True))
+
+    def launch(self, step: int, full: bool, guided: bool) -> None:
+        """Take a step of a trajectory that was begun; may return before it is done."""
         self.denoiser.prepare(self._images * (1 + guided))
+        self.denoiser.turn_to(step)
         self._steps[full, guided]()
 
-    def _begin(self, conditioning: Conditioning, seeds: Sequence[int], scale: float, guided: frozenset[bool]) -> None:
-        """`guided` holds what steps there are: with guidance, without, or both."""
-        with torch.inference_mode(False), torch.no_grad():  # tensors made in that mode cannot be written outside it
-            latents = self.denoiser.manifest.latents
-            for now in sorted(guided, reverse=True):  # all that any step needs, before the first; the larger first
-                memory = self.denoiser.prepare(conditioning.images * (1 + now))
-            allocation = self.update.begin(latents.shape, seeds, self.denoiser.device)
-            self._prepare(conditioning, scale, guided, (allocation, memory))
-
-    def _prepare(self, conditioning: Conditioning, scale: float, guided: frozenset[bool], memory: object) -> None:
+    def _prepare(
+        self, images: int, given: Mapping[str, Tensor], scale: float, guided: frozenset[bool], memory: object
+    ) -> None:
         """Fill the tensors that a step reads; captured steps stay as long as those are where they were."""
-        device, images = self.denoiser.device, conditioning.images
-        halves = [conditioning.conditional, *([conditioning.unconditional or {}] if True in guided else [])]
-        given = {name: torch.cat([half[name] for half in halves]) for name in conditioning.conditional}  # (2B, ...)
+        device = self.denoiser.device
         key = (images, guided, memory)
         if key != self._key:
             self._key, self._images, self._guided = key, images, guided
@@ -206,6 +225,7 @@ class Sampler:
         manifest, found = self.denoiser.manifest, "the latents themselves"
         for step, (full, guided) in enumerate(kinds):
             self.denoiser.prepare(self._images * (1 + guided))
+            self.denoiser.turn_to(step)
             self._step(full, guided)
             name = self.denoiser.first_not_finite()
             if name is not None or not self.update.latents.isfinite().all():

@@ -33,8 +33,9 @@ class Update(ABC):
     latents: Tensor
     """(B, C, H, W) in fp32, after the steps that are done."""
 
-    def __init__(self, calls: int, takes_variance: bool, on_device: bool) -> None:
-        self.calls = calls
+    def __init__(self, timesteps: Tensor, takes_variance: bool, on_device: bool) -> None:
+        self.timesteps = timesteps  # (S,), what `timestep` is going to be
+        self.calls = len(timesteps)
         self.takes_variance = takes_variance
         self.on_device = on_device
 
@@ -247,7 +248,7 @@ class TabulatedUpdate(Update):
     """Follows a table with tensors that stay in place; nothing in `advance` needs the host."""
 
     def __init__(self, table: SchedulerTable) -> None:
-        super().__init__(len(table.timesteps), table.takes_variance, on_device=True)
+        super().__init__(table.timesteps, table.takes_variance, on_device=True)
         self._table = table
         self._key: tuple[object, ...] = ()
 
@@ -301,7 +302,8 @@ class SchedulerUpdate(Update):
     """Calls the scheduler at each step, on the host."""
 
     def __init__(self, scheduler: SchedulerMixin, steps: int) -> None:
-        super().__init__(timesteps_of(scheduler, steps), takes_variance(scheduler), on_device=False)
+        timesteps_of(scheduler, steps)
+        super().__init__(scheduler.timesteps.clone(), takes_variance(scheduler), on_device=False)
         self._scheduler, self._steps = scheduler, steps
 
     def begin(self, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> object:
