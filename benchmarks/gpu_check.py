@@ -108,8 +108,8 @@ def transfers_between_steps(sampler: Sampler, schedule: Schedule, images: int) -
     torch.cuda.synchronize()
 
     def run() -> None:
-        for full in schedule.full:
-            sampler.launch(full, guided=True)
+        for step, full in enumerate(schedule.full):
+            sampler.launch(step, full, guided=True)
 
     return transfers_of(run)
 

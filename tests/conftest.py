@@ -54,9 +54,16 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundle of the small DiT; tests that alter one take `bundle_copy`."""
+    """The bundle of the small DiT, its graphs as they are traced; tests that alter one take `bundle_copy`."""
     model = model_from_source(str(pipeline_folder))
-    return bundle_from_model(model, tmp_path_factory.mktemp("export") / "tiny")
+    return bundle_from_model(model, tmp_path_factory.mktemp("export") / "tiny", optimization="none")
+
+
+@pytest.fixture(scope="session")
+def optimized(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """Bundles of the small DiT by how far they are optimized."""
+    model, folder = model_from_source(str(pipeline_folder)), tmp_path_factory.mktemp("optimized")
+    return {level: bundle_from_model(model, folder / level, optimization=level) for level in ("conditioning", "fold")}
 
 
 @pytest.fixture

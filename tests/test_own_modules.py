@@ -205,6 +205,7 @@ def test_a_factory_and_two_patterns_give_eager_fora(package: str, tmp_path: Path
     denoiser = load(bundle, schedule=schedule, backend="onnxruntime", device="cpu")
     with torch.no_grad():
         expected = eager(module.eval(), spec, schedule, latents, labels)
+    denoiser.reset(timesteps=torch.tensor([1000 * (1 - step / schedule.steps) for step in range(schedule.steps)]))
     for step, want in enumerate(expected):
         got = denoiser(latents, 1000 * (1 - step / schedule.steps), class_labels=labels).clone()
         assert (got - want).abs().max() < 1e-4

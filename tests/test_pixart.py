@@ -55,9 +55,13 @@ def test_text_is_an_input_of_the_full_graph_alone(kind: str, bundles: dict[str, 
     manifest = bundles[kind].manifest
     sizes = ["resolution", "aspect_ratio"] if kind == "alpha" else []
     text = ["encoder_hidden_states", "encoder_attention_mask"]
-    assert [one.name for one in manifest.graphs["full"].inputs] == ["latents", "timestep", *text, *sizes]
-    features = [one.name for one in manifest.features()]
-    assert [one.name for one in manifest.graphs["reuse"].inputs] == ["latents", "timestep", *sizes, *features]
+    assert [one.name for one in manifest.inputs] == ["latents", "timestep", *text, *sizes]
+    read = {name: [one.name for one in graph.inputs] for name, graph in manifest.graphs.items()}
+    assert manifest.optimization == "fold"
+    assert read["conditioning"] == ["timestep", *sizes]
+    assert read["full"][:3] == ["latents", *text]
+    assert read["reuse"][:2] == ["latents", "folded.0"]
+    assert not {"timestep", *text, *sizes} & {*read["reuse"], *read["full"][3:]}
     kinds = sorted(site.kind for site in manifest.cache_sites)
     assert kinds == ["attention"] * 2 + ["cross-attention"] * 2 + ["feed-forward"] * 2
     assert manifest.model.image_size == ((256, 256) if kind == "alpha" else (16, 16))

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def half(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     model = model_from_source(str(pipeline_folder), "fp16")
-    return bundle_from_model(model, tmp_path_factory.mktemp("export") / "half")
+    return bundle_from_model(model, tmp_path_factory.mktemp("export") / "half", optimization="none")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
@@ -125,7 +125,7 @@ def overflowing(pipeline_folder: Path, precision: str) -> Model:
 
 
 def test_overflow_names_the_first_tensor_that_is_not_finite(pipeline_folder: Path, tmp_path: Path) -> None:
-    bundle = bundle_from_model(overflowing(pipeline_folder, "fp16"), tmp_path / "export" / "over")
+    bundle = bundle_from_model(overflowing(pipeline_folder, "fp16"), tmp_path / "export" / "over", optimization="none")
     schedule = Schedule.static(6, 2)
     denoiser = load(bundle, schedule=schedule, backend="onnxruntime", device="cpu")
     scheduler = scheduler_from_config(bundle.scheduler_config, None, learned_sigma=True)
@@ -149,6 +149,7 @@ def test_an_export_that_is_not_finite_says_so(
     model = overflowing(pipeline_folder, "fp16")
     monkeypatch.setattr("fora_trt.models.sources.model_from_source", lambda *_: model)
     command = ["export", str(pipeline_folder), "--precision", "fp16", "--no-measure-trajectory", "--out", str(tmp_path)]
+    command += ["--optimize", "none"]
     shown = CliRunner().invoke(main, command)
     assert "the graphs put out what is not finite in fp16" in shown.stderr
     assert "export it with --precision bf16 or fp32" in shown.stderr

@@ -91,6 +91,7 @@ def trajectory(bundle: Bundle, schedule: Schedule, label: int, seed: int) -> lis
     denoiser = load(bundle, schedule=schedule, backend="onnxruntime", device="cpu")
     scheduler = DDIMScheduler.from_config(bundle.scheduler_config)
     scheduler.set_timesteps(schedule.steps)
+    denoiser.reset(timesteps=scheduler.timesteps)
     latents = torch.randn(1, *bundle.manifest.latents.shape, generator=torch.Generator().manual_seed(seed))
     null = bundle.manifest.guidance.null_class  # type: ignore[union-attr]
     steps = []

@@ -93,9 +93,9 @@ def test_stopped_and_resumed_it_is_the_same_to_the_bit(exported: Bundle, tmp_pat
     again = sample_set(exported, folder, layout=layout)
     launched, launch = [], again.sampler.launch
 
-    def counted(full: bool, guided: bool) -> None:
+    def counted(step: int, full: bool, guided: bool) -> None:
         launched.append(full)
-        launch(full, guided)
+        launch(step, full, guided)
 
     again.sampler.launch = counted  # type: ignore[method-assign]
     resumed = again.make(resume=True)

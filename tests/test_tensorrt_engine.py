@@ -23,6 +23,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 import torch
 
@@ -493,7 +494,7 @@ def unknown_names(source: str) -> set[str]:
     others: tuple[Any, ...] = (
         builtins, bytes, ctypes, dict, functools, hashlib, hashlib.sha256(), list, memoryview, mmap, os, pathlib, Path,
         re, str, set, threading, threading.Event, threading.Thread, time, torch, weakref, torch.cuda, torch.Tensor,
-        torch.device, torch.cuda.Stream, util, open(os.devnull, "rb"),  # noqa: SIM115, PTH123 - for its type
+        torch.device, torch.cuda.Stream, util, pydantic.BaseModel, open(os.devnull, "rb"),  # noqa: SIM115, PTH123 - for its type
     )  # fmt: skip
     known |= {name for one in others for name in dir(one)} | {"__members__", "cuda_stream", "major", "minor"}
     return {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)} - known

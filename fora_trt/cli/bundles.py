@@ -285,16 +285,27 @@ def inspect(bundle: Path, as_json: bool) -> None:
     size = in_bytes(found["feature_bytes_per_sample"])
     shapes = " or ".join(str([*shape]) for shape in found["feature_shapes"])
     click.echo(f"cache sites: {sites}; a feature is {shapes}, all of them {size} a sample")
-    graphs = new_table("graphs", "graph", "nodes", "weights", "operations a sample")
+    graphs = new_table("graphs", "graph", "nodes", "weights", "read at a batch of 1", "operations a sample")
     for name, graph in found["graphs"].items():
-        graphs.add_row(name, str(graph["nodes"]), in_bytes(graph["weight_bytes"]), f"{graph['flops'] / 1e9:.3f} GFLOP")
+        weights, read = (in_bytes(graph[size]) for size in ("weight_bytes", "read_bytes"))
+        graphs.add_row(name, str(graph["nodes"]), weights, read, f"{graph['flops'] / 1e9:.3f} GFLOP")
     print_table(graphs)
+    click.echo(f"optimized: {found['optimization']}")
     click.echo(f"a reuse step keeps {found['arithmetic_kept']:.2%} of the arithmetic of a full step")
     table = new_table(
-        f"{found['steps']} steps", "cache interval", "full steps", "ideal speed-up", "with the reuse steps' arithmetic"
+        f"{found['steps']} steps",
+        "cache interval",
+        "full steps",
+        "ideal speed-up",
+        "with the reuse steps' arithmetic",
+        "kept a sample",
     )
     for interval, row in found["cache_intervals"].items():
         table.add_row(
-            str(interval), str(row["full_steps"]), f"{row['ideal_speedup']:.2f}x", f"{row['arithmetic_speedup']:.2f}x"
+            str(interval),
+            str(row["full_steps"]),
+            f"{row['ideal_speedup']:.2f}x",
+            f"{row['arithmetic_speedup']:.2f}x",
+            in_bytes(row["kept_bytes_per_sample"]),
         )
     print_table(table)

@@ -14,7 +14,7 @@ from typing import Any
 from fora_trt.engines.tensorrt_library import Library
 from fora_trt.errors import PlanError
 from fora_trt.folders import Record
-from fora_trt.models.spec import TensorSpec
+from fora_trt.models.spec import CONDITIONING, TensorSpec
 
 Progress = Callable[[float, str], None]
 """Told the fraction that is done, 0 to 1, and what is being done."""
@@ -35,12 +35,23 @@ class Profile(Record):
         return f"{self.minimum}:{self.optimum}:{self.maximum}"
 
 
+CONDITIONING_ROWS = Profile(minimum=1, optimum=64, maximum=256)
+"""Batches of a conditioning graph: steps of a trajectory times distinct samples; more go in several calls."""
+
+WINDOWS = (0, 2, 19)
+"""Reuse steps of a window that plans admit (least, best, most), where the sum of the features is folded."""
+
+
 class PlanOptions(Record):
     """What the user may decide about a plan, as far as it changes the plan."""
 
     profiles: tuple[Profile, ...]
     optimization_level: int | None = None
     workspace_gib: float | None = None
+
+    def of_graph(self, name: str) -> PlanOptions:
+        """The same for one graph: profiles are those of a step, and the conditioning graph has its own."""
+        return self if name != CONDITIONING else self.model_copy(update={"profiles": (CONDITIONING_ROWS,)})
 
 
 class Attention(Record):
@@ -143,8 +154,8 @@ def _configured(
     for wanted in options.profiles:
         profile = builder.create_optimization_profile()
         for tensor in inputs:
-            sizes = (wanted.minimum, wanted.optimum, wanted.maximum)
-            profile.set_shape(tensor.name, *(tensor.sized(batch) for batch in sizes))
+            sizes = zip((wanted.minimum, wanted.optimum, wanted.maximum), WINDOWS, strict=True)
+            profile.set_shape(tensor.name, *(tensor.sized(batch, window) for batch, window in sizes))
         if config.add_optimization_profile(profile) < 0:
             raise PlanError(f"{library.backend} does not accept the batch profile {wanted}: {library.log.reason()}")
     return config

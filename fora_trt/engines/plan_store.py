@@ -34,7 +34,7 @@ from fora_trt.folders import (
     write_manifest,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PORTABLE = ("8.0", "8.6", "8.9", "12.0")
 """Compute capabilities that a TensorRT-RTX plan is built for unless asked otherwise: all it calls Ampere and later."""
 
@@ -90,7 +90,7 @@ class PlanSet:
     manifest: PlanManifest
 
     def path(self, graph: str) -> Path:
-        """The plan of the graph `full` or `reuse`."""
+        """The plan of a graph of the bundle."""
         return self.folder / self.manifest.plans[graph].file
 
 
@@ -185,7 +185,7 @@ def build_plans(
                     bundle.graph_path(name),
                     staged / f"{name}.plan",
                     graph.inputs,
-                    options,
+                    options.of_graph(name),
                     target.compute_capabilities,
                     cache,
                     watch,

@@ -18,10 +18,11 @@ from fora_trt.bundle import Bundle, GraphRecord
 from fora_trt.engines.base import Engine
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.engines.memory import free_bytes, gibibytes
-from fora_trt.engines.plan_builder import Profile
+from fora_trt.engines.plan_builder import CONDITIONING_ROWS, WINDOWS, Profile
 from fora_trt.engines.plan_store import PlanSet, PlanSource, plans_for
 from fora_trt.engines.tensorrt_library import Gpu, Library, gpu_of, library_from_name
 from fora_trt.errors import BackendError, InputError
+from fora_trt.models.spec import BATCH, WINDOW
 
 ALIGNMENT = 256  # bytes, of scratch memory
 
@@ -92,6 +93,7 @@ class TensorRTEngine(Engine):
         device: torch.device,
     ) -> None:
         super().__init__(record.inputs, record.outputs, device)
+        self.longest_window, self.most_rows = WINDOWS[-1], CONDITIONING_ROWS.maximum
         self._library, self._profiles, self._scratch = library, profiles, scratch
         self._cache: KernelCache | None = None
         self._cache_path = plan.with_suffix(f".{_folder_word(gpu_of(device))}.kernels") if library.is_rtx else plan
@@ -117,30 +119,33 @@ class TensorRTEngine(Engine):
     def scratch_address(self) -> int:
         return self._scratch.block.data_ptr()
 
-    def scratch_bytes(self, batch: int) -> int:
-        return max(0, self._scratch_needed(batch) - self._scratch.block.nbytes)
+    def scratch_bytes(self, batch: int, window: int = 0) -> int:
+        return max(0, self._scratch_needed(batch, window) - self._scratch.block.nbytes)
 
-    def _scratch_needed(self, batch: int) -> int:
+    def _scratch_needed(self, batch: int, window: int) -> int:
         with torch.cuda.device(self.device):
-            self._set_batch(batch)
+            self._set_batch(batch, window)
             return int(self._context.update_device_memory_size_for_shapes())
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         self._replay.forget()
         self._block = None
-        self._scratch.reserve(self._scratch_needed(next(len(tensors[name]) for name in self.inputs)))
+        sizes = {spec.shape[0]: len(tensors[name]) for name, spec in self.inputs.items()}
+        self._scratch.reserve(self._scratch_needed(sizes[BATCH], sizes.get(WINDOW, 0)))
         for name in (*self.inputs, *self.outputs):
-            assert tensors[name].is_contiguous() and tensors[name].device == self._scratch.block.device
-            self._checked(self._context.set_tensor_address(name, tensors[name].data_ptr()), f"bind {name}")
+            tensor = tensors[name]
+            assert tensor.is_contiguous() and tensor.device == self._scratch.block.device
+            address = tensor.data_ptr() or tensor.untyped_storage().data_ptr()  # an empty one has an address too
+            self._checked(self._context.set_tensor_address(name, address), f"bind {name}")
 
-    def _set_batch(self, batch: int) -> None:
+    def _set_batch(self, batch: int, window: int) -> None:
         """Choose the profile and give every input its shape."""
         profile = self._profile_of(batch)
         if len(self._profiles) > 1:
             stream = torch.cuda.current_stream(self.device).cuda_stream
             self._checked(self._context.set_optimization_profile_async(profile, stream), f"use profile {profile}")
         for name, spec in self.inputs.items():
-            self._checked(self._context.set_input_shape(name, spec.sized(batch)), f"take the shape of {name}")
+            self._checked(self._context.set_input_shape(name, spec.sized(batch, window)), f"take the shape of {name}")
         if missing := self._context.infer_shapes():
             raise BackendError(f"{self._library.backend} cannot infer the shape of {', '.join(missing)}")
 
@@ -203,9 +208,10 @@ def engines_from_bundle(bundle: Bundle, device: torch.device, source: PlanSource
         _check_room(plans, device)
         runtime = library.module.Runtime(library.logger)
         runtime.engine_host_code_allowed = False
-        scratch, profiles = Scratch(device), plans.manifest.options.profiles
+        scratch, options = Scratch(device), plans.manifest.options
+        profiles = {name: options.of_graph(name).profiles for name in bundle.manifest.graphs}
         return {
-            name: TensorRTEngine(library, runtime, plans.path(name), record, profiles, scratch, device)
+            name: TensorRTEngine(library, runtime, plans.path(name), record, profiles[name], scratch, device)
             for name, record in bundle.manifest.graphs.items()
         }
 

@@ -40,7 +40,9 @@ class EagerFora:
             module = self.module.get_submodule(site.module)
             module.forward = self._cached(module.forward)
 
-    def begin(self, timesteps: Tensor, full: Sequence[bool], conditioning: Mapping[str, Tensor], batch: int) -> list[bool]:
+    def begin(
+        self, timesteps: Tensor, full: Sequence[bool], conditioning: Mapping[str, Tensor], batch: int
+    ) -> list[bool]:
         """Nothing is computed before the loop."""
         return list(full)
 

@@ -85,7 +85,9 @@ class Entrant:
             return None
         engines = {True: self.steps.full, False: self.steps.reuse}
         times = {full: _seconds_of(engines[full]) for full in {*schedule.full}}
-        return sum(times[full] for full in schedule.full)
+        table = self.steps.table
+        before = 0.0 if table is None else table.calls * _seconds_of(table.engine)
+        return before + sum(times[full] for full in schedule.full)
 
 
 def entrants_of(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
 from fora_trt.bundle import Bundle
+from fora_trt.engines.memory import bytes_of
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.models.spec import FULL, REUSE
 from fora_trt.schedule import Schedule
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STEPS = 50
 CACHE_INTERVALS = (1, 2, 3, 4, 5, 7, 10)
 
@@ -21,10 +20,12 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     """Graphs, features and the ideal speed-up per cache interval, as plain values.
 
     `arithmetic_kept` is the part of a full step's operations that a reuse step does; `arithmetic_speedup` takes it
-    into account where `ideal_speedup` lets a reuse step cost nothing.
+    into account where `ideal_speedup` lets a reuse step cost nothing. `read_bytes` are weights and inputs of one
+    sample, `kept_bytes_per_sample` what a full step keeps for the reuse steps of its window: features, or their sums.
     """
     manifest = bundle.manifest
-    graphs = {name: graph_statistics(bundle.graph_path(name)) for name in (FULL, REUSE)}
+    graphs = {name: graph_statistics(bundle.graph_path(name)) for name in manifest.graphs}
+    kept_tensors = manifest.graphs[FULL].outputs[1:]
     kept = graphs[REUSE].flops / graphs[FULL].flops
     schedules = {interval: Schedule.static(STEPS, interval) for interval in CACHE_INTERVALS}
     return {
@@ -36,18 +37,21 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "versions": manifest.versions,
         "measured_error": {name: vars(error) for name, error in (manifest.measured_error or {}).items()},
         "trajectory_error": None if manifest.trajectory_error is None else asdict(manifest.trajectory_error),
-        "graphs": {name: vars(statistics) for name, statistics in graphs.items()},
+        "optimization": manifest.optimization,
+        "graphs": {
+            name: {**vars(one), "read_bytes": one.weight_bytes + bytes_of(manifest.graphs[name].inputs, 1)}
+            for name, one in graphs.items()
+        },
         "cache_sites": dict(Counter(site.kind for site in manifest.cache_sites)),
         "feature_shapes": list(dict.fromkeys(feature.shape for feature in manifest.features())),
-        "feature_bytes_per_sample": sum(
-            math.prod(feature.sized(1)) * BYTES.get(feature.dtype, 8) for feature in manifest.features()
-        ),
+        "feature_bytes_per_sample": bytes_of(manifest.features(), 1),
         "arithmetic_kept": kept,
         "steps": STEPS,
         "cache_intervals": {
             interval: {
                 "full_steps": schedule.full_steps,
                 "ideal_speedup": schedule.ideal_speedup,
+                "kept_bytes_per_sample": bytes_of(kept_tensors, 1, interval - 1),
                 "arithmetic_speedup": STEPS / (schedule.full_steps + kept * (STEPS - schedule.full_steps)),
             }
             for interval, schedule in schedules.items()

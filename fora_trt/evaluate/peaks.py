@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from fora_trt.bundle import Bundle
+from fora_trt.engines.memory import bytes_of
 from fora_trt.evaluate.results import PeakRates
 from fora_trt.export.statistics import graph_statistics
-from fora_trt.models.spec import FULL, PRECISIONS, REUSE, TensorSpec
+from fora_trt.models.spec import CONDITIONING, FULL, PRECISIONS, REUSE
 from fora_trt.schedule import Schedule
 
 MATRIX = {"cpu": 1536, "cuda": 8192}
@@ -80,24 +80,25 @@ def _fastest(work: Callable[[], object], device: torch.device) -> float:
 class Floor:
     """The least time that the graphs of a bundle could take: their operations, or their weights and edges in bytes.
 
-    Features count as written by a full step and read by a reuse step. Everything within a graph counts as free.
+    What passes between steps counts as written by a full step and read by a reuse step; a conditioning graph runs once,
+    for one sample at every step. Everything within a graph counts as free.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         graphs = bundle.manifest.graphs
-        self._statistics = {name: graph_statistics(bundle.graph_path(name)) for name in (FULL, REUSE)}
-        self._edges = {name: sum(map(_bytes_of, (*graphs[name].inputs, *graphs[name].outputs))) for name in graphs}
+        self._statistics = {name: graph_statistics(bundle.graph_path(name)) for name in graphs}
+        self._edges = {name: (*graph.inputs, *graph.outputs) for name, graph in graphs.items()}
 
     def seconds(self, schedule: Schedule, batch: int, peaks: PeakRates) -> float:
         """Of a trajectory, for this batch of the graphs (twice the images under guidance)."""
 
-        def of(graph: str) -> float:
-            found = self._statistics[graph]
-            moved = found.weight_bytes + batch * self._edges[graph]
+        def of(graph: str, batch: int, window: float = 0.0) -> float:
+            found, edges = self._statistics[graph], self._edges[graph]
+            step, more = bytes_of(edges, batch), bytes_of(edges, batch, 1) - bytes_of(edges, batch)
+            moved = found.weight_bytes + step + window * more
             return max(batch * found.flops / peaks.flops, moved / peaks.bytes)
 
-        return schedule.full_steps * of(FULL) + (schedule.steps - schedule.full_steps) * of(REUSE)
-
-
-def _bytes_of(tensor: TensorSpec) -> int:
-    return math.prod(tensor.sized(1)) * int(getattr(torch, tensor.dtype).itemsize)
+        reuse_steps = schedule.steps - schedule.full_steps
+        seconds = schedule.full_steps * of(FULL, batch, reuse_steps / schedule.full_steps)
+        seconds += reuse_steps * of(REUSE, batch)
+        return seconds + (of(CONDITIONING, schedule.steps) if CONDITIONING in self._edges else 0.0)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fora_trt.bundle import Bundle, GraphError, TrajectoryError
 from fora_trt.engines.plan_store import PlanSource
@@ -88,11 +89,13 @@ def trajectory_errors(
 def graph_errors(denoiser: Denoiser, reference: EagerFora, batch: int) -> Iterator[tuple[str, GraphError]]:
     """The error of a full and then of a reuse step, on seeded inputs: other latents and another timestep."""
     manifest, device = denoiser.manifest, denoiser.device
-    latents, timesteps, conditioning = [], [], {}
+    latents: list[Tensor] = []
+    timesteps: list[Tensor] = []
+    conditioning: dict[str, Tensor] = {}
     for seed in (2, 1):
         conditioning = example_inputs(manifest.inputs, manifest.conditioning, batch, seed)
         latents.insert(0, conditioning.pop(LATENTS).to(device))
-        timesteps.insert(0, conditioning.pop(TIMESTEP)[:1].to(device))
+        timesteps.insert(0, conditioning.pop(TIMESTEP, torch.zeros(1))[:1].to(device))
     given = {name: value.to(device) for name, value in conditioning.items()}
     denoiser.begin(torch.cat(timesteps), [True, False], given, batch)
     denoiser.prepare(batch)

@@ -45,7 +45,7 @@ def measure_errors(model: Model, sites: Sequence[CacheSite], paths: Mapping[str,
     conditioned, ahead, stale = {}, {}, {}
     if CONDITIONING in paths:
         both = {name: torch.cat([value, second[name]]) for name, value in first.items()}
-        rows = {name: value.split(MEASURED_BATCH) for name, value in _outputs(paths[CONDITIONING], both).items()}
+        rows = {name: value.chunk(2) for name, value in _outputs(paths[CONDITIONING], both).items()}
         conditioned = {name: before for name, (before, _) in rows.items()}
         second |= {name: after for name, (_, after) in rows.items()}
         ahead = {of_window(name): after[None] for name, (_, after) in rows.items()}

@@ -24,8 +24,10 @@ ELEMENTWISE = {
 
 
 def fold(full: ir.Model, reuse: ir.Model, hoisted: str) -> bool:
-    """Move all of `reuse` that does not depend on the latents to the end of `full`; False, changing nothing that counts,
-    where that is not possible: an operator other than elementwise ones reads what differs from step to step.
+    """Move all of `reuse` that does not depend on the latents to `full`; False where that is not possible.
+
+    It is not where an operator other than elementwise ones reads what differs from step to step. Then nothing is
+    moved, and sums in `reuse` are taken in another order.
 
     `full` puts out the features; inputs of `reuse` whose names begin with `hoisted` differ from step to step.
     """
@@ -121,8 +123,8 @@ def _append(full: ir.Graph, part: EarlyPart, differing: set[ir.Value]) -> dict[s
     outputs = {value.name: value for value in full.outputs}
     copies: dict[ir.Value, ir.Value] = {}
     order = {node: k for k, node in enumerate(full)}
-    behind: dict[ir.Node, list[ir.Node]] = {}
-    anchors: dict[ir.Value, ir.Node] = {}
+    behind: dict[ir.Node | None, list[ir.Node]] = {}
+    anchors: dict[ir.Value, ir.Node | None] = {}
 
     def copy_of(value: ir.Value) -> ir.Value:
         if value in copies:
@@ -144,14 +146,18 @@ def _append(full: ir.Graph, part: EarlyPart, differing: set[ir.Value]) -> dict[s
         read = [None if value is None else copy_of(value) for value in node.inputs]
         copy = ir.Node("", node.op_type, read, list(node.attributes.values()), num_outputs=len(node.outputs))
         before = [one for value in read if value is not None and (one := anchor_of(value)) is not None]
-        anchor = max(before, key=order.__getitem__)
+        anchor = max(before, key=order.__getitem__, default=None)
         behind.setdefault(anchor, []).append(copy)
         for old, new in zip(node.outputs, copy.outputs, strict=True):
             new.name, new.type = f"fold.{old.name}", old.type
             new.shape = ir.Shape([WINDOW, *old.shape]) if old in differing and old.shape is not None else old.shape
             copies[old], anchors[new] = new, anchor
+    first = full[0]
     for anchor, nodes in behind.items():
-        full.insert_after(anchor, nodes)
+        if anchor is None:
+            full.insert_before(first, nodes)
+        else:
+            full.insert_after(anchor, nodes)
     named: dict[str, ir.Value] = {}
     for k, value in enumerate(part.boundary):
         name = f"{FOLDED}{k}"
@@ -178,4 +184,3 @@ def _drop_features(full: ir.Model, read: set[str | None]) -> None:
     full.graph.outputs.extend(kept)
     CommonSubexpressionEliminationPass()(full)
     drop_unread(full)
-

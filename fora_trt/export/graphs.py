@@ -114,9 +114,11 @@ def _drop_outputs(model: ir.Model, names: Collection[str]) -> None:
 
 
 def save_graph(graph: Graph, path: Path) -> list[Path]:
-    """Write `path` and its weights beside it as `path`.data; return the files written."""
+    """Write `path` and its weights beside it as `path`.data, if there are any; return the files written."""
     data = path.with_name(path.name + ".data")
     ir.save(graph.onnx, path, external_data=data.name, size_threshold_bytes=INLINE_BYTES)
+    if data.exists() and not data.stat().st_size:  # all constants are small
+        data.unlink()
     onnx.checker.check_model(path)
     return [path, data] if data.exists() else [path]
 

@@ -4,15 +4,17 @@
 `replace_reads` lets the remainder read from its inputs what was taken out. Nothing here knows an architecture.
 
 What is early, rules cited below: (1) a node is early if it reads an early value, and besides those only constants; (2)
-each of its outputs has a row for every sample and a shape that is known otherwise, so shape arithmetic stays where it
-is; (3) it has no graph inside and is no output of its graph; (4) a node that only widens or repeats what it reads, at
-the end of what is early, is left to the remainder: the tensor that passes between the graphs is the small one.
+each of its outputs has one or several rows for every sample and a shape that is known otherwise, so shape arithmetic
+stays where it is; (3) it has no graph inside and is no output of its graph; (4) at the end of what is early, a node is
+left to the remainder if it only widens or repeats what it reads, so that the tensor that passes between the graphs is
+the small one, or if its output has not one row for every sample.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +45,9 @@ def early_part(graph: ir.Graph, late: Collection[str]) -> EarlyPart:
             early.update(node.outputs)
     taken = {*nodes}
     for node in reversed(nodes):  # rule 4
-        if node.op_type in WIDENING and not _readers(node) & taken and _bytes(node.outputs[0]) > _bytes(node.inputs[0]):
+        widens = node.op_type in WIDENING and _bytes(node.outputs[0]) > _bytes(node.inputs[0])
+        ends = [output for output in node.outputs if {*output.consumers()} - taken]
+        if (widens and not _readers(node) & taken) or any(_rows(output) != 1 for output in ends):
             taken.remove(node)
     kept = tuple(node for node in nodes if node in taken)
     return EarlyPart(kept, tuple(one for node in kept for one in node.outputs if {*one.consumers()} - taken))
@@ -52,14 +56,16 @@ def early_part(graph: ir.Graph, late: Collection[str]) -> EarlyPart:
 def _has_rows(node: ir.Node) -> bool:
     """Rules 2 and 3."""
     inside = any(one.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for one in node.attributes.values())
-    return not inside and all(_begins_with_batch(one) and not one.is_graph_output() for one in node.outputs)
+    return not inside and all(_rows(one) and not one.is_graph_output() for one in node.outputs)
 
 
-def _begins_with_batch(value: ir.Value) -> bool:
+def _rows(value: ir.Value) -> int:
+    """How many rows a value has for every sample; 0 where it has none or its shape is not known."""
     if value.shape is None or value.dtype is None or len(value.shape) == 0:
-        return False
+        return 0
     first, *others = value.shape
-    return isinstance(first, ir.SymbolicDim) and first.value == BATCH and all(isinstance(one, int) for one in others)
+    multiple = re.fullmatch(rf"(?:(\d+)\*)?{BATCH}", str(first.value) if isinstance(first, ir.SymbolicDim) else "")
+    return int(multiple[1] or 1) if multiple and all(isinstance(one, int) for one in others) else 0
 
 
 def _readers(node: ir.Node) -> set[ir.Node]:

@@ -25,9 +25,7 @@ def pooled_inputs(inputs: Sequence[TensorSpec]) -> list[str]:
     return [one.name for one in inputs if len(one.shape) <= (2 if one.dtype in FLOATING else 1)]
 
 
-def optimized(
-    graphs: dict[str, ir.Model], inputs: Sequence[TensorSpec], level: str
-) -> tuple[dict[str, ir.Model], str]:
+def optimized(graphs: dict[str, ir.Model], inputs: Sequence[TensorSpec], level: str) -> tuple[dict[str, ir.Model], str]:
     """Optimize the full and the reuse graph of a model with these inputs, as far as `level`; they are changed.
 
     Returns the graphs, with the conditioning graph if there is one, and the level that was reached: a model none of
@@ -122,6 +120,7 @@ def _split(model: ir.Model, name: str, singles: list[str]) -> None:
 
 
 def _stacked_shape(values: Sequence[ir.Value], axis: int) -> ir.Shape:
-    sizes = list(values[0].shape or ())
-    sizes[axis] = sum(int(value.shape[axis]) for value in values if value.shape is not None)  # type: ignore[arg-type]
+    sizes = [*(values[0].shape or ())]
+    found = [value.shape[axis] for value in values if value.shape is not None]
+    sizes[axis] = sum(size for size in found if isinstance(size, int))
     return ir.Shape(sizes)

@@ -94,7 +94,7 @@ class Denoiser:
         self._allocation = object()
         self._scratch: tuple[int, int] | None = None
         self._batch = self._window = self._step = self._begun = 0
-        self._rows: Tensor | None = None
+        self._rows = torch.zeros(0, dtype=torch.int64)
         self._table_memory: object = None
         self._place = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._timesteps: Tensor | None = None
@@ -133,7 +133,8 @@ class Denoiser:
     ) -> list[bool]:
         """Say which steps are going to be taken, before the first of them; returns which of them must be full.
 
-        `timesteps` is (S,), `full` a flag for each step, and `conditioning` has the `batch` rows of the largest step.
+        `timesteps` is (S,), or (S, B) where samples differ, `full` a flag for each step, and `conditioning` has the
+        `batch` rows of the largest step.
         More steps are full than were asked for where a window is longer than the engines admit.
         """
         flags = self._with_short_windows(full)
@@ -164,9 +165,9 @@ class Denoiser:
         """
         if batch < 1:
             raise InputError(f"the batch is {batch}; at least one latent is needed")
-        if any(self._memory[name].numel() < size for name, size in self._sizes(batch).items()) if self._memory else True:
-            self._allocate(batch)
         if batch != self._batch:
+            if any(len(self._memory.get(name, ())) < size for name, size in self._sizes(batch).items()):
+                self._allocate(batch)
             self._batch, shapes = 0, {name: one.sized(batch, self._window) for name, one in self._tensors.items()}
             buffers = {name: one[: math.prod(shapes[name])].view(shapes[name]) for name, one in self._memory.items()}
             self.full.bind(buffers)
@@ -239,11 +240,10 @@ class Denoiser:
     def _follow(self, full: bool, timestep: Tensor, given: Mapping[str, Tensor], batch: int) -> bool:
         """Make ready for a step of which only now is known what it is called with; whether it is a full one."""
         if self.table is None and not self._folded:
-            self.begin(timestep.flatten()[:1], [full], given, batch)
-            self.turn_to(0)
             return full
         now, ahead = timestep.flatten()[:1].cpu().float(), self._timesteps
-        foreseen = ahead is not None and bool(ahead[self._step] == now) and timestep.unique().numel() == 1
+        alike = bool((timestep == timestep.flatten()[0]).all())
+        foreseen = ahead is not None and alike and bool(ahead[self._step] == now)
         told = {name: value.cpu().clone() for name, value in given.items()}
         same = self._followed is not None and all(map(torch.equal, told.values(), self._followed.values()))
         if not (foreseen and same):
@@ -260,7 +260,7 @@ class Denoiser:
                 self.begin(ahead[self._step :], [full, *following], given, batch)
                 self._followed, self._begun = told, self._step
             else:
-                self.begin(timestep.flatten(), [full], given, batch)
+                self.begin(timestep.reshape(1, -1), [full], given, batch)
                 self._followed, self._begun = None, self._step
         self.turn_to(self._step - self._begun)
         return full
@@ -285,7 +285,7 @@ class Denoiser:
         assert table is not None
         steps = torch.arange(table.steps + self._window + 1).clamp_(max=table.steps - 1)
         rows = (steps[:, None] * table.distinct + table.samples).to(self.device)
-        if self._rows is None or self._rows.shape != rows.shape or self._table_memory is not table.memory:
+        if self._rows.shape != rows.shape or self._table_memory is not table.memory:
             self._rows, self._table_memory, self._allocation = torch.empty_like(rows), table.memory, object()
             self._now = torch.empty(batch, dtype=torch.int64, device=self.device)
             self._ahead = torch.empty(self._window, batch, dtype=torch.int64, device=self.device)
@@ -300,7 +300,8 @@ class Denoiser:
         memory: dict[str, Tensor] = {}
         with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
             for name, size in self._sizes(batch).items():
-                memory[name] = torch.zeros(max(1, size), dtype=getattr(torch, self._tensors[name].dtype), device=self.device)
+                dtype = getattr(torch, self._tensors[name].dtype)
+                memory[name] = torch.zeros(max(1, size), dtype=dtype, device=self.device)  # all have an address
         self._memory, self._allocation = memory, object()
 
     def _bytes_of(self, batch: int) -> int:

@@ -24,43 +24,50 @@ class ConditioningTable:
     """Outputs of the conditioning engine for a run of steps; `rows[name]` is (steps * U, ...), a step after the other.
 
     `samples` (B,) tells which of the U each sample is. Tables stay in place from trajectory to trajectory as long as
-    they are large enough; `memory` is another object when they moved.
+    they are large enough; `memory` is another object when they moved. `calls` counts those of the engine.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self._names = engine, [name for name in engine.inputs if name != TIMESTEP]
+        self.engine, self._names = engine, [name for name in engine.inputs if name != TIMESTEP]
         self.rows: dict[str, Tensor] = {}
         self.memory = object()
+        self.calls = 0
 
     def begin(self, timesteps: Tensor, given: Mapping[str, Tensor], batch: int, least: int) -> None:
-        """Take up a trajectory: timesteps (S,), what conditions its samples (B, ...), and the steps of a longest run."""
+        """Take up a trajectory: timesteps (S,) or (S, B), and what conditions its samples, (B, ...).
+
+        A run has `least` steps or more.
+        """
         samples = {name: given[name].expand(batch, *given[name].shape[1:]) for name in self._names}
-        keys = [b"".join(one[k].cpu().numpy().tobytes() for one in samples.values()) for k in range(batch)]
+        times = timesteps.cpu().float().reshape(len(timesteps), -1).expand(-1, batch)
+        whole = [*samples.values(), times.T]
+        keys = [b"".join(one[k].cpu().contiguous().numpy().tobytes() for one in whole) for k in range(batch)]
         places = {key: keys.index(key) for key in dict.fromkeys(keys)}
         distinct = torch.tensor([*places.values()])
         self._conditions = {name: one.cpu()[distinct] for name, one in samples.items()}
         self.samples = torch.tensor([[*places].index(key) for key in keys])
-        self.distinct, self._timesteps = len(distinct), timesteps.cpu()
-        row = sum(math.prod(one.sized(1)) * getattr(torch, one.dtype).itemsize for one in self._engine.outputs.values())
+        self.distinct, self._timesteps = len(distinct), times[:, distinct]
+        row = sum(math.prod(one.sized(1)) * getattr(torch, one.dtype).itemsize for one in self.engine.outputs.values())
         self.steps = min(len(timesteps), max(least, MOST_BYTES // (row * self.distinct)))
         if self._rows_held() < self.steps * self.distinct:
             self._allocate(self.steps * self.distinct)
-        self.first = self.end = 0
+        self.first = self.end = self.calls = 0
 
     def fill(self, first: int) -> None:
         """Compute `steps` steps from `first` on, or as many as there are."""
         self.first, self.end = first, min(first + self.steps, len(self._timesteps))
         steps, count = self.end - self.first, (self.end - self.first) * self.distinct
-        inputs = {TIMESTEP: self._timesteps[self.first : self.end].repeat_interleave(self.distinct)}
+        inputs = {TIMESTEP: self._timesteps[self.first : self.end].flatten()}
         inputs |= {name: one.repeat(steps, *[1] * (one.dim() - 1)) for name, one in self._conditions.items()}
-        specs, device = self._engine.inputs, self._engine.device
+        specs, device = self.engine.inputs, self.engine.device
         placed = {name: inputs[name].to(device, getattr(torch, spec.dtype)) for name, spec in specs.items()}
-        most = self._engine.most_rows or count
+        most = self.engine.most_rows or count
         for start in range(0, count, most):
             part = slice(start, min(start + most, count))
             tensors = {name: one[part] for tensors in (placed, self.rows) for name, one in tensors.items()}
-            self._engine.bind(tensors)
-            self._engine.enqueue()
+            self.engine.bind(tensors)
+            self.engine.enqueue()
+            self.calls += 1
 
     def _rows_held(self) -> int:
         return min((len(one) for one in self.rows.values()), default=0)
@@ -68,9 +75,9 @@ class ConditioningTable:
     def _allocate(self, rows: int) -> None:
         self.rows, self.memory = {}, object()
         with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
-            for spec in self._engine.outputs.values():
+            for spec in self.engine.outputs.values():
                 dtype = getattr(torch, spec.dtype)
-                self.rows[spec.name] = torch.zeros(spec.sized(rows), dtype=dtype, device=self._engine.device)
+                self.rows[spec.name] = torch.zeros(spec.sized(rows), dtype=dtype, device=self.engine.device)
 
 
 def take(rows: Tensor, index: Tensor, target: Tensor) -> None:

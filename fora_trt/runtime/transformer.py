@@ -69,7 +69,7 @@ class DenoiserTransformer(nn.Module):
             step, steps = place
             begins = step == 0 or step != self._step + 1
             if begins:
-                self.denoiser.reset(self._schedule_of(steps - step))
+                self.denoiser.reset(self._schedule_of(steps - step), _all_of(timestep, steps)[step:])
             self._step = step
         elif begins:
             self.denoiser.reset(self._given)
@@ -114,6 +114,12 @@ class DenoiserTransformer(nn.Module):
                 f"for {list(expected[1:])}; give it that height and width, with use_resolution_binning=False, "
                 "or export it again with another --image-size"
             )
+
+
+def _all_of(timestep: Tensor | float, steps: int) -> Tensor:
+    """The timesteps that one is a view into."""
+    assert isinstance(timestep, Tensor)
+    return timestep.as_strided((steps,), (1,), 0)
 
 
 def _place(timestep: Tensor | float) -> tuple[int, int] | None:
