@@ -121,7 +121,7 @@ def test_the_end_of_the_schedule_asks_for_a_reset(denoiser: Denoiser) -> None:
         denoiser(**inputs)
     with pytest.raises(ScheduleError, match=r"all 6 steps of the schedule are done; call reset\(\)"):
         denoiser(**inputs)
-    denoiser.reset(timesteps=scheduler.timesteps)
+    denoiser.reset()
     denoiser(**inputs)
 
 
@@ -130,7 +130,7 @@ def test_the_batch_may_change_between_trajectories_only(denoiser: Denoiser) -> N
     assert denoiser(**inputs[0]).shape == (2, 8, 8, 8)
     with pytest.raises(ScheduleError, match="the batch became 3 within a trajectory"):
         denoiser(**inputs[1])
-    denoiser.reset(timesteps=scheduler.timesteps)
+    denoiser.reset()
     assert denoiser(**inputs[1]).shape == (3, 8, 8, 8)
 
 
@@ -142,14 +142,14 @@ def test_memory_grows_and_a_smaller_batch_has_its_first_rows(denoiser: Denoiser)
     token = denoiser.prepare(5)
     assert token is not before
     addresses = {name: tensor.data_ptr() for name, tensor in denoiser.buffers.items()}
-    denoiser.reset(timesteps=scheduler.timesteps)
+    denoiser.reset()
     together = denoiser(**large).clone()
-    denoiser.reset(timesteps=scheduler.timesteps)
+    denoiser.reset()
     torch.testing.assert_close(denoiser(**small), alone)
     assert denoiser.prepare(2) is token
     assert {len(tensor) for tensor in denoiser.buffers.values()} == {2}
     assert {name: tensor.data_ptr() for name, tensor in denoiser.buffers.items()} == addresses
-    denoiser.reset(timesteps=scheduler.timesteps)
+    denoiser.reset()
     torch.testing.assert_close(denoiser(**large), together)
     assert denoiser.prepare(5) is token
     assert denoiser.prepare(6) is not token

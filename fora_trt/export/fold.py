@@ -10,17 +10,24 @@ from __future__ import annotations
 
 from itertools import zip_longest
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from fora_trt.export.hoist import EarlyPart, drop_unread, early_part, edge, replace_reads
 from fora_trt.models.spec import FEATURE, FOLDED, LATENTS, WINDOW, of_window
 
+GROUP = 8
+"""Weighted features that are added up by one multiplication and one sum over a dimension of their own."""
+
 ELEMENTWISE = {
     *("Add", "Sub", "Mul", "Div", "Neg", "Cast", "Identity", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal", "Relu"),
     *("Gelu", "Softplus", "Clip", "Abs", "Pow", "Max", "Min"),
 }
 """Operators to which one more dimension in front makes no difference; the others may take part without it only."""
+
+ALONG_AN_AXIS = {"Concat", "Unsqueeze", "ReduceSum"}
+"""To these neither, where axes are counted from the last."""
 
 
 def fold(full: ir.Model, reuse: ir.Model, hoisted: str) -> bool:
@@ -33,6 +40,8 @@ def fold(full: ir.Model, reuse: ir.Model, hoisted: str) -> bool:
     """
     _reassociate(reuse.graph)
     drop_unread(reuse)  # the sums as they were
+    _group(reuse.graph, hoisted)
+    drop_unread(reuse)
     part = early_part(reuse.graph, {LATENTS})
     differing = _differing(part, hoisted)
     if differing is None or not part.boundary:
@@ -88,6 +97,106 @@ def _broadcast(one: ir.Shape | None, other: ir.Shape | None) -> ir.Shape | None:
     return ir.Shape(sizes)
 
 
+def _group(graph: ir.Graph, hoisted: str) -> None:
+    """Take sums of `gate * feature` in groups: features and gates side by side, one product, one sum over the group.
+
+    A chain of products and sums would go over the sum of all steps of the window once for every feature.
+    """
+    part = early_part(graph, {LATENTS})
+    differing = _differing(part, hoisted) or set()
+    for total in part.boundary:
+        root = total.producer()
+        assert root is not None
+        terms = _terms(total, {*part.nodes})
+        weighted: dict[object, list[tuple[ir.Value, ir.Value]]] = {}
+        others = []
+        for term in terms:
+            factors = _gate_and_feature(term, differing)
+            if factors is None:
+                others.append(term)
+            else:
+                alike = tuple((factor.dtype, tuple(factor.shape or ())) for factor in factors)
+                weighted.setdefault(alike, []).append(factors)
+        groups = [pairs[k : k + GROUP] for pairs in weighted.values() for k in range(0, len(pairs), GROUP)]
+        if sum(map(len, groups)) < 2:
+            continue
+        nodes: list[ir.Node] = []
+        sums = [_weighted_sum(graph, nodes, pairs) for pairs in groups]
+        others.sort(key=differing.__contains__)  # what is the same for all steps is added up before the rest
+        result = (others + sums)[0]
+        for value in (others + sums)[1:]:
+            result = _new(nodes, "Add", [result, value], _broadcast(result.shape, value.shape))
+        graph.insert_after(root, nodes)
+        ir.convenience.replace_all_uses_with(total, result)
+
+
+def _terms(value: ir.Value, within: set[ir.Node]) -> list[ir.Value]:
+    """What a chain of sums adds up, in order."""
+    terms: list[ir.Value] = []
+    while True:
+        node = value.producer()
+        first = not terms
+        if node is None or node not in within or node.op_type != "Add" or (len(value.uses()) > 1 and not first):
+            return [value, *terms]
+        one, other = node.inputs
+        assert one is not None and other is not None
+        value, term = (other, one) if _is_sum(other) and not _is_sum(one) else (one, other)
+        terms.insert(0, term)
+
+
+def _is_sum(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type == "Add"
+
+
+def _gate_and_feature(term: ir.Value, differing: set[ir.Value]) -> tuple[ir.Value, ir.Value] | None:
+    """The factors of a term: what differs from step to step, and what does not and is of the same rank."""
+    node = term.producer()
+    if node is None or node.op_type != "Mul":
+        return None
+    one, other = node.inputs
+    assert one is not None and other is not None
+    if (one in differing) == (other in differing) or _rank(one) != _rank(other) or one.dtype != other.dtype:
+        return None
+    return (one, other) if one in differing else (other, one)
+
+
+def _weighted_sum(graph: ir.Graph, nodes: list[ir.Node], pairs: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
+    """The sum of gate * feature over pairs of one shape; its nodes are appended to `nodes`."""
+    rank = _rank(pairs[0][0])
+    axes = _axes(graph, -rank)
+    sides: list[ir.Value] = []
+    for side in ([gate for gate, _ in pairs], [feature for _, feature in pairs]):
+        assert side[0].shape is not None
+        first, *others = side[0].shape
+        lifted = [_new(nodes, "Unsqueeze", [one, axes], ir.Shape([first, 1, *others])) for one in side]
+        shape = ir.Shape([first, len(pairs), *others])
+        sides.append(_new(nodes, "Concat", lifted, shape, ir.AttrInt64("axis", -rank)))
+    product = _new(nodes, "Mul", sides, _broadcast(sides[0].shape, sides[1].shape))
+    assert product.shape is not None
+    first, _, *others = product.shape
+    return _new(nodes, "ReduceSum", [product, axes], ir.Shape([first, *others]), ir.AttrInt64("keepdims", 0))
+
+
+def _new(
+    nodes: list[ir.Node], kind: str, inputs: list[ir.Value], shape: ir.Shape | None, *attributes: ir.Attr
+) -> ir.Value:
+    node = ir.Node("", kind, inputs, attributes, num_outputs=1)
+    output = node.outputs[0]
+    output.name, output.type, output.shape = f"sum.{inputs[0].name}.{kind}", inputs[0].type, shape
+    nodes.append(node)
+    return output
+
+
+def _axes(graph: ir.Graph, axis: int) -> ir.Value:
+    name = f"axis{axis}"
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.array([axis], dtype=np.int64), name=name)
+        kind = ir.TensorType(ir.DataType.INT64)
+        graph.register_initializer(ir.Value(name=name, shape=ir.Shape([1]), type=kind, const_value=tensor))
+    return graph.initializers[name]
+
+
 def _differing(part: EarlyPart, hoisted: str) -> set[ir.Value] | None:
     """Values that differ between the steps of a window; None if a node that reads some cannot take them all at once."""
     differing: set[ir.Value] = set()
@@ -105,10 +214,21 @@ def _differing(part: EarlyPart, hoisted: str) -> set[ir.Value] | None:
             continue
         rank = min(_rank(value) for value in read if value is not None)
         others = [value for value in node.inputs if value is not None and value not in differing]
-        if node.op_type not in ELEMENTWISE or any(_rank(value) > rank for value in others):
+        if not _takes_window(node) or any(_rank(value) > rank for value in others):
             return None
         differing.update(node.outputs)
     return differing
+
+
+def _takes_window(node: ir.Node) -> bool:
+    """Whether inputs with one more dimension in front give outputs with one."""
+    if node.op_type not in ALONG_AN_AXIS:
+        return node.op_type in ELEMENTWISE
+    if node.op_type == "Concat":
+        return node.attributes.get_int("axis", 0) < 0
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    tensor = None if axes is None else ir.convenience.get_const_tensor(axes)
+    return tensor is not None and bool((tensor.numpy() < 0).all())
 
 
 def _rank(value: ir.Value) -> int:
