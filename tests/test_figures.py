@@ -88,13 +88,13 @@ def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(bundles: dic
     for row in cached:
         reached = plain.fastest / row.fastest / row.ideal_speedup
         print(f"{row.setting.label}: {reached:.1%} of the ideal, {row.outside:.2%} outside of the engines")
-        assert reached >= (0.84 if row.setting.cache_interval == 5 else 0.88)  # bound by memory: 0.83 to 0.92
+        assert reached >= 0.88
     timing = benchmark.rows[1][2]
     full = min(seconds for done in timing.trajectories for seconds in done.full_seconds)
     reuse = min(seconds for done in timing.trajectories for seconds in done.reuse_seconds)
     print(f"a reuse step takes {reuse / full:.1%} of a full step")
     assert timing.setting.cache_interval == 3
-    assert reuse / full <= 0.06
+    assert reuse / full <= 0.015
 
     denoiser = load(bundle, cache_interval=1, backend="onnxruntime", device=cpu)
     bare = Sampler(denoiser, update_from_scheduler(scheduler, 50))
@@ -104,6 +104,26 @@ def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(bundles: dic
     row_seconds, bare_seconds = (min(seconds) for seconds in zip(*pairs, strict=True))
     print(f"the benchmark adds {row_seconds / bare_seconds - 1:+.2%} to a trajectory")
     assert row_seconds < 1.02 * bare_seconds
+
+
+def test_digits_are_the_same_at_every_level_of_optimization(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    levels = {"fold": bundles["digits"]}
+    for level in ("none", "conditioning"):
+        levels[level] = bundle_from_model(model_from_source("digits"), tmp_path / level, optimization=level)
+    samplers = {}
+    for level, bundle in levels.items():
+        assert bundle.manifest.optimization == level
+        denoiser = load(bundle, cache_interval=1, backend="onnxruntime", device="cpu")
+        scheduler = scheduler_from_config(bundle.scheduler_config, None, learned_sigma=False)
+        samplers[level] = Sampler(denoiser, update_from_scheduler(scheduler, 50))
+    given = example_conditioning(bundles["digits"].manifest, 4)
+    for interval in (2, 3, 5):
+        schedule = Schedule.static(50, interval)
+        latents = {level: sampler(schedule, given, range(4), 1.5).latents for level, sampler in samplers.items()}
+        for level in ("conditioning", "fold"):
+            error = (latents[level] - latents["none"]).abs().max().item()
+            print(f"{level} at interval {interval}: {error:.1e}")
+            assert error < 1e-4
 
 
 PEAK = """
@@ -124,7 +144,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def test_peak_memory_does_not_grow_with_steps(bundles: dict[str, Bundle]) -> None:
-    """All features of DiT-S/2 at this batch are 37 MiB; a copy of them per step would show."""
+    """All features of DiT-S/2 at this batch are 37 MiB; a copy of them per step, or of their sum, would show."""
 
     def peak(steps: int) -> float:
         command = [sys.executable, "-c", PEAK, str(bundles["random:DiT-S/2"].folder), str(steps)]
@@ -152,7 +172,7 @@ def fora(folder: Path, *arguments: str) -> tuple[str, float, float]:
 
 
 def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path) -> None:
-    """Export in two minutes; both plans in one, each attention of the full plan fused; found again at once.
+    """Export in two minutes; all plans in one, each attention of the full plan fused; found again at once.
 
     Other work on the machine only adds time, so an export that took longer is tried once more.
     """
@@ -164,13 +184,17 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
             break
     assert seconds < 120
     assert gigabytes < 6
+    found = json.loads(fora(tmp_path, "inspect", "export/xl", "--json")[0])
+    assert found["optimization"] == "fold"
+    assert found["cache_intervals"]["3"]["kept_bytes_per_sample"] < found["feature_bytes_per_sample"] / 10
 
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'fora-trt[rtx]'")
     build = ("build", "export/xl", "--backend", "tensorrt-rtx", "--json")
     printed, seconds, gigabytes = fora(tmp_path, *build)
     plans = json.loads(printed)["plans"]
     print(f"build: {seconds:.0f} s, {gigabytes:.2f} GB")
-    assert [len(plans[name]["attentions"]) for name in ("full", "reuse")] == [28, 0]
+    attentions = {name: len(plan["attentions"]) for name, plan in plans.items()}
+    assert attentions == {"conditioning": 0, "full": 28, "reuse": 0}
     assert all(attention["fused"] for attention in plans["full"]["attentions"])
     assert seconds < 60
     assert gigabytes < 6

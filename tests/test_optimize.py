@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx.parser
 import onnx_ir as ir
@@ -171,7 +172,9 @@ def test_memory_for_features_is_the_length_of_the_window(bundles: dict[str, Bund
     assert kept("fold") == {"window.folded.0": (2, 6, 16, 16)}
 
 
-def test_longer_windows_than_engines_admit_become_full_steps(optimized: dict[str, Bundle]) -> None:
+def test_longer_windows_than_engines_admit_become_full_steps(
+    optimized: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sampler = sampler_of(optimized["fold"], 12)
     assert isinstance(sampler.denoiser, Denoiser)
     flags = tuple(k % 4 in (0, 3) for k in range(12))
@@ -180,6 +183,26 @@ def test_longer_windows_than_engines_admit_become_full_steps(optimized: dict[str
     with pytest.warns(UserWarning, match="windows of more than 2 reuse steps .* 6 of 12 steps are full instead of 3"):
         got = latents(sampler, Schedule(tuple(k % 4 == 0 for k in range(12))))
     assert torch.equal(got, wanted)
+
+    schedule = Schedule(tuple(k % 4 == 0 for k in range(8)))
+    denoiser = load(optimized["fold"], schedule=schedule, backend="onnxruntime", device="cpu")
+    denoiser.full.longest_window = 2
+    ran: list[str] = []
+    for name, engine in (("full", denoiser.full), ("reuse", denoiser.reuse)):
+        monkeypatch.setattr(engine, "enqueue", noting(ran, name, engine.enqueue))
+    denoiser.reset(timesteps=torch.linspace(900, 100, 8))
+    with pytest.warns(UserWarning, match="4 of 8 steps are full instead of 2"):
+        for t in torch.linspace(900, 100, 8):
+            denoiser(torch.randn(1, 4, 8, 8), t, class_labels=torch.tensor([1]))
+    assert ran == ["full", "reuse", "reuse", "full"] * 2
+
+
+def noting(notes: list[str], name: str, call: Callable[[], None]) -> Callable[[], None]:
+    def noted() -> None:
+        notes.append(name)
+        call()
+
+    return noted
 
 
 def stepped(
@@ -233,12 +256,34 @@ def test_a_pipeline_says_its_timesteps(bundles: dict[str, Bundle], pipeline_fold
     for bundle in bundles.values():
         pipe = DiTPipeline.from_pretrained(pipeline_folder)
         pipe.set_progress_bar_config(disable=True)
-        pipe.transformer = load(bundle, cache_interval=3, backend="onnxruntime", device="cpu").as_transformer()
-        generator = torch.Generator().manual_seed(0)
-        made = pipe(class_labels=[1, 7], num_inference_steps=10, generator=generator, output_type="np").images
-        pictures.append(torch.from_numpy(made))
+        denoiser = load(bundle, cache_interval=3, backend="onnxruntime", device="cpu")
+        for scheduler in (None, pipe.scheduler):
+            pipe.transformer = denoiser.as_transformer(scheduler)
+            generator = torch.Generator().manual_seed(0)
+            made = pipe(class_labels=[1, 7], num_inference_steps=10, generator=generator, output_type="np").images
+            pictures.append(torch.from_numpy(made))
     for picture in pictures[1:]:
         torch.testing.assert_close(picture, pictures[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("error:a full step")
+@pytest.mark.parametrize("name", ["ddim", "heun"])
+def test_with_the_scheduler_at_hand_a_copy_of_a_timestep_is_enough(name: str, optimized: dict[str, Bundle]) -> None:
+    """What some pipelines pass on a GPU; Heun has timesteps that come twice."""
+    bundle = optimized["fold"]
+    scheduler: Any = scheduler_from_config(bundle.scheduler_config, name, learned_sigma=False)
+    noise, labels = torch.randn(3, 4, 8, 8), torch.tensor(LABELS)
+    results = []
+    for copies in (False, True):
+        denoiser = load(bundle, cache_interval=3, backend="onnxruntime", device="cpu")
+        transformer = denoiser.as_transformer(scheduler if copies else None)
+        for steps in (7, 4):
+            scheduler.set_timesteps(steps)
+            for t in scheduler.timesteps:
+                passed = t.clone() if copies else t
+                results.append(transformer(noise, passed, class_labels=labels).sample.clone())
+    half = len(results) // 2
+    torch.testing.assert_close(results[:half], results[half:])
 
 
 def test_the_command_says_how_far_it_went(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def verify(
     cache_intervals: tuple[int, ...],
     as_json: bool,
 ) -> None:
-    """Compare a bundle with PyTorch: both graphs, then whole cached trajectories.
+    """Compare a bundle with PyTorch: a full and a reuse step, then whole cached trajectories.
 
     PyTorch runs the checkpoint with hooks, in fp32, so the checkpoint must still be where it was. Exits with 1 if an
     error is over the tolerance of the bundle's precision.

@@ -49,7 +49,8 @@ def _commit() -> str | None:
     try:
         run = partial(subprocess.run, capture_output=True, text=True, check=True)
         commit = run([*git, "rev-parse", "HEAD"]).stdout.strip()
-        changed = run([*git, "status", "--porcelain", "-uno"]).stdout
+        sources = [".", ":!benchmarks/results"]  # a result that was written over is no change of what is measured
+        changed = run([*git, "status", "--porcelain", "-uno", "--", *sources]).stdout
     except (OSError, subprocess.CalledProcessError):  # no git, or not its owner
         return None
     return f"{commit}{' with changes' if changed else ''}"

@@ -57,7 +57,7 @@ def compare_with_pytorch(
     cache_intervals: Sequence[int] = (2, 3, 5),
     plans: PlanSource | None = None,
 ) -> Iterator[Comparison]:
-    """Compare both graphs on seeded inputs, then trajectories of two images, with eager FORA in fp32.
+    """Compare a full and a reuse step on seeded inputs, then trajectories of two images, with eager FORA in fp32.
 
     Trajectories are guided where the model has an unconditional half. The reuse graph runs on other latents and
     timesteps than the features were made from, as it does in a trajectory. Raises `BackendError` if the checkpoint is

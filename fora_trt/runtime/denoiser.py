@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 import torch
@@ -134,17 +134,18 @@ class Denoiser:
         """Say which steps are going to be taken, before the first of them; returns which of them must be full.
 
         `timesteps` is (S,), or (S, B) where samples differ, `full` a flag for each step, and `conditioning` has the
-        `batch` rows of the largest step.
-        More steps are full than were asked for where a window is longer than the engines admit.
+        `batch` rows of the largest step. More steps are full than were asked for where a window is longer than the
+        engines admit. What timestep and class decide is computed now, so `prepare` comes after this.
         """
         flags = self._with_short_windows(full)
         lengths = _window_lengths(flags)
         window = max(lengths) if self._folded else 0
         if window != self._window:
             self._window, self._batch, self._allocation = window, 0, object()
-        self._lengths, self._places = lengths, _places(flags)
+        self._flags, self._lengths, self._places = flags, lengths, _places(flags)
         if self.table is not None:
             self.table.begin(timesteps, conditioning, batch, least=max(lengths) + 1)
+            self.table.fill(0)
             self._prepare_rows(batch)
         return flags
 
@@ -231,14 +232,18 @@ class Denoiser:
         """Whether the next call computes every layer."""
         return not self.finished and self.schedule.full[self._step]
 
-    def as_transformer(self) -> DenoiserTransformer:
-        """A stand-in for the transformer of a diffusers pipeline: `pipe.transformer = denoiser.as_transformer()`."""
+    def as_transformer(self, scheduler: Any = None) -> DenoiserTransformer:
+        """A stand-in for the transformer of a diffusers pipeline.
+
+        `pipe.transformer = denoiser.as_transformer(pipe.scheduler)`: from the scheduler it knows the steps of a call.
+        Without one it reads them off the timestep, which some pipelines copy on a GPU.
+        """
         from fora_trt.runtime.transformer import DenoiserTransformer
 
-        return DenoiserTransformer(self)
+        return DenoiserTransformer(self, scheduler)
 
     def _follow(self, full: bool, timestep: Tensor, given: Mapping[str, Tensor], batch: int) -> bool:
-        """Make ready for a step of which only now is known what it is called with; whether it is a full one."""
+        """Make ready for a step of which only now is known what it is called with; returns whether it is full."""
         if self.table is None and not self._folded:
             return full
         now, ahead = timestep.flatten()[:1].cpu().float(), self._timesteps
@@ -250,8 +255,8 @@ class Denoiser:
             if self._folded and not full:
                 warn(
                     "a full step is taken in place of a reuse step: the sum of the features was folded for steps that "
-                    "were known before, and this is not one of them; say reset(timesteps=...), and keep the "
-                    "conditioning, or export with --optimize conditioning",
+                    "were known before, and this is not one of them; say as_transformer(pipe.scheduler) or "
+                    "reset(timesteps=...), and keep the conditioning, or export with --optimize conditioning",
                     stacklevel=3,
                 )
                 full = True
@@ -263,7 +268,7 @@ class Denoiser:
                 self.begin(timestep.reshape(1, -1), [full], given, batch)
                 self._followed, self._begun = None, self._step
         self.turn_to(self._step - self._begun)
-        return full
+        return self._flags[self._step - self._begun]
 
     def _with_short_windows(self, full: Sequence[bool]) -> list[bool]:
         longest = self.full.longest_window if self._folded else None

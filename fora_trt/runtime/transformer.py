@@ -23,13 +23,15 @@ class DenoiserTransformer(nn.Module):
     """Takes the place of `pipe.transformer`.
 
     A pipeline says neither when a trajectory begins nor how many steps it has. Both are seen from the timestep that it
-    passes, which is a view into the timesteps of its scheduler: their number and the place among them. Where it is no
-    view (a copy from another device), a timestep that rises begins a trajectory, and steps are counted from its first.
+    passes: it is one of those of `scheduler` or, where none was given, a view into those of the pipeline's. Where it is
+    no view (a copy from another device), a timestep that rises begins a trajectory, and steps are counted from its
+    first; a bundle whose sum is folded does not know the steps that follow then, and takes full ones.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: Denoiser, scheduler: Any = None) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self._scheduler = scheduler
         self.config = FrozenDict(denoiser.manifest.model.config)
         self.dtype: torch.dtype = getattr(torch, PRECISIONS[denoiser.manifest.precision])
         self._given = denoiser.schedule
@@ -63,17 +65,27 @@ class DenoiserTransformer(nn.Module):
 
     def _follow(self, timestep: Tensor | float) -> None:
         """Begin a trajectory where one begins, with the schedule for its number of steps."""
-        now, place = float(torch.as_tensor(timestep).flatten()[0]), _place(timestep)
+        now = float(torch.as_tensor(timestep).flatten()[0])
+        place = _place(timestep) if self._scheduler is None else self._place_in_scheduler(now)
         begins = now > self._last or self.denoiser.finished or self._last == float("inf")
         if place is not None:
-            step, steps = place
+            step, all_steps = place
             begins = step == 0 or step != self._step + 1
             if begins:
-                self.denoiser.reset(self._schedule_of(steps - step), _all_of(timestep, steps)[step:])
+                self.denoiser.reset(self._schedule_of(len(all_steps) - step), all_steps[step:])
             self._step = step
         elif begins:
             self.denoiser.reset(self._given)
         self._last = now
+
+    def _place_in_scheduler(self, now: float) -> tuple[int, Tensor] | None:
+        """Which of the scheduler's timesteps this is, the next one if it can be, and all of them."""
+        timesteps = torch.as_tensor(self._scheduler.timesteps).cpu().float()
+        following = self._step + 1
+        if 0 <= following < len(timesteps) and timesteps[following] == now:
+            return following, timesteps
+        found = (timesteps == now).nonzero().flatten()
+        return (int(found[0]), timesteps) if len(found) else None
 
     def _schedule_of(self, steps: int) -> Schedule:
         """The given schedule if it has so many steps, else one of the same interval."""
@@ -116,18 +128,12 @@ class DenoiserTransformer(nn.Module):
             )
 
 
-def _all_of(timestep: Tensor | float, steps: int) -> Tensor:
-    """The timesteps that one is a view into."""
-    assert isinstance(timestep, Tensor)
-    return timestep.as_strided((steps,), (1,), 0)
-
-
-def _place(timestep: Tensor | float) -> tuple[int, int] | None:
-    """Which of how many timesteps this is, if it is a view into all of them."""
+def _place(timestep: Tensor | float) -> tuple[int, Tensor] | None:
+    """Which timestep this is among all of them, if it is a view into all of them; and those."""
     if not isinstance(timestep, Tensor) or timestep.numel() == 0:
         return None
     steps = timestep.untyped_storage().nbytes() // timestep.element_size()
     apart = any(stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True) if size > 1)
     if apart or steps < 2:  # not one timestep for all, or a number on its own
         return None
-    return int(timestep.storage_offset()), steps
+    return int(timestep.storage_offset()), timestep.as_strided((steps,), (1,), 0)
