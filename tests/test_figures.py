@@ -107,10 +107,10 @@ def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(bundles: dic
 
 
 def test_digits_are_the_same_at_every_level_of_optimization(bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    levels = {"fold": bundles["digits"]}
+    levels: dict[str, Bundle] = {"fold": bundles["digits"]}
     for level in ("none", "conditioning"):
         levels[level] = bundle_from_model(model_from_source("digits"), tmp_path / level, optimization=level)
-    samplers = {}
+    samplers: dict[str, Sampler] = {}
     for level, bundle in levels.items():
         assert bundle.manifest.optimization == level
         denoiser = load(bundle, cache_interval=1, backend="onnxruntime", device="cpu")
