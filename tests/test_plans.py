@@ -356,7 +356,7 @@ def test_ctrl_c_cancels_and_leaves_nothing(half: Bundle, tmp_path: Path) -> None
         build, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     )
     assert process.stderr is not None
-    assert "building the full plan" in process.stderr.readline()
+    assert "building the conditioning plan" in process.stderr.readline()
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     shown = process.communicate(timeout=30)[1]
