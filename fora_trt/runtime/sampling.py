@@ -106,7 +106,8 @@ class Sampler:
 
     A step is the scaling of the latents, the engine, guidance and the scheduler's update. Where all of it stays on the
     device it is captured as a CUDA graph, one for each kind of step, and kept from batch to batch: then a trajectory
-    is a launch for each step, without a copy to or from the host between the first and the last.
+    is a launch for each step, behind the few numbers that say which step it is, without a copy to or from the host
+    between the first and the last.
     """
 
     def __init__(self, denoiser: Steps, update: Update) -> None:
