@@ -56,8 +56,7 @@ def test_graphs_and_trajectories_equal_pytorch(bundles: dict[str, Bundle], sourc
             assert comparison.error.maximum <= 1e-4
 
 
-@pytest.mark.parametrize("source", ["digits", "random:DiT-S/2"])
-@pytest.mark.parametrize("interval", [2, 3, 5])
+@pytest.mark.parametrize(("source", "interval"), [("digits", 2), ("digits", 3), ("digits", 5), ("random:DiT-S/2", 3)])
 def test_trajectories_equal_the_ten_lines(bundles: dict[str, Bundle], source: str, interval: int) -> None:
     bundle = bundles[source]
     denoiser = load(bundle, schedule=Schedule.static(50, interval), backend="onnxruntime", device="cpu")
@@ -209,12 +208,12 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
     assert min(seconds for _, seconds, _ in again) < 3, "a build takes ten times as long"
 
 
-@pytest.mark.parametrize(("source", "attentions"), [("digits", 8), ("random:DiT-S/2", 12)])
-def test_every_attention_becomes_one_kernel(source: str, attentions: int, tmp_path: Path) -> None:
+def test_every_attention_becomes_one_kernel(tmp_path: Path) -> None:
+    """Of the digits; the test of DiT-XL/2 sees to it for a published size."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'fora-trt[rtx]'")
-    bundle = bundle_from_model(model_from_source(source, "fp16"), tmp_path / "export" / "half")
+    bundle = bundle_from_model(model_from_source("digits", "fp16"), tmp_path / "export" / "half")
     target = target_of(library_from_name(TENSORRT_RTX), None)
     options = PlanOptions(profiles=(default_profile(2),))
     plans = build_plans(bundle, target, options, tmp_path / "engines")[0].manifest.plans
-    assert [one.fused for one in plans["full"].attentions] == [True] * attentions
+    assert [one.fused for one in plans["full"].attentions] == [True] * 8
     assert plans["reuse"].attentions == ()
