@@ -23,6 +23,7 @@ from fora_trt.models.spec import (
     GuidanceSpec,
     InputSpec,
     LatentSpec,
+    Optimization,
     TensorSpec,
     TextSpec,
     in_window,
@@ -89,7 +90,7 @@ class Manifest(Record):
     model: ModelRecord
     precision: Literal["fp32", "fp16", "bf16"]
     opset: int
-    optimization: Literal["none", "conditioning", "fold"]
+    optimization: Optimization
     inputs: tuple[TensorSpec, ...]
     graphs: dict[str, GraphRecord]
     cache_sites: tuple[CacheSite, ...]
@@ -162,8 +163,8 @@ class Bundle:
             for feature in site.features
         )
         features = tuple(one for one in manifest.graphs[FULL].outputs if one.name.startswith(FEATURE))
-        known = {*features} <= {*manifest.features()} if manifest.optimization == "fold" else False
-        if not named or not (known or (*manifest.features(),) == features):
+        folds = manifest.optimization == "fold"  # then only what a reuse step reads as it is
+        if not named or features != tuple(one for one in manifest.features() if one in features or not folds):
             raise BundleError(
                 f"the cache sites in the manifest of {folder} are not the outputs of its full graph; {mend}"
             )

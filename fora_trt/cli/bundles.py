@@ -12,6 +12,7 @@ import click
 from fora_trt.cli.options import AS_JSON, BUNDLE, PRECISION, VAE, BatchProfile, ImageSize, Words
 from fora_trt.cli.terminal import bar, in_bytes, new_table, print_table, say
 from fora_trt.errors import BackendError
+from fora_trt.models.spec import OPTIMIZATIONS
 
 if TYPE_CHECKING:
     from fora_trt.bundle import Bundle
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 @VAE
 @click.option(
     "--optimize",
-    type=click.Choice(["none", "conditioning", "fold"]),
+    type=click.Choice(OPTIMIZATIONS),
     help="What leaves the loop: what timestep and class decide, then the cached sum too.  [default: all that can]",
     show_default=False,
 )
@@ -70,7 +71,6 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
     recipe = _recipe(source, given)
     from fora_trt.export.write import bundle_from_model
     from fora_trt.models.sources import model_from_source
-    from fora_trt.models.spec import OPTIMIZATIONS
     from fora_trt.runtime.denoiser import mend_overflow
 
     say(as_json, f"loading {recipe.source}")

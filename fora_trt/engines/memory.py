@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 import psutil
 import torch
+from torch import Tensor
 
 from fora_trt.errors import InputError
 from fora_trt.models.spec import TensorSpec
@@ -29,6 +30,11 @@ def gibibytes(count: float) -> str:
 def bytes_of(tensors: Iterable[TensorSpec], batch: int, window: int = 0) -> int:
     """What tensors take at a batch, and at so many reuse steps in a window."""
     return sum(math.prod(one.sized(batch, window)) * getattr(torch, one.dtype).itemsize for one in tensors)
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where a tensor is; an empty one has the address of its memory, which is not null."""
+    return tensor.data_ptr() or tensor.untyped_storage().data_ptr()
 
 
 def check_room(batch: int, device: torch.device, need_of: Callable[[int], int]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fora_trt.bundle import Bundle
 from fora_trt.engines.base import Engine
+from fora_trt.engines.memory import address_of
 from fora_trt.errors import BackendError
 
 _ELEMENT_TYPES = {
@@ -42,7 +43,7 @@ class OnnxRuntimeEngine(Engine):
                     self.device.index or 0,
                     _ELEMENT_TYPES[spec.dtype],
                     tuple(tensor.shape),
-                    tensor.data_ptr() or tensor.untyped_storage().data_ptr(),  # an empty one has an address too
+                    address_of(tensor),
                 )
         self._binding = binding
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fora_trt.bundle import Bundle, GraphRecord
 from fora_trt.engines.base import Engine
 from fora_trt.engines.cuda_graphs import Replay
-from fora_trt.engines.memory import free_bytes, gibibytes
+from fora_trt.engines.memory import address_of, free_bytes, gibibytes
 from fora_trt.engines.plan_builder import CONDITIONING_ROWS, WINDOWS, Profile
 from fora_trt.engines.plan_store import PlanSet, PlanSource, plans_for
 from fora_trt.engines.tensorrt_library import Gpu, Library, gpu_of, library_from_name
@@ -135,8 +135,7 @@ class TensorRTEngine(Engine):
         for name in (*self.inputs, *self.outputs):
             tensor = tensors[name]
             assert tensor.is_contiguous() and tensor.device == self._scratch.block.device
-            address = tensor.data_ptr() or tensor.untyped_storage().data_ptr()  # an empty one has an address too
-            self._checked(self._context.set_tensor_address(name, address), f"bind {name}")
+            self._checked(self._context.set_tensor_address(name, address_of(tensor)), f"bind {name}")
 
     def _set_batch(self, batch: int, window: int) -> None:
         """Choose the profile and give every input its shape."""

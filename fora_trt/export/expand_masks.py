@@ -5,9 +5,10 @@ A mask over a prompt's tokens is one row for all queries, which ONNX lets broadc
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
+
+from fora_trt.export.constants import int64_constant
 
 MASK, QUERIES = 3, -2  # which input of an Attention, and which axis of query and mask
 
@@ -28,13 +29,8 @@ def _expanded(graph: ir.Graph, node: ir.Node) -> bool:
     rows, queries = mask.shape[QUERIES], query.shape[QUERIES]
     if rows != 1 or not isinstance(queries, int) or queries == 1:
         return False
-    name = f"{mask.name}.rows"
-    if name not in graph.initializers:
-        sizes = ir.tensor(np.array([queries, 1], dtype=np.int64), name=name)
-        graph.register_initializer(
-            ir.Value(name=name, shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.INT64), const_value=sizes)
-        )
-    expand = ir.Node("", "Expand", [mask, graph.initializers[name]], num_outputs=1)
+    sizes = int64_constant(graph, f"{mask.name}.rows", [queries, 1])
+    expand = ir.Node("", "Expand", [mask, sizes], num_outputs=1)
     expand.outputs[0].type = mask.type
     expand.outputs[0].shape = ir.Shape([*list(mask.shape)[:QUERIES], queries, *list(mask.shape)[QUERIES + 1 :]])
     graph.insert_before(node, [expand])

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from itertools import zip_longest
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
+from fora_trt.export.constants import int64_constant
 from fora_trt.export.hoist import EarlyPart, drop_unread, early_part, edge, replace_reads
 from fora_trt.models.spec import FEATURE, FOLDED, LATENTS, WINDOW, of_window
 
@@ -164,7 +164,7 @@ def _gate_and_feature(term: ir.Value, differing: set[ir.Value]) -> tuple[ir.Valu
 def _weighted_sum(graph: ir.Graph, nodes: list[ir.Node], pairs: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
     """The sum of gate * feature over pairs of one shape; its nodes are appended to `nodes`."""
     rank = _rank(pairs[0][0])
-    axes = _axes(graph, -rank)
+    axes = int64_constant(graph, f"axis{-rank}", [-rank])
     sides: list[ir.Value] = []
     for side in ([gate for gate, _ in pairs], [feature for _, feature in pairs]):
         assert side[0].shape is not None
@@ -186,15 +186,6 @@ def _new(
     output.name, output.type, output.shape = f"sum.{inputs[0].name}.{kind}", inputs[0].type, shape
     nodes.append(node)
     return output
-
-
-def _axes(graph: ir.Graph, axis: int) -> ir.Value:
-    name = f"axis{axis}"
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.array([axis], dtype=np.int64), name=name)
-        kind = ir.TensorType(ir.DataType.INT64)
-        graph.register_initializer(ir.Value(name=name, shape=ir.Shape([1]), type=kind, const_value=tensor))
-    return graph.initializers[name]
 
 
 def _differing(part: EarlyPart, hoisted: str) -> set[ir.Value] | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
+from fora_trt.export.constants import int64_constant
 from fora_trt.export.fold import fold
 from fora_trt.export.hoist import GraphWriter, Numbering, drop_unread, early_part, edge, replace_reads
 from fora_trt.models.spec import CONDITIONING, FULL, HOISTED, REUSE, TensorSpec, of_window
@@ -100,17 +100,10 @@ def _split(model: ir.Model, name: str, singles: list[str]) -> None:
     if len(parts) == 1:
         parts[0].name = name
         return
-    shape = parts[0].shape
-    assert shape is not None
     axis = 2 if name.startswith(of_window("")) else 1
     stacked = ir.Value(name=name, type=parts[0].type, shape=_stacked_shape(parts, axis))
-    lengths = ir.tensor(np.array([part.shape[axis] for part in parts if part.shape is not None], dtype=np.int64))
-    sizes = ir.Value(
-        name=f"{name}.lengths", shape=ir.Shape([len(parts)]), type=ir.TensorType(ir.DataType.INT64), const_value=lengths
-    )
-    lengths.name = sizes.name
-    graph.register_initializer(sizes)
-    split = ir.Node("", "Split", [stacked, sizes], [ir.AttrInt64("axis", axis)], num_outputs=len(parts))
+    lengths = int64_constant(graph, f"{name}.lengths", _sizes_along(parts, axis))
+    split = ir.Node("", "Split", [stacked, lengths], [ir.AttrInt64("axis", axis)], num_outputs=len(parts))
     graph.insert_before(graph[0], split)
     for part, output in zip(parts, split.outputs, strict=True):
         output.name, output.type, output.shape = f"{part.name}.part", part.type, part.shape
@@ -121,6 +114,10 @@ def _split(model: ir.Model, name: str, singles: list[str]) -> None:
 
 def _stacked_shape(values: Sequence[ir.Value], axis: int) -> ir.Shape:
     sizes = [*(values[0].shape or ())]
-    found = [value.shape[axis] for value in values if value.shape is not None]
-    sizes[axis] = sum(size for size in found if isinstance(size, int))
+    sizes[axis] = sum(_sizes_along(values, axis))
     return ir.Shape(sizes)
+
+
+def _sizes_along(values: Sequence[ir.Value], axis: int) -> list[int]:
+    found = [value.shape[axis] for value in values if value.shape is not None]
+    return [size for size in found if isinstance(size, int)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from fora_trt.errors import ModelError
 from fora_trt.models.options import SourceOptions
+from fora_trt.models.spec import Optimization
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,7 +25,7 @@ class Recipe(SourceOptions):
     precision: str | None = None
     cache: tuple[str, ...] | None = None
     opset: int | None = None
-    optimize: Literal["none", "conditioning", "fold"] | None = None
+    optimize: Optimization | None = None
 
     def options(self) -> SourceOptions:
         """What of it says how to load the source."""

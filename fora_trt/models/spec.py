@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,8 @@ HOISTED, FOLDED = "conditioning.", "folded."
 WINDOW = "window"
 """Name of the symbolic dimension in front of `batch` in tensors that hold something for each reuse step of a window."""
 
-OPTIMIZATIONS = ("none", "conditioning", "fold")
+Optimization = Literal["none", "conditioning", "fold"]
+OPTIMIZATIONS: tuple[Optimization, ...] = get_args(Optimization)
 """What is taken out of the graphs of a step, each with what is before it: nothing; what depends on timestep and class
 alone; the sum of the features."""
 

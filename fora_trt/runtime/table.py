@@ -6,7 +6,6 @@ guidance is one, however many images there are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fora_trt.engines.base import Engine
+from fora_trt.engines.memory import bytes_of
 from fora_trt.models.spec import TIMESTEP
 
 MOST_BYTES = 256 * 2**20
@@ -47,7 +47,7 @@ class ConditioningTable:
         self._conditions = {name: one.cpu()[distinct] for name, one in samples.items()}
         self.samples = torch.tensor([[*places].index(key) for key in keys])
         self.distinct, self._timesteps = len(distinct), times[:, distinct]
-        row = sum(math.prod(one.sized(1)) * getattr(torch, one.dtype).itemsize for one in self.engine.outputs.values())
+        row = bytes_of(self.engine.outputs.values(), 1)
         self.steps = min(len(timesteps), max(least, MOST_BYTES // (row * self.distinct)))
         if self._rows_held() < self.steps * self.distinct:
             self._allocate(self.steps * self.distinct)
