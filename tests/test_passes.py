@@ -10,8 +10,10 @@ from onnx import TensorProto, helper
 from onnx_ir.passes import InPlacePass
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from fora_trt.export.constants import constant
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
+from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
 from fora_trt.export.slice_projections import SliceProjectionsPass
 
 
@@ -109,3 +111,64 @@ def test_a_projection_keeps_the_parts_that_are_read_also_through_a_cast(cast: bo
     assert sum(value.const_value.size for value in made.graph.initializers.values() if value.const_value) <= 8 * 7 + 2
     assert kinds(made) == ["Gemm", *(["Cast"] if cast else []), "Split", "Mul"]
     assert np.abs(run(made, {"x": x})[0] - before[0]).max() < 1e-6
+
+
+def patchify(side: int, stride: int, pads: int = 0) -> tuple[ir.Model, int]:
+    """A patch embedding as PyTorch's exporter writes it, of images (2, 3, 8, 4), and how many tokens it makes."""
+    generator = np.random.default_rng(0)
+    rows, columns = ((size + 2 * pads - side) // stride + 1 for size in (8, 4))
+    weights = {
+        "w": generator.normal(size=(5, 3, side, side)).astype(np.float32),
+        "b": generator.normal(size=5).astype(np.float32),
+        "s": np.array([0, 5, rows * columns]),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], strides=[stride] * 2, pads=[pads] * 4),
+        helper.make_node("Reshape", ["c", "s"], ["r"]),
+        helper.make_node("Transpose", ["r"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("Relu", ["t"], ["y"]),
+    ]
+    return model(nodes, {"x": [2, 3, 8, 4]}, {"y": [2, rows * columns, 5]}, weights), rows * columns
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_a_patch_embedding_becomes_a_product_of_rows(side: int) -> None:
+    made, tokens = patchify(side, side)
+    x = np.random.default_rng(1).normal(size=(2, 3, 8, 4)).astype(np.float32)
+    before = run(made, {"x": x})[0]
+    assert PatchRowsPass()(made).modified
+    RemoveUnusedNodesPass()(made)
+    wide = ["SpaceToDepth"] if side > 1 else []
+    assert kinds(made) == [*wide, "Transpose", "Reshape", "MatMul", "Add", "Relu"]
+    assert before.shape == (2, tokens, 5)
+    assert np.abs(run(made, {"x": x})[0] - before).max() < 1e-5
+
+
+@pytest.mark.parametrize(("side", "stride", "pads"), [(2, 1, 0), (3, 3, 0), (2, 2, 1)])
+def test_patches_that_overlap_or_do_not_fit_stay_a_convolution(side: int, stride: int, pads: int) -> None:
+    made, _ = patchify(side, stride, pads)
+    assert not PatchRowsPass()(made).modified
+    assert kinds(made) == ["Conv", "Reshape", "Transpose", "Relu"]
+
+
+def test_an_einsum_that_only_moves_dimensions_is_a_transpose() -> None:
+    shapes = {"x": [2, 3, 5, 2, 2, 4]}
+    moved = helper.make_node("Einsum", ["x"], ["y"], equation="nhwpqc->nchpwq")
+    made = model([moved], shapes, {"y": [2, 4, 3, 2, 5, 2]}, {})
+    x = np.random.default_rng(0).normal(size=shapes["x"]).astype(np.float32)
+    before = run(made, {"x": x})[0]
+    assert PlainTransposesPass()(made).modified
+    RemoveUnusedNodesPass()(made)
+    assert kinds(made) == ["Transpose"]
+    assert np.array_equal(run(made, {"x": x})[0], before)
+    summed = model([helper.make_node("Einsum", ["x"], ["y"], equation="ab->a")], {"x": [2, 3]}, {"y": [2]}, {})
+    assert not PlainTransposesPass()(summed).modified
+
+
+def test_constants_of_one_name_are_kept_apart_and_equal_ones_are_one() -> None:
+    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [2]}, {"y": [2]}, {})
+    first, again, other = (constant(made.graph, "c", np.array(values)) for values in ([1.0, 2.0], [1.0, 2.0], [1.0]))
+    assert again is first
+    assert [first.name, other.name] == ["c", "c.1"]
+    assert constant(made.graph, "c", np.array([1.0])) is other
+    assert constant(made.graph, "c", np.array([1], dtype=np.int64)).name == "c.2"

@@ -1,17 +1,35 @@
-"""Constants that graph passes add: axes, lengths and sizes."""
+"""Constants that graph passes add: axes, lengths and sizes, and weights that are laid out anew."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 import onnx_ir as ir
 
 
+def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A constant of this name in the graph, one for equal arrays; others that ask for the name get a number behind."""
+    tensor, unique = ir.tensor(np.ascontiguousarray(array), name=name), name
+    for k in count(1):
+        there = graph.initializers.get(unique)
+        if there is None:
+            break
+        if there.const_value is not None and _alike(there.const_value, tensor):
+            return there
+        unique = f"{name}.{k}"
+    tensor.name = unique
+    kind = ir.TensorType(tensor.dtype)
+    value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
 def int64_constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
-    """The constant vector of this name in the graph; made of `values` where there is none yet."""
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.array(values, dtype=np.int64), name=name)
-        kind = ir.TensorType(ir.DataType.INT64)
-        graph.register_initializer(ir.Value(name=name, shape=ir.Shape([len(values)]), type=kind, const_value=tensor))
-    return graph.initializers[name]
+    """A vector of whole numbers."""
+    return constant(graph, name, np.array(values, dtype=np.int64))
+
+
+def _alike(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()

@@ -13,7 +13,7 @@ from itertools import zip_longest
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
-from fora_trt.export.constants import int64_constant
+from fora_trt.export.constants import constant, int64_constant
 from fora_trt.export.hoist import EarlyPart, drop_unread, early_part, edge, replace_reads
 from fora_trt.models.spec import FEATURE, FOLDED, LATENTS, WINDOW, of_window
 
@@ -244,7 +244,7 @@ def _append(full: ir.Graph, part: EarlyPart, differing: set[ir.Value]) -> dict[s
         if value.name in outputs:
             copies[value] = outputs[value.name]
         elif value.const_value is not None:
-            copies[value] = _constant(full, value)
+            copies[value] = constant(full, value.name, value.const_value.numpy())
         else:
             copies[value] = edge(of_window(value.name), value, leading=WINDOW)
             full.inputs.append(copies[value])
@@ -276,17 +276,6 @@ def _append(full: ir.Graph, part: EarlyPart, differing: set[ir.Value]) -> dict[s
         copies[value].name = of_window(name) if value in differing else name
         full.outputs.append(copies[value])
     return named
-
-
-def _constant(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """A constant of another graph in this one: the one of the same name if it is the same."""
-    tensor, there = value.const_value, graph.initializers.get(str(value.name))
-    assert tensor is not None
-    if there is not None and there.const_value is not None and there.const_value.tobytes() == tensor.tobytes():
-        return there
-    copy = ir.Value(name=f"fold.{value.name}", shape=value.shape, type=value.type, const_value=tensor)
-    graph.register_initializer(copy)
-    return copy
 
 
 def _drop_features(full: ir.Model, read: set[str | None]) -> None:

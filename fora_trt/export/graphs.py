@@ -27,6 +27,7 @@ from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.hoist import drop_unread
 from fora_trt.export.optimize import optimized
+from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
 from fora_trt.export.slice_projections import SliceProjectionsPass
 from fora_trt.export.split import FullStep, Split, check_sites, steps_of_module
 from fora_trt.models.examples import example_inputs
@@ -161,6 +162,9 @@ def _traced(step: Split, inputs: Mapping[str, Tensor], outputs: Callable[[], lis
     Sequential(
         DropSqueezesPass(),
         ExpandMasksPass(),
+        PatchRowsPass(),
+        PlainTransposesPass(),
+        RemoveUnusedNodesPass(),
         DeduplicateInitializersPass(),
         CommonSubexpressionEliminationPass(),
         ClearMetadataAndDocStringPass(),

@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from fora_trt.export.constants import constant, int64_constant
+
 
 class SliceProjectionsPass(InPlacePass):
     """Shrinks every Gemm whose Split has unread outputs; what is read is the same products of the same rows."""
@@ -49,13 +51,14 @@ def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
 
     kept = np.repeat(read, widths)  # a flag per column of the product
     axis = 0 if gemm.attributes.get_int("transB", 0) else 1
-    operands = [gemm.inputs[0], _initializer(graph, weight, np.compress(kept, weight.const_value.numpy(), axis=axis))]
+    columns = np.compress(kept, weight.const_value.numpy(), axis=axis)
+    operands = [gemm.inputs[0], constant(graph, f"{weight.name}.read", columns)]
     if bias is not None and bias.const_value is not None:
-        operands.append(_initializer(graph, bias, bias.const_value.numpy()[kept]))
+        operands.append(constant(graph, f"{bias.name}.read", bias.const_value.numpy()[kept]))
     product = ir.Node("", "Gemm", operands, list(gemm.attributes.values()), num_outputs=1)
     parts = [output for output, is_read in zip(split.outputs, read, strict=True) if is_read]
     sizes = [width for width, is_read in zip(widths, read, strict=True) if is_read]
-    lengths = _initializer(graph, joined, np.array(sizes, dtype=np.int64), suffix="lengths")
+    lengths = int64_constant(graph, f"{joined.name}.lengths", sizes)
     nodes = [product]
     if cast is not None:
         nodes.append(ir.Node("", "Cast", [product.outputs[0]], list(cast.attributes.values()), num_outputs=1))
@@ -72,13 +75,3 @@ def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
         new.type, new.shape = old.type, old.shape
         ir.convenience.replace_all_uses_with(old, new)
     return True
-
-
-def _initializer(graph: ir.Graph, origin: ir.Value, array: np.ndarray, suffix: str = "read") -> ir.Value:
-    """A constant named after the value that it is made from."""
-    tensor = ir.tensor(np.ascontiguousarray(array), name=f"{origin.name}.{suffix}")
-    value = ir.Value(
-        name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value

@@ -1,0 +1,128 @@
+"""Graph passes: patches go in and out of a graph as rows, and large tensors are not transposed on the way.
+
+A patch embedding is traced as a convolution whose steps are as long as its kernel, and the tokens that it makes as the
+transpose of its output. The same products are those of a matrix and the patches, laid out as rows first: what is
+transposed are the latents, a small fraction of the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from fora_trt.export.constants import constant, int64_constant
+
+
+class PatchRowsPass(InPlacePass):
+    """Replaces Conv, Reshape (B, C, h * w), Transpose (B, h * w, C) by a product of patches with a matrix.
+
+    Only where patches are square and neither overlap nor leave anything out: strides as long as the kernel, which
+    divides the image, no padding, dilation or groups; and where nobody else reads what is between.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        changed = [_as_product(model.graph, node) for node in tuple(model.graph) if node.op_type == "Conv"]
+        return PassResult(model, modified=any(changed))
+
+
+class PlainTransposesPass(InPlacePass):
+    """Replaces an Einsum that only changes the order of dimensions, as in an unpatchify, by a Transpose."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        changed = [_as_transpose(model.graph, node) for node in tuple(model.graph) if node.op_type == "Einsum"]
+        return PassResult(model, modified=any(changed))
+
+
+def _as_product(graph: ir.Graph, conv: ir.Node) -> bool:
+    image, weight, bias = (*conv.inputs, None)[:3]
+    tokens = _tokens_of(conv)
+    if image is None or image.shape is None or weight is None or weight.const_value is None or tokens is None:
+        return False
+    batch, _, *sides = image.shape
+    width, _, *kernel = weight.const_value.shape.numpy()
+    plain = (
+        len(kernel) == 2
+        and kernel[0] == kernel[1]
+        and list(conv.attributes.get_ints("strides", [1, 1])) == kernel
+        and not any(conv.attributes.get_ints("pads", [0]))
+        and set(conv.attributes.get_ints("dilations", [1])) == {1}
+        and conv.attributes.get_int("group", 1) == 1
+        and conv.attributes.get_string("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+    )
+    if not plain or not all(isinstance(side, int) and side % kernel[0] == 0 for side in sides):
+        return False
+    side, length = kernel[0], weight.const_value.size // width
+    rows, columns = (size // side for size in sides if isinstance(size, int))
+    laid_out = weight.const_value.numpy().transpose(2, 3, 1, 0).reshape(length, width)  # in SpaceToDepth's order
+    matrix = constant(graph, f"{weight.name}.rows", laid_out)
+    lengths = int64_constant(graph, f"{weight.name}.patches", [0, rows * columns, length])
+
+    nodes: list[ir.Node] = []
+    value = image
+    if side > 1:
+        value = _new(nodes, "SpaceToDepth", [image], [batch, length, rows, columns], ir.AttrInt64("blocksize", side))
+    value = _new(nodes, "Transpose", [value], [batch, rows, columns, length], ir.AttrInt64s("perm", (0, 2, 3, 1)))
+    value = _new(nodes, "Reshape", [value, lengths], [batch, rows * columns, length])
+    value = _new(nodes, "MatMul", [value, matrix], [batch, rows * columns, width])
+    if bias is not None and not _joined(graph, tokens, bias):
+        value = _new(nodes, "Add", [value, bias], [batch, rows * columns, width])
+    graph.insert_before(conv, nodes)
+    ir.convenience.replace_all_uses_with(tokens, value)
+    return True
+
+
+def _joined(graph: ir.Graph, tokens: ir.Value, bias: ir.Value) -> bool:
+    """Add a bias to the constant that is added to all tokens next, their positions; False where there is none."""
+    readers = tokens.consumers()
+    if len(readers) != 1 or readers[0].op_type != "Add" or bias.const_value is None:
+        return False
+    place = 1 if readers[0].inputs[0] is tokens else 0
+    positions = readers[0].inputs[place]
+    if positions is None or positions.const_value is None:
+        return False
+    both = positions.const_value.numpy() + bias.const_value.numpy()
+    readers[0].replace_input_with(place, constant(graph, f"{positions.name}.biased", both))
+    return True
+
+
+def _tokens_of(conv: ir.Node) -> ir.Value | None:
+    """(B, h * w, C), if the output of a convolution is read as that and as nothing else."""
+    value = conv.outputs[0]
+    for kind, rank in (("Reshape", 3), ("Transpose", 3)):
+        readers = value.consumers()
+        if len(readers) != 1 or readers[0].op_type != kind or value.is_graph_output():
+            return None
+        before, value = value, readers[0].outputs[0]
+        if value.shape is None or before.shape is None or len(value.shape) != rank:
+            return None
+        if kind == "Reshape" and list(value.shape)[:2] != list(before.shape)[:2]:
+            return None
+    producer = value.producer()
+    assert producer is not None
+    moved = list(producer.attributes.get_ints("perm", ())) == [0, 2, 1]
+    return value if moved and not value.is_graph_output() else None
+
+
+def _as_transpose(graph: ir.Graph, einsum: ir.Node) -> bool:
+    before, _, after = einsum.attributes.get_string("equation", "").replace(" ", "").partition("->")
+    letters_alone = before.isalpha() and len({*before}) == len(before)
+    if len(einsum.inputs) != 1 or not letters_alone or sorted(before) != sorted(after):
+        return False
+    order = ir.AttrInt64s("perm", [before.index(letter) for letter in after])
+    transpose = ir.Node("", "Transpose", list(einsum.inputs), [order], num_outputs=1)
+    old, new = einsum.outputs[0], transpose.outputs[0]
+    new.type, new.shape = old.type, old.shape
+    graph.insert_before(einsum, [transpose])
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    return True
+
+
+def _new(nodes: list[ir.Node], kind: str, inputs: list[ir.Value], shape: Sequence[Any], *told: ir.Attr) -> ir.Value:
+    node = ir.Node("", kind, inputs, told, num_outputs=1)
+    output = node.outputs[0]
+    output.type, output.shape = inputs[0].type, ir.Shape(shape)
+    nodes.append(node)
+    return output
