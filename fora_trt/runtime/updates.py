@@ -112,9 +112,9 @@ def takes_variance(scheduler: SchedulerMixin) -> bool:
 class SchedulerTable:
     """A scheduler at a number of steps, as numbers.
 
-    The latents after call i are the sum over the K calls in memory of `weights[i, k, 0]` times the latents and
-    `weights[i, k, 1]` times the prediction, plus `noise_scale[i] * exp(noise_growth[i] * v)` times fresh noise, where
-    v is the learned variance. Call i is remembered at place `i % K`.
+    The latents after call i are the sum over the last K calls, i - k for k from 0 on, of `weights[i, k, 0]` times the
+    latents then and `weights[i, k, 1]` times the prediction, plus `noise_scale[i] * exp(noise_growth[i] * v)` times
+    fresh noise, where v is the learned variance.
     """
 
     timesteps: Tensor  # (S,)
@@ -151,7 +151,7 @@ def table_from_scheduler(scheduler: SchedulerMixin, steps: int) -> SchedulerTabl
     table = SchedulerTable(
         timesteps=probe.timesteps.float(),
         input_scale=torch.tensor(scales),
-        weights=_shortened(found[:, :-2].view(calls, memory, 2)),
+        weights=_by_age(found[:, :-2].view(calls, memory, 2)),
         noise_scale=torch.where(noisy, zero, 0.0),
         noise_growth=torch.where(noisy, (one / zero).log(), 0.0) if variance else torch.zeros(calls),
         draws=torch.tensor(draws),
@@ -168,12 +168,11 @@ def _parted(result: Tensor, noise: Tensor) -> Tensor:
     return torch.cat([torch.where(weights.abs() > 1e-6 * weights.abs().max(), weights, 0.0), scales])
 
 
-def _shortened(weights: Tensor) -> Tensor:
-    """(S, 6, 2) -> (S, K, 2): the same weights with only as many places as are ever in use."""
+def _by_age(weights: Tensor) -> Tensor:
+    """(S, M, 2), call i at place i % M -> (S, K, 2), the last call first, and only as many as are ever in use."""
     calls, longest = weights.shape[:2]
     by_age = torch.stack([weights[i, [(i - age) % longest for age in range(longest)]] for i in range(calls)])
-    memory = int((by_age != 0).any(0).any(-1).nonzero().max()) + 1
-    return torch.stack([by_age[i, [(i - place) % memory for place in range(memory)]] for i in range(calls)])
+    return by_age[:, : int((by_age != 0).any(0).any(-1).nonzero().max()) + 1]
 
 
 def _agrees(table: SchedulerTable, scheduler: SchedulerMixin, steps: int) -> bool:
@@ -184,7 +183,7 @@ def _agrees(table: SchedulerTable, scheduler: SchedulerMixin, steps: int) -> boo
         sample, prediction, learned = torch.randn(3, 8, dtype=torch.float64, generator=generator)
         run.input_scale(call)
         expected, noise = run.step(call, sample, prediction, learned if table.takes_variance else None)
-        remembered[call % table.memory] = torch.stack([sample, prediction])
+        remembered = torch.cat([torch.stack([sample, prediction])[None], remembered[:-1]])
         terms = table.weights[call][..., None] * remembered
         fresh = (
             table.noise_scale[call] * torch.exp(table.noise_growth[call] * learned) * (0 if noise is None else noise)
@@ -271,11 +270,15 @@ class TabulatedUpdate(Update):
         self._remembered = torch.empty(table.memory, 2, images, *shape, device=device)
         self._noise = torch.empty(int(draws.sum()), images, *shape, device=device)
         self._call = torch.zeros(1, dtype=torch.int64, device=device)
-        self._place = (torch.arange(self.calls) % table.memory).to(device)
         self._draw = (draws.cumsum(0) - 1).clamp_(min=0).to(device)
-        numbers = (table.timesteps, table.input_scale, table.noise_scale, table.noise_growth)
-        self._numbers = torch.stack([one.float() for one in numbers], 1).to(device)  # (S, 4)
-        self._weights = table.weights.float().to(device)
+        numbers = (
+            table.timesteps,
+            table.input_scale,
+            table.noise_scale,
+            table.noise_growth,
+            *table.weights.flatten(1).T,
+        )
+        self._numbers = torch.stack([one.float() for one in numbers], 1).to(device)  # (S, 4 + 2K)
 
     def model_input(self) -> Tensor:
         self._row = self._numbers.index_select(0, self._call)[0]
@@ -285,16 +288,17 @@ class TabulatedUpdate(Update):
         return self._row[:1]
 
     def advance(self, prediction: Tensor) -> None:
-        channels = self.latents.shape[1]
-        now = torch.stack([self.latents, prediction[:, :channels]])  # (2, B, C, H, W)
-        self._remembered.index_copy_(0, self._place.index_select(0, self._call), now[None])
-        weights = self._weights.index_select(0, self._call)[0]  # (K, 2)
-        following = (weights.view(1, -1) @ self._remembered.view(weights.numel(), -1)).view_as(self.latents)
+        channels, remembered = self.latents.shape[1], self._remembered
+        if len(remembered) > 1:
+            remembered[1:].copy_(remembered[:-1].clone())
+        remembered[0, 0].copy_(self.latents)
+        remembered[0, 1].copy_(prediction[:, :channels])
+        weights, terms = self._row[None, 4:], remembered.flatten(0, 1).flatten(1)  # (1, 2K), (2K, B * ...)
+        torch.mm(weights, terms, out=self.latents.view(1, -1))
         if len(self._noise):
             noise = self._noise.index_select(0, self._draw.index_select(0, self._call))[0]
             growth = torch.exp(self._row[3] * prediction[:, channels:]) if self.takes_variance else 1.0
-            following.addcmul_(self._row[2] * growth, noise)
-        self.latents.copy_(following)
+            self.latents.addcmul_(self._row[2] * growth, noise)
         self._call.add_(1)
 
 
