@@ -50,6 +50,7 @@ def test_the_wheel_holds_the_package_alone_and_works_in_an_empty_environment(tmp
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fora_trt"}
     assert "fora_trt/models/digits/transformer/diffusion_pytorch_model.safetensors" in names
     assert "fora_trt/evaluate/digit_classifier.safetensors" in names
+    assert "fora_trt/engines/weighted_sum.c" in names
     assert "fora_trt/py.typed" in names
 
     python = tmp_path / "environment" / "bin" / "python"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import onnx_ir as ir
 import onnxruntime
 import torch
 from onnx import TensorProto
@@ -13,6 +14,7 @@ from torch import Tensor
 from fora_trt.bundle import Bundle
 from fora_trt.engines.base import Engine
 from fora_trt.engines.memory import address_of
+from fora_trt.engines.weighted_sum import FuseWeightedSumsPass, kernel_library
 from fora_trt.errors import BackendError
 
 _ELEMENT_TYPES = {
@@ -74,11 +76,23 @@ def _session(bundle: Bundle, graph: str, device: torch.device) -> Any:
     # The sessions alternate: threads of the one that spin after its run would slow the other one down.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        session = onnxruntime.InferenceSession(
-            bundle.graph_path(graph), options, providers=[provider], disabled_optimizers=unwanted
-        )
+        model = _with_kernel(bundle, graph, options) if device.type == "cpu" else bundle.graph_path(graph)
+        session = onnxruntime.InferenceSession(model, options, providers=[provider], disabled_optimizers=unwanted)
     except Exception as error:
         raise BackendError(f"onnxruntime cannot load {bundle.graph_path(graph)}: {error}") from error
     if device.type == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
         raise BackendError("onnxruntime could not start its CUDA provider; see 'fora-trt doctor', or give --device cpu")
     return session
+
+
+def _with_kernel(bundle: Bundle, graph: str, options: Any) -> Any:
+    """The graph as ONNX Runtime is to read it: its file, or what is different if our kernel has a use there."""
+    path, library = bundle.graph_path(graph), kernel_library()
+    if library is None:
+        return path
+    model = ir.load(path)
+    if not FuseWeightedSumsPass()(model).modified:
+        return path
+    options.register_custom_ops_library(str(library))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
+    return ir.to_proto(model).SerializeToString()

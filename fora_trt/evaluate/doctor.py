@@ -49,7 +49,10 @@ def findings() -> list[Finding]:
         if problem is None and backend.name == "onnxruntime":
             import onnxruntime
 
+            from fora_trt.engines.weighted_sum import kernel_library
+
             providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
             found += " on " + ", ".join(name for name in ("CUDA", "CPU") if name in providers)
+            found += "" if kernel_library() else "; slower folded sums, there is no C compiler (cc, or CC=...)"
         report.append(Finding(f"backend {backend.name}", found, problem or ""))
     return report

@@ -1,0 +1,142 @@
+"""The kernel for weighted sums: the same results as ONNX Runtime's own operators, and no need of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+import fora_trt
+from fora_trt import Schedule
+from fora_trt.bundle import Bundle
+from fora_trt.engines.weighted_sum import FuseWeightedSumsPass, kernel_library
+from fora_trt.evaluate.doctor import findings
+
+
+def sums(
+    window: list[int], tokens: int, channels: int, terms: int, begun: list[int] | None, dtype: int = 1
+) -> ir.Model:
+    """What `fold` writes: features side by side, gates side by side, their product, its sum, and what that is added to.
+
+    The batch is 2.
+    """
+    gates, features = [f"g{k}" for k in range(terms)], [f"f{k}" for k in range(terms)]
+    nodes = [helper.make_node("Unsqueeze", [name, "axis"], [f"{name}_"]) for name in gates + features]
+    for side, names in (("gates", gates), ("features", features)):
+        nodes.append(helper.make_node("Concat", [f"{name}_" for name in names], [side], axis=-4))
+    nodes.append(helper.make_node("Mul", ["gates", "features"], ["product"]))
+    nodes.append(helper.make_node("ReduceSum", ["product", "axis"], ["y" if begun is None else "sum"], keepdims=0))
+    shapes = {name: [*window, 2, 1, channels] for name in gates}
+    shapes |= {name: [2, tokens, channels] for name in features}
+    if begun is not None:
+        nodes.append(helper.make_node("Add", ["begun", "sum"], ["y"]))
+        shapes["begun"] = begun
+    graph = helper.make_graph(
+        nodes,
+        "sums",
+        [helper.make_tensor_value_info(name, dtype, shape) for name, shape in shapes.items()],
+        [helper.make_tensor_value_info("y", dtype, [*window, 2, tokens, channels])],
+        [helper.make_tensor("axis", TensorProto.INT64, [1], [-4])],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    model = ir.serde.deserialize_model(proto)
+    ir.passes.common.ShapeInferencePass()(model)
+    return model
+
+
+def run(model: ir.Model, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(kernel_library()))
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    result: np.ndarray = session.run(None, inputs)[0]
+    return result
+
+
+def kinds(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+@pytest.mark.parametrize("window", [[], [1], [3], [0]])
+@pytest.mark.parametrize(("tokens", "channels", "terms"), [(4, 64, 2), (37, 80, 5), (16, 7, 8)])
+@pytest.mark.parametrize("begun", [None, "all", "sample", "shared"])
+def test_the_kernel_adds_up_what_the_operators_add_up(
+    window: list[int], tokens: int, channels: int, terms: int, begun: str | None
+) -> None:
+    shape = {"all": [*window, 2, tokens, channels], "sample": [2, tokens, channels], "shared": [1, tokens, channels]}
+    model = sums(window, tokens, channels, terms, shape[begun] if begun else None)
+    generator = np.random.default_rng(0)
+    inputs = {
+        str(value.name): generator.normal(size=tuple(value.shape.numpy())).astype(np.float32)
+        for value in model.graph.inputs
+        if value.shape is not None
+    }
+    expected = run(model, inputs)
+    assert FuseWeightedSumsPass()(model).modified
+    assert kinds(model) == ["WeightedSum"]
+    found = run(model, inputs)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max(initial=0) < 1e-5
+
+
+def test_other_sums_stay_as_they_are() -> None:
+    half = sums([3], 4, 64, 2, None, TensorProto.FLOAT16)
+    assert not FuseWeightedSumsPass()(half).modified
+    read_twice = sums([3], 4, 64, 2, None)
+    product = next(node for node in read_twice.graph if node.op_type == "Mul").outputs[0]
+    read_twice.graph.outputs.append(product)
+    assert not FuseWeightedSumsPass()(read_twice).modified
+    beside = sums([3], 5, 64, 2, [3, 2, 1, 64])  # added to what has another shape: that addition stays
+    assert FuseWeightedSumsPass()(beside).modified
+    assert kinds(beside) == ["WeightedSum", "Add"]
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CC", "a-compiler-that-is-not-there")
+    kernel_library.cache_clear()
+    yield
+    kernel_library.cache_clear()
+
+
+def latents_of(bundle: Bundle) -> torch.Tensor:
+    denoiser = fora_trt.load(bundle, schedule=Schedule.static(8, 3), backend="onnxruntime", device="cpu")
+    latents, labels = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 7])
+    times = torch.arange(700, 0, -100)[:8].float()
+    times = torch.cat([times, torch.zeros(8 - len(times))])
+    denoiser.reset(timesteps=times)
+    for time in times:
+        latents = latents - 0.1 * denoiser(latents, time, class_labels=labels)[:, :4]
+    return latents
+
+
+@pytest.fixture
+def with_kernel(optimized: dict[str, Bundle]) -> torch.Tensor:
+    """Latents that were computed before `no_compiler` takes the compiler away."""
+    assert kernel_library() is not None
+    return latents_of(optimized["fold"])
+
+
+@pytest.mark.usefixtures("with_kernel", "no_compiler")
+def test_without_a_compiler_the_graphs_run_as_they_are(optimized: dict[str, Bundle], with_kernel: torch.Tensor) -> None:
+    assert kernel_library() is None
+    assert (latents_of(optimized["fold"]) - with_kernel).abs().max() < 1e-5 * with_kernel.abs().max()
+    (found,) = (one.found for one in findings() if one.what == "backend onnxruntime")
+    assert "no C compiler" in found
+
+
+def test_a_folded_full_graph_uses_it_and_its_bundle_does_not_change(optimized: dict[str, Bundle]) -> None:
+    path = optimized["fold"].graph_path("full")
+    before, model = Path(path).read_bytes(), ir.load(path)
+    assert FuseWeightedSumsPass()(model).modified
+    assert kinds(model).count("WeightedSum") == 1
+    assert not {"ReduceSum", "Concat"} & {*kinds(model)}
+    latents_of(optimized["fold"])
+    assert path.read_bytes() == before
+    (found,) = (one.found for one in findings() if one.what == "backend onnxruntime")
+    assert "no C compiler" not in found
