@@ -1,8 +1,8 @@
 """A kernel for ONNX Runtime on a CPU, and the graph pass that uses it: the sum of gate * feature in one pass.
 
-ONNX Runtime multiplies and adds tensor by tensor, and each time everything goes over memory. That takes about six
-times as long as to read every feature once (`weighted_sum.c`). The kernel is compiled when it is first needed, for this
-machine; where there is no C compiler the graphs run as they are.
+ONNX Runtime multiplies and adds tensor by tensor, and each time everything goes over memory; the kernel
+(`weighted_sum.c`) reads every feature once. It is compiled when it is first needed, for this machine; where there is no
+C compiler the graphs run as they are.
 """
 
 from __future__ import annotations
