@@ -359,7 +359,7 @@ def test_a_network_never_seen_goes_as_far_as_it_can(
     assert (f"Mixed admits no more than --optimize {reached}" in told) == (reached != "fold")
     if folded is not None:
         assert [one.shape for one in bundle.manifest.graphs["full"].outputs[1:]] == folded
-    for comparison in compare_with_pytorch(bundle, "onnxruntime", CPU, 10, (1, 3)):
+    for comparison in compare_with_pytorch(bundle, "onnxruntime", CPU):
         assert comparison.error.relative < 1e-5, comparison
 
 
