@@ -10,9 +10,9 @@ from onnx import TensorProto, helper
 from onnx_ir.passes import InPlacePass
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from fora_trt.export.constants import constant
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
+from fora_trt.export.nodes import constant
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
 from fora_trt.export.slice_projections import SliceProjectionsPass
 
@@ -160,6 +160,7 @@ def test_an_einsum_that_only_moves_dimensions_is_a_transpose() -> None:
     assert PlainTransposesPass()(made).modified
     RemoveUnusedNodesPass()(made)
     assert kinds(made) == ["Transpose"]
+    assert [value.name for value in made.graph.outputs] == ["y"]
     assert np.array_equal(run(made, {"x": x})[0], before)
     summed = model([helper.make_node("Einsum", ["x"], ["y"], equation="ab->a")], {"x": [2, 3]}, {"y": [2]}, {})
     assert not PlainTransposesPass()(summed).modified

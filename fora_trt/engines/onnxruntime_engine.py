@@ -16,6 +16,7 @@ from fora_trt.engines.base import Engine
 from fora_trt.engines.memory import address_of
 from fora_trt.engines.weighted_sum import FuseWeightedSumsPass, kernel_library
 from fora_trt.errors import BackendError
+from fora_trt.models.spec import WINDOW
 
 _ELEMENT_TYPES = {
     "float32": TensorProto.FLOAT,
@@ -87,8 +88,8 @@ def _session(bundle: Bundle, graph: str, device: torch.device) -> Any:
 
 def _with_kernel(bundle: Bundle, graph: str, options: Any) -> Any:
     """The graph as ONNX Runtime is to read it: its file, or what is different if our kernel has a use there."""
-    path, library = bundle.graph_path(graph), kernel_library()
-    if library is None:
+    path, outputs = bundle.graph_path(graph), bundle.manifest.graphs[graph].outputs
+    if not any(output.shape[0] == WINDOW for output in outputs) or (library := kernel_library()) is None:
         return path
     model = ir.load(path)
     if not FuseWeightedSumsPass()(model).modified:

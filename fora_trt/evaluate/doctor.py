@@ -18,7 +18,7 @@ class Finding:
 
 
 def findings() -> list[Finding]:
-    """Look at Python, the GPU and every backend; imports torch, runs nothing."""
+    """Look at Python, the GPU and every backend; imports torch, and compiles a kernel if it can."""
     import torch
 
     from fora_trt import __version__

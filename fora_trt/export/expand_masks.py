@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from fora_trt.export.constants import int64_constant
+from fora_trt.export.nodes import int64_constant
 
 MASK, QUERIES = 3, -2  # which input of an Attention, and which axis of query and mask
 

@@ -13,8 +13,8 @@ from itertools import zip_longest
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
-from fora_trt.export.constants import constant, int64_constant
 from fora_trt.export.hoist import EarlyPart, drop_unread, early_part, edge, replace_reads
+from fora_trt.export.nodes import constant, int64_constant, new_value
 from fora_trt.models.spec import FEATURE, FOLDED, LATENTS, WINDOW, of_window
 
 GROUP = 8
@@ -125,7 +125,7 @@ def _group(graph: ir.Graph, hoisted: str) -> None:
         others.sort(key=differing.__contains__)  # what is the same for all steps is added up before the rest
         result = (others + sums)[0]
         for value in (others + sums)[1:]:
-            result = _new(nodes, "Add", [result, value], _broadcast(result.shape, value.shape))
+            result = new_value(nodes, "Add", [result, value], _broadcast(result.shape, value.shape))
         graph.insert_after(root, nodes)
         ir.convenience.replace_all_uses_with(total, result)
 
@@ -169,23 +169,13 @@ def _weighted_sum(graph: ir.Graph, nodes: list[ir.Node], pairs: list[tuple[ir.Va
     for side in ([gate for gate, _ in pairs], [feature for _, feature in pairs]):
         assert side[0].shape is not None
         first, *others = side[0].shape
-        lifted = [_new(nodes, "Unsqueeze", [one, axes], ir.Shape([first, 1, *others])) for one in side]
+        lifted = [new_value(nodes, "Unsqueeze", [one, axes], ir.Shape([first, 1, *others])) for one in side]
         shape = ir.Shape([first, len(pairs), *others])
-        sides.append(_new(nodes, "Concat", lifted, shape, ir.AttrInt64("axis", -rank)))
-    product = _new(nodes, "Mul", sides, _broadcast(sides[0].shape, sides[1].shape))
+        sides.append(new_value(nodes, "Concat", lifted, shape, ir.AttrInt64("axis", -rank)))
+    product = new_value(nodes, "Mul", sides, _broadcast(sides[0].shape, sides[1].shape))
     assert product.shape is not None
     first, _, *others = product.shape
-    return _new(nodes, "ReduceSum", [product, axes], ir.Shape([first, *others]), ir.AttrInt64("keepdims", 0))
-
-
-def _new(
-    nodes: list[ir.Node], kind: str, inputs: list[ir.Value], shape: ir.Shape | None, *attributes: ir.Attr
-) -> ir.Value:
-    node = ir.Node("", kind, inputs, attributes, num_outputs=1)
-    output = node.outputs[0]
-    output.name, output.type, output.shape = f"sum.{inputs[0].name}.{kind}", inputs[0].type, shape
-    nodes.append(node)
-    return output
+    return new_value(nodes, "ReduceSum", [product, axes], ir.Shape([first, *others]), ir.AttrInt64("keepdims", 0))
 
 
 def _differing(part: EarlyPart, hoisted: str) -> set[ir.Value] | None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from fora_trt.export.constants import int64_constant
 from fora_trt.export.fold import fold
 from fora_trt.export.hoist import GraphWriter, Numbering, drop_unread, early_part, edge, replace_reads
+from fora_trt.export.nodes import int64_constant
 from fora_trt.models.spec import CONDITIONING, FULL, HOISTED, REUSE, TensorSpec, of_window
 
 SINGLE = "hoisted."

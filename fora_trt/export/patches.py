@@ -7,13 +7,10 @@ transposed are the latents, a small fraction of the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from fora_trt.export.constants import constant, int64_constant
+from fora_trt.export.nodes import constant, int64_constant, new_value
 
 
 class PatchRowsPass(InPlacePass):
@@ -63,12 +60,16 @@ def _as_product(graph: ir.Graph, conv: ir.Node) -> bool:
     nodes: list[ir.Node] = []
     value = image
     if side > 1:
-        value = _new(nodes, "SpaceToDepth", [image], [batch, length, rows, columns], ir.AttrInt64("blocksize", side))
-    value = _new(nodes, "Transpose", [value], [batch, rows, columns, length], ir.AttrInt64s("perm", (0, 2, 3, 1)))
-    value = _new(nodes, "Reshape", [value, lengths], [batch, rows * columns, length])
-    value = _new(nodes, "MatMul", [value, matrix], [batch, rows * columns, width])
+        value = new_value(
+            nodes, "SpaceToDepth", [image], ir.Shape([batch, length, rows, columns]), ir.AttrInt64("blocksize", side)
+        )
+    value = new_value(
+        nodes, "Transpose", [value], ir.Shape([batch, rows, columns, length]), ir.AttrInt64s("perm", (0, 2, 3, 1))
+    )
+    value = new_value(nodes, "Reshape", [value, lengths], ir.Shape([batch, rows * columns, length]))
+    value = new_value(nodes, "MatMul", [value, matrix], ir.Shape([batch, rows * columns, width]))
     if bias is not None and not _joined(graph, tokens, bias):
-        value = _new(nodes, "Add", [value, bias], [batch, rows * columns, width])
+        value = new_value(nodes, "Add", [value, bias], ir.Shape([batch, rows * columns, width]))
     graph.insert_before(conv, nodes)
     ir.convenience.replace_all_uses_with(tokens, value)
     return True
@@ -109,20 +110,13 @@ def _tokens_of(conv: ir.Node) -> ir.Value | None:
 def _as_transpose(graph: ir.Graph, einsum: ir.Node) -> bool:
     before, _, after = einsum.attributes.get_string("equation", "").replace(" ", "").partition("->")
     letters_alone = before.isalpha() and len({*before}) == len(before)
-    if len(einsum.inputs) != 1 or not letters_alone or sorted(before) != sorted(after):
+    image = einsum.inputs[0]
+    if image is None or len(einsum.inputs) != 1 or not letters_alone or sorted(before) != sorted(after):
         return False
     order = ir.AttrInt64s("perm", [before.index(letter) for letter in after])
-    transpose = ir.Node("", "Transpose", list(einsum.inputs), [order], num_outputs=1)
-    old, new = einsum.outputs[0], transpose.outputs[0]
-    new.type, new.shape = old.type, old.shape
-    graph.insert_before(einsum, [transpose])
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    nodes, moved = list[ir.Node](), einsum.outputs[0]
+    value = new_value(nodes, "Transpose", [image], moved.shape, order)
+    value.name, moved.name = moved.name, f"{moved.name}.einsum"  # it may be the graph's output
+    graph.insert_before(einsum, nodes)
+    ir.convenience.replace_all_uses_with(moved, value, replace_graph_outputs=True)
     return True
-
-
-def _new(nodes: list[ir.Node], kind: str, inputs: list[ir.Value], shape: Sequence[Any], *told: ir.Attr) -> ir.Value:
-    node = ir.Node("", kind, inputs, told, num_outputs=1)
-    output = node.outputs[0]
-    output.type, output.shape = inputs[0].type, ir.Shape(shape)
-    nodes.append(node)
-    return output

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from fora_trt.export.constants import constant, int64_constant
+from fora_trt.export.nodes import constant, int64_constant
 
 
 class SliceProjectionsPass(InPlacePass):

@@ -1,4 +1,4 @@
-"""Constants that graph passes add: axes, lengths and sizes, and weights that are laid out anew."""
+"""What graph passes add to a graph: nodes, and constants (axes, lengths, sizes, weights that are laid out anew)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 def int64_constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
     """A vector of whole numbers."""
     return constant(graph, name, np.array(values, dtype=np.int64))
+
+
+def new_value(
+    nodes: list[ir.Node], kind: str, inputs: Sequence[ir.Value], shape: ir.Shape | None, *attributes: ir.Attr
+) -> ir.Value:
+    """The output of a new node, which is appended to `nodes`; it has the dtype of the first input."""
+    node = ir.Node("", kind, inputs, attributes, num_outputs=1)
+    output = node.outputs[0]
+    output.name, output.type, output.shape = f"{inputs[0].name}.{kind}", inputs[0].type, shape
+    nodes.append(node)
+    return output
 
 
 def _alike(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool:
