@@ -35,17 +35,21 @@ from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import FULL, REUSE
 from fora_trt.runtime.conditioning import conditioning_of_classes
-from fora_trt.runtime.sampling import Sampler
+from fora_trt.runtime.sampling import Sampler, stretches_of
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
+from fora_trt.schedule import places_in_windows
 
 RESULTS = Path(__file__).parent / "results"
 CACHE_INTERVALS = (1, 2, 3, 5)
 GUIDANCE_SCALE = 1.5
 
 
+LAUNCHES = ("launches of graphs", "launches of kernels")
+
+
 def transfers_of(run: Callable[[], None]) -> dict[str, int]:
-    """How often `run` copies between host and device, or waits for the device, by kind, as torch's profiler sees it."""
+    """How often `run` copies between host and device, waits for the device, and launches, as torch's profiler sees it."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()
@@ -53,6 +57,8 @@ def transfers_of(run: Callable[[], None]) -> dict[str, int]:
         "host to device": r"Memcpy HtoD",
         "device to host": r"Memcpy DtoH",
         "synchronizations": r"cuda(Stream|Device|Event)Synchronize",
+        LAUNCHES[0]: r"cudaGraphLaunch",
+        LAUNCHES[1]: r"cu(da)?LaunchKernel",
     }
     counts = Counter(dict.fromkeys(kinds, 0))
     for event in profile.events() or ():
@@ -105,11 +111,12 @@ def row_of(bundle: Bundle, backend: str, device: torch.device, images: int, step
 def transfers_between_steps(sampler: Sampler, schedule: Schedule, images: int) -> dict[str, int]:
     """Of a guided trajectory that was captured before, from before its first to after its last step."""
     sampler.update.begin(sampler.denoiser.manifest.latents.shape, range(images), sampler.denoiser.device)
+    steps = [(place, True) for place in places_in_windows(schedule.full)]
     torch.cuda.synchronize()
 
     def run() -> None:
-        for step, full in enumerate(schedule.full):
-            sampler.launch(step, full, guided=True)
+        for first, length in stretches_of(steps).items():
+            sampler.launch(first, steps[first : first + length])
 
     return transfers_of(run)
 
@@ -163,20 +170,22 @@ def as_markdown(result: dict[str, Any]) -> str:
             f"## {model['source']}, {model['precision']}, {model['images']} guided images, {model['steps']} DDIM steps",
             "",
             "| backend | error, full | error, reuse | full step | reuse step | interval 1 | 3 | 5 | ideal at 3 | at 5 "
-            "| copies and waits between steps | memory |",
-            "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+            "| copies and waits between steps | launches | memory |",
+            "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
         ]
         ideal = {interval: Schedule.static(model["steps"], interval).ideal_speedup for interval in (3, 5)}
         for name, row in model["backends"].items():
             if not row["works"]:
-                lines.append(f"| {name} | {row['why']} |" + " |" * 10)
+                lines.append(f"| {name} | {row['why']} |" + " |" * 11)
                 continue
-            transfers = "" if row["transfers"] is None else str(sum(row["transfers"].values()))
+            counts = row["transfers"] or {}
+            launches = " + ".join(str(counts[kind]) for kind in LAUNCHES if kind in counts)
+            transfers = str(sum(count for kind, count in counts.items() if kind not in LAUNCHES)) if counts else ""
             memory = row["device_memory_bytes"]
             lines.append(
                 f"| {name} | {row['error'][FULL]:.1e} | {row['error'][REUSE]:.1e} | {row['full_step_ms']:.3f} ms "
                 f"| {row['reuse_step_ms']:.3f} ms | {row['seconds']['1']:.3f} s | {row['speedup']['3']:.2f}x "
-                f"| {row['speedup']['5']:.2f}x | {ideal[3]:.2f}x | {ideal[5]:.2f}x | {transfers} "
+                f"| {row['speedup']['5']:.2f}x | {ideal[3]:.2f}x | {ideal[5]:.2f}x | {transfers} | {launches} "
                 f"| {'' if memory is None else f'{memory / 2**20:.0f} MiB'} |"
             )
         lines.append("")

@@ -6,6 +6,7 @@ The default rule is the one of the FORA authors (arXiv 2407.01425): number the S
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fora_trt.errors import ScheduleError
@@ -67,3 +68,15 @@ class Schedule:
     def ideal_speedup(self) -> float:
         """Speed-up over no caching if a reuse step cost nothing."""
         return self.steps / self.full_steps
+
+
+def places_in_windows(full: Iterable[bool]) -> list[int]:
+    """For each step its place in its window: 0 is the full step, k the k-th reuse step behind it.
+
+    Steps may begin within a window; the first one of those is at place 1.
+    """
+    places, place = [], 0
+    for flag in full:
+        place = 0 if flag else place + 1
+        places.append(place)
+    return places

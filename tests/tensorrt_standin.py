@@ -209,6 +209,9 @@ class Fake:
         return result(self, *arguments) if callable(result) else result
 
 
+MILLISECONDS = 4.0
+
+
 class Stream:
     """A stream of CUDA; the number is its handle."""
 
@@ -232,6 +235,21 @@ class Graph:
         self.recorder.record("CUDAGraph", "CUDAGraph.__del__")
 
 
+class Event:
+    """An event of CUDA; all are `MILLISECONDS` apart."""
+
+    def __init__(self, recorder: Recorder, enable_timing: bool, external: bool) -> None:
+        self.recorder = recorder
+        assert enable_timing
+        assert external, "others cannot be read when they were captured"
+
+    def record(self) -> None:
+        self.recorder.record("Event", "Event.record")
+
+    def elapsed_time(self, other: Event) -> float:
+        return MILLISECONDS
+
+
 class Cuda:
     """Takes the place of functions of `torch.cuda`; what is allocated on a GPU lies on the CPU."""
 
@@ -243,6 +261,7 @@ class Cuda:
         patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
         patch.setattr(torch.cuda, "Stream", self._new_stream)
         patch.setattr(torch.cuda, "stream", self._use)
+        patch.setattr(torch.cuda, "Event", partial(Event, recorder))
         patch.setattr(torch.cuda, "CUDAGraph", partial(Graph, recorder))
         patch.setattr(torch.cuda, "graph", self._capture)
         patch.setattr(torch.cuda, "synchronize", lambda device: recorder.record("torch", "torch.cuda.synchronize"))
@@ -254,6 +273,7 @@ class Cuda:
         patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         for allocate in (torch.empty, torch.zeros):
             patch.setattr(torch, allocate.__name__, _on_the_cpu(allocate))
+        patch.setattr(torch.Tensor, "to", _to_the_cpu(torch.Tensor.to))
 
     def _new_stream(self, device: torch.device) -> Stream:
         self._handle += 1
@@ -285,3 +305,10 @@ def _on_the_cpu(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         return allocate(*size, **(options | {"device": "cpu"}))
 
     return allocated
+
+
+def _to_the_cpu(move: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def moved(tensor: torch.Tensor, *where: Any, **options: Any) -> torch.Tensor:
+        return move(tensor, *("cpu" if isinstance(one, torch.device) else one for one in where), **options)
+
+    return moved

@@ -23,6 +23,7 @@ from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from fora_trt.runtime.conditioning import example_conditioning
 from fora_trt.runtime.schedulers import scheduler_from_config
+from fora_trt.schedule import places_in_windows
 
 CPU = torch.device("cpu")
 
@@ -60,16 +61,16 @@ class Sleeper:
 
     def begin(
         self, timesteps: Tensor, full: Sequence[bool], conditioning: Mapping[str, Tensor], batch: int
-    ) -> list[bool]:
-        return list(full)
+    ) -> list[int]:
+        return places_in_windows(full)
 
     def turn_to(self, step: int) -> None: ...
 
     def prepare(self, batch: int) -> object:
         return None
 
-    def predict(self, full: bool, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
-        self._engine(self._times[full])
+    def predict(self, place: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+        self._engine(self._times[place == 0])
         self._pass_by(self._outside)
         return torch.cat([latents, latents], 1)  # its learned variance too
 
@@ -205,7 +206,7 @@ def test_the_eager_rival_of_a_half_bundle_is_cast_as_a_whole(
     rival, reference = EagerFora(bundle, CPU, cast_whole=True), EagerFora(bundle, CPU)
     assert {one.dtype for one in rival.module.parameters()} == {torch.bfloat16}
     latents, labels = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-    rough, exact = (one.predict(True, latents, 500.0, class_labels=labels) for one in (rival, reference))
+    rough, exact = (one.predict(0, latents, 500.0, class_labels=labels) for one in (rival, reference))
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).norm() / exact.norm() < 0.05
 

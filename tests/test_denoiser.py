@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
+from fora_trt.engines.base import Launch
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.models.examples import example_inputs
 from tests.conftest import ON_CPU
@@ -71,6 +72,21 @@ def test_interval_one_is_no_caching(exported: Bundle, module: nn.Module) -> None
         assert torch.equal(denoiser(**inputs), plain)
 
 
+def noting(notes: list[str], name: str, bind: Callable[[Mapping[str, Tensor]], Launch]) -> Callable[..., Launch]:
+    """`bind` of an engine, whose launches are noted under a name."""
+
+    def bound(tensors: Mapping[str, Tensor]) -> Launch:
+        launch = bind(tensors)
+
+        def noted() -> None:
+            notes.append(name)
+            launch()
+
+        return noted
+
+    return bound
+
+
 @pytest.fixture
 def denoiser(exported: Bundle) -> Denoiser:
     return load(exported, schedule=Schedule.static(6, 3), backend="onnxruntime", device="cpu")
@@ -103,12 +119,7 @@ def test_full_steps_are_where_the_schedule_says(denoiser: Denoiser, monkeypatch:
     ran: list[str] = []
     for name in ("full", "reuse"):
         engine = getattr(denoiser, name)
-
-        def enqueue(name: str = name, run: Callable[[], None] = engine.enqueue) -> None:
-            ran.append(name)
-            run()
-
-        monkeypatch.setattr(engine, "enqueue", enqueue)
+        monkeypatch.setattr(engine, "bind", noting(ran, name, engine.bind))
     inputs = example_inputs(denoiser.full.inputs.values(), denoiser.manifest.conditioning, batch=1)
     for _ in range(6):
         denoiser(**inputs)

@@ -30,12 +30,12 @@ def test_results_appear_in_the_bound_tensors(exported: Bundle, backend: str) -> 
     inputs = example_inputs(engine.inputs.values(), exported.manifest.conditioning, batch=2)
     outputs = {name: torch.full(tensor.sized(2), torch.nan) for name, tensor in engine.outputs.items()}
     addresses = {name: tensor.data_ptr() for name, tensor in outputs.items()}
-    engine.bind(inputs | outputs)
-    engine.enqueue()
+    launch = engine.bind(inputs | outputs)
+    launch()
     assert all(tensor.isfinite().all() for tensor in outputs.values())
     first = outputs["noise_prediction"].clone()
     inputs["latents"].neg_()  # the engine reads the address again
-    engine.enqueue()
+    launch()
     assert not torch.equal(outputs["noise_prediction"], first)
     assert {name: tensor.data_ptr() for name, tensor in outputs.items()} == addresses
 

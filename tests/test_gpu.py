@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_check import parity, transfers_between_steps, transfers_of
+from benchmarks.gpu_check import LAUNCHES, parity, transfers_between_steps, transfers_of
 from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import BACKENDS
@@ -80,6 +80,8 @@ def test_nothing_is_copied_or_waited_for_between_steps(
     for _ in range(2):
         sampler(schedule, wanted, [0, 1], 1.5)
     transfers = transfers_between_steps(sampler, schedule, images=2)
+    launches = [transfers.pop(kind) for kind in LAUNCHES]
+    assert launches[0] == schedule.full_steps, "a window is one graph"
     assert transfers == {"host to device": 0, "device to host": 0, "synchronizations": 0}
 
 

@@ -1,5 +1,6 @@
 """Guidance on a part of the steps, and as many channels as the model says."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
+from fora_trt.engines.base import Launch
 from fora_trt.errors import InputError
 from fora_trt.runtime.conditioning import conditioning_of_classes
 from fora_trt.runtime.denoiser import Denoiser
@@ -49,7 +51,9 @@ def by_hand(bundle: Bundle, sampler: Sampler, guidance: Guidance, full_steps: se
             if null and not guidance.guides(step):
                 continue
             halves[null].prepare(2)
-            noise[null] = halves[null].predict(step in full_steps, now, time, class_labels=labels)[:, :4].clone()
+            noise[null] = (
+                halves[null].predict(int(step not in full_steps), now, time, class_labels=labels)[:, :4].clone()
+            )
         guided = noise[False]
         if True in noise:
             guided = noise[True] + guidance.scale * (noise[False] - noise[True])
@@ -79,9 +83,9 @@ def test_steps_without_guidance_run_the_conditional_half_alone(sampler: Sampler)
     batches = []
     predict = sampler.denoiser.predict
 
-    def counted(full: bool, given: torch.Tensor, *args: object, **more: torch.Tensor) -> torch.Tensor:
+    def counted(place: int, given: torch.Tensor, *args: object, **more: torch.Tensor) -> torch.Tensor:
         batches.append(len(given))
-        return predict(full, given, *args, **more)  # type: ignore[arg-type]
+        return predict(place, given, *args, **more)  # type: ignore[arg-type]
 
     sampler.denoiser.predict = counted  # type: ignore[assignment, method-assign]
     latents(sampler, Guidance(2.0, 4, 9))
@@ -103,11 +107,11 @@ def test_engines_are_bound_to_no_batch_that_no_step_has(
     bound = []
     bind = sampler.denoiser.full.bind
 
-    def noted(tensors: dict[str, torch.Tensor]) -> None:
+    def noted(tensors: Mapping[str, torch.Tensor]) -> Launch:
         bound.append(len(tensors["latents"]))
-        bind(tensors)
+        return bind(tensors)
 
-    sampler.denoiser.full.bind = noted  # type: ignore[assignment, method-assign]
+    sampler.denoiser.full.bind = noted  # type: ignore[method-assign]
     latents(sampler, guidance)
     assert bound == batches
     latents(sampler, guidance)

@@ -29,6 +29,7 @@ from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.sampling import Guidance, Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
+from tests.test_denoiser import noting
 
 CPU = torch.device("cpu")
 LEVELS = ("conditioning", "fold")
@@ -156,8 +157,12 @@ def test_tensors_stay_where_they_are_from_trajectory_to_trajectory(optimized: di
     assert torch.equal(latents(sampler, Schedule.static(12, 4)), first)
     assert denoiser.prepare(6) is memory, "what was captured stays valid"
     assert {name: one.data_ptr() for name, one in denoiser.buffers.items()} == addresses
-    latents(sampler, Schedule.static(12, 3))
-    assert denoiser.prepare(6) is not memory, "another window is bound in other shapes"
+    for interval in (1, 3):
+        latents(sampler, Schedule.static(12, interval))
+        assert denoiser.prepare(6) is not memory, "another window is bound in other shapes"
+    assert torch.equal(latents(sampler, Schedule.static(12, 4)), first), (
+        "a longer one again, in the memory that is there"
+    )
 
 
 def test_memory_for_features_is_the_length_of_the_window(bundles: dict[str, Bundle]) -> None:
@@ -189,20 +194,12 @@ def test_longer_windows_than_engines_admit_become_full_steps(
     denoiser.full.longest_window = 2
     ran: list[str] = []
     for name, engine in (("full", denoiser.full), ("reuse", denoiser.reuse)):
-        monkeypatch.setattr(engine, "enqueue", noting(ran, name, engine.enqueue))
+        monkeypatch.setattr(engine, "bind", noting(ran, name, engine.bind))
     denoiser.reset(timesteps=torch.linspace(900, 100, 8))
     with pytest.warns(UserWarning, match="4 of 8 steps are full instead of 2"):
         for t in torch.linspace(900, 100, 8):
             denoiser(torch.randn(1, 4, 8, 8), t, class_labels=torch.tensor([1]))
     assert ran == ["full", "reuse", "reuse", "full"] * 2
-
-
-def noting(notes: list[str], name: str, call: Callable[[], None]) -> Callable[[], None]:
-    def noted() -> None:
-        notes.append(name)
-        call()
-
-    return noted
 
 
 def stepped(

@@ -1,10 +1,14 @@
+from collections.abc import Mapping
+
 import diffusers
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
+from fora_trt.engines.base import Launch
 from fora_trt.errors import BackendError, InputError
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.models import dit
@@ -97,7 +101,7 @@ def test_the_loop_equals_diffusers_own_for_ddpm_with_learned_variance(denoiser: 
     latents = torch.randn(1, 4, 8, 8, generator=generator)
     for t in scheduler.timesteps:
         with torch.no_grad():
-            output = reference.predict(True, torch.cat([latents] * 2), t, class_labels=torch.tensor([5, 1000]))
+            output = reference.predict(0, torch.cat([latents] * 2), t, class_labels=torch.tensor([5, 1000]))
         cond, null = output.chunk(2)
         noise = null[:, :4] + 3.0 * (cond[:, :4] - null[:, :4])
         latents = scheduler.step(torch.cat([noise, cond[:, 4:]], 1), t, latents, generator=generator).prev_sample
@@ -163,7 +167,16 @@ def test_grids_have_a_cell_for_each_picture_and_enlarge_small_ones() -> None:
 def test_latents_that_are_not_finite_are_an_error_and_no_black_picture(
     denoiser: Denoiser, exported: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(denoiser.full, "enqueue", lambda: denoiser.buffers["noise_prediction"].fill_(torch.inf))
+    def bind(tensors: Mapping[str, Tensor]) -> Launch:
+        def launch() -> None:
+            tensors["noise_prediction"].fill_(torch.inf)
+
+        return launch
+
+    denoiser.prepare(9)  # another batch, so that engines are bound again
+    monkeypatch.setattr(denoiser.full, "bind", bind)
     message = "images of tiny are not finite in fp32: the first tensor that is not is noise_prediction, at step 0 of 2"
     with pytest.raises(BackendError, match=message):
         run(denoiser, exported, [1], steps=2, interval=1)
+    monkeypatch.undo()
+    denoiser.prepare(9)

@@ -1,7 +1,7 @@
 import pytest
 
 from fora_trt.errors import ScheduleError
-from fora_trt.schedule import Schedule
+from fora_trt.schedule import Schedule, places_in_windows
 
 BY_HAND = [  # steps, interval, F for full and r for reuse
     (1, 1, "F"),
@@ -65,3 +65,8 @@ def test_a_schedule_cannot_begin_with_reuse() -> None:
         Schedule((False, True))
     with pytest.raises(ScheduleError, match="begin with a full step"):
         Schedule(())
+
+
+def test_places_in_windows_are_counted_from_the_full_step() -> None:
+    assert places_in_windows(Schedule.static(8, 3).full) == [0, 0, 1, 2, 0, 1, 2, 0]
+    assert places_in_windows([False, False, True, False]) == [1, 2, 0, 1]

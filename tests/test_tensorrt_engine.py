@@ -29,15 +29,19 @@ import torch
 
 from fora_trt.bundle import Bundle
 from fora_trt.engines import tensorrt_engine
-from fora_trt.engines.base import Engine
+from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.plan_builder import PlanOptions, Profile, plan_from_onnx
 from fora_trt.engines.plan_store import PlanSource, build_plans, target_of
 from fora_trt.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Gpu, Library
 from fora_trt.errors import BackendError, InputError, PlanError
+from fora_trt.runtime.conditioning import conditioning_of_classes
 from fora_trt.runtime.denoiser import Denoiser
+from fora_trt.runtime.sampling import Sampler
+from fora_trt.runtime.schedulers import scheduler_from_config
+from fora_trt.runtime.updates import update_from_scheduler
 from fora_trt.schedule import Schedule
 from tests.tensorrt_bindings import Bindings, NoBindings, names_of, names_of_installed
-from tests.tensorrt_standin import ENUM, GET, SET, Cuda, Recorder, declared
+from tests.tensorrt_standin import ENUM, GET, MILLISECONDS, SET, Cuda, Recorder, declared
 
 ENGINES = Path(tensorrt_engine.__file__).parent
 SOURCES = [ENGINES / name for name in ("plan_builder.py", "tensorrt_engine.py", "tensorrt_library.py")]
@@ -99,11 +103,11 @@ def buffers_for(engine: Engine, batch: int) -> dict[str, torch.Tensor]:
     return {spec.name: torch.zeros(spec.sized(batch), dtype=getattr(torch, spec.dtype)) for spec in specs}
 
 
-def step(engine: Engine, batch: int = 2) -> dict[str, torch.Tensor]:
-    buffers = buffers_for(engine, batch)
-    engine.bind(buffers)
-    engine.enqueue()
-    return buffers
+def step(engine: Engine, batch: int = 2) -> Launch:
+    """Bind an engine and take a step; returns what takes the next, on tensors whose addresses alone matter here."""
+    launch = engine.bind(buffers_for(engine, batch))
+    launch()
+    return launch
 
 
 @pytest.mark.parametrize("backend", [TENSORRT, TENSORRT_RTX])
@@ -160,27 +164,27 @@ def test_a_step_runs_then_is_captured_then_is_replayed_until_tensors_move(
     engine = rig.start()["full"]
     asked = ["IExecutionContext.is_stream_capturable"] if backend == TENSORRT_RTX else []
     saved = ["IRuntimeCache.serialize"] if backend == TENSORRT_RTX else []
-    for saves in (saved, []):
-        engine.bind(buffers_for(engine, 2))
+    for told, saves in (([MEMORY], saved), ([], [])):
+        launch = engine.bind(buffers_for(engine, 2))
         mark = rig.mark()
-        engine.enqueue()
+        launch()
         wait = "Stream.wait_stream"
-        assert rig.names_since(mark) == [MEMORY, wait, EXECUTE, wait, *saves]
+        assert rig.names_since(mark) == [wait, *told, EXECUTE, wait, *saves]
         mark = rig.mark()
-        engine.enqueue()
+        launch()
         assert rig.names_since(mark) == [*asked, "torch.cuda.graph", EXECUTE, "CUDAGraph.replay"]
         mark = rig.mark()
-        engine.enqueue()
+        launch()
         assert rig.names_since(mark) == ["CUDAGraph.replay"]
-    assert rig.recorder.named(EXECUTE) == [(1001,)] * 4, "not the stream beside the caller's, 1000"
+    executed = [(1001,)] * 2 + [(1002,)] * 2
+    assert rig.recorder.named(EXECUTE) == executed, "not on streams beside the caller's, 1000"
 
 
 def test_a_stream_that_cannot_be_captured_is_run_on_each_time(rtx: Rig) -> None:
     rtx.recorder.results["IExecutionContext.is_stream_capturable"] = False
-    engine = rtx.start()["full"]
-    step(engine)
-    engine.enqueue()
-    engine.enqueue()
+    launch = step(rtx.start()["full"])
+    launch()
+    launch()
     assert len(rtx.recorder.named(EXECUTE)) == 3
     assert not rtx.recorder.named("torch.cuda.graph")
 
@@ -190,9 +194,9 @@ def test_features_and_scratch_are_shared_at_the_larger_size(rig: Rig) -> None:
     rig.recorder.results[SCRATCH] = lambda context: sizes[context.label]
     denoiser = rig.denoiser()
     inputs = {"latents": torch.zeros(2, 4, 8, 8), "timestep": 3, "class_labels": torch.tensor([1, 2])}
-    for full in (True, False):
+    for place in (0, 1):
         denoiser.prepare(2)
-        denoiser.predict(full, **inputs)  # type: ignore[arg-type] # values of several types
+        denoiser.predict(place, **inputs)  # type: ignore[arg-type] # values of several types
     calls = rig.recorder.since(0)
     bound = [
         dict(call.arguments for call in calls if call.owner == owner and call.name.endswith("set_tensor_address"))
@@ -212,20 +216,61 @@ def test_scratch_that_grows_is_told_to_an_engine_that_was_captured(rig: Rig) -> 
     sizes = {"IExecutionContext 1": 4096, "IExecutionContext 2": 2**20}
     rig.recorder.results[SCRATCH] = lambda context: sizes[context.label]
     full, reuse = rig.start().values()
-    kept = step(full)
-    full.enqueue()
-    full.enqueue()
-    others = buffers_for(reuse, 2)
-    reuse.bind(others)
+    launch = step(full)
+    launch()
+    launch()
+    reuse.bind(buffers_for(reuse, 2))
     mark = rig.mark()
-    full.enqueue()
-    names = rig.names_since(mark)
-    assert names[0] == MEMORY
-    assert EXECUTE in names, "the graph that has the old address was replayed"
+    launch()
+    assert rig.names_since(mark)[1:3] == [MEMORY, EXECUTE], "the graph that has the old address was replayed"
     old, new = rig.recorder.named(MEMORY)
     assert old[0] != new[0]
     assert new[1] == 2**20
-    assert kept.keys() > {"latents"}
+
+
+@pytest.mark.parametrize("level", ["none", "fold"])
+def test_a_window_is_one_launch_once_it_was_captured(rig: Rig, level: str, optimized: dict[str, Bundle]) -> None:
+    """Windows of 2, 4, 3 and 1 steps; `EXECUTE` is counted where an engine really runs, once also in a capture."""
+    rig.bundle = optimized.get(level, rig.bundle)
+    denoiser = rig.denoiser()
+    scheduler = scheduler_from_config(rig.bundle.scheduler_config, None, rig.bundle.manifest.latents.learned_sigma)
+    sampler = Sampler(denoiser, update_from_scheduler(scheduler, 10))
+    given = conditioning_of_classes(rig.bundle.manifest, [1, 2])
+    schedule = Schedule((True, False, True, False, False, False, True, False, False, True))
+    launched = []
+    for _ in range(4):
+        mark = rig.mark()
+        done = sampler(schedule, given, [0, 1], 1.5)
+        names = rig.names_since(mark)
+        launched.append((names.count("torch.cuda.graph"), names.count("CUDAGraph.replay"), names.count(EXECUTE)))
+        assert done.full_seconds == [MILLISECONDS / 1e3] * 4
+        assert done.reuse_seconds == [MILLISECONDS / 1e3] * 6
+    before = 0 if level == "none" else 1  # the conditioning engine, for all steps of a trajectory
+    assert launched[1:] == [(4, 4, 10 + before), (0, 4, before), (0, 4, before)], "the first one warms up"
+
+    seen = list[int]()
+    sampler(schedule, given, [0, 1], 1.5, observe=lambda latents: seen.append(len(latents)))
+    assert seen == [2] * 10, "who watches the latents sees all"
+
+
+def test_the_reuse_engine_reads_its_step_of_the_sums_where_it_is(rig: Rig, optimized: dict[str, Bundle]) -> None:
+    rig.bundle = optimized["fold"]
+    denoiser = rig.denoiser()
+    given = {"class_labels": torch.tensor([1, 2])}
+    places = denoiser.begin(torch.tensor([900.0, 700, 500]), [True, False, False], given, batch=2)
+    denoiser.prepare(2)
+    inputs = {"latents": torch.zeros(2, 4, 8, 8), "timestep": 3, **given}
+    read = []
+    for step, place in enumerate(places):
+        denoiser.turn_to(step)
+        mark = rig.mark()
+        denoiser.predict(place, **inputs)  # type: ignore[arg-type] # values of several types
+        told = [call.arguments for call in rig.recorder.since(mark) if call.name.endswith("set_tensor_address")]
+        read.append(dict(told).get("folded.0"))
+    sums = denoiser.buffers["window.folded.0"]
+    assert sums.shape == (2, 2, 16, 16)
+    assert read == [None, None, sums[1].data_ptr()], "the first was bound before its step"
+    assert "folded.0" not in denoiser.buffers
 
 
 @pytest.mark.parametrize(
@@ -258,14 +303,12 @@ def test_a_refused_profile_and_a_shape_that_cannot_be_inferred_are_named(rig: Ri
 
 
 def test_a_step_that_fails_while_it_is_captured_leaves_no_graph(rig: Rig) -> None:
-    engine = rig.start()["full"]
-    buffers = step(engine)
+    launch = step(rig.start()["full"])
     rig.recorder.fail(EXECUTE, False, "not permitted while capturing")
     for _ in range(2):
         with pytest.raises(BackendError, match="could not run a step: not permitted while capturing"):
-            engine.enqueue()
+            launch()
     assert not rig.recorder.named("CUDAGraph.replay")
-    assert buffers
 
 
 def test_a_batch_outside_all_profiles_names_them_and_the_command(rig: Rig) -> None:
@@ -302,12 +345,12 @@ def test_weights_that_do_not_fit_are_not_loaded(rig: Rig) -> None:
 def test_a_graph_is_freed_before_its_context_and_that_before_its_engine(rig: Rig, way: str) -> None:
     engines = rig.start()
     engine = engines.pop("full")
-    step(engine)
-    engine.enqueue()
+    launch = step(engine)
+    launch()
     mark = rig.mark()
     if way == "close":
         engine.close()  # type: ignore[attr-defined] # of this backend alone
-    del engine
+    del engine, launch
     names = [call.name for call in rig.recorder.calls[mark:]]
     freed = ["CUDAGraph.__del__", "IExecutionContext.__del__", "ICudaEngine.__del__"]
     assert names == ["torch.cuda.synchronize", *freed]

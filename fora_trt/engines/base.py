@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from fora_trt.models.spec import TensorSpec
 
+Launch = Callable[[], None]
+"""Runs a graph on tensors that were bound, on the current stream; may return before it is done."""
+
 
 class Engine(ABC):
     """Runs one graph on tensors that the caller owns.
 
-    `inputs` and `outputs` map a tensor's name to its dtype and symbolic shape. The caller keeps bound tensors alive
-    and in place until it binds others.
+    `inputs` and `outputs` map a tensor's name to its dtype and symbolic shape.
     """
 
     longest_window: int | None = None
@@ -30,15 +32,15 @@ class Engine(ABC):
         self.device = device
 
     @abstractmethod
-    def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the addresses of `tensors` by name, once for many steps; names of other engines are passed over."""
+    def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
+        """Take the addresses of `tensors` by name, once for many steps; names of other engines are passed over.
 
-    @abstractmethod
-    def enqueue(self) -> None:
-        """Run the graph on what is bound, on the current stream; may return before it is done."""
+        What is returned runs the graph on them, and the caller keeps them in place as long as it does. An engine can
+        be bound to several sets of tensors, and run on them in turn.
+        """
 
     def is_capturable(self) -> bool:
-        """Whether `enqueue` on the current stream, once it has run, can become a part of a CUDA graph."""
+        """Whether a launch on the current stream, once it has been done, can become a part of a CUDA graph."""
         return False
 
     def scratch_address(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -12,7 +13,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from fora_trt.bundle import Bundle
-from fora_trt.engines.base import Engine
+from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.memory import address_of
 from fora_trt.engines.weighted_sum import FuseWeightedSumsPass, kernel_library
 from fora_trt.errors import BackendError
@@ -27,14 +28,14 @@ _ELEMENT_TYPES = {
 
 
 class OnnxRuntimeEngine(Engine):
-    """An inference session with its IO binding. `enqueue` returns when the step is done."""
+    """An inference session, with an IO binding for every set of tensors. A launch returns when the step is done."""
 
     def __init__(self, bundle: Bundle, graph: str, device: torch.device) -> None:
         record = bundle.manifest.graphs[graph]
         super().__init__(record.inputs, record.outputs, device)
         self._session = _session(bundle, graph, device)
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+    def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
         binding = self._session.io_binding()
         for bind, names in ((binding.bind_input, self.inputs), (binding.bind_output, self.outputs)):
             for name, spec in names.items():
@@ -48,13 +49,13 @@ class OnnxRuntimeEngine(Engine):
                     tuple(tensor.shape),
                     address_of(tensor),
                 )
-        self._binding = binding
+        return partial(self._run, binding)
 
-    def enqueue(self) -> None:
+    def _run(self, binding: Any) -> None:
         if self.device.type == "cuda":  # the session has a stream of its own and waits for it at its end
             torch.cuda.current_stream(self.device).synchronize()
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises many kinds, all with one sentence
             raise BackendError(f"onnxruntime failed: {error}") from error
 

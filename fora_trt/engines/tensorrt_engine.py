@@ -8,6 +8,8 @@ import os
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle, GraphRecord
-from fora_trt.engines.base import Engine
+from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.engines.memory import address_of, free_bytes, gibibytes
 from fora_trt.engines.plan_builder import CONDITIONING_ROWS, WINDOWS, Profile
@@ -76,6 +78,18 @@ class KernelCache:
                 beside.unlink(missing_ok=True)
 
 
+@dataclass(eq=False)
+class Binding:
+    """What a context is told before it runs: batch and window, and the address of every tensor.
+
+    `block` is the scratch that the CUDA graph of it was captured with.
+    """
+
+    sizes: tuple[int, int]
+    addresses: Mapping[str, int]
+    block: Tensor | None = None
+
+
 class TensorRTEngine(Engine):
     """A deserialized plan and its execution context, on tensors of the caller and on scratch that is shared.
 
@@ -97,9 +111,10 @@ class TensorRTEngine(Engine):
         self._library, self._profiles, self._scratch = library, profiles, scratch
         self._cache: KernelCache | None = None
         self._cache_path = plan.with_suffix(f".{_folder_word(gpu_of(device))}.kernels") if library.is_rtx else plan
-        self._block: Tensor | None = None  # the scratch that the context was given
-        this = weakref.proxy(self)  # a cycle would keep the GPU's memory until garbage is collected
-        self._replay = Replay(lambda: this._execute(), device, lambda: this.is_capturable())
+        self._block: Tensor | None = None  # this and the next two: what the context was told last
+        self._sizes: tuple[int, int] | None = None
+        self._binding: Binding | None = None
+        self._replays: weakref.WeakSet[Replay] = weakref.WeakSet()
         library.log.clear()
         with torch.cuda.device(device):
             self._engine = _deserialized(library, runtime, plan)
@@ -124,21 +139,27 @@ class TensorRTEngine(Engine):
 
     def _scratch_needed(self, batch: int, window: int) -> int:
         with torch.cuda.device(self.device):
-            self._set_batch(batch, window)
+            self._set_sizes(batch, window)
             return int(self._context.update_device_memory_size_for_shapes())
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        self._replay.forget()
-        self._block = None
+    def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
         sizes = {spec.shape[0]: len(tensors[name]) for name, spec in self.inputs.items()}
-        self._scratch.reserve(self._scratch_needed(sizes[BATCH], sizes.get(WINDOW, 0)))
-        for name in (*self.inputs, *self.outputs):
-            tensor = tensors[name]
-            assert tensor.is_contiguous() and tensor.device == self._scratch.block.device
-            self._checked(self._context.set_tensor_address(name, address_of(tensor)), f"bind {name}")
+        batch, window = sizes[BATCH], sizes.get(WINDOW, 0)
+        self._scratch.reserve(self._scratch_needed(batch, window))
+        bound = {name: tensors[name] for name in (*self.inputs, *self.outputs)}
+        assert all(one.is_contiguous() and one.device == self._scratch.block.device for one in bound.values())
+        binding = Binding((batch, window), {name: address_of(one) for name, one in bound.items()})
+        self._set_addresses(binding)
+        this = weakref.proxy(self)  # replays are freed before the context, and the launch alone keeps the engine
+        replay = Replay(lambda: this._execute(binding), self.device, lambda: this.is_capturable())
+        self._replays.add(replay)
+        return partial(self._launch, binding, replay)
 
-    def _set_batch(self, batch: int, window: int) -> None:
+    def _set_sizes(self, batch: int, window: int) -> None:
         """Choose the profile and give every input its shape."""
+        if self._sizes == (batch, window):
+            return
+        self._sizes = self._binding = None
         profile = self._profile_of(batch)
         if len(self._profiles) > 1:
             stream = torch.cuda.current_stream(self.device).cuda_stream
@@ -147,13 +168,22 @@ class TensorRTEngine(Engine):
             self._checked(self._context.set_input_shape(name, spec.sized(batch, window)), f"take the shape of {name}")
         if missing := self._context.infer_shapes():
             raise BackendError(f"{self._library.backend} cannot infer the shape of {', '.join(missing)}")
+        self._sizes = batch, window
 
-    def enqueue(self) -> None:
-        if self._block is not self._scratch.block:  # new, or grown when another engine was bound
-            self._replay.forget()
-            self._block = self._scratch.block
-            self._context.set_device_memory(self._block.data_ptr(), self._block.nbytes)
-        self._replay()
+    def _set_addresses(self, binding: Binding) -> None:
+        if self._binding is binding:
+            return
+        self._set_sizes(*binding.sizes)
+        self._binding = None
+        for name, address in binding.addresses.items():
+            self._checked(self._context.set_tensor_address(name, address), f"bind {name}")
+        self._binding = binding
+
+    def _launch(self, binding: Binding, replay: Replay) -> None:
+        if binding.block is not self._scratch.block:  # new, or grown when another engine was bound
+            replay.forget()
+            binding.block = self._scratch.block
+        replay()
         if self._cache is not None:
             self._cache.save()
 
@@ -162,7 +192,11 @@ class TensorRTEngine(Engine):
             return True
         return bool(self._context.is_stream_capturable(torch.cuda.current_stream(self.device).cuda_stream))
 
-    def _execute(self) -> None:
+    def _execute(self, binding: Binding) -> None:
+        self._set_addresses(binding)
+        if self._block is not self._scratch.block:
+            self._block = self._scratch.block
+            self._context.set_device_memory(self._block.data_ptr(), self._block.nbytes)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         # a failure does not raise, and inside a capture it would leave a graph that does nothing
         self._checked(self._context.execute_async_v3(stream), "run a step")
@@ -189,7 +223,8 @@ class TensorRTEngine(Engine):
             return
         with torch.cuda.device(self.device):
             torch.cuda.synchronize(self.device)  # nothing of it may be running
-            self._replay.forget()
+            for replay in self._replays:
+                replay.forget()
             self._context = self._cache = self._engine = self._block = None
 
     def __del__(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fora_trt.bundle import Bundle
-from fora_trt.engines.base import Engine
+from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.engines.torch_engine import TorchEngine, steps_from_bundle
 from fora_trt.errors import BackendError, first_line
@@ -40,23 +40,18 @@ class TorchCompileEngine(TorchEngine):
         inputs |= example_inputs((features[name] for name in step.names if name in features), {}, TRACED_BATCH)
         program = program_from_step(step, {name: value.to(device) for name, value in inputs.items()})
         self._compiled = torch.compile(_IntoTargets(program.module()), fullgraph=True, dynamic=False)
-        self._replay = Replay(self._run, device)
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        super().bind(tensors)
-        self._replay.forget()
-
-    def enqueue(self) -> None:
-        self._replay()
+    def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
+        return Replay(super().bind(tensors), self.device)
 
     def is_capturable(self) -> bool:
         return True
 
     @torch.inference_mode()  # in every call alike: another mode would compile anew, within a capture even
-    def _run(self) -> None:
+    def _run(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         try:
             with quiet("torch._inductor"):
-                self._compiled(self._sources, self._targets)
+                self._compiled(sources, targets)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = first_line(error)
             raise BackendError(f"torch.compile could not compile this model: {reason}") from error

@@ -5,13 +5,14 @@ What is done to the graphs of a bundle is not done here: both steps read all inp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle
-from fora_trt.engines.base import Engine
+from fora_trt.engines.base import Engine, Launch
 from fora_trt.errors import BackendError, ExportError, ModelError
 from fora_trt.export.split import Split, steps_of_module
 from fora_trt.export.write import weights_digest
@@ -31,13 +32,13 @@ class TorchEngine(Engine):
             super().__init__((*manifest.inputs, *features), prediction, device)
         self._step = step
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        self._sources = [tensors[name] for name in self._step.names]  # a module takes all inputs, also those it ignores
-        self._targets = [tensors[name] for name in self.outputs]
+    def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
+        sources = [tensors[name] for name in self._step.names]  # a module takes all inputs, also those it ignores
+        return partial(self._run, sources, [tensors[name] for name in self.outputs])
 
     @torch.inference_mode()
-    def enqueue(self) -> None:
-        for target, result in zip(self._targets, self._step(*self._sources), strict=True):
+    def _run(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        for target, result in zip(targets, self._step(*sources), strict=True):
             target.copy_(result)
 
 

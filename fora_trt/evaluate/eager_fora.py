@@ -17,6 +17,7 @@ from fora_trt.engines.torch_engine import model_from_bundle
 from fora_trt.models.precision import cast_all
 from fora_trt.models.spec import LATENTS, PRECISIONS, TIMESTEP
 from fora_trt.quiet import quiet
+from fora_trt.schedule import places_in_windows
 
 
 class EagerFora:
@@ -42,9 +43,9 @@ class EagerFora:
 
     def begin(
         self, timesteps: Tensor, full: Sequence[bool], conditioning: Mapping[str, Tensor], batch: int
-    ) -> list[bool]:
+    ) -> list[int]:
         """Nothing is computed before the loop."""
-        return list(full)
+        return places_in_windows(full)
 
     def turn_to(self, step: int) -> None:
         """A step knows all it needs from its call."""
@@ -57,9 +58,9 @@ class EagerFora:
         return None
 
     @torch.no_grad()
-    def predict(self, full: bool, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
-        """Compute every layer, or reuse what the sites put out in the last full step."""
-        self._full = full
+    def predict(self, place: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+        """Compute every layer, or behind the first place reuse what the sites put out in the last full step."""
+        self._full = place == 0
         times = torch.as_tensor(timestep, device=self.device).to(self._dtypes[TIMESTEP]).expand(len(latents))
         given: dict[str, Tensor] = cast_all({LATENTS: latents, **conditioning}, self._dtype) | {TIMESTEP: times}
         return self.call(self.module, {name: given[name] for name in self._inputs}).float()

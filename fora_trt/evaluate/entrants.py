@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import backend_from_name
-from fora_trt.engines.base import Engine
+from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import ForaError, first_line
@@ -57,14 +57,11 @@ class TimedEngine(Engine):
 
     def __init__(self, engine: Engine, clock: EngineClock) -> None:
         super().__init__(engine.inputs.values(), engine.outputs.values(), engine.device)
-        self._engine, self._enqueue = engine, clock.timed(engine.enqueue)
+        self._engine, self._clock = engine, clock
         self.longest_window, self.most_rows = engine.longest_window, engine.most_rows
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        self._engine.bind(tensors)
-
-    def enqueue(self) -> None:
-        self._enqueue()
+    def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
+        return self._clock.timed(self._engine.bind(tensors))
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,10 @@ class Entrant:
             return self.clock.seconds
         if not isinstance(self.steps, Denoiser):
             return None
-        engines = {True: self.steps.full, False: self.steps.reuse}
-        times = {full: _seconds_of(engines[full]) for full in {*schedule.full}}
-        table = self.steps.table
-        before = 0.0 if table is None else table.calls * _seconds_of(table.engine)
+        steps, engines, table = self.steps, {True: self.steps.full, False: self.steps.reuse}, self.steps.table
+        launches = steps.engine_launches()
+        times = {full: _seconds_of(launches[full], engines[full]) for full in {*schedule.full}}
+        before = 0.0 if table is None else table.calls * _seconds_of(table.launch, table.engine)
         return before + sum(times[full] for full in schedule.full)
 
 
@@ -135,9 +132,9 @@ def steps_of(
     return Denoiser(engines, bundle.manifest, Schedule.static(1, 1), backend)
 
 
-def _seconds_of(engine: Engine) -> float:
-    """Of one run of an engine on a GPU, from the median of `REPLAYS`, on what is bound to it."""
-    run = Replay(engine.enqueue, engine.device, engine.is_capturable)
+def _seconds_of(launch: Launch, engine: Engine) -> float:
+    """Of one run of an engine on a GPU, from the median of `REPLAYS`."""
+    run = Replay(launch, engine.device, engine.is_capturable)
     times: list[float] = []
     for _ in range(REPLAYS + 2):  # the first warms up, the second captures
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

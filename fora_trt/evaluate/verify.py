@@ -99,11 +99,11 @@ def graph_errors(denoiser: Denoiser, reference: EagerFora, batch: int) -> Iterat
     given = {name: value.to(device) for name, value in conditioning.items()}
     denoiser.begin(torch.cat(timesteps), [True, False], given, batch)
     denoiser.prepare(batch)
-    for step, graph in enumerate((FULL, REUSE)):
-        denoiser.turn_to(step)
+    for place, graph in enumerate((FULL, REUSE)):
+        denoiser.turn_to(place)
         with torch.inference_mode():
             predictions = [
-                one.predict(graph == FULL, latents[step], timesteps[step], **given) for one in (denoiser, reference)
+                one.predict(place, latents[place], timesteps[place], **given) for one in (denoiser, reference)
             ]
             error = GraphError.between(*predictions)
         yield graph, error

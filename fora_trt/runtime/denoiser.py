@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fora_trt.bundle import Bundle, Manifest
 from fora_trt.engines.backends import AUTO, backend_from_name, device_from_name
-from fora_trt.engines.base import Engine
+from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.memory import bytes_of, check_room
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import InputError, ScheduleError
@@ -24,7 +24,7 @@ from fora_trt.models.examples import default_of
 from fora_trt.models.spec import CONDITIONING, FULL, LATENTS, NOISE_PREDICTION, REUSE, TIMESTEP, InputSpec, of_window
 from fora_trt.runtime.conditioning import check_values, inputs_of
 from fora_trt.runtime.table import ConditioningTable, take
-from fora_trt.schedule import Schedule
+from fora_trt.schedule import Schedule, places_in_windows
 
 OPEN_STEPS = 1000
 """Length of a schedule whose number of steps nobody said: as many as models are trained with."""
@@ -74,8 +74,11 @@ class Denoiser:
 
     It allocates every tensor of the graphs once, for the largest batch so far; a smaller one uses the first rows. What
     the full engine writes is the very memory that the reuse engine reads: tensors are bound by name, and a feature has
-    one name in both graphs. What a conditioning engine puts out before the loop, and what the full engine puts out for
-    every reuse step of its window, is copied to where the engines read it, a step's part at a time.
+    one name in both graphs. Of what the full engine puts out for every reuse step of its window each of those reads its
+    part where it is, so the reuse engine is bound once for every place in the window. What a conditioning engine puts
+    out before the loop is copied to where the engines read it, a step's rows at a time.
+
+    Steps are told apart by their place in the window: 0 is the full step, k the k-th reuse step behind it.
     """
 
     def __init__(self, engines: Mapping[str, Engine], manifest: Manifest, schedule: Schedule, backend: str) -> None:
@@ -87,16 +90,17 @@ class Denoiser:
         self.device = self.full.device
         self.buffers: dict[str, Tensor] = {}
         engines_tensors = (self.full.inputs, self.full.outputs, self.reuse.inputs, self.reuse.outputs)
-        self._tensors = {name: one for tensors in engines_tensors for name, one in tensors.items()}
+        tensors = {name: one for tensors in engines_tensors for name, one in tensors.items()}
         self._inputs = inputs_of(manifest)
         self._folded = [name for name in self.reuse.inputs if of_window(name) in self.full.outputs]
+        self._tensors = {name: one for name, one in tensors.items() if name not in self._folded}
         self._memory: dict[str, Tensor] = {}
         self._allocation = object()
         self._scratch: tuple[int, int] | None = None
-        self._batch = self._window = self._step = self._begun = 0
-        self._rows = torch.zeros(0, dtype=torch.int64)
+        self._batch = self._window = self._step = self._begun = self._summed = 0
+        self._launches: dict[int, Launch] = {}
+        self._rows = self._here = torch.zeros(0, dtype=torch.int64)
         self._table_memory: object = None
-        self._place = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._timesteps: Tensor | None = None
         self._followed: dict[str, Tensor] | None = None
         self._sums: dict[str, Tensor] = {}
@@ -122,42 +126,46 @@ class Denoiser:
             for name in conditioning.keys() & self._inputs.keys():
                 check_values(self._inputs[name], conditioning[name], self.manifest.conditioning.get(name, InputSpec()))
         given = self._completed(conditioning, batch)
-        full = self._follow(full, torch.as_tensor(timestep), given, batch)
+        place = self._follow(full, torch.as_tensor(timestep), given, batch)
         self.prepare(batch)
-        prediction = self.predict(full, latents, timestep, **given)
+        prediction = self.predict(place, latents, timestep, **given)
         self._step += 1
         return prediction
 
     def begin(
         self, timesteps: Tensor, full: Sequence[bool], conditioning: Mapping[str, Tensor], batch: int
-    ) -> list[bool]:
-        """Say which steps are going to be taken, before the first of them; returns which of them must be full.
+    ) -> list[int]:
+        """Say which steps are going to be taken, before the first of them; returns the place of each in its window.
 
         `timesteps` is (S,), or (S, B) where samples differ, `full` a flag for each step, and `conditioning` has the
         `batch` rows of the largest step. More steps are full than were asked for where a window is longer than the
         engines admit. What timestep and class decide is computed now, so `prepare` comes after this.
         """
-        flags = self._with_short_windows(full)
-        lengths = _window_lengths(flags)
-        window = max(lengths) if self._folded else 0
+        self._places = places_in_windows(self._with_short_windows(full))
+        longest = max(self._places)
+        window = longest if self._folded else 0
         if window != self._window:
-            self._window, self._batch, self._allocation = window, 0, object()
-        self._flags, self._lengths, self._places = flags, lengths, _places(flags)
+            self._window, self._batch, self._summed, self._allocation = window, 0, 0, object()
         if self.table is not None:
-            self.table.begin(timesteps, conditioning, batch, least=max(lengths) + 1)
+            self.table.begin(timesteps, conditioning, batch, least=longest + 1)
             self.table.fill(0)
-            self._prepare_rows(batch)
-        return flags
+            self._prepare_rows(batch, longest)
+        return self._places
 
     def turn_to(self, step: int) -> None:
-        """Make ready for a step of those that `begin` was told, counted from 0; they are taken in order."""
-        if self.table is not None:
-            if step + self._lengths[step] >= self.table.end or step < self.table.first:
-                self.table.fill(step)
-            held = step - self.table.first
-            self._now.copy_(self._rows[held])
-            self._ahead.copy_(self._rows[held + 1 : held + 1 + self._window])
-        self._place.fill_(max(0, self._places[step]))
+        """Make ready for a step of those that `begin` was told, counted from 0, and for its window.
+
+        Steps are taken in order; within a window nothing is left to be done.
+        """
+        place = self._places[step]
+        if self.table is None or (place > 0 and step > 0):
+            return
+        longest = len(self._here) - 1
+        last = min(step + longest - place, len(self._places) - 1)
+        if last >= self.table.end or step < self.table.first:
+            self.table.fill(step)
+        held = step - self.table.first
+        self._here[place:].copy_(self._rows[held : held + longest + 1 - place])
 
     def prepare(self, batch: int) -> object:
         """Let the engines use tensors of this batch; another object than the last time if memory has moved.
@@ -170,31 +178,48 @@ class Denoiser:
             if any(len(self._memory.get(name, ())) < size for name, size in self._sizes(batch).items()):
                 self._allocate(batch)
             self._batch, shapes = 0, {name: one.sized(batch, self._window) for name, one in self._tensors.items()}
-            buffers = {name: one[: math.prod(shapes[name])].view(shapes[name]) for name, one in self._memory.items()}
-            self.full.bind(buffers)
-            self.reuse.bind(buffers)
-            self.buffers, self._batch = buffers, batch
+            memory = self._memory.items()
+            self.buffers = {name: one[: math.prod(shapes[name])].view(shapes[name]) for name, one in memory}
+            self._launches = {0: self.full.bind(self.buffers)}
+            if batch > self._summed:
+                self._sum_into_buffers(batch)
+            self._launch(1)
+            self._batch = batch
         if (scratch := (self.full.scratch_address(), self.reuse.scratch_address())) != self._scratch:
             self._scratch, self._allocation = scratch, object()
         return self._allocation
 
-    def predict(self, full: bool, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
-        """Run a full or a reuse step whatever the schedule says, on tensors that were prepared."""
+    def predict(self, place: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+        """Run the step at a place in a window, whatever the schedule says, on tensors that were prepared."""
         self._fill(latents, timestep, conditioning)
-        engine, buffers, batch = self.full if full else self.reuse, self.buffers, self._batch
+        engine, buffers, batch = self.reuse if place else self.full, self.buffers, self._batch
         if self.table is not None:
             for name, rows in self.table.rows.items():
                 if name in engine.inputs:
-                    take(rows, self._now[:batch], buffers[name])
-                if full and (ahead := of_window(name)) in engine.inputs:
-                    take(rows, self._ahead[:, :batch].flatten(), buffers[ahead].flatten(0, 1))
-        if full:
-            self._sums = {name: buffers[of_window(name)] for name in self._folded}
-        else:
-            for name, sums in self._sums.items():
-                take(sums[:, :batch], self._place, buffers[name][None])
-        engine.enqueue()
+                    take(rows, self._here[place, :batch], buffers[name])
+                if (ahead := of_window(name)) in engine.inputs:
+                    take(rows, self._here[1:, :batch].flatten(), buffers[ahead].flatten(0, 1))
+        if place == 0 and batch != self._summed:
+            self._sum_into_buffers(batch)
+        self._launch(place)()
         return buffers[NOISE_PREDICTION]
+
+    def engine_launches(self) -> dict[bool, Launch]:
+        """What runs the full engine, under True, and the reuse engine, as they are bound now."""
+        return {True: self._launches[0], False: self._launch(1)}
+
+    def _launch(self, place: int) -> Launch:
+        """The engine as it is bound for a place in the window; without sums to read all reuse steps are alike."""
+        kind = min(place, self._window if self._folded else 1)
+        if kind not in self._launches:
+            sums = {name: one[kind - 1, : len(self.buffers[LATENTS])] for name, one in self._sums.items()}
+            self._launches[kind] = self.reuse.bind({**self.buffers, **sums})
+        return self._launches[kind]
+
+    def _sum_into_buffers(self, batch: int) -> None:
+        """Let reuse steps read what the full engine writes at this batch; a smaller one reads the first rows of it."""
+        self._sums, self._summed = {name: self.buffers[of_window(name)] for name in self._folded}, batch
+        self._launches = {0: self._launches[0]}
 
     def is_capturable(self) -> bool:
         """Whether `predict` can become a part of a CUDA graph."""
@@ -242,10 +267,10 @@ class Denoiser:
 
         return DenoiserTransformer(self, scheduler)
 
-    def _follow(self, full: bool, timestep: Tensor, given: Mapping[str, Tensor], batch: int) -> bool:
-        """Make ready for a step of which only now is known what it is called with; returns whether it is full."""
+    def _follow(self, full: bool, timestep: Tensor, given: Mapping[str, Tensor], batch: int) -> int:
+        """Make ready for a step of which only now is known what it is called with; returns its place in the window."""
         if self.table is None and not self._folded:
-            return full
+            return 0 if full else 1
         now, ahead = timestep.flatten()[:1].cpu().float(), self._timesteps
         alike = bool((timestep == timestep.flatten()[0]).all())
         foreseen = ahead is not None and alike and bool(ahead[self._step] == now)
@@ -268,7 +293,7 @@ class Denoiser:
                 self.begin(timestep.reshape(1, -1), [full], given, batch)
                 self._followed, self._begun = None, self._step
         self.turn_to(self._step - self._begun)
-        return self._flags[self._step - self._begun]
+        return self._places[self._step - self._begun]
 
     def _with_short_windows(self, full: Sequence[bool]) -> list[bool]:
         longest = self.full.longest_window if self._folded else None
@@ -284,23 +309,26 @@ class Denoiser:
             )
         return flags
 
-    def _prepare_rows(self, batch: int) -> None:
-        """Which rows of the table each step that it holds reads; those behind the last are read and not used."""
+    def _prepare_rows(self, batch: int, longest: int) -> None:
+        """Which rows of the table each step that it holds reads; those behind the last are read and not used.
+
+        The rows of the window at hand are where every step of it finds them, (longest + 1, B).
+        """
         table = self.table
         assert table is not None
-        steps = torch.arange(table.steps + self._window + 1).clamp_(max=table.steps - 1)
+        steps = torch.arange(table.steps + longest).clamp_(max=table.steps - 1)
         rows = (steps[:, None] * table.distinct + table.samples).to(self.device)
-        if self._rows.shape != rows.shape or self._table_memory is not table.memory:
-            self._rows, self._table_memory, self._allocation = torch.empty_like(rows), table.memory, object()
-            self._now = torch.empty(batch, dtype=torch.int64, device=self.device)
-            self._ahead = torch.empty(self._window, batch, dtype=torch.int64, device=self.device)
-        self._rows.copy_(rows)
+        if self._here.shape != (here := (longest + 1, batch)) or self._table_memory is not table.memory:
+            self._here, self._table_memory = torch.zeros(here, dtype=torch.int64, device=self.device), table.memory
+            self._allocation = object()
+        self._rows = rows
 
     def _sizes(self, batch: int) -> dict[str, int]:
         return {name: math.prod(one.sized(batch, self._window)) for name, one in self._tensors.items()}
 
     def _allocate(self, batch: int) -> None:
-        self.buffers, self._memory, self._sums, self._batch = {}, {}, {}, 0  # before the new ones: both need not fit
+        # before the new ones: both need not fit
+        self.buffers, self._memory, self._sums, self._launches, self._batch, self._summed = {}, {}, {}, {}, 0, 0
         check_room(batch, self.device, self._bytes_of)
         memory: dict[str, Tensor] = {}
         with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
@@ -341,20 +369,3 @@ class Denoiser:
                 raise InputError(f"{name!r} has shape {tuple(value.shape)}; this bundle takes {shape}")
             completed[name] = value
         return completed
-
-
-def _window_lengths(full: Sequence[bool]) -> list[int]:
-    """For each step how many reuse steps follow it before the next full one."""
-    lengths = [0] * len(full)
-    for k in reversed(range(len(full) - 1)):
-        lengths[k] = 0 if full[k + 1] else lengths[k + 1] + 1
-    return lengths
-
-
-def _places(full: Sequence[bool]) -> list[int]:
-    """For each reuse step its place in the window, counted from 0; -1 for a full step."""
-    places, place = [], -1
-    for flag in full:
-        place = -1 if flag else place + 1
-        places.append(place)
-    return places

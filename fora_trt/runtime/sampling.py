@@ -8,8 +8,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +26,9 @@ from fora_trt.runtime.denoiser import mend_overflow
 from fora_trt.runtime.updates import Update
 from fora_trt.schedule import Schedule
 
+Step = tuple[int, bool]
+"""The place of a step in its window, 0 for a full one, and whether it is guided."""
+
 
 class Steps(Protocol):
     """What the loop needs of a denoiser; eager PyTorch with hooks can be one too."""
@@ -33,17 +38,20 @@ class Steps(Protocol):
 
     def begin(
         self, timesteps: Tensor, full: Sequence[bool], conditioning: Mapping[str, Tensor], batch: int
-    ) -> list[bool]:
-        """Say which steps are going to be taken, and with what; returns which of them must be full."""
+    ) -> list[int]:
+        """Say which steps are going to be taken, and with what; returns the place of each in its window.
+
+        0 is a full step, k the k-th reuse step behind it. More steps may be full than were asked for.
+        """
 
     def turn_to(self, step: int) -> None:
-        """Make ready for a step of those."""
+        """Make ready for a step of those, and for all behind it in the same window."""
 
     def prepare(self, batch: int) -> object:
         """Make ready for calls of this batch; another object than the last time if memory has moved."""
 
-    def predict(self, full: bool, latents: Tensor, timestep: Tensor, **conditioning: Tensor) -> Tensor:
-        """Run a full or a reuse step, on the current stream."""
+    def predict(self, place: int, latents: Tensor, timestep: Tensor, **conditioning: Tensor) -> Tensor:
+        """Run the step at a place in a window, on the current stream."""
 
     def is_capturable(self) -> bool:
         """Whether `predict` can become a part of a CUDA graph."""
@@ -56,7 +64,8 @@ class Steps(Protocol):
 class Trajectory:
     """Latents (B, C, H, W) in fp32 on the CPU, and what they took.
 
-    `seconds` is the whole loop; `full_seconds` and `reuse_seconds` list the denoiser's steps.
+    `seconds` is the whole loop; `full_seconds` and `reuse_seconds` list the denoiser's steps. On a GPU, where a window
+    is launched at once, the times of its steps are those in the last window of its length.
     """
 
     latents: Tensor
@@ -105,9 +114,9 @@ class Sampler:
     """Denoises batches with one denoiser and one scheduler.
 
     A step is the scaling of the latents, the engine, guidance and the scheduler's update. Where all of it stays on the
-    device it is captured as a CUDA graph, one for each kind of step, and kept from batch to batch: then a trajectory
-    is a launch for each step, behind the few numbers that say which step it is, without a copy to or from the host
-    between the first and the last.
+    device, the steps of a window are captured together as a CUDA graph, one for each length, and kept from batch to
+    batch: then a trajectory is a launch for each window, behind a few numbers that say which it is, without a copy to
+    or from the host between the first and the last.
     """
 
     def __init__(self, denoiser: Steps, update: Update) -> None:
@@ -127,9 +136,9 @@ class Sampler:
         """Denoise one batch, image k from `seeds[k]` alone, so that it is the same in any batch.
 
         The schedule has a step for each call of the scheduler (`update.calls`); `watch` wraps them, for a progress
-        bar, and may leave out the last ones, for a warm-up. `observe` is given the latents after each step, on the
-        device, which may not have computed them yet; they are valid until it returns. A step at which guidance sets in
-        is a full one: the unconditional half has no features before it.
+        bar. `observe` is given the latents after each step, on the device, which may not have computed them yet; they
+        are valid until it returns, and steps are launched one by one for it. A step at which guidance sets in is a full
+        one: the unconditional half has no features before it.
         Raises `InputError` for guidance without an unconditional half, `BackendError` for latents that are not finite.
         """
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
@@ -141,19 +150,24 @@ class Sampler:
             )
         assert schedule.steps == self.update.calls
         assert len(seeds) == conditioning.images
-        clock = StepClock(device)
         began = time.perf_counter()
-        kinds = self.begin(schedule, conditioning, seeds, guidance.scale, guided)
-        for step, (full, now) in enumerate(watch(kinds)):
-            with clock.step(full):
-                self.launch(step, full, now)
+        steps = self.begin(schedule, conditioning, seeds, guidance.scale, guided)
+        at_once = device.type == "cuda" and observe is None
+        lengths = stretches_of(steps) if at_once else dict.fromkeys(range(len(steps)), 1)
+        clocks = []
+        for step, _ in enumerate(watch(steps)):
+            if step in lengths:
+                clocks.append(self.launch(step, steps[step : step + lengths[step]]))
             if observe is not None:
                 observe(self.update.latents)
         latents = self.update.latents.cpu()  # waits for the device
         if not latents.isfinite().all():
             self.begin(schedule, conditioning, seeds, guidance.scale, guided)
-            raise BackendError(self._blame(kinds))
-        return Trajectory(latents.clone(), time.perf_counter() - began, *clock.seconds())
+            raise BackendError(self._blame(steps))
+        seconds = time.perf_counter() - began
+        times = [time for clock in clocks for time in clock.seconds()]
+        full, reuse = ([time for place, time in times if (place == 0) == first] for first in (True, False))
+        return Trajectory(latents.clone(), seconds, full, reuse)
 
     def begin(
         self,
@@ -162,8 +176,8 @@ class Sampler:
         seeds: Sequence[int],
         scale: float,
         guided: Sequence[bool],
-    ) -> list[tuple[bool, bool]]:
-        """Make ready for the first step of a trajectory; returns of each step whether it is full, whether guided."""
+    ) -> list[Step]:
+        """Make ready for the first step of a trajectory; returns of each its place in its window, whether guided."""
         kinds = {*guided}
         halves = [conditioning.conditional, *([conditioning.unconditional or {}] if True in kinds else [])]
         given = {name: torch.cat([half[name] for half in halves]) for name in conditioning.conditional}  # (2B, ...)
@@ -171,18 +185,29 @@ class Sampler:
             sets_in = [now and not before for now, before in zip(guided, [guided[0], *guided], strict=False)]
             wanted = [full or sets for full, sets in zip(schedule.full, sets_in, strict=True)]
             most = conditioning.images * (1 + max(guided))
-            full = self.denoiser.begin(self.update.timesteps, wanted, given, most)
+            places = self.denoiser.begin(self.update.timesteps, wanted, given, most)
             for now in sorted(kinds, reverse=True):  # all that any step needs, before the first; the larger first
                 memory = self.denoiser.prepare(conditioning.images * (1 + now))
             allocation = self.update.begin(self.denoiser.manifest.latents.shape, seeds, self.denoiser.device)
             self._prepare(conditioning.images, given, scale, frozenset(kinds), (allocation, memory))
-        return list(zip(full, guided, strict=True))
+        return list(zip(places, guided, strict=True))
 
-    def launch(self, step: int, full: bool, guided: bool) -> None:
-        """Take a step of a trajectory that was begun; may return before it is done."""
+    def launch(self, first: int, steps: Sequence[Step]) -> StepClock:
+        """Take steps of a trajectory that was begun, from the `first` on; may return before they are done.
+
+        They are of one window, guided or not alike. The clock that is returned tells their times when they are done.
+        """
+        place, guided = steps[0]
         self.denoiser.prepare(self._images * (1 + guided))
-        self.denoiser.turn_to(step)
-        self._steps[full, guided]()
+        self.denoiser.turn_to(first)
+        key = (place, len(steps), guided)
+        if key not in self._launches:
+            clock = StepClock(range(place, place + len(steps)), self.denoiser.device)
+            work = partial(self._stretch, clock, guided)
+            self._launches[key] = clock, Replay(work, self.denoiser.device, self._is_capturable)
+        clock, replay = self._launches[key]
+        replay()
+        return clock.read()
 
     def _prepare(
         self, images: int, given: Mapping[str, Tensor], scale: float, guided: frozenset[bool], memory: object
@@ -194,22 +219,24 @@ class Sampler:
             self._key, self._images, self._guided = key, images, guided
             self._scale = torch.empty((), device=device)
             self._given = {name: tensor.to(device, copy=True) for name, tensor in given.items()}
-            self._steps = {
-                (full, now): Replay(partial(self._step, full, now), device, self._is_capturable)
-                for full in (True, False)
-                for now in (True, False)
-            }
+            self._launches: dict[tuple[int, int, bool], tuple[StepClock, Replay]] = {}
         for name, tensor in given.items():
             self._given[name].copy_(tensor)
         self._scale.fill_(scale)
 
-    def _step(self, full: bool, guided: bool) -> None:
+    def _stretch(self, clock: StepClock, guided: bool) -> None:
+        for k, place in enumerate(clock.places):
+            clock.mark(k)
+            self._step(place, guided)
+        clock.mark(len(clock.places))
+
+    def _step(self, place: int, guided: bool) -> None:
         update, manifest, count = self.update, self.denoiser.manifest, self._images * (1 + guided)
         latents = update.model_input()  # (B, C, ...)
         if guided:
             latents = torch.cat([latents, latents])
         given = {name: tensor[:count] for name, tensor in self._given.items()}
-        prediction = self.denoiser.predict(full, latents, update.timestep(), **given).float()
+        prediction = self.denoiser.predict(place, latents, update.timestep(), **given).float()
         if not update.takes_variance:
             prediction = prediction[:, : manifest.latents.channels]
         if guided:
@@ -221,16 +248,16 @@ class Sampler:
         """Not while the batch changes: an engine that is bound anew between replays need not be what was captured."""
         return len(self._guided) == 1 and self.update.on_device and self.denoiser.is_capturable()
 
-    def _blame(self, kinds: Sequence[tuple[bool, bool]]) -> str:
+    def _blame(self, steps: Sequence[Step]) -> str:
         """Take the steps again, one by one, and say which tensor is the first that is not finite."""
         manifest, found = self.denoiser.manifest, "the latents themselves"
-        for step, (full, guided) in enumerate(kinds):
+        for step, (place, guided) in enumerate(steps):
             self.denoiser.prepare(self._images * (1 + guided))
             self.denoiser.turn_to(step)
-            self._step(full, guided)
+            self._step(place, guided)
             name = self.denoiser.first_not_finite()
             if name is not None or not self.update.latents.isfinite().all():
-                found = f"{name or found}, at step {step} of {len(kinds)}, a {FULL if full else REUSE} step"
+                found = f"{name or found}, at step {step} of {len(steps)}, a {REUSE if place else FULL} step"
                 break
         return (
             f"the images of {manifest.name} are not finite in {manifest.precision}: the first tensor that is not is "
@@ -263,31 +290,42 @@ def mix_guidance(prediction: Tensor, scale: Tensor, channels: int) -> Tensor:
     return noise if channels == prediction.shape[1] else torch.cat([noise, conditional[:, channels:]], dim=1)
 
 
+def stretches_of(steps: Sequence[Step]) -> dict[int, int]:
+    """Steps that can be taken at once: of one window, guided or not alike. Their number by the first of them."""
+    lengths, first = {}, 0
+    for step, (place, guided) in enumerate(steps):
+        if place == 0 or guided != steps[first][1]:
+            first = step
+        lengths[first] = step - first + 1
+    return lengths
+
+
 class StepClock:
-    """Times the steps of a trajectory without waiting for the device: events on a GPU, the clock elsewhere."""
+    """Marks the time before and behind each of a few steps, without waiting for the device.
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[bool, Any, Any]] = []
+    On a GPU by events that a CUDA graph can hold: a replay sets them anew, so they tell of the last one.
+    """
 
-    def step(self, full: bool) -> StepClock:
-        """Enter the returned context for the length of one step."""
-        self._full, self._began = full, self._mark()
-        return self
+    def __init__(self, places: Sequence[int], device: torch.device) -> None:
+        self.places = places
+        self._marks: list[Any] = [0.0] * (len(places) + 1)
+        if device.type == "cuda":
+            self._marks = [torch.cuda.Event(enable_timing=True, external=True) for _ in self._marks]  # type: ignore[no-untyped-call]
 
-    def __enter__(self) -> None: ...
+    def mark(self, k: int) -> None:
+        """It is now before step `k`, or behind the last."""
+        if isinstance(self._marks[k], float):
+            self._marks[k] = time.perf_counter()
+        else:
+            self._marks[k].record()
 
-    def __exit__(self, *_: object) -> None:
-        self._marks.append((self._full, self._began, self._mark()))
+    def read(self) -> StepClock:
+        """What the clock says now, also when it has run again; events go on with it."""
+        other = copy(self)
+        other._marks = [*self._marks]
+        return other
 
-    def seconds(self) -> tuple[list[float], list[float]]:
-        """Seconds of the full steps and of the reuse steps; call it when the device is done."""
-        times = [(full, b.elapsed_time(e) / 1e3 if self._cuda else e - b) for full, b, e in self._marks]
-        return [t for full, t in times if full], [t for full, t in times if not full]
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch does not annotate it
-        event.record()
-        return event
+    def seconds(self) -> list[tuple[int, float]]:
+        """Place and seconds of each step; call it when the device is done."""
+        times = [e - b if isinstance(b, float) else b.elapsed_time(e) / 1e3 for b, e in pairwise(self._marks)]
+        return list(zip(self.places, times, strict=True))

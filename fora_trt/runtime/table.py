@@ -24,7 +24,8 @@ class ConditioningTable:
     """Outputs of the conditioning engine for a run of steps; `rows[name]` is (steps * U, ...), a step after the other.
 
     `samples` (B,) tells which of the U each sample is. Tables stay in place from trajectory to trajectory as long as
-    they are large enough; `memory` is another object when they moved. `calls` counts those of the engine.
+    they are large enough; `memory` is another object when they moved. `calls` counts those of the engine, and `launch`
+    does the last one again.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -65,8 +66,8 @@ class ConditioningTable:
         for start in range(0, count, most):
             part = slice(start, min(start + most, count))
             tensors = {name: one[part] for tensors in (placed, self.rows) for name, one in tensors.items()}
-            self.engine.bind(tensors)
-            self.engine.enqueue()
+            self.launch = self.engine.bind(tensors)
+            self.launch()
             self.calls += 1
 
     def _rows_held(self) -> int:
