@@ -96,8 +96,8 @@ static void add_up(void *data, size_t k) {
   const Sum *sum = data;
   size_t sample = k / sum->blocks, first = k % sum->blocks * TOKENS, channels = sum->channels;
   size_t last = first + TOKENS < sum->tokens ? first + TOKENS : sum->tokens;
-  for (size_t channel = 0; channel < channels; channel += STRIDE)
-    for (size_t token = first; token < last; token++)
+  for (size_t token = first; token < last; token++)
+    for (size_t channel = 0; channel < channels; channel += STRIDE)
       for (size_t step = 0; step < sum->window; step++) {
         size_t gate = (step * sum->batch + sample) * channels + channel;
         size_t feature = (sample * sum->tokens + token) * channels + channel;
