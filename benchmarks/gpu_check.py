@@ -49,7 +49,7 @@ LAUNCHES = ("launches of graphs", "launches of kernels")
 
 
 def transfers_of(run: Callable[[], None]) -> dict[str, int]:
-    """How often `run` copies between host and device, waits for the device, and launches, as torch's profiler sees it."""
+    """How often `run` copies between host and device, waits for the device or launches, as torch's profiler sees it."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()
