@@ -20,7 +20,7 @@ from fora_trt.errors import InputError
 from fora_trt.evaluate.sample_set import SampleSet, SampleSettings
 from fora_trt.runtime.conditioning import balanced_labels, conditioning_of_classes, drawn_labels
 from fora_trt.runtime.images import Decoder
-from fora_trt.runtime.sampling import Guidance, Sampler, Step, StepClock
+from fora_trt.runtime.sampling import Guidance, Sampler, Step, TimedStep
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
 from tests.test_cli import fora
@@ -93,7 +93,7 @@ def test_stopped_and_resumed_it_is_the_same_to_the_bit(exported: Bundle, tmp_pat
     again = sample_set(exported, folder, layout=layout)
     launched, launch = [], again.sampler.launch
 
-    def counted(first: int, steps: Sequence[Step]) -> StepClock:
+    def counted(first: int, steps: Sequence[Step]) -> list[TimedStep]:
         launched.append(first)
         return launch(first, steps)
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -154,10 +152,10 @@ class Sampler:
         steps = self.begin(schedule, conditioning, seeds, guidance.scale, guided)
         at_once = device.type == "cuda" and observe is None
         lengths = stretches_of(steps) if at_once else dict.fromkeys(range(len(steps)), 1)
-        clocks = []
+        taken: list[TimedStep] = []
         for step, _ in enumerate(watch(steps)):
             if step in lengths:
-                clocks.append(self.launch(step, steps[step : step + lengths[step]]))
+                taken += self.launch(step, steps[step : step + lengths[step]])
             if observe is not None:
                 observe(self.update.latents)
         latents = self.update.latents.cpu()  # waits for the device
@@ -165,8 +163,7 @@ class Sampler:
             self.begin(schedule, conditioning, seeds, guidance.scale, guided)
             raise BackendError(self._blame(steps))
         seconds = time.perf_counter() - began
-        times = [time for clock in clocks for time in clock.seconds()]
-        full, reuse = ([time for place, time in times if (place == 0) == first] for first in (True, False))
+        full, reuse = ([one.seconds() for one in taken if (one.place == 0) == first] for first in (True, False))
         return Trajectory(latents.clone(), seconds, full, reuse)
 
     def begin(
@@ -192,10 +189,10 @@ class Sampler:
             self._prepare(conditioning.images, given, scale, frozenset(kinds), (allocation, memory))
         return list(zip(places, guided, strict=True))
 
-    def launch(self, first: int, steps: Sequence[Step]) -> StepClock:
+    def launch(self, first: int, steps: Sequence[Step]) -> list[TimedStep]:
         """Take steps of a trajectory that was begun, from the `first` on; may return before they are done.
 
-        They are of one window, guided or not alike. The clock that is returned tells their times when they are done.
+        They are of one window, guided or not alike.
         """
         place, guided = steps[0]
         self.denoiser.prepare(self._images * (1 + guided))
@@ -207,7 +204,7 @@ class Sampler:
             self._launches[key] = clock, Replay(work, self.denoiser.device, self._is_capturable)
         clock, replay = self._launches[key]
         replay()
-        return clock.read()
+        return clock.steps()
 
     def _prepare(
         self, images: int, given: Mapping[str, Tensor], scale: float, guided: frozenset[bool], memory: object
@@ -286,8 +283,10 @@ def sample_in_batches(
 def mix_guidance(prediction: Tensor, scale: Tensor, channels: int) -> Tensor:
     """(2B, ...) -> (B, ...): pushes the first channels away from the unconditional prediction, leaves the others."""
     conditional, unconditional = prediction.chunk(2)
+    if channels == prediction.shape[1]:
+        return torch.lerp(unconditional, conditional, scale)
     noise = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
-    return noise if channels == prediction.shape[1] else torch.cat([noise, conditional[:, channels:]], dim=1)
+    return torch.cat([noise, conditional[:, channels:]], dim=1)
 
 
 def stretches_of(steps: Sequence[Step]) -> dict[int, int]:
@@ -300,6 +299,20 @@ def stretches_of(steps: Sequence[Step]) -> dict[int, int]:
     return lengths
 
 
+class TimedStep(NamedTuple):
+    """A step that was launched: its place in the window, and marks of a clock before and behind it."""
+
+    place: int
+    began: Any
+    ended: Any
+
+    def seconds(self) -> float:
+        """How long it took; ask when the device is done."""
+        if isinstance(self.began, float):
+            return float(self.ended - self.began)
+        return float(self.began.elapsed_time(self.ended) / 1e3)
+
+
 class StepClock:
     """Marks the time before and behind each of a few steps, without waiting for the device.
 
@@ -309,23 +322,17 @@ class StepClock:
     def __init__(self, places: Sequence[int], device: torch.device) -> None:
         self.places = places
         self._marks: list[Any] = [0.0] * (len(places) + 1)
-        if device.type == "cuda":
+        self._events = device.type == "cuda"
+        if self._events:
             self._marks = [torch.cuda.Event(enable_timing=True, external=True) for _ in self._marks]  # type: ignore[no-untyped-call]
 
     def mark(self, k: int) -> None:
         """It is now before step `k`, or behind the last."""
-        if isinstance(self._marks[k], float):
-            self._marks[k] = time.perf_counter()
-        else:
+        if self._events:
             self._marks[k].record()
+        else:
+            self._marks[k] = time.perf_counter()
 
-    def read(self) -> StepClock:
-        """What the clock says now, also when it has run again; events go on with it."""
-        other = copy(self)
-        other._marks = [*self._marks]
-        return other
-
-    def seconds(self) -> list[tuple[int, float]]:
-        """Place and seconds of each step; call it when the device is done."""
-        times = [e - b if isinstance(b, float) else b.elapsed_time(e) / 1e3 for b, e in pairwise(self._marks)]
-        return list(zip(self.places, times, strict=True))
+    def steps(self) -> list[TimedStep]:
+        """The steps as they were taken now."""
+        return list(map(TimedStep, self.places, self._marks, self._marks[1:]))

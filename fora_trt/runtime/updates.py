@@ -248,7 +248,7 @@ class TabulatedUpdate(Update):
 
     def __init__(self, table: SchedulerTable) -> None:
         super().__init__(table.timesteps, table.takes_variance, on_device=True)
-        self._table = table
+        self._table, self._scales = table, bool((table.input_scale != 1).any())
         self._key: tuple[object, ...] = ()
 
     def begin(self, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> object:
@@ -268,6 +268,8 @@ class TabulatedUpdate(Update):
         draws = table.draws.long()
         self.latents = torch.empty(images, *shape, device=device)
         self._remembered = torch.empty(table.memory, 2, images, *shape, device=device)
+        self._last_latents, self._last_prediction = self._remembered[0]
+        self._terms, self._result = self._remembered.flatten(0, 1).flatten(1), self.latents.view(1, -1)
         self._noise = torch.empty(int(draws.sum()), images, *shape, device=device)
         self._call = torch.zeros(1, dtype=torch.int64, device=device)
         self._draw = (draws.cumsum(0) - 1).clamp_(min=0).to(device)
@@ -281,24 +283,23 @@ class TabulatedUpdate(Update):
         self._numbers = torch.stack([one.float() for one in numbers], 1).to(device)  # (S, 4 + 2K)
 
     def model_input(self) -> Tensor:
-        self._row = self._numbers.index_select(0, self._call)[0]
-        return self.latents * self._row[1]
+        self._row = self._numbers.index_select(0, self._call)  # (1, 4 + 2K)
+        return self.latents * self._row[:, 1] if self._scales else self.latents
 
     def timestep(self) -> Tensor:
-        return self._row[:1]
+        return self._row[0, :1]
 
     def advance(self, prediction: Tensor) -> None:
         channels, remembered = self.latents.shape[1], self._remembered
         if len(remembered) > 1:
             remembered[1:].copy_(remembered[:-1].clone())
-        remembered[0, 0].copy_(self.latents)
-        remembered[0, 1].copy_(prediction[:, :channels])
-        weights, terms = self._row[None, 4:], remembered.flatten(0, 1).flatten(1)  # (1, 2K), (2K, B * ...)
-        torch.mm(weights, terms, out=self.latents.view(1, -1))
+        self._last_latents.copy_(self.latents)
+        self._last_prediction.copy_(prediction[:, :channels] if self.takes_variance else prediction)
+        torch.mm(self._row[:, 4:], self._terms, out=self._result)  # (1, 2K) by (2K, B * ...)
         if len(self._noise):
             noise = self._noise.index_select(0, self._draw.index_select(0, self._call))[0]
-            growth = torch.exp(self._row[3] * prediction[:, channels:]) if self.takes_variance else 1.0
-            self.latents.addcmul_(self._row[2] * growth, noise)
+            growth = torch.exp(self._row[:, 3] * prediction[:, channels:]) if self.takes_variance else 1.0
+            self.latents.addcmul_(self._row[:, 2] * growth, noise)
         self._call.add_(1)
 
 
