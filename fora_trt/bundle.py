@@ -17,6 +17,7 @@ from fora_trt.models.spec import (
     CONDITIONING,
     FEATURE,
     FULL,
+    FULL_CONDITIONING,
     REUSE,
     WINDOW,
     CacheSite,
@@ -33,7 +34,7 @@ from fora_trt.models.spec import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SCHEDULER = "scheduler_config.json"
 
 
@@ -109,7 +110,7 @@ class Manifest(Record):
     def unfed(self) -> list[str]:
         """Inputs of graphs that are neither the model's nor put out by a graph that runs before, as they are read."""
         provided, unfed = {*self.inputs}, []
-        for name in (CONDITIONING, FULL, REUSE):
+        for name in (CONDITIONING, FULL_CONDITIONING, FULL, REUSE):
             graph = self.graphs.get(name)
             if graph is None:
                 continue

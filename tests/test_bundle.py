@@ -27,8 +27,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "is not the manifest of a bundle"),
     "another kind of JSON": (lambda f: (f / "manifest.json").write_text("[1]"), "is not the manifest of a bundle"),
     "a newer format": (
-        lambda f: rewrite(f, lambda m: m.update(format_version=4)),
-        "has format version 4; this fora-trt reads up to 3: pip install -U fora-trt",
+        lambda f: rewrite(f, lambda m: m.update(format_version=5)),
+        "has format version 5; this fora-trt reads up to 4: pip install -U fora-trt",
     ),
     "an older format": (
         lambda f: rewrite(f, lambda m: m.update(format_version=1)),

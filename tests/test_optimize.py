@@ -60,17 +60,32 @@ def kinds(graph: ir.Graph) -> list[str]:
     return [node.op_type for node in graph]
 
 
-def test_what_the_timestep_decides_is_computed_in_one_graph(optimized: dict[str, Bundle]) -> None:
+def test_what_the_timestep_decides_is_computed_before_the_loop(optimized: dict[str, Bundle]) -> None:
     for bundle in optimized.values():
         graphs = bundle.manifest.graphs
-        assert [*graphs] == ["conditioning", "full", "reuse"]
+        assert [*graphs] == ["conditioning", "full_conditioning", "full", "reuse"]
         assert [one.name for one in graphs["conditioning"].inputs] == ["timestep", "class_labels"]
         for name in ("full", "reuse"):
             assert "Gemm" not in kinds(graph_of(bundle, name)), "every projection of the conditioning is gone"
             assert not {"timestep", "class_labels"} & {one.name for one in graphs[name].inputs}
-        # three adaLN projections and the last one's, two layers of each of three embedders
+        # gates of three adaLN projections and all of the last one's, two layers of each of three embedders
         assert kinds(graph_of(bundle, "conditioning")).count("Gemm") == 3 + 1 + 3 * 2
-        assert len(graphs["conditioning"].outputs) <= 3, "equal shapes with equal readers are stacked"
+        assert kinds(graph_of(bundle, "full_conditioning")).count("Gemm") == 3, "shifts and scales"
+        for name in ("conditioning", "full_conditioning"):
+            assert len(graphs[name].outputs) <= 3, "equal shapes with equal readers are stacked"
+        passed = {one.name for one in graphs["conditioning"].outputs}
+        assert {one.name for one in graphs["full_conditioning"].inputs} < passed
+
+
+def test_no_weight_is_in_two_graphs(optimized: dict[str, Bundle], exported: Bundle) -> None:
+    """Of the projections each graph has its part, of the embedders one graph has all."""
+
+    def numbers(bundle: Bundle) -> int:
+        graphs = [graph_of(bundle, name) for name in bundle.manifest.graphs if name != "reuse"]
+        constants = [one.const_value for graph in graphs for one in graph.initializers.values() if one.const_value]
+        return sum(one.size for one in constants if len(one.shape) == 2)
+
+    assert numbers(optimized["conditioning"]) == numbers(exported)
 
 
 def test_the_sum_of_the_features_is_all_that_a_folded_reuse_step_reads(optimized: dict[str, Bundle]) -> None:
@@ -78,7 +93,7 @@ def test_the_sum_of_the_features_is_all_that_a_folded_reuse_step_reads(optimized
     assert [(one.name, one.shape) for one in manifest.graphs["full"].outputs[1:]] == [
         ("window.folded.0", ("window", "batch", 16, 16))
     ]
-    assert [one.name for one in manifest.graphs["reuse"].inputs] == ["latents", "folded.0", "conditioning.2"]
+    assert [one.name for one in manifest.graphs["reuse"].inputs] == ["latents", "folded.0", "conditioning.1"]
     assert [one.name for one in optimized["conditioning"].manifest.graphs["full"].outputs[1:]] == [
         feature.name for feature in manifest.features()
     ]
@@ -133,8 +148,9 @@ def test_what_is_equal_is_computed_once_for_all_steps(
     assert computed is not None
     whole = latents(sampler, Schedule.static(20, 4))
     assert computed.distinct == 3, "two classes and the null class, of six samples"
-    assert computed.calls == 1
+    assert [engine for engine, _ in computed.launches] == [computed.engine, computed.full_engine]
     rows = {name: len(one) for name, one in computed.rows.items()}
+    assert {rows.pop(name) for name in computed.of_full_steps} == {6 * 3}
     assert set(rows.values()) == {20 * 3}
 
     monkeypatch.setattr(table, "MOST_BYTES", 1)
@@ -143,8 +159,10 @@ def test_what_is_equal_is_computed_once_for_all_steps(
     assert torch.equal(latents(sampler, Schedule.static(20, 4)), whole), "a window at a time"
     computed = sampler.denoiser.table
     assert computed is not None
-    assert computed.calls == 20 // 4 + 1
+    assert len(computed.launches) == 2 * (20 // 4 + 1)
     computed.engine.most_rows = 2
+    assert computed.full_engine is not None
+    computed.full_engine.most_rows = 2
     assert torch.equal(latents(sampler, Schedule.static(20, 4)), whole), "two rows at a time"
 
 

@@ -14,7 +14,7 @@ from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.nodes import constant
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
-from fora_trt.export.slice_projections import SliceProjectionsPass
+from fora_trt.export.slice_projections import SliceProjectionsPass, take_projection
 
 
 def model(
@@ -111,6 +111,34 @@ def test_a_projection_keeps_the_parts_that_are_read_also_through_a_cast(cast: bo
     assert sum(value.const_value.size for value in made.graph.initializers.values() if value.const_value) <= 8 * 7 + 2
     assert kinds(made) == ["Gemm", *(["Cast"] if cast else []), "Split", "Mul"]
     assert np.abs(run(made, {"x": x})[0] - before[0]).max() < 1e-6
+
+
+def test_a_projection_of_which_two_read_other_parts_becomes_two() -> None:
+    generator = np.random.default_rng(0)
+    weights = {
+        "w": generator.normal(size=(12, 6)).astype(np.float32),
+        "b": generator.normal(size=12).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["p"], transB=1),
+        helper.make_node("Split", ["p"], ["a", "c", "d"], axis=1, num_outputs=3),
+        helper.make_node("Relu", ["c"], ["e"]),
+    ]
+    made = model(nodes, {"x": [2, 6]}, {"a": [2, 4], "d": [2, 4], "e": [2, 4]}, weights)
+    x = generator.normal(size=(2, 6)).astype(np.float32)
+    before = run(made, {"x": x})
+    split = made.graph[1]
+    assert not take_projection(made.graph, split, [True, True, True])
+    assert take_projection(made.graph, split, [True, False, False])
+    passes: list[InPlacePass] = [SliceProjectionsPass(), RemoveUnusedNodesPass()]
+    for one in passes:
+        one(made)
+    assert kinds(made).count("Gemm") == 2
+    constants = [value.const_value for value in made.graph.initializers.values() if value.const_value is not None]
+    assert sorted(tuple(one.shape.numpy()) for one in constants if len(one.shape) == 2) == [(4, 6), (8, 6)]
+    assert [value.name for value in made.graph.outputs] == ["a", "d", "e"]
+    for got, expected in zip(run(made, {"x": x}), before, strict=True):
+        assert np.abs(got - expected).max() < 1e-6
 
 
 def patchify(side: int, stride: int, pads: int = 0) -> tuple[ir.Model, int]:

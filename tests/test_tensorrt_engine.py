@@ -245,7 +245,7 @@ def test_a_window_is_one_launch_once_it_was_captured(rig: Rig, level: str, optim
         launched.append((names.count("torch.cuda.graph"), names.count("CUDAGraph.replay"), names.count(EXECUTE)))
         assert done.full_seconds == [MILLISECONDS / 1e3] * 4
         assert done.reuse_seconds == [MILLISECONDS / 1e3] * 6
-    before = 0 if level == "none" else 1  # the conditioning engine, for all steps of a trajectory
+    before = 0 if level == "none" else 2  # the conditioning engines, for all steps of a trajectory
     assert launched[1:] == [(4, 4, 10 + before), (0, 4, before), (0, 4, before)], "the first one warms up"
 
     seen = list[int]()

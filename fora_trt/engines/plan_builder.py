@@ -14,7 +14,7 @@ from typing import Any
 from fora_trt.engines.tensorrt_library import Library
 from fora_trt.errors import PlanError
 from fora_trt.folders import Record
-from fora_trt.models.spec import CONDITIONING, TensorSpec
+from fora_trt.models.spec import CONDITIONING, FULL_CONDITIONING, TensorSpec
 
 Progress = Callable[[float, str], None]
 """Told the fraction that is done, 0 to 1, and what is being done."""
@@ -50,8 +50,9 @@ class PlanOptions(Record):
     workspace_gib: float | None = None
 
     def of_graph(self, name: str) -> PlanOptions:
-        """The same for one graph: profiles are those of a step, and the conditioning graph has its own."""
-        return self if name != CONDITIONING else self.model_copy(update={"profiles": (CONDITIONING_ROWS,)})
+        """The same for one graph: profiles are those of a step, and conditioning graphs have their own."""
+        of_step = name not in (CONDITIONING, FULL_CONDITIONING)
+        return self if of_step else self.model_copy(update={"profiles": (CONDITIONING_ROWS,)})
 
 
 class Attention(Record):

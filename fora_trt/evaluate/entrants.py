@@ -83,7 +83,7 @@ class Entrant:
         steps, engines, table = self.steps, {True: self.steps.full, False: self.steps.reuse}, self.steps.table
         launches = steps.engine_launches()
         times = {full: _seconds_of(launches[full], engines[full]) for full in {*schedule.full}}
-        before = 0.0 if table is None else table.calls * _seconds_of(table.launch, table.engine)
+        before = sum(_seconds_of(launch, engine) for engine, launch in (table.launches if table else ()))
         return before + sum(times[full] for full in schedule.full)
 
 

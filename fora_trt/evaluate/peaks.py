@@ -14,7 +14,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.memory import bytes_of
 from fora_trt.evaluate.results import PeakRates
 from fora_trt.export.statistics import graph_statistics
-from fora_trt.models.spec import CONDITIONING, FULL, PRECISIONS, REUSE
+from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, PRECISIONS, REUSE
 from fora_trt.schedule import Schedule
 
 MATRIX = {"cpu": 1536, "cuda": 8192}
@@ -80,8 +80,8 @@ def _fastest(work: Callable[[], object], device: torch.device) -> float:
 class Floor:
     """The least time that the graphs of a bundle could take: their operations, or their weights and edges in bytes.
 
-    What passes between steps counts as written by a full step and read by a reuse step; a conditioning graph runs once,
-    for one sample at every step. Everything within a graph counts as free.
+    What passes between steps counts as written by a full step and read by a reuse step; conditioning graphs run once,
+    for one sample at every step that reads them. Everything within a graph counts as free.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -101,4 +101,5 @@ class Floor:
         reuse_steps = schedule.steps - schedule.full_steps
         seconds = schedule.full_steps * of(FULL, batch, reuse_steps / schedule.full_steps)
         seconds += reuse_steps * of(REUSE, batch)
-        return seconds + (of(CONDITIONING, schedule.steps) if CONDITIONING in self._edges else 0.0)
+        before = {CONDITIONING: schedule.steps, FULL_CONDITIONING: schedule.full_steps}
+        return seconds + sum(of(graph, steps) for graph, steps in before.items() if graph in self._edges)

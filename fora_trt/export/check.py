@@ -14,7 +14,7 @@ from fora_trt.bundle import GraphError
 from fora_trt.errors import ExportError
 from fora_trt.export.split import steps_of_module
 from fora_trt.models.examples import example_inputs
-from fora_trt.models.spec import CONDITIONING, FULL, REUSE, CacheSite, Model, of_window
+from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, REUSE, CacheSite, Model, of_window
 
 GRAPH_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest admitted error of a graph relative to PyTorch's largest value, by precision; PyTorch computes in fp32."""
@@ -45,7 +45,9 @@ def measure_errors(model: Model, sites: Sequence[CacheSite], paths: Mapping[str,
     conditioned, ahead, stale = {}, {}, {}
     if CONDITIONING in paths:
         both = {name: torch.cat([value, second[name]]) for name, value in first.items()}
-        rows = {name: value.chunk(2) for name, value in _outputs(paths[CONDITIONING], both).items()}
+        for name in (CONDITIONING, FULL_CONDITIONING):
+            both |= _outputs(paths[name], both) if name in paths else {}
+        rows = {name: value.chunk(2) for name, value in both.items() if name not in first}
         conditioned = {name: before for name, (before, _) in rows.items()}
         second |= {name: after for name, (_, after) in rows.items()}
         ahead = {of_window(name): after[None] for name, (_, after) in rows.items()}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 
 import onnx_ir as ir
+from onnx_ir.passes import Sequential
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fora_trt.export.fold import fold
 from fora_trt.export.hoist import GraphWriter, Numbering, drop_unread, early_part, edge, replace_reads
-from fora_trt.export.nodes import int64_constant
-from fora_trt.models.spec import CONDITIONING, FULL, HOISTED, REUSE, TensorSpec, of_window
+from fora_trt.export.nodes import int64_constant, new_value
+from fora_trt.export.slice_projections import SliceProjectionsPass, take_projection
+from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, HOISTED, REUSE, TensorSpec, of_window
 
 SINGLE = "hoisted."
 """Begins the names of values that pass from the conditioning graph to another, until they are stacked."""
@@ -28,8 +32,8 @@ def pooled_inputs(inputs: Sequence[TensorSpec]) -> list[str]:
 def optimized(graphs: dict[str, ir.Model], inputs: Sequence[TensorSpec], level: str) -> tuple[dict[str, ir.Model], str]:
     """Optimize the full and the reuse graph of a model with these inputs, as far as `level`; they are changed.
 
-    Returns the graphs, with the conditioning graph if there is one, and the level that was reached: a model none of
-    whose values depend on timestep and class alone, or whose sum cannot be folded, stays below.
+    Returns the graphs, with those of the conditioning if there are some, and the level that was reached: a model none
+    of whose values depend on timestep and class alone, or whose sum cannot be folded, stays below.
     """
     if level == "none":
         return graphs, level
@@ -45,50 +49,115 @@ def optimized(graphs: dict[str, ir.Model], inputs: Sequence[TensorSpec], level: 
         for value in part.boundary:
             name = f"{SINGLE}{numbering.of(value)}"
             values[name] = writer.value(value)
+            values[name].name = name
             reads[value] = placeholders.setdefault(name, edge(name, value))
         replace_reads(model, reads)
     if not values:
         return graphs, "none"
     folded = level == "fold" and fold(full, reuse, SINGLE)
-    outputs = _stack(writer, values, (full, reuse))
+    read = {name: _readers(name, graphs) for name in values}
+    outputs = [value for name, value in values.items() if read[name]]
     conditioning = ir.Model(writer.graph(CONDITIONING, outputs, like=full.graph), ir_version=full.ir_version)
-    return {CONDITIONING: conditioning, FULL: full, REUSE: reuse}, "fold" if folded else "conditioning"
+    parts = _parted(conditioning, {name for name in values if read[name] == {(FULL, False)}})
+    models, numbers = {**parts, **graphs}, count()
+    for one in parts.values():
+        _stack(one.graph, models, numbers)
+    return models, "fold" if folded else "conditioning"
 
 
-def _stack(writer: GraphWriter, values: dict[str, ir.Value], models: Sequence[ir.Model]) -> list[ir.Value]:
-    """Join values that the same graphs read along their second dimension, so that few tensors pass between graphs."""
-    inputs = {name: [model for model in models if name in _input_names(model)] for name in values}
-    windows = {name: [model for model in models if of_window(name) in _input_names(model)] for name in values}
-    groups: dict[object, list[str]] = {}
-    for name, value in values.items():
+def _readers(name: str, models: Mapping[str, ir.Model]) -> frozenset[tuple[str, bool]]:
+    """Which graphs read a value, for the step at hand or, with True, for every step of a window."""
+    inputs = {graph: {value.name for value in model.graph.inputs} for graph, model in models.items()}
+    ways = {False: name, True: of_window(name)}
+    return frozenset((graph, ahead) for graph in models for ahead, one in ways.items() if one in inputs[graph])
+
+
+def _parted(model: ir.Model, apart: Collection[str]) -> dict[str, ir.Model]:
+    """Move what is computed for the outputs named in `apart` alone to a graph of its own, if that has weights.
+
+    What the others need too is computed for both, and passes over. A projection of which both need parts becomes two.
+    """
+    graph = model.graph
+    for split in tuple(node for node in graph if node.op_type == "Split"):
+        kept = _nodes_behind(one for one in graph.outputs if one.name not in apart)
+        if split in kept:
+            take_projection(graph, split, [_is_read(one) and _is_apart(one, kept, apart) for one in split.outputs])
+    Sequential(SliceProjectionsPass(), RemoveUnusedNodesPass())(model)
+
+    kept = _nodes_behind(one for one in graph.outputs if one.name not in apart)
+    others = [node for node in graph if node not in kept]
+    read = dict.fromkeys(value for node in others for value in node.inputs if value is not None)
+    if not kept or not any(_is_weight(value) and not {*value.consumers()} & kept for value in read):
+        return {CONDITIONING: model}
+    writer = GraphWriter(Numbering())
+    writer.add(node for node in graph if node in kept)
+    own = [value for value in graph.outputs if value.producer() not in kept]
+    outputs = [writer.value(value) for value in graph.outputs if value.producer() in kept]
+    reads: dict[ir.Value, ir.Value] = {}
+    for value in read:
+        if value.producer() in kept:
+            passed = writer.value(value)
+            if passed in outputs:
+                passed = new_value(writer.nodes, "Identity", [passed], value.shape)
+            passed.name = f"{SINGLE}passed.{len(reads)}"
+            reads[value] = edge(passed.name, value)
+            outputs.append(passed)
+    first = ir.Model(writer.graph(CONDITIONING, outputs, like=graph), ir_version=model.ir_version)
+    graph.name = FULL_CONDITIONING
+    graph.outputs[:] = own
+    replace_reads(model, reads)
+    return {CONDITIONING: first, FULL_CONDITIONING: model}
+
+
+def _nodes_behind(values: Iterable[ir.Value]) -> set[ir.Node]:
+    """All nodes that some values are computed by."""
+    found: set[ir.Node] = set()
+    todo = [*values]
+    while todo:
+        node = todo.pop().producer()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [value for value in node.inputs if value is not None]
+    return found
+
+
+def _is_read(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
+
+
+def _is_apart(value: ir.Value, kept: set[ir.Node], apart: Collection[str]) -> bool:
+    """Whether neither a node that is kept nor an output that is kept needs a value."""
+    return not {*value.consumers()} & kept and (not value.is_graph_output() or value.name in apart)
+
+
+def _is_weight(value: ir.Value) -> bool:
+    return value.const_value is not None and len(value.const_value.shape) > 1
+
+
+def _stack(graph: ir.Graph, models: Mapping[str, ir.Model], numbers: Iterator[int]) -> None:
+    """Join outputs that the same graphs read along their second dimension, so that few tensors pass between graphs."""
+    groups: dict[object, list[ir.Value]] = {}
+    for value in graph.outputs:
         assert value.shape is not None
-        alike = name if len(value.shape) < 2 else (value.dtype, tuple(value.shape[2:]))
-        readers = tuple(tuple(map(models.index, found[name])) for found in (inputs, windows))
-        if any(readers):
-            groups.setdefault((alike, readers), []).append(name)
+        alike = value if len(value.shape) < 2 else (value.dtype, tuple(value.shape[2:]))
+        groups.setdefault((alike, _readers(str(value.name), models)), []).append(value)
     outputs = []
-    for k, names in enumerate(groups.values()):
-        stacked = f"{HOISTED}{k}"
-        outputs.append(_joined(writer, stacked, [values[name] for name in names]))
-        for model in inputs[names[0]]:
-            _split(model, stacked, names)
-        for model in windows[names[0]]:
-            _split(model, of_window(stacked), list(map(of_window, names)))
-    return outputs
+    for values in groups.values():
+        singles, name = [str(value.name) for value in values], f"{HOISTED}{next(numbers)}"
+        for reader, ahead in _readers(singles[0], models):
+            _split(models[reader], *((of_window(name), [*map(of_window, singles)]) if ahead else (name, singles)))
+        outputs.append(_joined(graph, name, values))
+    graph.outputs[:] = outputs
 
 
-def _input_names(model: ir.Model) -> list[str]:
-    return [str(value.name) for value in model.graph.inputs]
-
-
-def _joined(writer: GraphWriter, name: str, values: list[ir.Value]) -> ir.Value:
+def _joined(graph: ir.Graph, name: str, values: list[ir.Value]) -> ir.Value:
     if len(values) == 1:
         values[0].name = name
         return values[0]
-    concat = ir.Node("", "Concat", values, [ir.AttrInt64("axis", 1)], num_outputs=1)
-    output = concat.outputs[0]
-    output.name, output.type, output.shape = name, values[0].type, _stacked_shape(values, axis=1)
-    writer.nodes.append(concat)
+    nodes: list[ir.Node] = []
+    output = new_value(nodes, "Concat", values, _stacked_shape(values, axis=1), ir.AttrInt64("axis", 1))
+    output.name = name
+    graph.extend(nodes)
     return output
 
 

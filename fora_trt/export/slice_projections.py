@@ -3,11 +3,12 @@
 In a reuse graph only the gates of each adaLN projection are read: two parts of six, so two thirds of the weights go.
 
 Rules, cited below: (1) the split is along the last axis, into parts of known width; (2) its input is a Gemm over
-initializers, a bias of one axis among them, whose product nothing else reads, with a Cast between the two or not;
-(3) what is sliced away has no reader and is no graph output.
+initializers, a bias of one axis among them, whose product nothing else reads, with a Cast between the two or not.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -20,11 +21,19 @@ class SliceProjectionsPass(InPlacePass):
     """Shrinks every Gemm whose Split has unread outputs; what is read is the same products of the same rows."""
 
     def call(self, model: ir.Model) -> PassResult:
-        sliced = [_sliced(model.graph, node) for node in tuple(model.graph) if node.op_type == "Split"]
+        sliced = [
+            take_projection(model.graph, node, [bool(one.uses()) or one.is_graph_output() for one in node.outputs])
+            for node in tuple(model.graph)
+            if node.op_type == "Split"
+        ]
         return PassResult(model, modified=any(sliced))
 
 
-def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
+def take_projection(graph: ir.Graph, split: ir.Node, wanted: Sequence[bool]) -> bool:
+    """Compute the `wanted` outputs of a split, some and not all, by a projection of their own; False if it is none.
+
+    The old one goes on with the rest, if that is read.
+    """
     joined = split.inputs[0]
     cast = joined.producer() if joined is not None else None
     if cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None:
@@ -45,19 +54,18 @@ def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
     rank = len(joined.shape) if joined.shape is not None else 0
     if split.attributes.get_int("axis", 0) not in (-1, rank - 1) or len(widths) != len(split.outputs):
         return False  # rule 1
-    read = [bool(output.uses()) or output.is_graph_output() for output in split.outputs]
-    if all(read) or not any(read):
-        return False  # rule 3
+    if all(wanted) or not any(wanted):
+        return False
 
-    kept = np.repeat(read, widths)  # a flag per column of the product
+    kept = np.repeat(wanted, widths)  # a flag per column of the product
     axis = 0 if gemm.attributes.get_int("transB", 0) else 1
     columns = np.compress(kept, weight.const_value.numpy(), axis=axis)
     operands = [gemm.inputs[0], constant(graph, f"{weight.name}.read", columns)]
     if bias is not None and bias.const_value is not None:
         operands.append(constant(graph, f"{bias.name}.read", bias.const_value.numpy()[kept]))
     product = ir.Node("", "Gemm", operands, list(gemm.attributes.values()), num_outputs=1)
-    parts = [output for output, is_read in zip(split.outputs, read, strict=True) if is_read]
-    sizes = [width for width, is_read in zip(widths, read, strict=True) if is_read]
+    parts = [output for output, is_wanted in zip(split.outputs, wanted, strict=True) if is_wanted]
+    sizes = [width for width, is_wanted in zip(widths, wanted, strict=True) if is_wanted]
     lengths = int64_constant(graph, f"{joined.name}.lengths", sizes)
     nodes = [product]
     if cast is not None:
@@ -72,6 +80,6 @@ def _sliced(graph: ir.Graph, split: ir.Node) -> bool:
         node.outputs[0].shape = ir.Shape([*list(joined.shape)[:-1], int(kept.sum())])
     again = nodes[-1]
     for old, new in zip(parts, again.outputs, strict=True):
-        new.type, new.shape = old.type, old.shape
-        ir.convenience.replace_all_uses_with(old, new)
+        new.type, new.shape, new.name, old.name = old.type, old.shape, old.name, None
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     return True

@@ -21,8 +21,9 @@ LATENTS, TIMESTEP, CLASS_LABELS, NOISE_PREDICTION = "latents", "timestep", "clas
 PROMPT, PROMPT_MASK = "encoder_hidden_states", "encoder_attention_mask"
 """Names of the text inputs, as diffusers calls them: embeddings (B, L, D), and (B, L) with 1 where a token is."""
 
-FULL, REUSE, CONDITIONING = "full", "reuse", "conditioning"
-"""Names of the graphs, of their engines and of their files. A bundle without optimization has the first two."""
+FULL, REUSE, CONDITIONING, FULL_CONDITIONING = "full", "reuse", "conditioning", "full_conditioning"
+"""Names of the graphs, of their engines and of their files. A bundle without optimization has the first two; the others
+compute what timestep and class decide before the loop, the last of them what only full steps read."""
 
 FEATURE = "feature."
 """A feature is named by this and the module path of its site, in both graphs."""

@@ -21,7 +21,17 @@ from fora_trt.engines.memory import bytes_of, check_room
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.models.examples import default_of
-from fora_trt.models.spec import CONDITIONING, FULL, LATENTS, NOISE_PREDICTION, REUSE, TIMESTEP, InputSpec, of_window
+from fora_trt.models.spec import (
+    CONDITIONING,
+    FULL,
+    FULL_CONDITIONING,
+    LATENTS,
+    NOISE_PREDICTION,
+    REUSE,
+    TIMESTEP,
+    InputSpec,
+    of_window,
+)
 from fora_trt.runtime.conditioning import check_values, inputs_of
 from fora_trt.runtime.table import ConditioningTable, take
 from fora_trt.schedule import Schedule, places_in_windows
@@ -83,7 +93,8 @@ class Denoiser:
 
     def __init__(self, engines: Mapping[str, Engine], manifest: Manifest, schedule: Schedule, backend: str) -> None:
         self.full, self.reuse = engines[FULL], engines[REUSE]
-        self.table = ConditioningTable(engines[CONDITIONING]) if CONDITIONING in engines else None
+        conditioning, of_full_steps = (engines.get(name) for name in (CONDITIONING, FULL_CONDITIONING))
+        self.table = None if conditioning is None else ConditioningTable(conditioning, of_full_steps)
         self.manifest = manifest
         self.schedule = schedule
         self.backend = backend
@@ -99,7 +110,7 @@ class Denoiser:
         self._scratch: tuple[int, int] | None = None
         self._batch = self._window = self._step = self._begun = self._summed = 0
         self._launches: dict[int, Launch] = {}
-        self._rows = self._here = torch.zeros(0, dtype=torch.int64)
+        self._rows = self._full_rows = self._here = self._here_full = torch.zeros(0, dtype=torch.int64)
         self._table_memory: object = None
         self._timesteps: Tensor | None = None
         self._followed: dict[str, Tensor] | None = None
@@ -147,9 +158,10 @@ class Denoiser:
         if window != self._window:
             self._window, self._batch, self._summed, self._allocation = window, 0, 0, object()
         if self.table is not None:
-            self.table.begin(timesteps, conditioning, batch, least=longest + 1)
+            full = [place == 0 for place in self._places]
+            self.table.begin(timesteps, full, conditioning, batch, least=longest + 1)
             self.table.fill(0)
-            self._prepare_rows(batch, longest)
+            self._prepare_rows(batch, longest, full)
         return self._places
 
     def turn_to(self, step: int) -> None:
@@ -157,15 +169,14 @@ class Denoiser:
 
         Steps are taken in order; within a window nothing is left to be done.
         """
-        place = self._places[step]
-        if self.table is None or (place > 0 and step > 0):
+        place, table = self._places[step], self.table
+        if table is None or (place > 0 and step > 0):
             return
-        longest = len(self._here) - 1
-        last = min(step + longest - place, len(self._places) - 1)
-        if last >= self.table.end or step < self.table.first:
-            self.table.fill(step)
-        held = step - self.table.first
-        self._here[place:].copy_(self._rows[held : held + longest + 1 - place])
+        behind = step + len(self._here) - place
+        if min(behind, len(self._places)) > table.end or step < table.first:
+            table.fill(step)
+        torch.sub(self._rows[step:behind], table.first * table.distinct, out=self._here[place:])
+        torch.sub(self._full_rows[step], table.first_full * table.distinct, out=self._here_full)
 
     def prepare(self, batch: int) -> object:
         """Let the engines use tensors of this batch; another object than the last time if memory has moved.
@@ -196,7 +207,8 @@ class Denoiser:
         if self.table is not None:
             for name, rows in self.table.rows.items():
                 if name in engine.inputs:
-                    take(rows, self._here[place, :batch], buffers[name])
+                    here = self._here_full if name in self.table.of_full_steps else self._here[place]
+                    take(rows, here[:batch], buffers[name])
                 if (ahead := of_window(name)) in engine.inputs:
                     take(rows, self._here[1:, :batch].flatten(), buffers[ahead].flatten(0, 1))
         if place == 0 and batch != self._summed:
@@ -309,19 +321,23 @@ class Denoiser:
             )
         return flags
 
-    def _prepare_rows(self, batch: int, longest: int) -> None:
-        """Which rows of the table each step that it holds reads; those behind the last are read and not used.
+    def _prepare_rows(self, batch: int, longest: int, full: Sequence[bool]) -> None:
+        """Which rows of the table each step reads; the steps of a window behind the last one are read and not used.
 
-        The rows of the window at hand are where every step of it finds them, (longest + 1, B).
+        The rows of the window at hand are where every step of it finds them, (longest + 1, B), and (B,) for what only
+        its full step reads.
         """
         table = self.table
         assert table is not None
-        steps = torch.arange(table.steps + longest).clamp_(max=table.steps - 1)
-        rows = (steps[:, None] * table.distinct + table.samples).to(self.device)
+        steps = torch.arange(len(full) + longest).clamp_(max=len(full) - 1)
+        self._rows, self._full_rows = (
+            (number[:, None] * table.distinct + table.samples).to(self.device)
+            for number in (steps, (torch.tensor(full).cumsum(0) - 1).clamp_(min=0))
+        )
         if self._here.shape != (here := (longest + 1, batch)) or self._table_memory is not table.memory:
-            self._here, self._table_memory = torch.zeros(here, dtype=torch.int64, device=self.device), table.memory
-            self._allocation = object()
-        self._rows = rows
+            self._here = torch.zeros(here, dtype=torch.int64, device=self.device)
+            self._here_full = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            self._table_memory, self._allocation = table.memory, object()
 
     def _sizes(self, batch: int) -> dict[str, int]:
         return {name: math.prod(one.sized(batch, self._window)) for name, one in self._tensors.items()}

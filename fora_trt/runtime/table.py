@@ -1,41 +1,50 @@
 """What timestep and class decide, computed before the loop: a row for each step and each distinct sample.
 
-Shapes: S steps, B samples of a batch (twice the images under guidance), U distinct ones among them: the null class of
-guidance is one, however many images there are.
+Shapes: S steps, F of them full, B samples of a batch (twice the images under guidance), U distinct ones among them: the
+null class of guidance is one, however many images there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy
 import torch
 from torch import Tensor
 
-from fora_trt.engines.base import Engine
+from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.memory import bytes_of
 from fora_trt.models.spec import TIMESTEP
 
 MOST_BYTES = 256 * 2**20
 """Of a table; a longer trajectory fills it several times."""
 
+ALONE = 2**14
+"""Numbers that torch copies in one thread."""
+
 
 class ConditioningTable:
-    """Outputs of the conditioning engine for a run of steps; `rows[name]` is (steps * U, ...), a step after the other.
+    """Outputs of the conditioning engines for a run of steps, a step after the other.
 
-    `samples` (B,) tells which of the U each sample is. Tables stay in place from trajectory to trajectory as long as
-    they are large enough; `memory` is another object when they moved. `calls` counts those of the engine, and `launch`
-    does the last one again.
+    `rows[name]` is (steps * U, ...); of the engine for what only full steps read it has the full steps alone, and its
+    name is in `of_full_steps`. `samples` (B,) tells which of the U each sample is. Rows stay in place from trajectory
+    to trajectory as long as there are enough; `memory` is another object when they moved. `launches` are the calls of
+    engines since `begin`.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self._names = engine, [name for name in engine.inputs if name != TIMESTEP]
+    def __init__(self, engine: Engine, full_engine: Engine | None = None) -> None:
+        self.engine, self.full_engine = engine, full_engine
+        names = (*engine.inputs, *(full_engine.inputs if full_engine else ()))
+        self._names = [name for name in dict.fromkeys(names) if name != TIMESTEP and name not in engine.outputs]
+        self.of_full_steps = frozenset(full_engine.outputs if full_engine else ())
         self.rows: dict[str, Tensor] = {}
         self.memory = object()
-        self.calls = 0
+        self.launches: list[tuple[Engine, Launch]] = []
 
-    def begin(self, timesteps: Tensor, given: Mapping[str, Tensor], batch: int, least: int) -> None:
-        """Take up a trajectory: timesteps (S,) or (S, B), and what conditions its samples, (B, ...).
+    def begin(
+        self, timesteps: Tensor, full: Sequence[bool], given: Mapping[str, Tensor], batch: int, least: int
+    ) -> None:
+        """Take up a trajectory: timesteps (S,) or (S, B), which are full, and what conditions its samples, (B, ...).
 
         A run has `least` steps or more.
         """
@@ -47,38 +56,55 @@ class ConditioningTable:
         distinct = torch.tensor([*places.values()])
         self._conditions = {name: one.cpu()[distinct] for name, one in samples.items()}
         self.samples = torch.tensor([[*places].index(key) for key in keys])
-        self.distinct, self._timesteps = len(distinct), times[:, distinct]
+        self.distinct, self._timesteps, self._full = len(distinct), times[:, distinct], torch.tensor(full)
         row = bytes_of(self.engine.outputs.values(), 1)
+        if self.full_engine is not None:
+            row += bytes_of(self.full_engine.outputs.values(), 1)
         self.steps = min(len(timesteps), max(least, MOST_BYTES // (row * self.distinct)))
-        if self._rows_held() < self.steps * self.distinct:
-            self._allocate(self.steps * self.distinct)
-        self.first = self.end = self.calls = 0
+        self._make_room(self.engine, self.steps)
+        if self.full_engine is not None:
+            self._make_room(self.full_engine, min(self.steps, sum(full)))
+        self.first = self.end = self.first_full = 0
+        self.launches = []
 
     def fill(self, first: int) -> None:
-        """Compute `steps` steps from `first` on, or as many as there are."""
+        """Compute `steps` steps from `first` on, or as many as there are; `first_full` full ones are before them."""
         self.first, self.end = first, min(first + self.steps, len(self._timesteps))
-        steps, count = self.end - self.first, (self.end - self.first) * self.distinct
+        self.first_full = int(self._full[:first].sum())
+        steps = self.end - self.first
         inputs = {TIMESTEP: self._timesteps[self.first : self.end].flatten()}
         inputs |= {name: one.repeat(steps, *[1] * (one.dim() - 1)) for name, one in self._conditions.items()}
-        specs, device = self.engine.inputs, self.engine.device
-        placed = {name: inputs[name].to(device, getattr(torch, spec.dtype)) for name, spec in specs.items()}
-        most = self.engine.most_rows or count
+        self._compute(self.engine, inputs, torch.ones(steps * self.distinct, dtype=torch.bool))
+        if self.full_engine is not None:
+            inputs |= {name: one[: steps * self.distinct] for name, one in self.rows.items()}
+            self._compute(self.full_engine, inputs, self._full[self.first : self.end].repeat_interleave(self.distinct))
+
+    def _compute(self, engine: Engine, inputs: Mapping[str, Tensor], wanted: Tensor) -> None:
+        """Call an engine on those rows of its inputs that are wanted."""
+        count, device = int(wanted.sum()), engine.device
+        placed = {}
+        for name, spec in engine.inputs.items():
+            rows = inputs[name] if count == len(wanted) else inputs[name][wanted.to(inputs[name].device)]
+            placed[name] = rows.to(device, getattr(torch, spec.dtype)).contiguous()
+        most = engine.most_rows or max(count, 1)
         for start in range(0, count, most):
             part = slice(start, min(start + most, count))
-            tensors = {name: one[part] for tensors in (placed, self.rows) for name, one in tensors.items()}
-            self.launch = self.engine.bind(tensors)
-            self.launch()
-            self.calls += 1
+            tensors = {name: one[part] for name, one in {**self.rows, **placed}.items()}
+            launch = engine.bind(tensors)
+            launch()
+            self.launches.append((engine, launch))
 
-    def _rows_held(self) -> int:
-        return min((len(one) for one in self.rows.values()), default=0)
-
-    def _allocate(self, rows: int) -> None:
-        self.rows, self.memory = {}, object()
+    def _make_room(self, engine: Engine, steps: int) -> None:
+        rows = steps * self.distinct
+        if min((len(self.rows[name]) if name in self.rows else 0 for name in engine.outputs), default=0) >= rows:
+            return
+        self.memory = object()
+        for name in engine.outputs:
+            self.rows.pop(name, None)
         with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
-            for spec in self.engine.outputs.values():
+            for spec in engine.outputs.values():
                 dtype = getattr(torch, spec.dtype)
-                self.rows[spec.name] = torch.zeros(spec.sized(rows), dtype=dtype, device=self.engine.device)
+                self.rows[spec.name] = torch.zeros(spec.sized(rows), dtype=dtype, device=engine.device)
 
 
 def take(rows: Tensor, index: Tensor, target: Tensor) -> None:
@@ -86,7 +112,7 @@ def take(rows: Tensor, index: Tensor, target: Tensor) -> None:
 
     On a CPU in one thread: those of torch go on spinning for a while after they were used, and slow the engine down.
     """
-    if rows.device.type == "cpu":
+    if rows.device.type == "cpu" and target.numel() > ALONE:
         numpy.take(rows.numpy(), index.numpy(), axis=0, out=target.numpy(), mode="clip")
     else:
         torch.index_select(rows, 0, index, out=target)
