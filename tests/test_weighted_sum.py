@@ -62,7 +62,7 @@ def kinds(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
-@pytest.mark.parametrize("window", [[], [1], [3], [0]])
+@pytest.mark.parametrize("window", [[], [0], [1], [3], [8], [10]])
 @pytest.mark.parametrize(("tokens", "channels", "terms"), [(4, 64, 2), (37, 80, 5), (16, 7, 8)])
 @pytest.mark.parametrize("begun", [None, "all", "sample", "shared"])
 def test_the_kernel_adds_up_what_the_operators_add_up(

@@ -80,7 +80,15 @@ static const Function *api;
 
 /* ---- the sum ---- */
 
-enum { MOST_TERMS = 64, LANES = 16, VECTORS = 4, STRIDE = LANES * VECTORS, TOKENS = 16, MOST_RANK = 8 };
+enum { MOST_TERMS = 64, TOKENS = 16, MOST_RANK = 8, STEPS = 6 };
+
+/* Sums of STEPS steps and VECTORS * LANES channels are kept in registers, of which there are 32 with AVX-512. */
+#ifdef __AVX512F__
+enum { LANES = 16, VECTORS = 4 };
+#else
+enum { LANES = 8, VECTORS = 2 };
+#endif
+enum { STRIDE = LANES * VECTORS };
 
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
@@ -90,37 +98,73 @@ typedef struct {
   size_t terms, window, batch, tokens, channels, blocks, begun_step, begun_sample; /* the last two are strides */
 } Sum;
 
-/* Block k: up to TOKENS tokens of one sample. A stretch of channels of all features stays in the nearest cache while it
-   is added up for every step of the window, in registers. */
+/* Where a stretch of channels of one token lies: in what the first step begins with, in its gates, in a feature, and in
+   its sum. Those of the next step are `begun_step`, `gate_step` and `sum_step` behind. */
+typedef struct {
+  size_t begun, gate, feature, sum, gate_step, sum_step;
+} Place;
+
+/* A stretch of a few steps: every feature is read once. What comes next is asked for ahead of time, it lies behind. */
+static inline __attribute__((always_inline)) void add_stretch(const Sum *sum, Place at, const size_t steps) {
+  Lanes totals[STEPS][VECTORS] = {0};
+  if (sum->begun)
+    for (size_t step = 0; step < steps; step++)
+      for (int v = 0; v < VECTORS; v++) {
+        const float *begun = sum->begun + at.begun + step * sum->begun_step + v * LANES;
+        totals[step][v] = *(const Lanes *)begun;
+        __builtin_prefetch(begun + STRIDE);
+      }
+  for (size_t term = 0; term < sum->terms; term++) {
+    const float *feature = sum->features[term] + at.feature, *gate = sum->gates[term] + at.gate;
+    Lanes stretch[VECTORS];
+    for (int v = 0; v < VECTORS; v++) {
+      stretch[v] = ((const Lanes *)feature)[v];
+      __builtin_prefetch(feature + STRIDE + v * LANES);
+    }
+    for (size_t step = 0; step < steps; step++)
+      for (int v = 0; v < VECTORS; v++)
+        totals[step][v] += ((const Lanes *)(gate + step * at.gate_step))[v] * stretch[v];
+  }
+  for (size_t step = 0; step < steps; step++)
+    for (int v = 0; v < VECTORS; v++) ((Lanes *)(sum->sums + at.sum + step * at.sum_step))[v] = totals[step][v];
+}
+
+/* Of the last channels, which are fewer than a stretch. */
+static void add_rest(const Sum *sum, Place at, size_t steps, size_t channels) {
+  for (size_t step = 0; step < steps; step++)
+    for (size_t c = 0; c < channels; c++) {
+      float total = sum->begun ? sum->begun[at.begun + step * sum->begun_step + c] : 0;
+      for (size_t term = 0; term < sum->terms; term++)
+        total += sum->gates[term][at.gate + step * at.gate_step + c] * sum->features[term][at.feature + c];
+      sum->sums[at.sum + step * at.sum_step + c] = total;
+    }
+}
+
+/* Block k: up to TOKENS tokens of one sample. */
 static void add_up(void *data, size_t k) {
   const Sum *sum = data;
   size_t sample = k / sum->blocks, first = k % sum->blocks * TOKENS, channels = sum->channels;
   size_t last = first + TOKENS < sum->tokens ? first + TOKENS : sum->tokens;
   for (size_t token = first; token < last; token++)
     for (size_t channel = 0; channel < channels; channel += STRIDE)
-      for (size_t step = 0; step < sum->window; step++) {
-        size_t gate = (step * sum->batch + sample) * channels + channel;
-        size_t feature = (sample * sum->tokens + token) * channels + channel;
-        size_t place = step * sum->batch * sum->tokens * channels + feature;
-        const float *begun = sum->begun;
-        if (begun) begun += step * sum->begun_step + sample * sum->begun_sample + token * channels + channel;
-        if (channel + STRIDE <= channels) {
-          Lanes total[VECTORS] = {0};
-          if (begun)
-            for (int v = 0; v < VECTORS; v++) total[v] = ((const Lanes *)begun)[v];
-          for (size_t term = 0; term < sum->terms; term++) {
-            const Lanes *g = (const Lanes *)(sum->gates[term] + gate);
-            const Lanes *f = (const Lanes *)(sum->features[term] + feature);
-            for (int v = 0; v < VECTORS; v++) total[v] += g[v] * f[v];
-          }
-          for (int v = 0; v < VECTORS; v++) ((Lanes *)(sum->sums + place))[v] = total[v];
-        } else {
-          for (size_t c = 0; c < channels - channel; c++) {
-            float total = begun ? begun[c] : 0;
-            for (size_t term = 0; term < sum->terms; term++)
-              total += sum->gates[term][gate + c] * sum->features[term][feature + c];
-            sum->sums[place + c] = total;
-          }
+      for (size_t step = 0; step < sum->window; step += STEPS) {
+        size_t steps = sum->window - step < STEPS ? sum->window - step : STEPS;
+        Place at = {.gate_step = sum->batch * channels, .sum_step = sum->batch * sum->tokens * channels};
+        at.begun = step * sum->begun_step + sample * sum->begun_sample + token * channels + channel;
+        at.gate = step * at.gate_step + sample * channels + channel;
+        at.feature = (sample * sum->tokens + token) * channels + channel;
+        at.sum = step * at.sum_step + at.feature;
+        if (channel + STRIDE > channels) {
+          add_rest(sum, at, steps, channels - channel);
+          continue;
+        }
+        switch (steps) { /* as a constant, so that the sums are in registers */
+          case 1: add_stretch(sum, at, 1); break;
+          case 2: add_stretch(sum, at, 2); break;
+          case 3: add_stretch(sum, at, 3); break;
+          case 4: add_stretch(sum, at, 4); break;
+          case 5: add_stretch(sum, at, 5); break;
+          default: add_stretch(sum, at, STEPS);
         }
       }
 }
