@@ -24,7 +24,7 @@ from fora_trt.export.hoist import GraphWriter, Numbering, early_part
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from fora_trt.runtime import table
-from fora_trt.runtime.conditioning import conditioning_of_classes
+from fora_trt.runtime.conditioning import conditioning_of_classes, example_conditioning
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.sampling import Guidance, Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
@@ -43,7 +43,7 @@ def bundles(exported: Bundle, optimized: dict[str, Bundle]) -> dict[str, Bundle]
 
 def sampler_of(bundle: Bundle, steps: int, scheduler: str | None = None) -> Sampler:
     denoiser = load(bundle, cache_interval=1, backend="onnxruntime", device="cpu")
-    chosen = scheduler_from_config(bundle.scheduler_config, scheduler, learned_sigma=True)
+    chosen = scheduler_from_config(bundle.scheduler_config, scheduler, bundle.manifest.latents.learned_sigma)
     return Sampler(denoiser, update_from_scheduler(chosen, steps))
 
 
@@ -109,6 +109,22 @@ def test_all_levels_give_the_same_latents(interval: int, bundles: dict[str, Bund
         got = latents(sampler_of(bundles[level], 50), Schedule.static(50, interval))
         assert GraphError.between(got, plain).relative < 1e-5
     assert GraphError.between(latents(sampler_of(bundles["none"], 50), Schedule.static(50, 1)), plain).relative > 1e-3
+
+
+@pytest.mark.slow
+def test_digits_are_the_same_at_every_level(tmp_path: Path) -> None:
+    model = model_from_source("digits")
+    made = {level: bundle_from_model(model, tmp_path / level, optimization=level) for level in ("none", *LEVELS)}
+    assert [bundle.manifest.optimization for bundle in made.values()] == ["none", *LEVELS]
+    samplers = {level: sampler_of(bundle, 50) for level, bundle in made.items()}
+    given = example_conditioning(made["none"].manifest, 4)
+    for interval in (2, 3, 5):
+        schedule = Schedule.static(50, interval)
+        ended = {level: sampler(schedule, given, range(4), 1.5).latents for level, sampler in samplers.items()}
+        for level in LEVELS:
+            error = (ended[level] - ended["none"]).abs().max().item()
+            print(f"{level} at interval {interval}: {error:.1e}")
+            assert error < 1e-4
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "heun", "pndm"])

@@ -410,3 +410,14 @@ def test_run_says_that_no_gpu_is_there(exported: Bundle) -> None:
     shown = fora("run", exported.folder, "--class-labels", "1", "--backend", "tensorrt-rtx")
     assert shown.exit_code == 1
     assert "tensorrt-rtx runs on NVIDIA GPUs, and there is none here that torch can use" in shown.output
+
+
+@pytest.mark.slow
+def test_every_attention_becomes_one_kernel(tmp_path: Path) -> None:
+    """Of the digits; the test of DiT-XL/2 sees to it for a published size."""
+    bundle = bundle_from_model(model_from_source("digits", "fp16"), tmp_path / "export" / "half")
+    target = target_of(library_from_name(TENSORRT_RTX), None)
+    options = PlanOptions(profiles=(default_profile(2),))
+    plans = build_plans(bundle, target, options, tmp_path / "engines")[0].manifest.plans
+    assert [one.fused for one in plans["full"].attentions] == [True] * 8
+    assert plans["reuse"].attentions == ()
