@@ -70,13 +70,13 @@ class Schedule:
         return self.steps / self.full_steps
 
 
-def places_in_windows(full: Iterable[bool]) -> list[int]:
+def places_in_windows(full: Iterable[bool], longest: int | None = None) -> list[int]:
     """For each step its place in its window: 0 is the full step, k the k-th reuse step behind it.
 
-    Steps may begin within a window; the first one of those is at place 1.
+    Steps may begin within a window; the first one of those is at place 1. A step behind `longest` reuse steps is full.
     """
     places, place = [], 0
     for flag in full:
-        place = 0 if flag else place + 1
+        place = 0 if flag or place == longest else place + 1
         places.append(place)
     return places

@@ -95,13 +95,14 @@ typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(s
 typedef struct {
   const float *begun, *gates[MOST_TERMS], *features[MOST_TERMS];
   float *sums;
-  size_t terms, window, batch, tokens, channels, blocks, begun_step, begun_sample; /* the last two are strides */
+  size_t terms, window, batch, tokens, channels, blocks;
+  size_t begun_step, begun_sample, gate_step, sum_step; /* strides */
 } Sum;
 
 /* Where a stretch of channels of one token lies: in what the first step begins with, in its gates, in a feature, and in
-   its sum. Those of the next step are `begun_step`, `gate_step` and `sum_step` behind. */
+   its sum. Those of the next step are a stride behind. */
 typedef struct {
-  size_t begun, gate, feature, sum, gate_step, sum_step;
+  size_t begun, gate, feature, sum;
 } Place;
 
 /* A stretch of a few steps: every feature is read once. What comes next is asked for ahead of time, it lies behind. */
@@ -123,10 +124,10 @@ static inline __attribute__((always_inline)) void add_stretch(const Sum *sum, Pl
     }
     for (size_t step = 0; step < steps; step++)
       for (int v = 0; v < VECTORS; v++)
-        totals[step][v] += ((const Lanes *)(gate + step * at.gate_step))[v] * stretch[v];
+        totals[step][v] += ((const Lanes *)(gate + step * sum->gate_step))[v] * stretch[v];
   }
   for (size_t step = 0; step < steps; step++)
-    for (int v = 0; v < VECTORS; v++) ((Lanes *)(sum->sums + at.sum + step * at.sum_step))[v] = totals[step][v];
+    for (int v = 0; v < VECTORS; v++) ((Lanes *)(sum->sums + at.sum + step * sum->sum_step))[v] = totals[step][v];
 }
 
 /* Of the last channels, which are fewer than a stretch. */
@@ -135,8 +136,8 @@ static void add_rest(const Sum *sum, Place at, size_t steps, size_t channels) {
     for (size_t c = 0; c < channels; c++) {
       float total = sum->begun ? sum->begun[at.begun + step * sum->begun_step + c] : 0;
       for (size_t term = 0; term < sum->terms; term++)
-        total += sum->gates[term][at.gate + step * at.gate_step + c] * sum->features[term][at.feature + c];
-      sum->sums[at.sum + step * at.sum_step + c] = total;
+        total += sum->gates[term][at.gate + step * sum->gate_step + c] * sum->features[term][at.feature + c];
+      sum->sums[at.sum + step * sum->sum_step + c] = total;
     }
 }
 
@@ -149,11 +150,11 @@ static void add_up(void *data, size_t k) {
     for (size_t channel = 0; channel < channels; channel += STRIDE)
       for (size_t step = 0; step < sum->window; step += STEPS) {
         size_t steps = sum->window - step < STEPS ? sum->window - step : STEPS;
-        Place at = {.gate_step = sum->batch * channels, .sum_step = sum->batch * sum->tokens * channels};
+        Place at;
         at.begun = step * sum->begun_step + sample * sum->begun_sample + token * channels + channel;
-        at.gate = step * at.gate_step + sample * channels + channel;
+        at.gate = step * sum->gate_step + sample * channels + channel;
         at.feature = (sample * sum->tokens + token) * channels + channel;
-        at.sum = step * at.sum_step + at.feature;
+        at.sum = step * sum->sum_step + at.feature;
         if (channel + STRIDE > channels) {
           add_rest(sum, at, steps, channels - channel);
           continue;
@@ -199,7 +200,9 @@ static Status *compute(void *kernel, Context *context) {
   sum.batch = (size_t)sizes[0], sum.tokens = (size_t)sizes[1], sum.channels = (size_t)sizes[2];
   sum.blocks = (sum.tokens + TOKENS - 1) / TOKENS;
   size_t sample = sum.tokens * sum.channels;
-  sum.begun_step = begun_rank == 4 ? sum.batch * sample : 0;
+  sum.gate_step = sum.batch * sum.channels;
+  sum.sum_step = sum.batch * sample;
+  sum.begun_step = begun_rank == 4 ? sum.sum_step : 0;
   sum.begun_sample = begun_rank == 4 || (begun_rank == 3 && begun_sizes[0] != 1) ? sample : 0;
   int64_t all[] = {(int64_t)sum.window, sizes[0], sizes[1], sizes[2]};
   Value *output;

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from fora_trt.export.nodes import is_read
 from fora_trt.models.spec import BATCH
 
 WIDENING = ("Cast", "Expand")
@@ -168,7 +169,7 @@ def replace_reads(model: ir.Model, replacements: dict[ir.Value, ir.Value]) -> No
 def drop_unread(model: ir.Model) -> None:
     """Remove nodes, constants and inputs that nobody reads."""
     RemoveUnusedNodesPass()(model)
-    read = [value for value in model.graph.inputs if value.uses() or value.is_graph_output()]
+    read = [value for value in model.graph.inputs if is_read(value)]
     model.graph.inputs.clear()
     model.graph.inputs.extend(read)
 

@@ -42,5 +42,10 @@ def new_value(
     return output
 
 
+def is_read(value: ir.Value) -> bool:
+    """Whether a node reads a value, or it is an output of its graph."""
+    return bool(value.uses()) or value.is_graph_output()
+
+
 def _alike(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()

@@ -11,7 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fora_trt.export.fold import fold
 from fora_trt.export.hoist import GraphWriter, Numbering, drop_unread, early_part, edge, replace_reads
-from fora_trt.export.nodes import int64_constant, new_value
+from fora_trt.export.nodes import int64_constant, is_read, new_value
 from fora_trt.export.slice_projections import SliceProjectionsPass, take_projection
 from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, HOISTED, REUSE, TensorSpec, of_window
 
@@ -78,10 +78,9 @@ def _parted(model: ir.Model, apart: Collection[str]) -> dict[str, ir.Model]:
     What the others need too is computed for both, and passes over. A projection of which both need parts becomes two.
     """
     graph = model.graph
-    for split in tuple(node for node in graph if node.op_type == "Split"):
-        kept = _nodes_behind(one for one in graph.outputs if one.name not in apart)
-        if split in kept:
-            take_projection(graph, split, [_is_read(one) and _is_apart(one, kept, apart) for one in split.outputs])
+    kept = _nodes_behind(one for one in graph.outputs if one.name not in apart)
+    for split in tuple(node for node in graph if node.op_type == "Split" and node in kept):
+        take_projection(graph, split, [is_read(one) and _is_apart(one, kept, apart) for one in split.outputs])
     Sequential(SliceProjectionsPass(), RemoveUnusedNodesPass())(model)
 
     kept = _nodes_behind(one for one in graph.outputs if one.name not in apart)
@@ -119,10 +118,6 @@ def _nodes_behind(values: Iterable[ir.Value]) -> set[ir.Node]:
             found.add(node)
             todo += [value for value in node.inputs if value is not None]
     return found
-
-
-def _is_read(value: ir.Value) -> bool:
-    return bool(value.uses()) or value.is_graph_output()
 
 
 def _is_apart(value: ir.Value, kept: set[ir.Node], apart: Collection[str]) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from fora_trt.export.nodes import constant, int64_constant
+from fora_trt.export.nodes import constant, int64_constant, is_read
 
 
 class SliceProjectionsPass(InPlacePass):
@@ -22,7 +22,7 @@ class SliceProjectionsPass(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         sliced = [
-            take_projection(model.graph, node, [bool(one.uses()) or one.is_graph_output() for one in node.outputs])
+            take_projection(model.graph, node, [is_read(one) for one in node.outputs])
             for node in tuple(model.graph)
             if node.op_type == "Split"
         ]

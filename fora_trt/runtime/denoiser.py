@@ -152,7 +152,7 @@ class Denoiser:
         `batch` rows of the largest step. More steps are full than were asked for where a window is longer than the
         engines admit. What timestep and class decide is computed now, so `prepare` comes after this.
         """
-        self._places = places_in_windows(self._with_short_windows(full))
+        self._places = self._short_windows(full)
         longest = max(self._places)
         window = longest if self._folded else 0
         if window != self._window:
@@ -307,19 +307,17 @@ class Denoiser:
         self.turn_to(self._step - self._begun)
         return self._places[self._step - self._begun]
 
-    def _with_short_windows(self, full: Sequence[bool]) -> list[bool]:
+    def _short_windows(self, full: Sequence[bool]) -> list[int]:
+        """The place of each step in its window, none of which is longer than the engines admit."""
         longest = self.full.longest_window if self._folded else None
-        flags, since = [], 0
-        for flag in full:
-            since = 0 if flag or (longest is not None and since >= longest) else since + 1
-            flags.append(since == 0)
-        if sum(flags) > sum(full):
+        places = places_in_windows(full, longest)
+        if (full_steps := places.count(0)) > sum(full):
             warn(
-                f"windows of more than {longest} reuse steps do not fit the plans: {sum(flags)} of {len(flags)} steps "
+                f"windows of more than {longest} reuse steps do not fit the plans: {full_steps} of {len(places)} steps "
                 f"are full instead of {sum(full)}",
                 stacklevel=4,
             )
-        return flags
+        return places
 
     def _prepare_rows(self, batch: int, longest: int, full: Sequence[bool]) -> None:
         """Which rows of the table each step reads; the steps of a window behind the last one are read and not used.

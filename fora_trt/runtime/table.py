@@ -74,18 +74,19 @@ class ConditioningTable:
         steps = self.end - self.first
         inputs = {TIMESTEP: self._timesteps[self.first : self.end].flatten()}
         inputs |= {name: one.repeat(steps, *[1] * (one.dim() - 1)) for name, one in self._conditions.items()}
-        self._compute(self.engine, inputs, torch.ones(steps * self.distinct, dtype=torch.bool))
+        self._compute(self.engine, inputs)
         if self.full_engine is not None:
             inputs |= {name: one[: steps * self.distinct] for name, one in self.rows.items()}
-            self._compute(self.full_engine, inputs, self._full[self.first : self.end].repeat_interleave(self.distinct))
+            wanted = self._full[self.first : self.end].repeat_interleave(self.distinct)
+            read = {name: inputs[name] for name in self.full_engine.inputs}
+            self._compute(self.full_engine, {name: one[wanted.to(one.device)] for name, one in read.items()})
 
-    def _compute(self, engine: Engine, inputs: Mapping[str, Tensor], wanted: Tensor) -> None:
-        """Call an engine on those rows of its inputs that are wanted."""
-        count, device = int(wanted.sum()), engine.device
-        placed = {}
-        for name, spec in engine.inputs.items():
-            rows = inputs[name] if count == len(wanted) else inputs[name][wanted.to(inputs[name].device)]
-            placed[name] = rows.to(device, getattr(torch, spec.dtype)).contiguous()
+    def _compute(self, engine: Engine, inputs: Mapping[str, Tensor]) -> None:
+        """Call an engine on all rows of its inputs, in as many calls as it needs."""
+        placed = {
+            name: inputs[name].to(engine.device, getattr(torch, one.dtype)) for name, one in engine.inputs.items()
+        }
+        count = len(next(iter(placed.values())))
         most = engine.most_rows or max(count, 1)
         for start in range(0, count, most):
             part = slice(start, min(start + most, count))
