@@ -218,7 +218,7 @@ def test_ctrl_c_during_export_leaves_the_old_bundle(bundle_copy: Path, pipeline_
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("tracing the reuse graph"):
+        if line.startswith("cutting the reuse graph"):
             process.send_signal(signal.SIGINT)
             break
     rest = process.stderr.read()

@@ -149,18 +149,11 @@ def fora(folder: Path, *arguments: str) -> tuple[str, float, float]:
 
 
 def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path) -> None:
-    """Export in two minutes; all plans in one, each attention of the full plan fused; found again at once.
-
-    Tracing is Python on one core, 80 s on some machines and 115 s on others; half a minute is left for other work on
-    the machine, and an export that took longer is tried once more.
-    """
+    """Export in two minutes; all plans in one, each attention of the full plan fused; found again at once."""
     export = ("export", "random:DiT-XL/2", "--precision", "fp16", "--name", "xl", "--force")
-    for _ in range(2):
-        _, seconds, gigabytes = fora(tmp_path, *export)
-        print(f"export: {seconds:.0f} s, {gigabytes:.2f} GB")
-        if seconds < 150:
-            break
-    assert seconds < 150
+    _, seconds, gigabytes = fora(tmp_path, *export)
+    print(f"export: {seconds:.0f} s, {gigabytes:.2f} GB")
+    assert seconds < 120
     assert gigabytes < 6
     found = json.loads(fora(tmp_path, "inspect", "export/xl", "--json")[0])
     assert found["optimization"] == "fold"

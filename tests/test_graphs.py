@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fora_trt.bundle import Bundle
 from fora_trt.errors import ExportError
-from fora_trt.export.graphs import graphs_from_model
+from fora_trt.export.graphs import graphs_from_model, save_graph
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.models.dit import share_embedders
 from fora_trt.models.examples import example_inputs
@@ -115,27 +115,62 @@ class Fixed(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("module_class", [Halves, Fixed])
-def test_a_model_that_specialises_its_batch_is_refused(module_class: type[nn.Module]) -> None:
+class Shared(nn.Module):
+    """Sites that put out what others read too: an input passed on, and a site within a site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.passed_on = nn.Linear(4, 4), nn.Dropout()
+        self.around = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        result: Tensor = 2 * hidden + self.passed_on(hidden) + self.around(hidden)
+        return result
+
+
+def _model_of(module: nn.Module, sites: list[str]) -> Model:
+    edge = ("batch", 4)
     spec = ModelSpec(
-        architecture=module_class.__name__,
-        inputs=(TensorSpec("latents", "float32", ("batch", 4)),),
-        output=TensorSpec("noise_prediction", "float32", ("batch", 4)),
-        cache_sites={"layer": ("layer",)},
+        architecture=type(module).__name__,
+        inputs=(TensorSpec("latents", "float32", edge),),
+        output=TensorSpec("noise_prediction", "float32", edge),
+        cache_sites={"layer": tuple(sites)},
     )
-    model = Model(
+    return Model(
         options=SourceOptions(source="here"),
         name="odd",
-        module=module_class().eval(),
+        module=module.eval(),
         spec=spec,
-        sites=[("layer", "layer")],
+        sites=[(site, "layer") for site in sites],
         config={},
         precision="fp32",
         half=None,
         scheduler={},
     )
+
+
+@pytest.mark.parametrize("module_class", [Halves, Fixed])
+def test_a_model_that_specialises_its_batch_is_refused(module_class: type[nn.Module]) -> None:
     with pytest.raises(ExportError, match="batch"):
-        graphs_from_model(model, 23)
+        graphs_from_model(_model_of(module_class(), ["layer"]), 23)
+
+
+@torch.no_grad()
+def test_the_reuse_graph_computes_anew_what_only_looks_like_a_feature(tmp_path: Path) -> None:
+    """The dropout passes on its input, which is read elsewhere too; the outer of two sites stands for the inner."""
+    import onnxruntime
+
+    module = Shared()
+    graphs = graphs_from_model(_model_of(module, ["passed_on", "around", "around.0"]), 23)
+    kept = ["feature.passed_on", "feature.around"]
+    assert [one.name for one in graphs.graphs["full"].outputs] == ["noise_prediction", *kept]
+    assert [site.module for site in graphs.sites] == ["passed_on", "around"]
+    save_graph(graphs.graphs["reuse"], tmp_path / "reuse.onnx")
+    latents, passed_on, around = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(4))
+    feeds = dict(zip(["latents", *kept], (latents.numpy(), passed_on.numpy(), around.numpy()), strict=True))
+    (reused,) = onnxruntime.InferenceSession(tmp_path / "reuse.onnx").run(None, feeds)
+    np.testing.assert_allclose(reused, (2 * module.first(latents) + passed_on + around).numpy(), atol=1e-6)
 
 
 def test_an_opset_out_of_range_is_refused(pipeline_folder: Path) -> None:

@@ -1,4 +1,8 @@
-"""Trace a split module to two ONNX graphs: stable names, one symbolic batch dimension, no mark of where."""
+"""Trace a split module to two ONNX graphs: stable names, one symbolic batch dimension, no mark of where.
+
+The full step is traced. The reuse graph is cut out of it, which is much faster than a second trace: features become
+inputs, and what nothing else was computed from is dropped.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ from fora_trt.bundle import tensor_spec
 from fora_trt.errors import ExportError, first_line
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
-from fora_trt.export.hoist import drop_unread
+from fora_trt.export.hoist import drop_unread, edge
 from fora_trt.export.optimize import optimized
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
 from fora_trt.export.slice_projections import SliceProjectionsPass
@@ -70,20 +74,17 @@ def graphs_from_model(
     if any(kind == OTHER for _, kind in model.sites):
         report("checking the cache sites")
         check_sites(model.module, model.spec, paths)
-    full, reuse = steps_of_module(model.module, model.spec, paths)
-    inputs = example_inputs(model.spec.inputs, model.spec.conditioning, TRACED_BATCH)
+    full, _ = steps_of_module(model.module, model.spec, paths)
+    full.cut_later = True
     report("tracing the full graph")
-    whole = _traced(full, inputs, lambda: [model.output.name, *full.features], opset)
+    whole = _traced(full, lambda: [model.output.name, *full.features], opset)
     features = {spec.name: spec for spec in map(tensor_spec, whole.graph.outputs[1:])}
     for spec in features.values():
         _check_shape(spec, f"the output of the cache site {spec.name.removeprefix(FEATURE)}")
-
-    report("tracing the reuse graph")
-    reuse.features = list(features)
-    stale = {
-        name: torch.zeros(spec.sized(TRACED_BATCH), dtype=getattr(torch, spec.dtype)) for name, spec in features.items()
-    }
-    light = _traced(reuse, inputs | stale, lambda: [model.output.name], opset)
+    report("cutting the reuse graph out of it")
+    light = _cut(whole)
+    for graph in (whole, light):
+        _tidy(graph, full)
     unread = features.keys() - {value.name for value in light.graph.inputs}
     _drop_outputs(whole, unread)
     sites = [
@@ -144,20 +145,43 @@ def program_from_step(step: Split, inputs: Mapping[str, Tensor]) -> torch.export
             ) from error
 
 
-def _traced(step: Split, inputs: Mapping[str, Tensor], outputs: Callable[[], list[str]], opset: int) -> ir.Model:
-    """`torch.export` first, which raises where the batch would be specialised; then ONNX, checked again.
+def _traced(step: FullStep, outputs: Callable[[], list[str]], opset: int) -> ir.Model:
+    """`torch.export` first, which raises where the batch would be specialised; then ONNX, as it comes.
 
-    `outputs` is asked for their names when the step has run. Inputs that nobody reads are dropped.
+    `outputs` is asked for their names when the step has run.
     """
     if opset not in OPSETS:
         raise ExportError(f"the opset is {opset}; fora-trt writes {OPSETS[0]} to {OPSETS[-1]}")
-    name = FULL if isinstance(step, FullStep) else REUSE
+    inputs = example_inputs(step.spec.inputs, step.spec.conditioning, TRACED_BATCH)
     program = program_from_step(step, inputs)
     with torch.no_grad(), quiet("torch.onnx"):
-        traced = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+        traced = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
     assert traced is not None
     model = traced.model
+    model.graph.name = FULL
     _rename(model.graph, list(inputs), outputs())
+    return model
+
+
+def _cut(model: ir.Model) -> ir.Model:
+    """The reuse graph: the rest of a full graph whose features, the outputs behind the first, are inputs."""
+    rest = model.clone()
+    graph = rest.graph
+    graph.name = REUSE
+    features = [*graph.outputs[1:]]
+    del graph.outputs[1:]
+    for value in features:
+        given = edge(str(value.name), value)
+        ir.convenience.replace_all_uses_with(value, given, replace_graph_outputs=True)
+        graph.inputs.append(given)
+    drop_unread(rest)
+    return rest
+
+
+def _tidy(model: ir.Model, step: FullStep) -> None:
+    """Optimize a graph, and check its edges again. Inputs that nobody reads are dropped."""
+    with quiet("torch.onnx"):
+        torch.onnx.ONNXProgram(model, None).optimize()
     _name_attentions(model.graph)
     Sequential(
         DropSqueezesPass(),
@@ -169,7 +193,7 @@ def _traced(step: Split, inputs: Mapping[str, Tensor], outputs: Callable[[], lis
         CommonSubexpressionEliminationPass(),
         ClearMetadataAndDocStringPass(),
     )(model)
-    model.graph.name = name
+    name = model.graph.name
     drop_unread(model)
     if LATENTS not in (value.name for value in model.graph.inputs):
         shown = ", ".join(step.sites[:3]) + (", ..." if len(step.sites) > 3 else "")
@@ -179,7 +203,6 @@ def _traced(step: Split, inputs: Mapping[str, Tensor], outputs: Callable[[], lis
     for value in (*model.graph.inputs, *model.graph.outputs):
         spec = tensor_spec(value)
         _check_shape(spec, f"{spec.name!r} of the {name} graph")
-    return model
 
 
 def _rename(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:

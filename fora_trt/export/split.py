@@ -2,11 +2,12 @@
 
 For the full step each site's `forward` is wrapped so that its output is also recorded; for the reuse step it is
 replaced by one that returns what was recorded. Nothing here knows an architecture: a site is a module path.
+A reuse step as an ONNX graph is not traced again, but cut out of the full one: `export.graphs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,11 @@ class Output:
     def features(self) -> list[str]:
         """Names of the tensors in it."""
         return [leaf for leaf, is_feature in zip(self.leaves, self.is_feature, strict=True) if is_feature]
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The output made up of these features by name; None for those that are not there."""
+        both = zip(self.leaves, self.is_feature, strict=True)
+        return tree_unflatten([tensors.get(leaf) if is_feature else leaf for leaf, is_feature in both], self.tree)
 
 
 NEVER_CALLED = Output(tree_flatten(None)[1], (None,), (False,))
@@ -66,9 +72,14 @@ class Split(nn.Module):
 
 
 class FullStep(Split):
-    """Inputs -> (prediction, features in the order of their sites): all of them, or those in `kept`."""
+    """Inputs -> (prediction, features in the order of their sites): all of them, or those in `kept`.
+
+    Where it is `cut_later`, what follows a site reads a copy that is this site's feature and nothing else: some sites
+    put out what others read too, such as their input, and a graph of it must not be cut there.
+    """
 
     kept: list[str] | None = None
+    cut_later: bool = False
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         features: dict[str, Tensor] = {}
@@ -83,6 +94,9 @@ class FullStep(Split):
                     )
                 seen.add(path)
                 self.outputs[path], tensors = _taken_apart(path, result)
+                if self.cut_later:
+                    tensors = {name: one.clone() for name, one in tensors.items()}
+                    result = self.outputs[path].of(tensors)
                 features.update(tensors)
                 return result
 
@@ -116,12 +130,7 @@ class ReuseStep(Split):
         given = dict(zip(self.features, tensors[count:], strict=True))
 
         def replay(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-            output = self.outputs[path]
-            leaves = [
-                given.get(leaf) if is_feature else leaf
-                for leaf, is_feature in zip(output.leaves, output.is_feature, strict=True)
-            ]
-            return lambda *args, **kwargs: tree_unflatten(leaves, output.tree)
+            return lambda *args, **kwargs: self.outputs[path].of(given)
 
         with _forwards_replaced(self.module, self.sites, replay):
             return (self.predict(tensors[:count]),)
