@@ -20,9 +20,11 @@ from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
     DeduplicateInitializersPass,
+    LiftConstantsToInitializersPass,
     NameFixPass,
     RemoveUnusedNodesPass,
 )
+from onnxscript.optimizer import fold_constants_ir
 from torch import Tensor
 
 from fora_trt.bundle import tensor_spec
@@ -179,8 +181,15 @@ def _cut(model: ir.Model) -> ir.Model:
 
 
 def _tidy(model: ir.Model, step: FullStep) -> None:
-    """Optimize a graph, and check its edges again. Inputs that nobody reads are dropped."""
+    """Optimize a graph, and check its edges again. Inputs that nobody reads are dropped.
+
+    What makes it small comes first: the time of the optimizer's rewriting grows with the square of the nodes.
+    """
+    once_only = (DeduplicateInitializersPass(), CommonSubexpressionEliminationPass())
     with quiet("torch.onnx"):
+        fold_constants_ir(model)
+        lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+        Sequential(RemoveUnusedNodesPass(), lift, *once_only)(model)
         torch.onnx.ONNXProgram(model, None).optimize()
     _name_attentions(model.graph)
     Sequential(
@@ -189,8 +198,7 @@ def _tidy(model: ir.Model, step: FullStep) -> None:
         PatchRowsPass(),
         PlainTransposesPass(),
         RemoveUnusedNodesPass(),
-        DeduplicateInitializersPass(),
-        CommonSubexpressionEliminationPass(),
+        *once_only,
         ClearMetadataAndDocStringPass(),
     )(model)
     name = model.graph.name
