@@ -19,8 +19,8 @@ test: $(VENV)/with-$(EXTRAS)
 
 # What is timed runs alone.
 test-slow: $(VENV)/with-$(EXTRAS)
-	$(BIN)/python -m pytest -m slow --durations=8 tests/test_figures.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --ignore tests/test_figures.py
+	$(BIN)/python -m pytest -m slow --durations=0 tests/test_figures.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=12 --ignore tests/test_figures.py
 
 # On a machine with an NVIDIA GPU, with whichever backends are wanted: make gpu-check EXTRAS=gpu,dev
 gpu-check: $(VENV)/with-$(EXTRAS)

@@ -1,0 +1,88 @@
+"""Whole trajectories of the digits and of DiT-S/2: exact, of digits that can be read, in memory that does not grow."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.digits_accuracy import digits_accuracy
+from fora_trt import Schedule, load
+from fora_trt.bundle import Bundle
+from fora_trt.evaluate.verify import compare_with_pytorch
+from fora_trt.export.write import bundle_from_model
+from fora_trt.models.sources import model_from_source
+from tests.test_denoiser import eager_fora, two_graphs
+
+pytestmark = pytest.mark.slow
+SOURCES = ("digits", "random:DiT-S/2")
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    folder = tmp_path_factory.mktemp("export")
+    return {
+        source: bundle_from_model(model_from_source(source), folder / source.replace("/", "-")) for source in SOURCES
+    }
+
+
+def test_digits_are_what_was_asked_for_and_caching_keeps_them(bundles: dict[str, Bundle]) -> None:
+    accuracy = digits_accuracy(bundles["digits"], (1, 3))
+    print(accuracy)
+    assert accuracy["real"] > 0.98
+    assert accuracy["interval 1"] >= 0.95
+    assert accuracy["interval 3"] >= accuracy["interval 1"] - 0.03
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_graphs_and_trajectories_equal_pytorch(bundles: dict[str, Bundle], source: str) -> None:
+    for comparison in compare_with_pytorch(bundles[source], "onnxruntime", torch.device("cpu")):
+        print(comparison)
+        assert comparison.passed, comparison
+        if comparison.what.endswith("graph"):
+            assert comparison.error.maximum <= 1e-4
+
+
+@pytest.mark.parametrize(("source", "interval"), [("digits", 2), ("digits", 3), ("digits", 5), ("random:DiT-S/2", 3)])
+def test_trajectories_equal_the_ten_lines(bundles: dict[str, Bundle], source: str, interval: int) -> None:
+    bundle = bundles[source]
+    denoiser = load(bundle, schedule=Schedule.static(50, interval), backend="onnxruntime", device="cpu")
+    shape = denoiser.full.inputs["latents"].sized(2)
+    latents, labels = torch.randn(shape, generator=torch.Generator().manual_seed(9)), torch.tensor([3, 7])
+    with torch.no_grad():
+        expected = eager_fora(model_from_source(source).module, latents, labels, 50, interval)
+    errors = [
+        ((got - want).abs().max() / want.abs().max()).item()
+        for got, want in zip(two_graphs(denoiser, latents, labels), expected, strict=True)
+    ]
+    print(f"{source}, interval {interval}: largest error of any step {max(errors):.1e}")
+    assert max(errors) <= 1e-3
+
+
+PEAK = """
+import resource, sys
+from fora_trt import Schedule, load
+from fora_trt.runtime.conditioning import conditioning_of_classes
+from fora_trt.runtime.sampling import Sampler
+from fora_trt.runtime.schedulers import scheduler_from_config
+from fora_trt.runtime.updates import update_from_scheduler
+from fora_trt.bundle import Bundle
+bundle, steps = Bundle.open(sys.argv[1]), int(sys.argv[2])
+denoiser = load(bundle, schedule=Schedule.static(steps, 3), backend="onnxruntime", device="cpu")
+scheduler = scheduler_from_config(bundle.scheduler_config, None, True)
+wanted = conditioning_of_classes(bundle.manifest, [1, 2])
+Sampler(denoiser, update_from_scheduler(scheduler, steps))(denoiser.schedule, wanted, [0, 1], 1.5)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_peak_memory_does_not_grow_with_steps(bundles: dict[str, Bundle]) -> None:
+    """All features of DiT-S/2 at this batch are 37 MiB; a copy of them per step, or of their sum, would show."""
+
+    def peak(steps: int) -> float:
+        command = [sys.executable, "-c", PEAK, str(bundles["random:DiT-S/2"].folder), str(steps)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024  # MiB
+
+    few, many = peak(6), peak(48)
+    print(f"peak memory {few:.0f} MiB at 6 steps, {many:.0f} MiB at 48")
+    assert many - few < 20
