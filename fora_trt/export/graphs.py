@@ -31,7 +31,7 @@ from fora_trt.bundle import tensor_spec
 from fora_trt.errors import ExportError, first_line
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
-from fora_trt.export.hoist import drop_unread, edge
+from fora_trt.export.hoist import drop_unread, edge, replace_reads
 from fora_trt.export.optimize import optimized
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
 from fora_trt.export.slice_projections import SliceProjectionsPass
@@ -79,7 +79,7 @@ def graphs_from_model(
     full, _ = steps_of_module(model.module, model.spec, paths)
     full.cut_later = True
     report("tracing the full graph")
-    whole = _traced(full, lambda: [model.output.name, *full.features], opset)
+    whole = _traced(full, model.output.name, opset)
     features = {spec.name: spec for spec in map(tensor_spec, whole.graph.outputs[1:])}
     for spec in features.values():
         _check_shape(spec, f"the output of the cache site {spec.name.removeprefix(FEATURE)}")
@@ -147,11 +147,8 @@ def program_from_step(step: Split, inputs: Mapping[str, Tensor]) -> torch.export
             ) from error
 
 
-def _traced(step: FullStep, outputs: Callable[[], list[str]], opset: int) -> ir.Model:
-    """`torch.export` first, which raises where the batch would be specialised; then ONNX, as it comes.
-
-    `outputs` is asked for their names when the step has run.
-    """
+def _traced(step: FullStep, prediction: str, opset: int) -> ir.Model:
+    """`torch.export` first, which raises where the batch would be specialised; then ONNX, as it comes."""
     if opset not in OPSETS:
         raise ExportError(f"the opset is {opset}; fora-trt writes {OPSETS[0]} to {OPSETS[-1]}")
     inputs = example_inputs(step.spec.inputs, step.spec.conditioning, TRACED_BATCH)
@@ -161,22 +158,17 @@ def _traced(step: FullStep, outputs: Callable[[], list[str]], opset: int) -> ir.
     assert traced is not None
     model = traced.model
     model.graph.name = FULL
-    _rename(model.graph, list(inputs), outputs())
+    _rename(model.graph, list(inputs), [prediction, *step.features])
     return model
 
 
 def _cut(model: ir.Model) -> ir.Model:
     """The reuse graph: the rest of a full graph whose features, the outputs behind the first, are inputs."""
     rest = model.clone()
-    graph = rest.graph
-    graph.name = REUSE
-    features = [*graph.outputs[1:]]
-    del graph.outputs[1:]
-    for value in features:
-        given = edge(str(value.name), value)
-        ir.convenience.replace_all_uses_with(value, given, replace_graph_outputs=True)
-        graph.inputs.append(given)
-    drop_unread(rest)
+    rest.graph.name = REUSE
+    features = [*rest.graph.outputs[1:]]
+    del rest.graph.outputs[1:]
+    replace_reads(rest, {value: edge(str(value.name), value) for value in features})
     return rest
 
 

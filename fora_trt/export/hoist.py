@@ -159,9 +159,9 @@ class GraphWriter:
 
 
 def replace_reads(model: ir.Model, replacements: dict[ir.Value, ir.Value]) -> None:
-    """Let readers of some values read inputs instead, which are appended; then drop what nobody reads any more."""
+    """Let all that read some values, outputs too, read inputs instead, which are appended; then drop what is unread."""
     for value, replacement in replacements.items():
-        ir.convenience.replace_all_uses_with(value, replacement)
+        ir.convenience.replace_all_uses_with(value, replacement, replace_graph_outputs=True)
     model.graph.inputs.extend(dict.fromkeys(replacements.values()))
     drop_unread(model)
 
