@@ -23,11 +23,11 @@ from fora_trt.runtime.sampling import Sampler, sample_in_batches
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
 
+PER_CLASS = 50
 
-def digits_accuracy(
-    bundle: Bundle, cache_intervals: Sequence[int], guidance_scale: float = 1.5, per_class: int = 50
-) -> dict[str, float]:
-    """Part of digits, `per_class` of each, DDIM with 50 steps, that is read as asked for; by cache interval.
+
+def digits_accuracy(bundle: Bundle, cache_intervals: Sequence[int], guidance_scale: float = 1.5) -> dict[str, float]:
+    """Part of 500 digits, 50 per class, DDIM with 50 steps, that is read as asked for; by cache interval.
 
     `real` is what the classifier, a support vector machine, reads right of the real digits that it was not trained on.
     """
@@ -36,7 +36,7 @@ def digits_accuracy(
         data.data, data.target, test_size=0.25, random_state=0, stratify=data.target
     )
     classifier = SVC(gamma=0.001, C=10).fit(seen, classes)
-    labels = [digit for digit in range(10) for _ in range(per_class)]
+    labels = [digit for digit in range(10) for _ in range(PER_CLASS)]
     denoiser = load(bundle, schedule=Schedule.static(50, 1), device="cpu")
     scheduler = scheduler_from_config(bundle.scheduler_config, "ddim", learned_sigma=True)
     sampler = Sampler(denoiser, update_from_scheduler(scheduler, 50))

@@ -27,7 +27,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 
 
 def test_digits_are_what_was_asked_for_and_caching_keeps_them(bundles: dict[str, Bundle]) -> None:
-    accuracy = digits_accuracy(bundles["digits"], (1, 3), per_class=20)  # the README's figures are of 50
+    accuracy = digits_accuracy(bundles["digits"], (1, 3))
     print(accuracy)
     assert accuracy["real"] > 0.98
     assert accuracy["interval 1"] >= 0.95
