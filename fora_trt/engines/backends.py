@@ -103,7 +103,7 @@ BACKENDS = {
             _onnxruntime_has_cuda,
         ),
         Backend("torch", ("torch",), "fora_trt.engines.torch_engine", lambda: None, lambda: True),
-        Backend("torch-compile", ("torch",), "fora_trt.engines.torch_compile_engine", _compiler_problem, lambda: True),
+        Backend("torch-compile", ("torch",), "fora_trt.engines.torch_engine", _compiler_problem, lambda: True),
     )
 }
 AUTO = "auto"

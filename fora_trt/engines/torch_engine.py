@@ -1,78 +1,87 @@
-"""The `torch` backend: the module itself, split at its cache sites and run eagerly. It is the reference.
+"""The backends `torch` and `torch-compile`: the graphs of a bundle as PyTorch modules, no checkpoint, on any device.
 
-What is done to the graphs of a bundle is not done here: both steps read all inputs, and features pass between them.
+`torch-compile` compiles the full and the reuse graph by inductor, for each batch and window when it is first run. The
+conditioning graphs run once before a loop, with another number of rows each time, and are not worth that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fora_trt.bundle import Bundle
+from fora_trt.bundle import Bundle, GraphRecord
 from fora_trt.engines.base import Engine, Launch
-from fora_trt.errors import BackendError, ExportError, ModelError
-from fora_trt.export.split import Split, steps_of_module
-from fora_trt.export.write import weights_digest
-from fora_trt.models.sources import model_from_source
-from fora_trt.models.spec import FULL, REUSE, Model
+from fora_trt.engines.cuda_graphs import Replay
+from fora_trt.engines.torch_graph import TorchGraph
+from fora_trt.errors import BackendError, first_line
+from fora_trt.models.spec import FULL, REUSE
+from fora_trt.quiet import quiet
+
+COMPILED = "torch-compile"
+
+Run = Callable[..., object]
 
 
 class TorchEngine(Engine):
-    """One step of a split module; its results are copied to the bound outputs."""
+    """A graph as PyTorch modules over one copy of its weights, a module for each batch and window.
 
-    def __init__(self, step: Split, bundle: Bundle, graph: str, device: torch.device) -> None:
-        manifest, features = bundle.manifest, bundle.manifest.features()
-        prediction = manifest.graphs[FULL].outputs[:1]
-        if graph == FULL:
-            super().__init__(manifest.inputs, (*prediction, *features), device)
-        else:
-            super().__init__((*manifest.inputs, *features), prediction, device)
-        self._step = step
+    With `replays` a launch on a GPU is captured as a CUDA graph at its second call.
+    """
+
+    def __init__(self, path: Path, record: GraphRecord, device: torch.device, replays: bool = False) -> None:
+        super().__init__(record.inputs, record.outputs, device)
+        self._graph, self._replays = TorchGraph(path, device), replays
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
-        sources = [tensors[name] for name in self._step.names]  # a module takes all inputs, also those it ignores
-        return partial(self._run, sources, [tensors[name] for name in self.outputs])
+        shapes = {name: tuple(tensors[name].shape) for name in self.inputs}
+        launch = partial(self._call, self._run_of(shapes), [tensors[name] for name in (*self.inputs, *self.outputs)])
+        return Replay(launch, self.device) if self._replays else launch
 
-    @torch.inference_mode()
-    def _run(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        for target, result in zip(targets, self._step(*sources), strict=True):
-            target.copy_(result)
+    def is_capturable(self) -> bool:
+        return self._replays
 
+    def _run_of(self, shapes: Mapping[str, tuple[int, ...]]) -> Run:
+        return self._graph.module(shapes, [*self.outputs], into=True).forward
 
-def engines_from_bundle(bundle: Bundle, device: torch.device, *_: object) -> dict[str, Engine]:
-    """Both engines, over one copy of the module."""
-    return {name: TorchEngine(step, bundle, name, device) for name, step in steps_from_bundle(bundle, device).items()}
-
-
-def steps_from_bundle(bundle: Bundle, device: torch.device) -> dict[str, Split]:
-    """The full and the reuse step of the module that a bundle was exported from. Raises `BackendError`."""
-    model = model_from_bundle(bundle)
-    sites, features = bundle.manifest.cache_sites, [feature.name for feature in bundle.manifest.features()]
-    full, reuse = steps_of_module(model.module.to(device), model.spec, [site.module for site in sites], features)
-    return {FULL: full, REUSE: reuse}
+    @torch.inference_mode()  # in every call alike: another mode would compile anew, within a capture even
+    def _call(self, run: Run, tensors: Sequence[Tensor]) -> None:
+        run(*tensors)
 
 
-def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
-    """Load the module that a bundle was exported from, and make sure that it is the same.
+class TorchCompileEngine(TorchEngine):
+    """The same modules, compiled when they first run, which takes a while."""
 
-    In another `precision` than the bundle's the weights are others too, and are not compared. Raises `BackendError` if
-    the source is no longer there or has other weights.
-    """
-    record, sites = bundle.manifest.model, [site.module for site in bundle.manifest.cache_sites]
-    source = record.options.source
-    try:
-        model = model_from_source(record.options, precision or bundle.manifest.precision, sites)
-    except (ModelError, ExportError) as error:
-        raise BackendError(
-            f"PyTorch needs the checkpoint that {bundle.folder} was exported from, "
-            f"and {source!r} cannot be loaded: {error}"
-        ) from error
-    if model.precision == bundle.manifest.precision and weights_digest(model.module) != record.weights_sha256:
-        raise BackendError(
-            f"{source!r} has other weights than those {bundle.folder} was exported from; "
-            f"export it again: fora-trt export {source} --name {bundle.manifest.name} --force"
-        )
-    return model
+    def __init__(self, path: Path, record: GraphRecord, device: torch.device) -> None:
+        super().__init__(path, record, device, replays=True)
+        self._compiled: dict[object, Run] = {}
+
+    def _run_of(self, shapes: Mapping[str, tuple[int, ...]]) -> Run:
+        key = tuple(shapes.items())
+        if key not in self._compiled:
+            self._compiled[key] = torch.compile(super()._run_of(shapes), fullgraph=True, dynamic=False)
+        return self._compiled[key]
+
+    def _call(self, run: Run, tensors: Sequence[Tensor]) -> None:
+        try:
+            with quiet("torch._inductor"):
+                super()._call(run, tensors)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, torch._dynamo.exc.FailOnRecompileLimitHit) as error:  # dynamo's own are RuntimeErrors
+            raise BackendError(f"torch.compile cannot compile or run this graph: {first_line(error)}") from error
+
+
+def engines_from_bundle(bundle: Bundle, device: torch.device, _: object, backend: str) -> dict[str, Engine]:
+    """An engine for each graph. Raises `BackendError` for a graph with an operator that PyTorch has no function for."""
+    engines: dict[str, Engine] = {}
+    for name, record in bundle.manifest.graphs.items():
+        path, of_a_step = bundle.graph_path(name), name in (FULL, REUSE)
+        if backend == COMPILED and of_a_step:
+            engines[name] = TorchCompileEngine(path, record, device)
+        else:
+            engines[name] = TorchEngine(path, record, device, replays=of_a_step)
+    return engines

@@ -18,7 +18,6 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxruntime
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -36,6 +35,8 @@ def kernel_library() -> Path | None:
 
     The compiler is `cc`, or what the environment variable `CC` says.
     """
+    import onnxruntime  # here: the pass is of use to other backends too
+
     folder = tempfile.TemporaryDirectory(prefix="fora-trt-")
     atexit.register(folder.cleanup)
     library = Path(folder.name) / "weighted_sum.so"
