@@ -112,10 +112,10 @@ class PlanLaunch:
 
     def __init__(self, engine: TensorRTEngine, context: Context, addresses: Mapping[str, int]) -> None:
         self._engine, self._context, self._warm = engine, context, False
-        for name, address in addresses.items():
-            engine.checked(context.made.set_tensor_address(name, address), f"bind {name}")
         this = weakref.proxy(self)  # the graph must be freed with the launch, not by the garbage collector
         self._replay = Replay(lambda: this._execute(), engine.device, lambda: this.is_capturable())
+        for name, address in addresses.items():
+            engine.checked(context.made.set_tensor_address(name, address), f"bind {name}")
 
     def __call__(self) -> None:
         if self._context.scratch != self._engine.scratch.place():  # new, or grown when another engine was bound
@@ -254,9 +254,8 @@ class TensorRTEngine(Engine):
             self.checked(context.made.set_input_shape(name, spec.sized(*sizes)), f"take the shape of {name}")
         if missing := context.made.infer_shapes():
             raise BackendError(f"{self.library.backend} cannot infer the shape of {', '.join(missing)}")
-        self.library.log.clear()
         context.needed = int(context.made.update_device_memory_size_for_shapes())
-        if context.needed <= 0 and self.library.log.errors:  # 0 without an error is a plan that needs no scratch
+        if context.needed <= 0 < self._engine.device_memory_size_v2:  # 0 is right only for a plan without any scratch
             raise BackendError(
                 f"{self.library.backend} could not tell how much scratch memory a batch of {sizes[0]} needs: "
                 f"{self.library.log.reason()}"
