@@ -38,7 +38,7 @@ COMMON: Declared = {
     "IOptimizationProfile": {"set_shape": 4},
     "ITimingCache": {"serialize": 0},
     "Runtime": {"__init__": 1, "engine_host_code_allowed": SET, "deserialize_cuda_engine": 1},
-    "ICudaEngine": {"create_runtime_config": 0, "create_execution_context": 1},
+    "ICudaEngine": {"create_runtime_config": 0, "create_execution_context": 1, "device_memory_size_v2": GET},
     "IRuntimeConfig": {"set_execution_context_allocation_strategy": 1},
     "IExecutionContext": {
         "set_optimization_profile_async": 2, "set_input_shape": 2, "infer_shapes": 0, "set_tensor_address": 2,
@@ -118,6 +118,7 @@ class Recorder:
             "ITimingCache.serialize": b"timings",
             "IRuntimeCache.serialize": b"kernels",
             "IBuilderConfig.add_optimization_profile": 0,
+            "ICudaEngine.device_memory_size_v2": 2**20,
             "IExecutionContext.infer_shapes": [],
             "IExecutionContext.update_device_memory_size_for_shapes": 1024,
             "Builder.build_serialized_network_to_stream": lambda _, __, ___, writer: writer.write(b"plan") == 4,

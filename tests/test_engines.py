@@ -1,5 +1,4 @@
 import importlib.util
-from importlib import metadata
 from typing import Any
 
 import pytest
@@ -72,17 +71,6 @@ def test_a_backend_that_is_not_installed_says_how_to_install_it(
     with pytest.raises(BackendError, match=r"onnxruntime is not installed; pip install 'fora-trt\[cpu\]'"):
         load(exported, schedule=Schedule.static(2, 1), backend="onnxruntime")
     assert backend_from_name("auto").name == "torch"
-
-
-def test_both_onnxruntimes_at_once_are_refused(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = metadata.version
-
-    def both(name: str) -> Any:
-        return "1.30" if name.startswith("onnxruntime") else version(name)
-
-    monkeypatch.setattr("fora_trt.engines.backends.metadata.version", both)
-    with pytest.raises(BackendError, match="onnxruntime and onnxruntime-gpu are both installed"):
-        load(exported, schedule=Schedule.static(2, 1), backend="onnxruntime")
 
 
 def test_torch_refuses_a_checkpoint_that_changed(exported: Bundle, bundle_copy: Any) -> None:

@@ -86,6 +86,17 @@ def test_nothing_is_copied_or_waited_for_between_steps(
 
 
 @pytest.mark.gpu
+def test_onnxruntime_is_not_waited_for_between_steps(exported: Bundle, engines: Path) -> None:
+    """It is launched kernel by kernel, on its own stream, in the order of the scheduler's work."""
+    sampler = sampler_of(exported, "onnxruntime", engines)
+    schedule, wanted = Schedule.static(8, 3), conditioning_of_classes(exported.manifest, [1, 2])
+    for _ in range(2):
+        sampler(schedule, wanted, [0, 1], 1.5)
+    transfers = transfers_between_steps(sampler, schedule, images=2)
+    assert transfers["synchronizations"] == transfers["device to host"] == transfers["launches of graphs"] == 0
+
+
+@pytest.mark.gpu
 def test_the_count_of_transfers_can_fail() -> None:
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU here that torch can use")

@@ -164,12 +164,14 @@ def test_a_step_runs_then_is_captured_then_is_replayed_until_tensors_move(
     engine = rig.start()["full"]
     asked = ["IExecutionContext.is_stream_capturable"] if backend == TENSORRT_RTX else []
     saved = ["IRuntimeCache.serialize"] if backend == TENSORRT_RTX else []
-    for told, saves in (([MEMORY], saved), ([], [])):
+    launches = []  # all stay, so each has a context of its own
+    for saves in (saved, []):
         launch = engine.bind(buffers_for(engine, 2))
+        launches.append(launch)
         mark = rig.mark()
         launch()
         wait = "Stream.wait_stream"
-        assert rig.names_since(mark) == [wait, *told, EXECUTE, wait, *saves]
+        assert rig.names_since(mark) == [wait, MEMORY, EXECUTE, wait, *saves]
         mark = rig.mark()
         launch()
         assert rig.names_since(mark) == [*asked, "torch.cuda.graph", EXECUTE, "CUDAGraph.replay"]
@@ -178,6 +180,66 @@ def test_a_step_runs_then_is_captured_then_is_replayed_until_tensors_move(
         assert rig.names_since(mark) == ["CUDAGraph.replay"]
     executed = [(1001,)] * 2 + [(1002,)] * 2
     assert rig.recorder.named(EXECUTE) == executed, "not on streams beside the caller's, 1000"
+
+
+@pytest.mark.parametrize("backend", [TENSORRT, TENSORRT_RTX])
+def test_a_launch_is_captured_by_others_only_after_it_ran(rig_for: Callable[[str], Rig], backend: str) -> None:
+    rig = rig_for(backend)
+    full, reuse = rig.start().values()  # contexts 1 and 2
+    rig.recorder.results[SCRATCH] = lambda context: 2**20 if context.label == "IExecutionContext 2" else 4096
+    launch = full.bind(buffers_for(full, 2))
+    for before in ("its first run", "a run on the scratch that grew"):
+        assert not full.can_capture(launch), before
+        rig.cuda.capturing, executed = True, len(rig.recorder.named(EXECUTE))
+        with pytest.raises(BackendError, match="captured before it ran at this batch; run it once outside the capture"):
+            launch()
+        assert len(rig.recorder.named(EXECUTE)) == executed, "a graph would hold it"
+        rig.cuda.capturing = False
+        launch()
+        assert full.can_capture(launch)
+        assert not full.can_capture(full.bind(buffers_for(full, 2))), "another launch"
+        reuse.bind(buffers_for(reuse, 2))  # grows the scratch, the first time
+    rig.cuda.capturing = True
+    launch()
+
+
+def test_every_launch_has_a_context_that_stays_as_it_was_bound(rig: Rig) -> None:
+    """Other launches, another batch and questions about scratch go to other contexts."""
+    engine = rig.start()["full"]
+    first, second = step(engine, 2), step(engine, 2)
+    engine.scratch_bytes(4)
+    third, mark = step(engine, 3), rig.mark()
+    for launch in (first, second, third, first):
+        launch()
+    calls = [call for call in rig.recorder.since(mark) if call.name.startswith("IExecutionContext")]
+    assert [call.name for call in calls] == [EXECUTE] * 3, "the second run of each, captured; then a replay"
+    assert len({call.owner for call in calls}) == 3
+
+
+def test_the_context_of_a_freed_launch_serves_the_next_one(rig: Rig) -> None:
+    engines = rig.start()
+    engine = engines["full"]
+    launches = [step(engine, 2), step(engine, 4)]
+    launches.clear()
+    mark = rig.mark()
+    step(engine, 4)
+    calls = [call.name for call in rig.recorder.since(mark, "IExecutionContext 3")]
+    bound = ["IExecutionContext.set_tensor_address"] * (len(engine.inputs) + len(engine.outputs))
+    assert calls == [*bound, EXECUTE], "its shapes and scratch are those that it had"
+    assert len(rig.recorder.named("ICudaEngine.create_execution_context")) == 3, "two of this engine, one of the other"
+    assert not [call for call in rig.recorder.calls if call.name == "IExecutionContext.__del__"]
+
+
+def test_scratch_of_no_size_is_an_error_unless_the_plan_needs_none(rig: Rig) -> None:
+    engine = rig.start()["full"]
+    rig.recorder.fail(SCRATCH, 0, "Error Code 3: API Usage Error")
+    message = "^tensorrt could not tell how much scratch memory a batch of 2 needs: Error Code 3: API Usage Error$"
+    for ask in (lambda: engine.scratch_bytes(2), lambda: step(engine)):
+        with pytest.raises(BackendError, match=message):
+            ask()
+    rig.recorder.results |= {"ICudaEngine.device_memory_size_v2": 0, SCRATCH: 0}
+    step(engine)
+    assert engine.scratch_bytes(2) == 0
 
 
 def test_a_stream_that_cannot_be_captured_is_run_on_each_time(rtx: Rig) -> None:
@@ -251,6 +313,46 @@ def test_a_window_is_one_launch_once_it_was_captured(rig: Rig, level: str, optim
     seen = list[int]()
     sampler(schedule, given, [0, 1], 1.5, observe=lambda latents: seen.append(len(latents)))
     assert seen == [2] * 10, "who watches the latents sees all"
+
+
+@pytest.mark.parametrize("level", ["none", "fold"])
+def test_only_a_window_whose_launches_all_ran_is_captured(rig: Rig, level: str, optimized: dict[str, Bundle]) -> None:
+    rig.bundle = optimized.get(level, rig.bundle)
+    denoiser = rig.denoiser()
+    inputs = {"latents": torch.zeros(2, 4, 8, 8), "timestep": 3, "class_labels": torch.tensor([1, 2])}
+    given = {"class_labels": torch.tensor([1, 2])}
+    assert not denoiser.is_capturable(), "no step is known"
+    full = [True, False, False, True]
+    places = denoiser.begin(torch.tensor([900.0, 700, 500, 300]), full, given, batch=2)
+    memory = denoiser.prepare(2)
+    captured = []
+    for step, place in enumerate(places[:3]):
+        denoiser.turn_to(0)
+        captured.append(denoiser.is_capturable())
+        denoiser.turn_to(3)
+        assert denoiser.is_capturable() == (step > 0), "its window has the full step alone"
+        denoiser.turn_to(step)
+        denoiser.predict(place, **inputs)  # type: ignore[arg-type] # values of several types
+    denoiser.turn_to(0)
+    assert [*captured, denoiser.is_capturable()] == [False, False, level == "none", True]
+
+    assert denoiser.prepare(2) is memory
+    denoiser.prepare(1)
+    assert denoiser.prepare(2) is not memory, "captured steps would go on with launches that are no more"
+    assert not denoiser.is_capturable(), "it was bound anew"
+
+
+def test_a_trajectory_of_another_batch_in_between_is_followed_by_a_first_run(rig: Rig) -> None:
+    denoiser = rig.denoiser()
+    scheduler = scheduler_from_config(rig.bundle.scheduler_config, None, rig.bundle.manifest.latents.learned_sigma)
+    sampler, other = (Sampler(denoiser, update_from_scheduler(scheduler, 2)) for _ in range(2))
+    both = conditioning_of_classes(rig.bundle.manifest, [1, 2])
+    schedule, captures = Schedule((True, False)), []
+    for one, given in ((sampler, both), (other, both.at([0])), (sampler, both), (sampler, both), (sampler, both)):
+        mark = rig.mark()
+        one(schedule, given, range(given.images), 1.5)
+        captures.append(rig.names_since(mark).count("torch.cuda.graph"))
+    assert captures == [0, 0, 0, 1, 0]
 
 
 def test_the_reuse_engine_reads_its_step_of_the_sums_where_it_is(rig: Rig, optimized: dict[str, Bundle]) -> None:
@@ -352,8 +454,9 @@ def test_a_graph_is_freed_before_its_context_and_that_before_its_engine(rig: Rig
         engine.close()  # type: ignore[attr-defined] # of this backend alone
     del engine, launch
     names = [call.name for call in rig.recorder.calls[mark:]]
-    freed = ["CUDAGraph.__del__", "IExecutionContext.__del__", "ICudaEngine.__del__"]
-    assert names == ["torch.cuda.synchronize", *freed]
+    first = ["torch.cuda.synchronize", "CUDAGraph.__del__"]
+    freed = ["IExecutionContext.__del__", "IRuntimeConfig.__del__", "ICudaEngine.__del__"]
+    assert names == [*(first if way == "close" else reversed(first)), *freed]
 
 
 def test_compiled_kernels_are_kept_for_the_next_engine_unless_they_were_altered(rtx: Rig) -> None:
@@ -365,6 +468,21 @@ def test_compiled_kernels_are_kept_for_the_next_engine_unless_they_were_altered(
     kept.write_bytes(kept.read_bytes() + b"!")
     rtx.start()
     assert len(rtx.recorder.named("IRuntimeCache.deserialize")) == 1
+
+
+def test_kernels_of_another_batch_are_kept_too_and_looked_for_once_a_batch(rtx: Rig) -> None:
+    kernels = [b"of 2", b"of 2 and 4"]
+    rtx.recorder.results["IRuntimeCache.serialize"] = lambda cache: kernels[0]
+    engine = rtx.start()["full"]
+    launches = [step(engine), step(engine)]
+    assert len(rtx.recorder.named("IRuntimeCache.serialize")) == 1, "the second launch is at the same batch"
+    del kernels[0]
+    launches.append(step(engine, batch=4))
+    (kept,) = rtx.source.folder.rglob("full.sm89.kernels")
+    assert kept.read_bytes()[32:] == b"of 2 and 4"
+    for launch in launches:
+        launch()
+    assert len(rtx.recorder.named("IRuntimeCache.serialize")) == 2
 
 
 def test_kernels_that_cannot_be_written_are_no_error(rtx: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fora_trt.engines.plan_store import PlanSource
@@ -48,22 +49,61 @@ class Backend:
         return engines
 
 
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+"""Distributions that install the same module, `onnxruntime`."""
+
+OLDEST_ONNXRUNTIME = {"cpu": (1, 23), "cuda": (1, 31)}
+"""By type of device. On a GPU earlier releases may run the operator Attention on the CPU without saying so."""
+
+
 def _onnxruntime_problem() -> str | None:
-    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed_version(name)]
-    if len(installed) == 2:
+    folder = _folder_of_onnxruntime()
+    if folder is None:
+        return "onnxruntime is not installed; pip install 'fora-trt[cpu]', or 'fora-trt[gpu]' for an NVIDIA GPU"
+    if all(_versions_in(folder, name) for name in ONNXRUNTIMES):
         return (
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
+            f"onnxruntime and onnxruntime-gpu are both installed in {folder} and overwrite each other's files; "
             "pip uninstall both, then pip install 'fora-trt[cpu]' or 'fora-trt[gpu]'"
         )
-    if find_spec("onnxruntime") is None:
-        return "onnxruntime is not installed; pip install 'fora-trt[cpu]', or 'fora-trt[gpu]' for an NVIDIA GPU"
     return None
+
+
+def onnxruntime_too_old(device_type: str) -> str | None:
+    """Why the installed ONNX Runtime cannot be used on `cpu` or `cuda`, and what mends it; None where it can."""
+    import onnxruntime
+
+    oldest, installed = OLDEST_ONNXRUNTIME[device_type], str(onnxruntime.__version__)
+    if tuple(map(int, installed.split(".")[:2])) >= oldest:
+        return None
+    wanted = ".".join(map(str, oldest))
+    if device_type == "cuda":
+        return (
+            f"onnxruntime {installed} is too old for a GPU: it may run attention on the CPU; "
+            f"pip install -U 'onnxruntime-gpu>={wanted}', or give --device cpu"
+        )
+    return f"onnxruntime {installed} is too old; pip install -U 'onnxruntime>={wanted}'"
 
 
 def _onnxruntime_has_cuda() -> bool:
     import onnxruntime
 
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def _folder_of_onnxruntime() -> Path | None:
+    """The folder from which an import takes `onnxruntime`; None where it is not installed.
+
+    Of several folders with a complete installation the first on the import path is used, and the others do not matter.
+    """
+    spec = find_spec("onnxruntime")
+    if spec is None or spec.origin is None:  # the second: a folder that an uninstallation left behind
+        return None
+    return Path(spec.origin).parents[1]
+
+
+def _versions_in(folder: Path, distribution: str) -> list[str]:
+    """The version of a distribution that is installed in this very folder; empty where it is not."""
+    return [found.version for found in metadata.distributions(name=distribution, path=[str(folder)])]
 
 
 def _compiler_problem() -> str | None:
@@ -134,7 +174,13 @@ def device_from_name(name: str, backend: Backend) -> torch.device:
 
 
 def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, without importing it; None where it is not installed."""
+    """Version of an installed distribution, without importing it; None where it is not installed.
+
+    Of the two distributions of ONNX Runtime, the one whose files another folder on the import path shadows counts as
+    not installed.
+    """
+    if distribution in ONNXRUNTIMES and (folder := _folder_of_onnxruntime()) is not None:
+        return next(iter(_versions_in(folder, distribution)), None)
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -11,7 +11,10 @@ from torch import Tensor
 from fora_trt.models.spec import TensorSpec
 
 Launch = Callable[[], None]
-"""Runs a graph on tensors that were bound, on the current stream; may return before it is done."""
+"""Runs a graph on tensors that were bound, on the current stream; may return before it is done.
+
+A launch may have a method `is_capturable` of its own, which then takes precedence over that of its engine.
+"""
 
 
 class Engine(ABC):
@@ -42,6 +45,10 @@ class Engine(ABC):
     def is_capturable(self) -> bool:
         """Whether a launch on the current stream, once it has been done, can become a part of a CUDA graph."""
         return False
+
+    def can_capture(self, launch: Launch) -> bool:
+        """Whether this launch of the engine, on the current stream, can become a part of a CUDA graph now."""
+        return bool(getattr(launch, "is_capturable", self.is_capturable)())
 
     def scratch_address(self) -> int:
         """Where the memory is that it uses beside bound tensors; a graph that was captured at another is void."""

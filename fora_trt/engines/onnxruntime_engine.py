@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -13,12 +15,14 @@ from onnx import TensorProto
 from torch import Tensor
 
 from fora_trt.bundle import Bundle
+from fora_trt.engines.backends import onnxruntime_too_old
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.memory import address_of
 from fora_trt.engines.weighted_sum import FuseWeightedSumsPass, kernel_library
 from fora_trt.errors import BackendError
 from fora_trt.models.spec import WINDOW
 
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _ELEMENT_TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
@@ -27,13 +31,56 @@ _ELEMENT_TYPES = {
 }
 
 
-class OnnxRuntimeEngine(Engine):
-    """An inference session, with an IO binding for every set of tensors. A launch returns when the step is done."""
+class ComputeStream:
+    """The CUDA stream on which all sessions of a denoiser compute, in the order of the caller's work.
 
-    def __init__(self, bundle: Bundle, graph: str, device: torch.device) -> None:
+    Events order the two streams, so the host never waits. A session keeps the address of the stream, so whoever has a
+    session keeps this object.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch does not say
+
+    @property
+    def address(self) -> str:
+        """As the provider option `user_compute_stream` takes it."""
+        return str(self._stream.cuda_stream)
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """What is launched here runs after the caller's earlier work and before its later work."""
+        caller = torch.cuda.current_stream(self._device)
+        if caller.cuda_stream == self._stream.cuda_stream:
+            yield
+            return
+        self._stream.wait_stream(caller)
+        try:
+            yield
+        finally:
+            caller.wait_stream(self._stream)
+
+
+class OnnxRuntimeEngine(Engine):
+    """An inference session, with an I/O binding for every set of tensors.
+
+    On the CPU a launch returns when the step is done. On a GPU it returns as soon as the kernels are launched, on the
+    stream that all sessions of the denoiser share.
+
+    A launch never becomes a part of a CUDA graph, so `is_capturable` stays False. ONNX Runtime frees pinned memory at
+    the end of a run, which ends the process inside a capture of the caller (microsoft/onnxruntime#32081). The
+    provider's own graphs (`enable_cuda_graph`) stay off as well: the graphs here split and concatenate more than 32
+    tensors, and such nodes copy tables of addresses from host memory, which a captured copy would read again at every
+    replay. Whether that memory outlives the capture has not been verified on a GPU, and a mistake would be silent.
+    """
+
+    def __init__(self, bundle: Bundle, graph: str, device: torch.device, stream: ComputeStream | None) -> None:
         record = bundle.manifest.graphs[graph]
         super().__init__(record.inputs, record.outputs, device)
-        self._session = _session(bundle, graph, device)
+        self._session, self._stream = _session(bundle, graph, device, stream), stream
+        self._run_options = onnxruntime.RunOptions()
+        if stream is not None:  # else the session waits for its stream at the end of each run
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
         binding = self._session.io_binding()
@@ -49,42 +96,94 @@ class OnnxRuntimeEngine(Engine):
                     tuple(tensor.shape),
                     address_of(tensor),
                 )
-        return partial(self._run, binding)
+        return partial(self._launch, binding)
+
+    def _launch(self, binding: Any) -> None:
+        if self._stream is None:
+            self._run(binding)
+            return
+        if torch.cuda.is_current_stream_capturing():  # going on would end the process
+            raise BackendError(
+                "a CUDA graph is being captured, and onnxruntime cannot become a part of one; "
+                "run the step outside the capture, or use --backend torch-compile"
+            )
+        with self._stream.in_order():
+            self._run(binding)
 
     def _run(self, binding: Any) -> None:
-        if self.device.type == "cuda":  # the session has a stream of its own and waits for it at its end
-            torch.cuda.current_stream(self.device).synchronize()
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # onnxruntime raises many kinds, all with one sentence
             raise BackendError(f"onnxruntime failed: {error}") from error
 
 
 def engines_from_bundle(bundle: Bundle, device: torch.device, *_: object) -> dict[str, Engine]:
-    """One engine per graph of the bundle."""
+    """One engine per graph of the bundle; on a GPU all of them compute on one stream. Raises `BackendError`."""
+    if problem := onnxruntime_too_old(device.type):
+        raise BackendError(f"the backend onnxruntime cannot be used: {problem}")
     if bundle.manifest.precision == "bf16" and device.type == "cpu":
         raise BackendError(
             "onnxruntime has no bfloat16 kernels for the CPU; use --backend torch, or export with --precision fp32"
         )
-    return {name: OnnxRuntimeEngine(bundle, name, device) for name in bundle.manifest.graphs}
+    stream = ComputeStream(device) if device.type == "cuda" else None
+    return {name: OnnxRuntimeEngine(bundle, name, device, stream) for name in bundle.manifest.graphs}
 
 
-def _session(bundle: Bundle, graph: str, device: torch.device) -> Any:
-    provider: Any = "CPUExecutionProvider"
+def _session(bundle: Bundle, graph: str, device: torch.device, stream: ComputeStream | None) -> Any:
+    path = bundle.graph_path(graph)
+    if stream is not None:
+        return _cuda_session(path, device, stream)
+    options = _session_options()
     unwanted = ["SkipLayerNormFusion"]  # slower there than the two nodes that it replaces
-    if device.type == "cuda":
-        provider, unwanted = ("CUDAExecutionProvider", {"device_id": device.index or 0}), []
+    try:
+        model = _with_kernel(bundle, graph, options)
+        return onnxruntime.InferenceSession(model, options, providers=[_CPU], disabled_optimizers=unwanted)
+    except Exception as error:
+        raise BackendError(f"onnxruntime cannot load {path}: {error}") from error
+
+
+def _cuda_session(path: Path, device: torch.device, stream: ComputeStream) -> Any:
+    """A session whose every node runs on the GPU, in the precision of the graph. Raises `BackendError`."""
+    provider = {
+        "device_id": str(device.index or 0),
+        "user_compute_stream": stream.address,
+        "use_tf32": "0",  # fp32 means fp32
+    }
+    options = _session_options()
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:  # without `enable_fallback` the Python layer tries again on the CPU, and tells of that failure instead
+        return onnxruntime.InferenceSession(path, options, providers=[(_CUDA, provider)], enable_fallback=False)
+    except Exception as error:
+        reason = _why_not_on_the_gpu(path, provider) or f"onnxruntime cannot load {path}: {error}"
+        raise BackendError(reason) from error
+
+
+def _why_not_on_the_gpu(path: Path, provider: Mapping[str, str]) -> str | None:
+    """What keeps a graph from running on the GPU alone; None where that is not why it could not be loaded."""
+    options = _session_options()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[(_CUDA, provider)], enable_fallback=False)
+    except Exception:
+        return None
+    if _CUDA not in session.get_providers():
+        return (
+            "onnxruntime could not start its CUDA provider (its log says which library is missing); "
+            "see 'fora-trt doctor', or give --device cpu"
+        )
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == _CPU]
+    operators = sorted({node.op_type for part in parts for node in part.get_nodes()})
+    return (
+        f"onnxruntime {onnxruntime.__version__} would run {', '.join(operators) or 'a part'} of {path} on the CPU, "
+        "with a copy from and to the GPU at every step; use --backend torch-compile, or give --device cpu"
+    )
+
+
+def _session_options() -> Any:
     options = onnxruntime.SessionOptions()
     # The sessions alternate: threads of the one that spin after its run would slow the other one down.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        model = _with_kernel(bundle, graph, options) if device.type == "cpu" else bundle.graph_path(graph)
-        session = onnxruntime.InferenceSession(model, options, providers=[provider], disabled_optimizers=unwanted)
-    except Exception as error:
-        raise BackendError(f"onnxruntime cannot load {bundle.graph_path(graph)}: {error}") from error
-    if device.type == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-        raise BackendError("onnxruntime could not start its CUDA provider; see 'fora-trt doctor', or give --device cpu")
-    return session
+    return options
 
 
 def _with_kernel(bundle: Bundle, graph: str, options: Any) -> Any:

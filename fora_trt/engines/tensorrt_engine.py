@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ from fora_trt.models.spec import BATCH, WINDOW
 
 ALIGNMENT = 256  # bytes, of scratch memory
 
+Sizes = tuple[int, int]
+"""Batch, and the number of reuse steps in tensors of a window (0 where there are none)."""
+
 
 class Scratch:
     """Memory that the execution contexts of one device use in turn; whoever needs most decides its size."""
@@ -42,6 +44,10 @@ class Scratch:
             self.block = torch.empty(0, dtype=torch.uint8, device=self._device)  # free it first
             self.block = torch.empty(size, dtype=torch.uint8, device=self._device)
 
+    def place(self) -> tuple[int, int]:
+        """Address and size in bytes of the block at hand."""
+        return self.block.data_ptr(), self.block.nbytes
+
 
 class KernelCache:
     """The kernels that TensorRT-RTX compiled for this GPU, kept beside the plan that they belong to.
@@ -52,47 +58,112 @@ class KernelCache:
 
     def __init__(self, cache: Any, path: Path) -> None:
         self.cache, self._path, self._saved = cache, path, b""
+        self._sizes: set[Sizes] = set()
         with suppress(OSError):
             content = path.read_bytes()
             digest, kernels = content[:32], content[32:]
             if hashlib.sha256(kernels).digest() == digest and cache.deserialize(kernels):
                 self._saved = digest
 
-    def save(self) -> None:
-        """Write what was compiled since, once for each engine: after its first step all kernels are there."""
-        if self.cache is None:
+    def save_after(self, sizes: Sizes) -> None:
+        """Write the kernels after a step at these sizes; only the first such step can have compiled any."""
+        if sizes in self._sizes:
             return
-        content, self.cache = self.cache.serialize(), None
+        self._sizes.add(sizes)
+        content = self.cache.serialize()
         if content is None:
             return
         kernels = bytes(content)
         digest = hashlib.sha256(kernels).digest()
-        if digest == self._saved:
-            return
+        if digest != self._saved:
+            self._write(digest + kernels)
+            self._saved = digest
+
+    def _write(self, content: bytes) -> None:
         beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         with suppress(OSError):  # such as a folder that cannot be written
             try:
-                beside.write_bytes(digest + kernels)
+                beside.write_bytes(content)
                 beside.replace(self._path)
             finally:
                 beside.unlink(missing_ok=True)
 
 
 @dataclass(eq=False)
-class Binding:
-    """What a context is told before it runs: batch and window, and the address of every tensor.
+class Context:
+    """An execution context of the library, and what it was told last.
 
-    `block` is the scratch that the CUDA graph of it was captured with.
+    `needed` is the scratch in bytes that it needs at its `sizes`, `scratch` where the scratch is and how large.
     """
 
-    sizes: tuple[int, int]
-    addresses: Mapping[str, int]
-    block: Tensor | None = None
+    made: Any
+    sizes: Sizes | None = None
+    needed: int = 0
+    scratch: tuple[int, int] | None = None
+
+
+class PlanLaunch:
+    """Runs a plan on bound tensors, in an execution context that no other launch uses; captured at its second run.
+
+    NVIDIA advises a context for each captured graph. A first run after shapes, addresses or scratch changed does
+    deferred work that a capture would not repeat, so it is never captured. When the launch is freed, its context goes
+    back to the engine, which the launch keeps alive.
+    """
+
+    def __init__(self, engine: TensorRTEngine, context: Context, addresses: Mapping[str, int]) -> None:
+        self._engine, self._context, self._warm = engine, context, False
+        this = weakref.proxy(self)  # the graph must be freed with the launch, not by the garbage collector
+        self._replay = Replay(lambda: this._execute(), engine.device, lambda: this.is_capturable())
+        for name, address in addresses.items():
+            engine.checked(context.made.set_tensor_address(name, address), f"bind {name}")
+
+    def __call__(self) -> None:
+        if self._context.scratch != self._engine.scratch.place():  # new, or grown when another engine was bound
+            self._replay.forget()
+        self._replay()
+        if self._engine.kernels is not None and self._context.sizes is not None:
+            self._engine.kernels.save_after(self._context.sizes)
+
+    def is_capturable(self) -> bool:
+        """Whether it ran outside a capture since anything changed, on a stream that can be captured."""
+        if not self._warm or self._context.scratch != self._engine.scratch.place():
+            return False
+        if not self._engine.library.is_rtx:
+            return True
+        stream = torch.cuda.current_stream(self._engine.device).cuda_stream
+        return bool(self._context.made.is_stream_capturable(stream))
+
+    def _execute(self) -> None:
+        context, scratch = self._context, self._engine.scratch.place()
+        if context.scratch != scratch:
+            context.made.set_device_memory(*scratch)
+            context.scratch, self._warm = scratch, False
+        if not self._warm and torch.cuda.is_current_stream_capturing():
+            raise BackendError(
+                f"a step of {self._engine.library.backend} was captured before it ran at this batch; "
+                "run it once outside the capture"
+            )
+        stream = torch.cuda.current_stream(self._engine.device).cuda_stream
+        # a failure does not raise, and inside a capture it would leave a graph that does nothing
+        self._engine.checked(context.made.execute_async_v3(stream), "run a step")
+        self._warm = True
+
+    def release(self) -> Context:
+        """Free the graph and give the context up; the launch cannot run any more."""
+        self._replay.forget()
+        context, self._context = self._context, Context(None)
+        return context
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at the end of the process torch may be gone already
+            self._engine.take_back(self.release())
 
 
 class TensorRTEngine(Engine):
-    """A deserialized plan and its execution context, on tensors of the caller and on scratch that is shared.
+    """A deserialized plan on tensors of the caller: its execution contexts, and scratch that engines share.
 
+    Contexts hold no weights and no scratch, so they are cheap. One whose launch was freed serves the next launch: it
+    is not destroyed, which would have to wait for the GPU.
     All engines that share scratch must run on one stream, or on streams that wait for each other.
     """
 
@@ -108,98 +179,88 @@ class TensorRTEngine(Engine):
     ) -> None:
         super().__init__(record.inputs, record.outputs, device)
         self.longest_window, self.most_rows = WINDOWS[-1], CONDITIONING_ROWS.maximum
-        self._library, self._profiles, self._scratch = library, profiles, scratch
-        self._cache: KernelCache | None = None
-        self._cache_path = plan.with_suffix(f".{_folder_word(gpu_of(device))}.kernels") if library.is_rtx else plan
-        self._block: Tensor | None = None  # this and the next two: what the context was told last
-        self._sizes: tuple[int, int] | None = None
-        self._binding: Binding | None = None
-        self._replays: weakref.WeakSet[Replay] = weakref.WeakSet()
+        self.library, self.scratch, self._profiles = library, scratch, profiles
+        self.kernels: KernelCache | None = None
+        self._launches: weakref.WeakSet[PlanLaunch] = weakref.WeakSet()
         library.log.clear()
         with torch.cuda.device(device):
             self._engine = _deserialized(library, runtime, plan)
-            self._context = self._new_context()
+            self._config = self._runtime_config(plan)
+            self._unused = [self._new_context()]  # now, so that an engine which cannot run fails here
 
-    def _new_context(self) -> Any:
-        trt, config = self._library.module, self._engine.create_runtime_config()
+    def _runtime_config(self, plan: Path) -> Any:
+        trt, config = self.library.module, self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self._library.is_rtx:
+        if self.library.is_rtx:
             # Kernels for the bound shapes before the first run; a capture would freeze the stopgaps of the lazy way.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # captured here, with what runs around it
-            self._cache = KernelCache(config.create_runtime_cache(), self._cache_path)
-            config.set_runtime_cache(self._cache.cache)
-        return self._checked(self._engine.create_execution_context(config), "start an execution context")
+            path = plan.with_suffix(f".{_folder_word(gpu_of(self.device))}.kernels")
+            self.kernels = KernelCache(config.create_runtime_cache(), path)
+            config.set_runtime_cache(self.kernels.cache)
+        return config
+
+    def _new_context(self) -> Context:
+        made = self._engine.create_execution_context(self._config)
+        return Context(self.checked(made, "start an execution context"))
 
     def scratch_address(self) -> int:
-        return self._scratch.block.data_ptr()
+        return self.scratch.place()[0]
 
     def scratch_bytes(self, batch: int, window: int = 0) -> int:
-        return max(0, self._scratch_needed(batch, window) - self._scratch.block.nbytes)
-
-    def _scratch_needed(self, batch: int, window: int) -> int:
-        with torch.cuda.device(self.device):
-            self._set_sizes(batch, window)
-            return int(self._context.update_device_memory_size_for_shapes())
+        context = self._context_at((batch, window))
+        self.take_back(context)
+        return max(0, context.needed - self.scratch.block.nbytes)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
         sizes = {spec.shape[0]: len(tensors[name]) for name, spec in self.inputs.items()}
-        batch, window = sizes[BATCH], sizes.get(WINDOW, 0)
-        self._scratch.reserve(self._scratch_needed(batch, window))
         bound = {name: tensors[name] for name in (*self.inputs, *self.outputs)}
-        assert all(one.is_contiguous() and one.device == self._scratch.block.device for one in bound.values())
-        binding = Binding((batch, window), {name: address_of(one) for name, one in bound.items()})
-        self._set_addresses(binding)
-        this = weakref.proxy(self)  # replays are freed before the context, and the launch alone keeps the engine
-        replay = Replay(lambda: this._execute(binding), self.device, lambda: this.is_capturable())
-        self._replays.add(replay)
-        return partial(self._launch, binding, replay)
-
-    def _set_sizes(self, batch: int, window: int) -> None:
-        """Choose the profile and give every input its shape."""
-        if self._sizes == (batch, window):
-            return
-        self._sizes = self._binding = None
-        profile = self._profile_of(batch)
-        if len(self._profiles) > 1:
-            stream = torch.cuda.current_stream(self.device).cuda_stream
-            self._checked(self._context.set_optimization_profile_async(profile, stream), f"use profile {profile}")
-        for name, spec in self.inputs.items():
-            self._checked(self._context.set_input_shape(name, spec.sized(batch, window)), f"take the shape of {name}")
-        if missing := self._context.infer_shapes():
-            raise BackendError(f"{self._library.backend} cannot infer the shape of {', '.join(missing)}")
-        self._sizes = batch, window
-
-    def _set_addresses(self, binding: Binding) -> None:
-        if self._binding is binding:
-            return
-        self._set_sizes(*binding.sizes)
-        self._binding = None
-        for name, address in binding.addresses.items():
-            self._checked(self._context.set_tensor_address(name, address), f"bind {name}")
-        self._binding = binding
-
-    def _launch(self, binding: Binding, replay: Replay) -> None:
-        if binding.block is not self._scratch.block:  # new, or grown when another engine was bound
-            replay.forget()
-            binding.block = self._scratch.block
-        replay()
-        if self._cache is not None:
-            self._cache.save()
+        assert all(one.is_contiguous() and one.device == self.scratch.block.device for one in bound.values())
+        context = self._context_at((sizes[BATCH], sizes.get(WINDOW, 0)))
+        self.scratch.reserve(context.needed)
+        launch = PlanLaunch(self, context, {name: address_of(one) for name, one in bound.items()})
+        self._launches.add(launch)
+        return launch
 
     def is_capturable(self) -> bool:
-        if not self._library.is_rtx:
-            return True
-        return bool(self._context.is_stream_capturable(torch.cuda.current_stream(self.device).cuda_stream))
+        """True: each launch knows for itself whether it ran before."""
+        return True
 
-    def _execute(self, binding: Binding) -> None:
-        self._set_addresses(binding)
-        if self._block is not self._scratch.block:
-            self._block = self._scratch.block
-            self._context.set_device_memory(self._block.data_ptr(), self._block.nbytes)
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        # a failure does not raise, and inside a capture it would leave a graph that does nothing
-        self._checked(self._context.execute_async_v3(stream), "run a step")
+    def _context_at(self, sizes: Sizes) -> Context:
+        """A context with these shapes that no launch uses; the caller has it until `take_back`."""
+        profile = self._profile_of(sizes[0])
+        with torch.cuda.device(self.device):
+            alike = [context for context in self._unused if context.sizes == sizes]
+            context = (alike or self._unused or [self._new_context()])[0]
+            if context.sizes != sizes:
+                self._set_sizes(context, sizes, profile)
+        if context in self._unused:
+            self._unused.remove(context)
+        return context
+
+    def take_back(self, context: Context) -> None:
+        """Keep a context for the next launch."""
+        if context.made is not None:
+            self._unused.append(context)
+
+    def _set_sizes(self, context: Context, sizes: Sizes, profile: int) -> None:
+        """Choose the profile, give every input its shape, and ask how much scratch that needs."""
+        context.sizes = context.scratch = None
+        if len(self._profiles) > 1:
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            chosen = context.made.set_optimization_profile_async(profile, stream)
+            self.checked(chosen, f"use profile {profile}")
+        for name, spec in self.inputs.items():
+            self.checked(context.made.set_input_shape(name, spec.sized(*sizes)), f"take the shape of {name}")
+        if missing := context.made.infer_shapes():
+            raise BackendError(f"{self.library.backend} cannot infer the shape of {', '.join(missing)}")
+        context.needed = int(context.made.update_device_memory_size_for_shapes())
+        if context.needed <= 0 < self._engine.device_memory_size_v2:  # 0 is right only for a plan without any scratch
+            raise BackendError(
+                f"{self.library.backend} could not tell how much scratch memory a batch of {sizes[0]} needs: "
+                f"{self.library.log.reason()}"
+            )
+        context.sizes = sizes
 
     def _profile_of(self, batch: int) -> int:
         """The narrowest profile that admits the batch. Raises `InputError`."""
@@ -212,20 +273,22 @@ class TensorRTEngine(Engine):
             )
         return min(fitting, key=lambda i: self._profiles[i].maximum - self._profiles[i].minimum)
 
-    def _checked(self, result: Any, what: str) -> Any:
+    def checked(self, result: Any, what: str) -> Any:
+        """The result of the library; raises `BackendError` with the reason from its log where that is a failure."""
         if result is None or result is False:
-            raise BackendError(f"{self._library.backend} could not {what}: {self._library.log.reason()}")
+            raise BackendError(f"{self.library.backend} could not {what}: {self.library.log.reason()}")
         return result
 
     def close(self) -> None:
-        """Free the graph, the context and the engine, in this order, under their device."""
+        """Free the graphs, the contexts and the engine, in this order, under their device."""
         if getattr(self, "_engine", None) is None:
             return
         with torch.cuda.device(self.device):
             torch.cuda.synchronize(self.device)  # nothing of it may be running
-            for replay in self._replays:
-                replay.forget()
-            self._context = self._cache = self._engine = self._block = None
+            for launch in self._launches:
+                launch.release()
+            self._unused = []
+            self.kernels = self._config = self._engine = None
 
     def __del__(self) -> None:
         with suppress(Exception):  # at the end of the process torch may be gone already

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 
-from fora_trt.engines.backends import BACKENDS, installed_version
+from fora_trt.engines.backends import BACKENDS, installed_version, onnxruntime_too_old
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def findings() -> list[Finding]:
     for backend in BACKENDS.values():
         problem = backend.problem()
         versions = [f"{name} {version}" for name in backend.distributions if (version := installed_version(name))]
-        found = ", ".join(versions) or "not installed"
+        found = ", ".join(versions) or ("not installed" if problem else "installed under another name")
         if problem is None and backend.name == "onnxruntime":
             import onnxruntime
 
@@ -53,6 +53,7 @@ def findings() -> list[Finding]:
 
             providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
             found += " on " + ", ".join(name for name in ("CUDA", "CPU") if name in providers)
+            problem = onnxruntime_too_old("cuda" if "CUDA" in providers else "cpu")
             found += "" if kernel_library() else "; slower folded sums, there is no C compiler (cc, or CC=...)"
         report.append(Finding(f"backend {backend.name}", found, problem or ""))
     return report

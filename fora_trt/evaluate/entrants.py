@@ -134,7 +134,7 @@ def steps_of(
 
 def _seconds_of(launch: Launch, engine: Engine) -> float:
     """Of one run of an engine on a GPU, from the median of `REPLAYS`."""
-    run = Replay(launch, engine.device, engine.is_capturable)
+    run = Replay(launch, engine.device, lambda: engine.can_capture(launch))
     times: list[float] = []
     for _ in range(REPLAYS + 2):  # the first warms up, the second captures
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

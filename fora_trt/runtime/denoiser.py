@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import warn
@@ -108,7 +109,8 @@ class Denoiser:
         self._memory: dict[str, Tensor] = {}
         self._allocation = object()
         self._scratch: tuple[int, int] | None = None
-        self._batch = self._window = self._step = self._begun = self._summed = 0
+        self._batch = self._window = self._step = self._begun = self._summed = self._turned = 0
+        self._places: list[int] = []
         self._launches: dict[int, Launch] = {}
         self._rows = self._full_rows = self._here = self._here_full = torch.zeros(0, dtype=torch.int64)
         self._table_memory: object = None
@@ -152,7 +154,7 @@ class Denoiser:
         `batch` rows of the largest step. More steps are full than were asked for where a window is longer than the
         engines admit. What timestep and class decide is computed now, so `prepare` comes after this.
         """
-        self._places = self._short_windows(full)
+        self._places, self._turned = self._short_windows(full), 0
         longest = max(self._places)
         window = longest if self._folded else 0
         if window != self._window:
@@ -170,6 +172,7 @@ class Denoiser:
         Steps are taken in order; within a window nothing is left to be done.
         """
         place, table = self._places[step], self.table
+        self._turned = step
         if table is None or (place > 0 and step > 0):
             return
         behind = step + len(self._here) - place
@@ -179,9 +182,10 @@ class Denoiser:
         torch.sub(self._full_rows[step], table.first_full * table.distinct, out=self._here_full)
 
     def prepare(self, batch: int) -> object:
-        """Let the engines use tensors of this batch; another object than the last time if memory has moved.
+        """Let the engines use tensors of this batch; another object than the last time if captured steps are invalid.
 
-        Memory only grows. Features of a batch stay where they are for a smaller one, which takes their first rows.
+        They are when memory moved or an engine was bound anew. Memory only grows. Features of a batch stay
+        where they are for a smaller one, which takes their first rows.
         """
         if batch < 1:
             raise InputError(f"the batch is {batch}; at least one latent is needed")
@@ -191,7 +195,7 @@ class Denoiser:
             self._batch, shapes = 0, {name: one.sized(batch, self._window) for name, one in self._tensors.items()}
             memory = self._memory.items()
             self.buffers = {name: one[: math.prod(shapes[name])].view(shapes[name]) for name, one in memory}
-            self._launches = {0: self.full.bind(self.buffers)}
+            self._launches, self._allocation = {0: self.full.bind(self.buffers)}, object()
             if batch > self._summed:
                 self._sum_into_buffers(batch)
             self._launch(1)
@@ -220,9 +224,13 @@ class Denoiser:
         """What runs the full engine, under True, and the reuse engine, as they are bound now."""
         return {True: self._launches[0], False: self._launch(1)}
 
+    def _kind(self, place: int) -> int:
+        """Which binding a place in the window uses; without sums to read all reuse steps are alike."""
+        return min(place, self._window if self._folded else 1)
+
     def _launch(self, place: int) -> Launch:
-        """The engine as it is bound for a place in the window; without sums to read all reuse steps are alike."""
-        kind = min(place, self._window if self._folded else 1)
+        """The engine as it is bound for a place in the window."""
+        kind = self._kind(place)
         if kind not in self._launches:
             sums = {name: one[kind - 1, : len(self.buffers[LATENTS])] for name, one in self._sums.items()}
             self._launches[kind] = self.reuse.bind({**self.buffers, **sums})
@@ -231,11 +239,17 @@ class Denoiser:
     def _sum_into_buffers(self, batch: int) -> None:
         """Let reuse steps read what the full engine writes at this batch; a smaller one reads the first rows of it."""
         self._sums, self._summed = {name: self.buffers[of_window(name)] for name in self._folded}, batch
-        self._launches = {0: self._launches[0]}
+        self._launches, self._allocation = {0: self._launches[0]}, object()
 
     def is_capturable(self) -> bool:
-        """Whether `predict` can become a part of a CUDA graph."""
-        return self.full.is_capturable() and self.reuse.is_capturable()
+        """Whether the steps from that of `turn_to` to the end of its window can become parts of a CUDA graph."""
+        rest = self._places[self._turned :]
+        window = [*rest[:1], *takewhile(lambda place: place > 0, rest[1:])]
+        launches = {kind: self._launches.get(kind) for kind in map(self._kind, window)}
+        return bool(launches) and all(
+            launch is not None and (self.reuse if kind else self.full).can_capture(launch)
+            for kind, launch in launches.items()
+        )
 
     def first_not_finite(self) -> str | None:
         """What is not finite after a step: the latents that went in, else the first feature, else the prediction."""
