@@ -11,7 +11,7 @@ from fora_trt import Schedule
 from fora_trt.bundle import Bundle
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import BackendError, InputError
-from fora_trt.evaluate import bench
+from fora_trt.evaluate import bench, peaks
 from fora_trt.evaluate.bench import Benchmark
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.evaluate.entrants import EngineClock, Entrant, entrants_of, steps_of
@@ -248,6 +248,33 @@ def test_peak_rates_are_those_of_this_machine() -> None:
     rates = measure_peaks(CPU, "fp32")
     assert 1e9 < rates.flops < 1e14
     assert 1e8 < rates.bytes < 1e12
+
+
+def test_products_for_the_roofline_are_of_seeded_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU multiplies ones faster than numbers that differ."""
+    multiplied: list[Tensor] = []
+
+    def product(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
+        multiplied.extend((left, right))
+        return out
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(peaks, "MATRIX", {"cpu": 256})
+    monkeypatch.setattr(peaks, "COPIED", {"cpu": 2**20})
+    measure_peaks(CPU, "fp32")
+    left, right = multiplied[:2]
+    assert left.std().item() == pytest.approx(1, abs=0.05)
+    assert not torch.equal(left, right)
+    measure_peaks(CPU, "fp32")
+    assert torch.equal(multiplied[-2], left) and torch.equal(multiplied[-1], right)
+
+
+def test_copies_for_the_roofline_are_larger_than_caches_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, gib = torch.device("cuda", 0), 2**30
+    monkeypatch.setattr(peaks, "free_bytes", lambda device: 70 * gib)
+    assert (peaks.copied_bytes(CPU), peaks.copied_bytes(gpu)) == (gib // 4, 2 * gib)
+    monkeypatch.setattr(peaks, "free_bytes", lambda device: gib + 12)
+    assert peaks.copied_bytes(gpu) == gib // 4, "a quarter, in whole numbers of four bytes"
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(exported: Bundle) -> None:
