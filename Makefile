@@ -36,7 +36,7 @@ format: $(VENV)/with-$(EXTRAS)
 	$(BIN)/ruff format .
 
 # For a machine without network: make wheelhouse PYTHON=3.12 EXTRAS=rtx WITHOUT=torch (PYTHON is the version there)
-# HAVE=FILE, the output of `pip list` there: only what that machine lacks is collected, and what it has stays as it is.
+# HAVE=FILE, the output of `pip list` there: only what that machine lacks is collected; installed distributions stay.
 wheelhouse: EXTRAS = cpu
 wheelhouse:
 	test -x $(BIN)/python || $(MAKE) $(VENV)/with-cpu PYTHON=python3

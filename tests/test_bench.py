@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -276,6 +276,29 @@ def test_products_for_the_roofline_are_of_seeded_random_numbers(monkeypatch: pyt
     assert torch.equal(multiplied[-2], left) and torch.equal(multiplied[-1], right)
 
 
+def test_work_of_a_gpu_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            told.append("record")
+
+        def synchronize(self) -> None:
+            told.append("wait")
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("idle"))
+    assert peaks.seconds_of(lambda: told.append("work"), torch.device("cuda", 0)) == 0.25
+    assert told == ["idle", "record", "work", "record", "wait"]
+
+
 def test_copies_for_the_roofline_are_larger_than_caches_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, gib = torch.device("cuda", 0), 2**30
     monkeypatch.setattr(peaks, "free_bytes", lambda device: 70 * gib)
@@ -362,7 +385,7 @@ def test_the_peak_of_a_gpu_is_what_was_least_free(monkeypatch: pytest.MonkeyPatc
 
     reserved[0] = 50
     with PeakMemory(gpu) as peak:
-        reserved[1] = 750  # for less time than lies between two looks
+        reserved[1] = 750  # for less time than lies between two samples
     assert peak.bytes == 700
 
     with pytest.raises(InputError), PeakMemory(gpu):

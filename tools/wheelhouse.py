@@ -2,8 +2,8 @@
 
     python -m tools.wheelhouse --python 3.12 --extras rtx --without torch
 
-For a machine that has most of it already, give the output of `pip list` there (as it is, or with --format=freeze): only
-what that machine lacks is collected, and what is there stays as it is.
+For a machine that has most of it already, give the output of `pip list` there (columns or --format=freeze): only what
+that machine lacks is collected, and installed distributions stay as they are.
 
     python -m tools.wheelhouse --python 3.12 --extras '' --have pip-list.txt
 
@@ -174,9 +174,9 @@ def listed(path: Path) -> dict[str, str]:
 
 
 def machine_like(folder: Path, python: str, have: Mapping[str, str]) -> str:
-    """The interpreter of an environment where these seem to be installed; that is all that pip asks about them.
+    """The interpreter of an environment with metadata of these versions, which pip takes for installed.
 
-    They have no requirements there, so nothing is collected that only they need.
+    The metadata states no requirements, so nothing is collected that only they need.
     """
     run([python, "-m", "venv", "--without-pip", str(folder)], f"{python} cannot make a virtual environment:")
     (site,) = folder.glob("lib/python*/site-packages")
@@ -205,7 +205,7 @@ def project_wheel(python: str, extras: Collection[str], folder: Path) -> Path:
 
 
 def resolved(python: str, wheel: Path, extras: str, folder: Path, have: Mapping[str, str]) -> dict[str, Any]:
-    """The report of pip on what a machine lacks that has these versions, which stay as long as that is possible."""
+    """Pip's report of what is missing on a machine with these versions; installed versions stay where that works."""
     machine = machine_like(folder / "machine", python, have)
     tested = constraints_of(ROOT / "constraints.txt")
     others = [line for name, lines in tested.items() if name not in have for line in lines]
@@ -246,7 +246,7 @@ def constraints_of(path: Path) -> dict[str, list[str]]:
 def report_of(
     python: str, machine: str, wheel: Path, extras: str, folder: Path, constraints: Iterable[str]
 ) -> dict[str, Any]:
-    """The report of pip on what the machine lacks, preferring wheels that also run on older Linux."""
+    """Pip's report of what the machine lacks, preferring wheels that also run on older Linux."""
     report, file = folder / "report.json", folder / "constraints.txt"
     file.write_text("".join(f"{line}\n" for line in constraints))
     command = [python, "-m", "pip", "--python", machine, "install", "--quiet", "--dry-run", "--report", str(report)]
@@ -269,7 +269,7 @@ def report_of(
 
 
 def versions_of(report: dict[str, Any]) -> dict[str, str]:
-    """Versions by name of what pip would install."""
+    """Versions by name of the distributions that pip would install."""
     found = (item["metadata"] for item in report["install"])
     return {canonicalize_name(metadata["name"]): metadata["version"] for metadata in found}
 
@@ -379,7 +379,7 @@ class Collected(NamedTuple):
 
 
 def collected(work: Path, python: str, extras: str, absent: Collection[str], have: Mapping[str, str]) -> Collected:
-    """What the extras need in a folder of `work`; not what the machine has, nor what only the absent ones need."""
+    """Fetch what the extras need into a folder of `work`, without what the machine has or only absent ones need."""
     inside = environment_in(work / "environment", python)
     wheel = project_wheel(inside, set(filter(None, extras.split(","))), work / "wheels")
     click.echo(f"resolving with {python}", err=True)

@@ -36,16 +36,16 @@ STEPS, CACHE_INTERVAL = 4, 3
 """Of the trajectory that is taken: a full step, two reuse steps and a full one."""
 
 SAMPLED_EVERY = 0.002
-"""Seconds between two looks at a GPU's free memory."""
+"""Seconds between two samples of a GPU's free memory."""
 
 
 class PeakMemory:
     """Memory that a block of work needs at its peak, in `bytes` once the block is left.
 
-    On a GPU: how much less was free at the lowest than before the block, whoever allocated it (torch, TensorRT, ONNX
-    Runtime, the driver for its kernels). A thread looks every few milliseconds; what torch held more briefly is counted
-    too. Other processes must leave that GPU alone, and nothing should be timed in the block: the thread disturbs it. A
-    capture in the block must allow for other threads (`capture_error_mode="thread_local"`, as `Replay` does).
+    On a GPU: free memory before the block minus the least free memory during it, so allocations of torch, TensorRT,
+    ONNX Runtime and the driver count alike. A thread samples every few milliseconds; shorter peaks of torch's allocator
+    are counted too. No other process may use that GPU. Time nothing in the block, for the thread disturbs it, and
+    capture with `capture_error_mode="thread_local"`, as `Replay` does.
     On the CPU: the peak of the whole process since it began.
     """
 

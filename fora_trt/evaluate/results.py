@@ -78,8 +78,8 @@ class BenchRow(Record):
     `speedup` is over the same backend without caching at all the steps of the benchmark, and `ideal_speedup` what it
     would be if a reuse step cost nothing; of a control, with its fewer steps, too. `outside` is the share of the time
     that is spent outside of the engines, None for eager PyTorch on a GPU; `floor_seconds` what the arithmetic and the
-    bytes of the graphs would take at the peak rates of this machine. `peak_memory_bytes` is what a process of its own
-    needs that takes a short trajectory: all of the process on the CPU, memory of the device on a GPU.
+    bytes of the graphs would take at the peak rates of this machine. `peak_memory_bytes` is the peak of a process
+    that takes four steps at cache interval 1 or 3: of the process on the CPU, of the device's memory on a GPU.
     """
 
     backend: str
