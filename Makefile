@@ -36,10 +36,11 @@ format: $(VENV)/with-$(EXTRAS)
 	$(BIN)/ruff format .
 
 # For a machine without network: make wheelhouse PYTHON=3.12 EXTRAS=rtx WITHOUT=torch (PYTHON is the version there)
+# HAVE=FILE, the output of `pip list` there: only what that machine lacks is collected; installed distributions stay.
 wheelhouse: EXTRAS = cpu
 wheelhouse:
 	test -x $(BIN)/python || $(MAKE) $(VENV)/with-cpu PYTHON=python3
-	$(BIN)/python -m tools.wheelhouse --python $(PYTHON) --extras '$(EXTRAS)' $(addprefix --without ,$(WITHOUT))
+	$(BIN)/python -m tools.wheelhouse --python $(PYTHON) --extras '$(EXTRAS)' $(addprefix --without ,$(WITHOUT)) $(if $(HAVE),--have '$(HAVE)')
 
 $(VENV)/with-%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fora-trt needs Python 3.10 or newer; give another: make PYTHON=python3.11")'

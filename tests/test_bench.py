@@ -1,7 +1,13 @@
+import io
 import itertools
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +17,18 @@ from fora_trt import Schedule
 from fora_trt.bundle import Bundle
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import BackendError, InputError
-from fora_trt.evaluate import bench
+from fora_trt.evaluate import bench, peaks
 from fora_trt.evaluate.bench import Benchmark
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.evaluate.entrants import EngineClock, Entrant, entrants_of, steps_of
-from fora_trt.evaluate.peak_memory import peak_memory
+from fora_trt.evaluate.peak_memory import PeakMemory, main, peak_memory
 from fora_trt.evaluate.peaks import Floor, measure_peaks
 from fora_trt.evaluate.results import EAGER, PeakRates
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
-from fora_trt.runtime.conditioning import example_conditioning
+from fora_trt.runtime.conditioning import Conditioning, example_conditioning
+from fora_trt.runtime.sampling import Sampler
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.schedule import places_in_windows
 
@@ -250,12 +257,168 @@ def test_peak_rates_are_those_of_this_machine() -> None:
     assert 1e8 < rates.bytes < 1e12
 
 
+def test_products_for_the_roofline_are_of_seeded_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU multiplies ones faster than numbers that differ."""
+    multiplied: list[Tensor] = []
+
+    def product(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
+        multiplied.extend((left, right))
+        return out
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(peaks, "MATRIX", {"cpu": 256})
+    monkeypatch.setattr(peaks, "COPIED", {"cpu": 2**20})
+    measure_peaks(CPU, "fp32")
+    left, right = multiplied[:2]
+    assert left.std().item() == pytest.approx(1, abs=0.05)
+    assert not torch.equal(left, right)
+    measure_peaks(CPU, "fp32")
+    assert torch.equal(multiplied[-2], left) and torch.equal(multiplied[-1], right)
+
+
+def test_work_of_a_gpu_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            told.append("record")
+
+        def synchronize(self) -> None:
+            told.append("wait")
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("idle"))
+    assert peaks.seconds_of(lambda: told.append("work"), torch.device("cuda", 0)) == 0.25
+    assert told == ["idle", "record", "work", "record", "wait"]
+
+
+def test_copies_for_the_roofline_are_larger_than_caches_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, gib = torch.device("cuda", 0), 2**30
+    monkeypatch.setattr(peaks, "free_bytes", lambda device: 70 * gib)
+    assert (peaks.copied_bytes(CPU), peaks.copied_bytes(gpu)) == (gib // 4, 2 * gib)
+    monkeypatch.setattr(peaks, "free_bytes", lambda device: gib + 12)
+    assert peaks.copied_bytes(gpu) == gib // 4, "a quarter, in whole numbers of four bytes"
+
+
+def measured_peak(bundle: Bundle, backend: str = "onnxruntime", scale: float = 1.5, **more: Any) -> int:
+    scheduler = more.get("scheduler", scheduler_from_config(bundle.scheduler_config, None, False))
+    given = more.get("given", example_conditioning(bundle.manifest, 2))
+    return peak_memory(bundle, backend, "cpu", True, PlanSource(), given, scheduler, 6, scale)
+
+
 def test_peak_memory_is_that_of_a_process_of_its_own(exported: Bundle) -> None:
     ballast = torch.ones(2**28)  # 1 GiB, of this process
-    peak = peak_memory(exported, "onnxruntime", "cpu", 2, True, PlanSource())
-    assert peak is not None
-    assert 100 * 2**20 < peak < ballast.nbytes
-    assert peak_memory(exported, "no such backend", "cpu", 2, True, PlanSource()) is None
+    assert 100 * 2**20 < measured_peak(exported) < ballast.nbytes
+
+
+def test_a_process_that_cannot_measure_memory_says_why(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"^there is no backend 'no such backend'; known are "):
+        measured_peak(exported, "no such backend")
+    given = example_conditioning(exported.manifest, 2)
+    with pytest.raises(BackendError, match=r"^guidance needs an unconditional half"):
+        measured_peak(exported, given=replace(given, unconditional=None))
+    with pytest.raises(BackendError, match=r"^'class_labels' has shape \[2\]; .* takes \[3\]$"):
+        measured_peak(exported, given=replace(given, images=3))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(BackendError, match="the process ended with 1 and said nothing"):
+        measured_peak(exported)
+
+
+def test_memory_is_measured_with_the_scheduler_and_the_guidance_of_the_benchmark(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(command: list[str], *, input: str, **more: Any) -> "subprocess.CompletedProcess[str]":
+        """In this process what would be another."""
+        printed = io.StringIO()
+        with monkeypatch.context() as inside, redirect_stdout(printed):
+            inside.setattr(sys, "stdin", io.StringIO(input))
+            main(*command[3:])
+        return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
+
+    taken: list[tuple[object, ...]] = []
+
+    def take(self: Sampler, schedule: Schedule, given: Conditioning, seeds: object, guidance: object) -> None:
+        taken.append((self.update.timesteps.tolist(), schedule.full, given.digest(), guidance))
+
+    monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr(Sampler, "__call__", take)
+    given = example_conditioning(exported.manifest, 3).at([2, 0, 1])
+    trailing = scheduler_from_config(exported.scheduler_config, "dpm-solver++", False, "trailing")
+    assert measured_peak(exported, scale=3.5, scheduler=trailing, given=given) > 0
+    assert taken == [([999, 749, 499, 249], (True, False, False, True), given.digest(), 3.5)]
+
+
+def test_the_peak_of_a_gpu_is_what_was_least_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, free, reserved, seen = torch.device("cuda", 0), [1000], [0, 0], threading.Event()
+
+    def mem_get_info(device: torch.device) -> tuple[int, int]:
+        if threading.current_thread() is not threading.main_thread():
+            if free[0] == 400:
+                seen.set()
+            elif free[0] == 500:
+                raise RuntimeError("not now")
+        return free[0], 2000
+
+    for name, found in (
+        ("mem_get_info", mem_get_info),
+        ("memory_reserved", lambda device: reserved[0]),
+        ("max_memory_reserved", lambda device: reserved[1]),
+    ):
+        monkeypatch.setattr(torch.cuda, name, found)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+
+    with PeakMemory(gpu) as peak:
+        free[0] = 500  # while another thread captures, say
+        time.sleep(0.02)
+        free[0] = 400
+        assert seen.wait(10)
+        free[0] = 900  # freed before the end
+    assert peak.bytes == 600
+
+    reserved[0] = 50
+    with PeakMemory(gpu) as peak:
+        reserved[1] = 750  # for less time than lies between two samples
+    assert peak.bytes == 700
+
+    with pytest.raises(InputError), PeakMemory(gpu):
+        raise InputError("the error of the block comes through")
+    assert not [one for one in threading.enumerate() if one.name == "peak memory"]
+
+
+def test_the_peak_of_a_process_is_never_less_than_what_it_holds() -> None:
+    with PeakMemory(CPU) as peak:
+        ballast = torch.ones(2**26)
+    assert peak.bytes > ballast.nbytes
+
+
+def test_memory_that_was_not_measured_is_told(exported: Bundle, clock: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = example_conditioning(exported.manifest, 2)
+    asked: list[tuple[Any, ...]] = []
+
+    def refused(*request: Any) -> int:
+        asked.append(request)
+        if request[1] == "first":
+            raise BackendError("the process was ended by SIGKILL")
+        return 2**20
+
+    monkeypatch.setattr(bench, "peak_memory", refused)
+    entrants = [sleeper(exported, name, clock, 0.001, 0) for name in ("first", "second")]
+    scheduler = scheduler_from_config(exported.scheduler_config, "unipc", False)
+    plans = PlanSource()
+    one = Benchmark(exported, entrants, [], scheduler, 4, 2.5, plans)
+    list(one.measure(given, 1))
+    assert asked == [(exported, name, "cpu", True, plans, given, scheduler, 4, 2.5) for name in ("first", "second")]
+    found = one.result()
+    assert {row.backend: row.peak_memory_bytes for row in found.rows} == {"first": None, "second": 2**20}
+    assert found.notes == ("peak memory of first at a batch of 2 is missing: the process was ended by SIGKILL",)
 
 
 def test_guidance_without_a_second_half_is_refused(exported: Bundle) -> None:

@@ -1,5 +1,6 @@
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,21 @@ def test_a_mistake_gets_a_sentence_and_leaves_nothing(
     assert result.exit_code == code, result.output
     assert message in " ".join(result.stderr.split())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_memory_that_was_not_measured_is_told(
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    command = [one for one in QUICK if one != "--no-memory"]
+    done = fora(
+        "bench", exported.folder, *command, "--batch-sizes", "1", "--repeats", "1", "--out", tmp_path / "report"
+    )
+    assert done.exit_code == 0, done.output
+    missing = "peak memory of onnxruntime at a batch of 1 is missing: the process ended with 1 and said nothing"
+    for shown in (done.stdout, *((tmp_path / "report" / name).read_text() for name in ("report.html", "report.json"))):
+        assert missing in shown
 
 
 def test_json_of_a_bench_is_one_object(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

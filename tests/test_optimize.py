@@ -182,6 +182,29 @@ def test_what_is_equal_is_computed_once_for_all_steps(
     assert torch.equal(latents(sampler, Schedule.static(20, 4)), whole), "two rows at a time"
 
 
+def test_launches_of_a_trajectory_can_be_run_again(
+    optimized: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A benchmark times engines by running them again; a launch knows addresses, not tensors."""
+    monkeypatch.setattr(table, "MOST_BYTES", 1)
+    sampler = sampler_of(optimized["fold"], 20)
+    denoiser = sampler.denoiser
+    assert isinstance(denoiser, Denoiser) and denoiser.table is not None
+    for interval in (2, 4):  # the longer window needs more rows
+        latents(sampler, Schedule.static(20, interval))
+    wanted = {name: rows.clone() for name, rows in denoiser.table.rows.items()}
+    shapes = {name: tensor.sized(12) for name, tensor in denoiser.table.engine.inputs.items()}
+    reused = [torch.full(shape, 2**40) for shape in shapes.values() for _ in range(1000)]  # takes freed memory
+    for rows in denoiser.table.rows.values():
+        rows.zero_()
+    for _, launch in denoiser.table.launches:
+        launch()
+    for launch in denoiser.engine_launches().values():
+        launch()
+    assert all(torch.equal(rows, wanted[name]) for name, rows in denoiser.table.rows.items())
+    assert reused[0][0] == 2**40, "launches wrote to tensors of others"
+
+
 def test_tensors_stay_where_they_are_from_trajectory_to_trajectory(optimized: dict[str, Bundle]) -> None:
     sampler = sampler_of(optimized["fold"], 12)
     denoiser = sampler.denoiser

@@ -7,26 +7,41 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from tools.wheelhouse import GLIBC, MIB, Parts, closure, interpreter_from_name, main, pack
+from tools import wheelhouse
+from tools.wheelhouse import (
+    GLIBC,
+    MIB,
+    Parts,
+    closure,
+    collected,
+    interpreter_from_name,
+    listed,
+    main,
+    pack,
+    versions_of,
+)
 
 ROOT = Path(__file__).parents[1]
 VERSION = f"3.{sys.version_info.minor}"
 
 
-def made_wheel(folder: Path, name: str, metadata: str = "", entry_points: str = "") -> None:
+def made_wheel(folder: Path, name: str, metadata: str = "", entry_points: str = "", version: str = "1.0") -> Path:
     """A wheel of one module, `name`.py, whose `main` says that it is here."""
-    about = f"{name}-1.0.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+    about, wheel = f"{name}-{version}.dist-info", folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(f"{name}.py", f"def main():\n    print('{name} is here')\n")
-        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{metadata}")
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}")
         archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{about}/entry_points.txt", entry_points)
         archive.writestr(f"{about}/RECORD", "")
+    return wheel
 
 
 @pytest.fixture
@@ -52,7 +67,7 @@ def house(tmp_path: Path, wheels: list[Path]) -> Path:
 
 def install(house: Path, python: str, venv: Path) -> "subprocess.CompletedProcess[str]":
     """Run the script where no index and no configuration of pip can help."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
     environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
     command = ["sh", str(house / "install.sh"), python, str(venv)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=venv.parent)
@@ -102,6 +117,146 @@ def test_what_was_left_out_is_taken_from_the_environment_of_python(wheels: list[
     shutil.unpack_archive(need, site, "zip")
     done = install(tmp_path / "house", str(python), tmp_path / "venv")
     assert done.returncode == 0, done.stderr
+
+
+COLUMNS = """\
+Package            Version      Editable project location
+------------------ ------------ -------------------------
+Big.Torch          2.11.0+cu130
+fora-trt           0.1.0        /home/me/fora-trt
+python_dateutil    2.09.0.post0
+
+[notice] A new release of pip is available: 25.0 -> 26.0
+"""
+
+
+@pytest.mark.parametrize("content", [COLUMNS, "Big.Torch==2.11.0+cu130\n# fora\npython_dateutil==2.09.0.post0\n"])
+def test_versions_are_read_from_both_forms_of_a_pip_list(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "there.txt"
+    path.write_text(content)
+    assert listed(path) == {"big-torch": "2.11.0+cu130", "python-dateutil": "2.9.0.post0"}
+
+
+@pytest.mark.parametrize("content", ["", COLUMNS + "torch\n", "-e git+https://x\n", "torch @ file:///torch.whl\n"])
+def test_what_is_no_pip_list_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "there.txt"
+    path.write_text(content)
+    result = CliRunner().invoke(main, ["--have", str(path), "--out", str(tmp_path / "new")])
+    assert result.exit_code == 1 and result.output.count("\n") == 1
+    assert f"make it on that machine with: python -m pip list >{path.name}" in result.output
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of wheels in place of an index: a fora-trt, two needs of it, and what they need."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(name, value)
+    needs = "Requires-Dist: big-torch>=2.10\nRequires-Dist: pipeline\n"
+    made_wheel(folder, "fora_trt", needs, "[console_scripts]\nfora-trt = fora_trt:main\n")
+    for version in ("2.11.0", "2.13.0"):
+        made_wheel(folder, "big_torch", "Requires-Dist: cuda-of-torch\n", version=version)
+    made_wheel(folder, "cuda_of_torch", version="13.0")
+    made_wheel(folder, "pipeline", "Requires-Dist: hub>=1\nRequires-Dist: old-hub\n", version="1.0")
+    made_wheel(folder, "pipeline", "Requires-Dist: hub>=2\n", version="2.0")
+    for version in ("1.5", "2.0"):
+        made_wheel(folder, "hub", version=version)
+    made_wheel(folder, "old_hub")
+    (tmp_path / "constraints.txt").write_text("# tested\nbig-torch==2.13.0\npipeline==2.0; python_version > '3'\n")
+    monkeypatch.setattr(wheelhouse, "ROOT", tmp_path)
+    monkeypatch.setattr(wheelhouse, "environment_in", lambda folder, python: python)
+    monkeypatch.setattr(
+        wheelhouse,
+        "project_wheel",
+        lambda python, extras, out: Path(shutil.copytree(folder, out) / "fora_trt-1.0-py3-none-any.whl"),
+    )
+    monkeypatch.setattr(wheelhouse, "download", keep_alone)
+    return folder
+
+
+def keep_alone(python: str, report: dict[str, Any], names: Collection[str], folder: Path) -> None:
+    """In place of a download: of a folder with all wheels, leave those of the report by these names."""
+    wanted = {f"{name.replace('-', '_')}-{version}-" for name, version in versions_of(report).items() if name in names}
+    for wheel in folder.iterdir():
+        if not wheel.name.startswith(tuple(wanted)):
+            wheel.unlink()
+
+
+HAVE = {
+    "what is there stays, in another version than the tested one, and what only it needs is not looked for": (
+        {"pip": "25.0", "big-torch": "2.11.0+cu130", "other": "1.0"},
+        {"fora_trt-1.0", "pipeline-2.0", "hub-2.0"},
+        {"pip": "25.0", "big-torch": "2.11.0+cu130"},
+        "fetching 3 of 5",
+    ),
+    "a version that is too old is collected, as it was tested": (
+        {"pip": "25.0", "big-torch": "2.4.0", "hub": "2.5"},
+        {"fora_trt-1.0", "pipeline-2.0", "big_torch-2.13.0", "cuda_of_torch-13.0"},
+        {"hub": "2.5", "pip": "25.0"},
+        "big-torch 2.4.0 is installed but not admitted: 2.13.0 is collected",
+    ),
+    "what is there decides over the tested versions": (
+        {"pip": "25.0", "big-torch": "2.11.0", "hub": "1.2"},
+        {"fora_trt-1.0", "pipeline-1.0", "old_hub-1.0"},
+        {"big-torch": "2.11.0", "hub": "1.2", "pip": "25.0"},
+        "versions of constraints.txt conflict with installed ones: other versions are admitted",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HAVE)
+def test_what_a_machine_has_is_not_collected(
+    case: str, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    have, wanted, promised, word = HAVE[case]
+    (tmp_path / "work").mkdir()
+    found = collected(tmp_path / "work", sys.executable, "", (), have)
+    assert {wheel.name.removesuffix("-py3-none-any.whl") for wheel in found.wheels} == wanted
+    assert found.promised == promised
+    assert word in capsys.readouterr().err
+
+
+def machine_with(folder: Path, *wheels: Path) -> str:
+    """A Python that has pip and these; its path."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for wheel in wheels:
+        shutil.unpack_archive(wheel, site, "zip")
+    return str(folder / "bin" / "python")
+
+
+def test_a_wheelhouse_for_a_machine_is_installed_beside_what_is_there(index: Path, tmp_path: Path) -> None:
+    torch = made_wheel(tmp_path, "big_torch", "Requires-Dist: of-a-distribution\n", version="2.11.0+cu130")
+    python = machine_with(tmp_path / "machine", torch)
+    there = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+    (tmp_path / "there.txt").write_text(there)
+    out, told = tmp_path / "house", ["--extras", "", "--have", str(tmp_path / "there.txt")]
+    made = CliRunner().invoke(main, ["--python", sys.executable, "--out", str(out), *told])
+    assert made.exit_code == 0, made.output
+    assert "pip-" not in made.stdout and "torch" not in made.stdout
+    done = install(out, python, tmp_path / "venv")
+    assert done.returncode == 0, done.stderr
+    code = "import big_torch, pipeline; big_torch.main(); pipeline.main()"
+    shown = subprocess.run([tmp_path / "venv" / "bin" / "python", "-c", code], capture_output=True, text=True)
+    assert shown.stdout == "big_torch is here\npipeline is here\n"
+
+    other = machine_with(tmp_path / "other", made_wheel(tmp_path, "big_torch", version="2.10.0"))
+    refused = install(out, other, tmp_path / "another")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "collected for big-torch 2.11.0+cu130 (there is 2.10.0): give another Python" in refused.stderr
+    assert not (tmp_path / "another").exists()
+
+
+def test_the_help_says_how_to_do_without_a_virtual_environment(house: Path) -> None:
+    shown = CliRunner().invoke(main, ["--help"]).output
+    lines = [line.strip() for line in shown.partition("PYTHONPATH:\n")[2].partition("\n\n")[0].splitlines()]
+    script = "\n".join(lines).replace("python3", sys.executable)
+    code = "import fora_trt, tiny_need; fora_trt.main(); tiny_need.main()"
+    script = script.replace("-m fora_trt doctor", f"-c '{code}'")
+    done = subprocess.run(["/bin/sh", "-ec", script], capture_output=True, text=True, cwd=house)
+    assert done.stdout == "fora_trt is here\ntiny_need is here\n", done.stderr
 
 
 @pytest.mark.parametrize("name", ["wheels.tar.001", "SHA256SUMS", "WHEELS.SHA256SUMS"])

@@ -1,6 +1,13 @@
 """Collect all wheels that fora-trt needs, in parts with digests and a script that installs them without network.
 
-python -m tools.wheelhouse --python 3.12 --extras rtx --without torch
+    python -m tools.wheelhouse --python 3.12 --extras rtx --without torch
+
+For a machine that has most of it already, give the output of `pip list` there (columns or --format=freeze): only what
+that machine lacks is collected, and installed distributions stay as they are.
+
+    python -m tools.wheelhouse --python 3.12 --extras '' --have pip-list.txt
+
+Where no virtual environment is wanted, the wheels can be unpacked in a folder on PYTHONPATH; --help says how.
 """
 
 from __future__ import annotations
@@ -17,13 +24,15 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -35,9 +44,10 @@ SUMS, WHEEL_SUMS, SCRIPT = "SHA256SUMS", "WHEELS.SHA256SUMS", "install.sh"
 INSTALL = r"""#!/bin/sh
 # Installs fora-trt from the parts beside this script, without network: sh install.sh [PYTHON] [VENV]
 set -u
-version='@version@' extras='@extras@' without='@without@' glibc='@glibc@'
+version='@version@' extras='@extras@' without='@without@' have='@have@' glibc='@glibc@'
 python=${1:-python$version}
 venv=${2:-fora-trt-venv}
+outside=$without$have # comes from PYTHON
 here=$(cd "$(dirname "$0")" && pwd) || exit 1
 
 fail() { echo "install.sh: $1" >&2; exit 1; }
@@ -47,10 +57,24 @@ intact() { # DIGEST NAME
     [ "$(sha256sum <"$here/$2")" = "$1  -" ] || fail "$2 is damaged: copy it again"
 }
 
-install() { # by the pip inside its wheel
-    pip=$(echo "$venv"/wheels/pip-*.whl)/pip
-    PIP_CONFIG_FILE=/dev/null "$venv/bin/python" "$pip" --isolated install --quiet --no-index \
-        --find-links "$venv/wheels" "$@"
+install() { # by the pip inside its wheel, or else by the one of PYTHON
+    set -- --isolated install --quiet --no-index --find-links "$venv/wheels" "$@"
+    pip=$(echo "$venv"/wheels/pip-*.whl)
+    if [ -f "$pip" ]; then set -- "$pip/pip" "$@"; else set -- -m pip "$@"; fi
+    PIP_CONFIG_FILE=/dev/null "$venv/bin/python" "$@"
+}
+
+differences() { # between the versions that the wheels were collected for and those of PYTHON
+    "$python" -c 'import re, sys, importlib.metadata as m
+found = []
+for name, _, version in (promised.partition("==") for promised in sys.argv[1:]):
+    try:
+        there = re.sub(r"(^|[.+])0+(?=\d)", r"\1", m.version(name))
+    except m.PackageNotFoundError:
+        there = "none"
+    if there != version:
+        found.append(f"{name} {version} (there is {there})")
+print(*found, sep=", ")' $have
 }
 
 found=$("$python" -c 'import platform as p, sys
@@ -63,6 +87,9 @@ for name in $without; do
     "$python" -c 'import sys, importlib.metadata as m; m.version(sys.argv[1])' "$name" 2>/dev/null ||
         fail "these wheels were collected without $name, and $python has no $name: give a Python that has it"
 done
+differing=$(differences) || fail "$python cannot say which distributions it has: give another: sh install.sh PYTHON"
+[ -z "$differing" ] ||
+    fail "these wheels were collected for $differing: give another Python, or collect again for its pip list with HAVE"
 
 intact '@sums@' SHA256SUMS
 while read -r digest name; do intact "$digest" "$name"; done <"$here/SHA256SUMS"
@@ -74,14 +101,16 @@ mkdir "$venv/wheels"
 (cd "$here" && sed -n 's/^.*  wheels/wheels/p' SHA256SUMS | xargs cat) | tar -xf - -C "$venv/wheels" &&
     (cd "$venv/wheels" && sha256sum -c "$here/WHEELS.SHA256SUMS" >/dev/null) ||
     fail "the wheels could not be unpacked in $venv: is the disk full?"
-"$python" -m venv --without-pip ${without:+--system-site-packages} "$venv" ||
+"$python" -m venv --without-pip ${outside:+--system-site-packages} "$venv" ||
     fail "$python cannot make a virtual environment: install its module venv"
-if [ -n "$without" ]; then # where PYTHON is a virtual environment, --system-site-packages does not show its packages
+if [ -n "$outside" ]; then # where PYTHON is a virtual environment, --system-site-packages does not show its packages
     packages='import sysconfig; print(sysconfig.get_path("purelib"))'
     "$python" -c "$packages" >"$("$venv/bin/python" -c "$packages")/outside.pth"
 fi
-# All of them, whatever versions lie outside the environment; then pip finds that nothing is lacking, or says what.
-install --no-deps --ignore-installed "$venv"/wheels/*.whl && install "fora-trt${extras:+[$extras]}" ||
+# All of them, whatever versions lie outside the environment; then pip finds that nothing is lacking, or says what. With
+# HAVE pip is not asked: versions were compared above, and distributions of PYTHON may lack requirements of their own.
+install --no-deps --ignore-installed "$venv"/wheels/*.whl &&
+    { [ -n "$have" ] || install "fora-trt${extras:+[$extras]}"; } ||
     fail "pip could not install the wheels, which need glibc $glibc or newer; $venv is removed again"
 rm -r "$venv/wheels"
 trap - EXIT
@@ -126,6 +155,38 @@ def environment_in(folder: Path, python: str) -> str:
     return inside
 
 
+def listed(path: Path) -> dict[str, str]:
+    """Versions by name from the output of `pip list`, in columns or with --format=freeze; not of fora-trt itself."""
+    found: dict[str, str] = {}
+    mend = f"make it on that machine with: python -m pip list >{path.name}"
+    for line in filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())):
+        if re.match(r"Package\s+Version|-[- ]+$|#|WARNING:|\[notice\]", line):
+            continue
+        said = re.match(r"([A-Za-z0-9][\w.-]*)(?:==|\s+)(\S+)(?:\s|$)", line)
+        try:
+            found[canonicalize_name(said[1] if said else "")] = str(Version(said[2] if said else ""))
+        except InvalidVersion as error:
+            raise click.ClickException(f"{path} names no distribution and version in {line!r}: {mend}") from error
+    if not found:
+        raise click.ClickException(f"{path} lists nothing: {mend}")
+    found.pop("fora-trt", None)
+    return found
+
+
+def machine_like(folder: Path, python: str, have: Mapping[str, str]) -> str:
+    """The interpreter of an environment with metadata of these versions, which pip takes for installed.
+
+    The metadata states no requirements, so nothing is collected that only they need.
+    """
+    run([python, "-m", "venv", "--without-pip", str(folder)], f"{python} cannot make a virtual environment:")
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name, version in have.items():
+        about = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return str(folder / "bin" / "python")
+
+
 def project_wheel(python: str, extras: Collection[str], folder: Path) -> Path:
     """Build this project's wheel, and refuse extras that it does not have."""
     run(
@@ -143,17 +204,61 @@ def project_wheel(python: str, extras: Collection[str], folder: Path) -> Path:
     return wheel
 
 
-def resolved(python: str, wheel: Path, extras: str, folder: Path) -> dict[str, Any]:
-    """The report of pip on what an empty environment needs, preferring wheels that also run on older Linux."""
-    report = folder / "report.json"
-    command = [python, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
-    command += ["--constraint", str(ROOT / "constraints.txt"), "pip", f"{wheel}[{extras}]" if extras else str(wheel)]
-    (limit,) = Path(python).parents[1].glob("lib/python*/site-packages")
+def resolved(python: str, wheel: Path, extras: str, folder: Path, have: Mapping[str, str]) -> dict[str, Any]:
+    """Pip's report of what is missing on a machine with these versions; installed versions stay where that works."""
+    machine = machine_like(folder / "machine", python, have)
+    tested = constraints_of(ROOT / "constraints.txt")
+    others = [line for name, lines in tested.items() if name not in have for line in lines]
+    kept = [f"{name}=={version}" for name, version in have.items()]
+
+    def lacking(constraints: list[str]) -> dict[str, Any]:
+        return report_of(python, machine, wheel, extras, folder, constraints)
+
+    if not have:
+        return lacking(others)
+    for constraints, word in (
+        ([*kept, *others], "versions of constraints.txt conflict with installed ones: other versions are admitted"),
+        (kept, "not every installed version can stay: newer ones are admitted"),
+    ):
+        with suppress(Unresolvable):
+            return lacking(constraints)
+        click.echo(word, err=True)
+    found = lacking(others)
+    with suppress(Unresolvable):
+        replaced = [line for name in have.keys() & versions_of(found) for line in tested.get(name, ())]
+        return lacking([*others, *replaced])
+    return found
+
+
+class Unresolvable(click.ClickException):
+    """Requirements and constraints that exclude each other."""
+
+
+def constraints_of(path: Path) -> dict[str, list[str]]:
+    """Lines of a file of constraints by the name of their distribution."""
+    found: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            found.setdefault(canonicalize_name(Requirement(line).name), []).append(line)
+    return found
+
+
+def report_of(
+    python: str, machine: str, wheel: Path, extras: str, folder: Path, constraints: Iterable[str]
+) -> dict[str, Any]:
+    """Pip's report of what the machine lacks, preferring wheels that also run on older Linux."""
+    report, file = folder / "report.json", folder / "constraints.txt"
+    file.write_text("".join(f"{line}\n" for line in constraints))
+    command = [python, "-m", "pip", "--python", machine, "install", "--quiet", "--dry-run", "--report", str(report)]
+    command += ["--constraint", str(file), "pip", f"{wheel}[{extras}]" if extras else str(wheel)]
+    (limit,) = Path(machine).parents[1].glob("lib/python*/site-packages")
     limit /= "_manylinux.py"  # PEP 600: pip asks this module
     limit.write_text(f"def manylinux_compatible(major, minor, arch): return (major, minor) <= (2, {GLIBC})\n")
     try:
         run(command, "pip cannot resolve this:")
     except click.ClickException as error:
+        if "ResolutionImpossible" in error.message:
+            raise Unresolvable(error.message) from error
         if "No matching distribution" not in error.message:
             raise
         click.echo(f"not all is there for glibc 2.{GLIBC}: newer wheels are admitted", err=True)
@@ -161,6 +266,12 @@ def resolved(python: str, wheel: Path, extras: str, folder: Path) -> dict[str, A
         run(command, "pip cannot resolve this:")
     found: dict[str, Any] = json.loads(report.read_text())
     return found
+
+
+def versions_of(report: dict[str, Any]) -> dict[str, str]:
+    """Versions by name of the distributions that pip would install."""
+    found = (item["metadata"] for item in report["install"])
+    return {canonicalize_name(metadata["name"]): metadata["version"] for metadata in found}
 
 
 def closure(report: dict[str, Any], roots: Iterable[str], without: Collection[str]) -> set[str]:
@@ -184,8 +295,7 @@ def closure(report: dict[str, Any], roots: Iterable[str], without: Collection[st
 def download(python: str, report: dict[str, Any], names: Collection[str], folder: Path) -> None:
     """Fetch those of the report as wheels; a digest is what names the very same file at any index."""
     lines = []
-    for item in report["install"]:
-        name, version = canonicalize_name(item["metadata"]["name"]), item["metadata"]["version"]
+    for (name, version), item in zip(versions_of(report).items(), report["install"], strict=True):
         if name in names and name != "fora-trt":
             lines.append(
                 f"{name}=={version} --hash=sha256:{item['download_info']['archive_info']['hashes']['sha256']}\n"
@@ -231,7 +341,9 @@ def sums_of(files: Iterable[Path]) -> str:
     return "".join(lines)
 
 
-def pack(wheels: Collection[Path], house: Path, limit: int, version: str, extras: str, without: str) -> list[Path]:
+def pack(
+    wheels: Collection[Path], house: Path, limit: int, version: str, extras: str, without: str, have: str = ""
+) -> list[Path]:
     """Write the parts, their digests, the wheels' digests and the script into a new folder; returns the parts."""
     house.mkdir()
     parts = Parts(house, limit)
@@ -245,7 +357,7 @@ def pack(wheels: Collection[Path], house: Path, limit: int, version: str, extras
     (house / SUMS).write_text(sums_of([*parts.files, house / WHEEL_SUMS]))
     # A wheel without a glibc in its name runs everywhere, or since 2.17 at the latest.
     glibc = max(min(map(int, re.findall(r"manylinux_2_(\d+)", wheel.name)), default=17) for wheel in wheels)
-    values = {"version": version, "extras": extras, "without": without, "glibc": f"2.{glibc}"}
+    values = {"version": version, "extras": extras, "without": without, "have": have, "glibc": f"2.{glibc}"}
     values["sums"] = sums_of([house / SUMS]).split()[0]
     (house / SCRIPT).write_text(re.sub("@([a-z]+)@", lambda match: values[match[1]], INSTALL))
     return parts.files
@@ -259,21 +371,36 @@ def check_replaceable(out: Path) -> None:
         raise click.ClickException(f"{out} is not a wheelhouse: name another folder with --out")
 
 
-def collected(work: Path, python: str, extras: str, absent: Collection[str]) -> list[Path]:
-    """The wheels that the extras need, but for those that only the absent distributions need, in a folder of `work`."""
+class Collected(NamedTuple):
+    """Wheels, the largest first, and the versions that the machine must have beside them."""
+
+    wheels: list[Path]
+    promised: dict[str, str]
+
+
+def collected(work: Path, python: str, extras: str, absent: Collection[str], have: Mapping[str, str]) -> Collected:
+    """Fetch what the extras need into a folder of `work`, without what the machine has or only absent ones need."""
     inside = environment_in(work / "environment", python)
     wheel = project_wheel(inside, set(filter(None, extras.split(","))), work / "wheels")
     click.echo(f"resolving with {python}", err=True)
-    report, roots = resolved(inside, wheel, extras, work), ["pip", f"fora-trt[{extras}]"]
-    everything, names = closure(report, roots, ()), closure(report, roots, absent)
+    report, roots = resolved(inside, wheel, extras, work, have), ["pip", f"fora-trt[{extras}]"]
+    lacking = versions_of(report)
+    there = {name: version for name, version in have.items() if name not in lacking}
+    whole = report | {"install": [*report["install"], *({"metadata": {"name": name}} for name in there)]}
+    everything, names = closure(whole, roots, ()), closure(whole, roots, absent)
     if unknown := set(absent) - everything:
         raise click.ClickException(f"nothing here needs {', '.join(sorted(unknown))}, so it cannot be left out")
-    click.echo(f"fetching {len(names)} of {len(everything)} distributions", err=True)
-    download(inside, report, names, work / "wheels")
-    return sorted((work / "wheels").iterdir(), key=lambda file: (-file.stat().st_size, file.name))
+    for name in sorted(names & lacking.keys() & have.keys()):
+        click.echo(f"{name} {have[name]} is installed but not admitted: {lacking[name]} is collected", err=True)
+    click.echo(f"fetching {len(names - there.keys())} of {len(everything)} distributions", err=True)
+    download(inside, report, names - there.keys(), work / "wheels")
+    wheels = sorted((work / "wheels").iterdir(), key=lambda file: (-file.stat().st_size, file.name))
+    return Collected(wheels, {name: there[name] for name in sorted(names & there.keys())})
 
 
-def make_wheelhouse(python: str, extras: str, without: Collection[str], limit: int, out: Path) -> None:
+def make_wheelhouse(
+    python: str, extras: str, without: Collection[str], have: Mapping[str, str], limit: int, out: Path
+) -> None:
     """Make the folder beside its place, put it there whole, and list what is inside."""
     check_replaceable(out)
     path, version = interpreter_from_name(python)
@@ -281,8 +408,9 @@ def make_wheelhouse(python: str, extras: str, without: Collection[str], limit: i
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         work = Path(temporary)
-        wheels = collected(work, path, extras, absent)
-        parts = [part.stat().st_size for part in pack(wheels, work / "house", limit, version, extras, " ".join(absent))]
+        wheels, promised = collected(work, path, extras, absent, have)
+        words = " ".join(absent), " ".join(f"{name}=={version}" for name, version in promised.items())
+        parts = [part.stat().st_size for part in pack(wheels, work / "house", limit, version, extras, *words)]
         lines = [f"{wheel.stat().st_size / MIB:9.2f} MiB  {wheel.name}" for wheel in wheels]
         if out.exists():
             out.rename(work / "replaced")
@@ -295,12 +423,25 @@ def make_wheelhouse(python: str, extras: str, without: Collection[str], limit: i
 @click.option("--python", default=f"3.{sys.version_info.minor}", help="Version, command or path.", show_default=True)
 @click.option("--extras", default="cpu", help="Extras of fora-trt, with commas between.", show_default=True)
 @click.option("--without", multiple=True, help="Leave this distribution out, and what only it needs; repeatable.")
+@click.option(
+    "--have",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Output of `pip list` on the machine: collect only what it lacks.",
+)
 @click.option("--part-size", type=click.IntRange(min=1), default=60, help="MiB at most per part.", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default="wheelhouse", help="Folder to make.", show_default=True)
-def main(python: str, extras: str, without: tuple[str, ...], part_size: int, out: Path) -> None:
-    """Collect the wheels of fora-trt for a Linux x86-64 machine without network, where install.sh installs them."""
+def main(python: str, extras: str, without: tuple[str, ...], have: Path | None, part_size: int, out: Path) -> None:
+    """Collect the wheels of fora-trt for a Linux x86-64 machine without network, where install.sh installs them.
+
+    \b
+    Where no virtual environment is wanted, unpack them there instead, and put `wheels` on PYTHONPATH:
+      mkdir wheels && cat wheels.tar.* | tar -xf - -C wheels
+      for wheel in wheels/*.whl; do python3 -m zipfile -e "$wheel" wheels; done
+      PYTHONPATH=$PWD/wheels python3 -m fora_trt doctor
+    """
     try:
-        make_wheelhouse(python, extras.replace(" ", ""), without, part_size * MIB, out.resolve())
+        there = {} if have is None else listed(have)
+        make_wheelhouse(python, extras.replace(" ", ""), without, there, part_size * MIB, out.resolve())
     except OSError as error:
         raise click.ClickException(f"the wheelhouse cannot be made: {error}") from error
 

@@ -177,6 +177,8 @@ def bench(
             print_found(one)
         for missing in found.absent:
             click.echo(f"{missing.backend}: {missing.why}")
+        for note in found.notes:
+            click.echo(note)
         if out is not None:
             click.echo(f"{report.recommendation}\nwrote {out / 'report.html'}")
     if interrupted:

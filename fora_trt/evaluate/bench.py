@@ -13,7 +13,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import BackendError, ForaError, InputError, first_line
 from fora_trt.evaluate.entrants import Entrant
-from fora_trt.evaluate.peak_memory import peak_memory
+from fora_trt.evaluate.peak_memory import peak_memory, release
 from fora_trt.evaluate.peaks import Floor, best_of, measure_peaks
 from fora_trt.evaluate.results import EAGER, NO_CACHE, Absent, Bench, BenchRow, PeakRates, Setting
 from fora_trt.runtime.conditioning import Conditioning, example_conditioning, usual_guidance_scale
@@ -121,7 +121,8 @@ class Benchmark:
                 f"{bundle.manifest.name} has no unconditional half to guide with; leave --guidance-scale out"
             )
         self.rows: dict[int, list[Timing]] = {}
-        self._memory: dict[tuple[str, str, int, bool], int | None] = {}
+        self.notes: list[str] = []
+        self._memory: dict[tuple[str, str, int, bool], int] = {}
         self._peaks: PeakRates | None = None
 
     def measure(self, given: Conditioning, repeats: int) -> Iterator[str]:
@@ -131,6 +132,8 @@ class Benchmark:
         repeat. Raises `BackendError` if nothing can run.
         """
         images, rows = given.images, []
+        for device in {entrant.steps.device for entrant in self.entrants}:
+            release(device)  # what the copies of the batch before took
         for entrant in self.entrants:
             yield f"{entrant.backend} at {images}, warming up"
             try:
@@ -150,7 +153,7 @@ class Benchmark:
         if self._plans is not None:
             for key in dict.fromkeys(self._memory_key(images, row) for row in rows):
                 yield f"{key[0]} at {images}, its memory"
-                self._memory[key] = peak_memory(self.bundle, *key, self._plans)
+                self._measure_memory(key, given, self._plans)
 
     def _warmed(self, entrant: Entrant, given: Conditioning) -> list[Timing]:
         """Rows of an entrant that have run, and behind cached ones their controls."""
@@ -167,6 +170,15 @@ class Benchmark:
                 warmed.append(control_of(row, self._scheduler, each, seconds[0]))
                 warmed[-1].run(given, self.guidance_scale, keep=False)
         return warmed
+
+    def _measure_memory(self, key: tuple[str, str, int, bool], given: Conditioning, plans: PlanSource) -> None:
+        """Of what the rows of this key time: the same conditioning, scheduler and guidance."""
+        backend, device, images, cached = key
+        timed = (given, self._scheduler, self.steps, self.guidance_scale)
+        try:
+            self._memory[key] = peak_memory(self.bundle, backend, device, cached, plans, *timed)
+        except BackendError as error:
+            self.notes.append(f"peak memory of {backend} at a batch of {images} is missing: {error}")
 
     def _memory_key(self, images: int, row: Timing) -> tuple[str, str, int, bool]:
         """Engines have their features whether a schedule reuses them or not; eager PyTorch keeps them if it does."""
@@ -188,6 +200,7 @@ class Benchmark:
             peaks=peaks,
             rows=tuple(self._row(images, row, floor, peaks) for images, row in timed),
             absent=tuple(self.absent),
+            notes=tuple(self.notes),
         )
 
     def _row(self, images: int, row: Timing, floor: Floor, peaks: PeakRates) -> BenchRow:

@@ -18,6 +18,7 @@ from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import ForaError, first_line
 from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.evaluate.peaks import seconds_of
 from fora_trt.evaluate.results import EAGER, Absent
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.sampling import Steps
@@ -135,12 +136,5 @@ def steps_of(
 def _seconds_of(launch: Launch, engine: Engine) -> float:
     """Of one run of an engine on a GPU, from the median of `REPLAYS`."""
     run = Replay(launch, engine.device, lambda: engine.can_capture(launch))
-    times: list[float] = []
-    for _ in range(REPLAYS + 2):  # the first warms up, the second captures
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        began.record()
-        run()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended) / 1e3)
+    times = [seconds_of(run, engine.device) for _ in range(REPLAYS + 2)]  # the first warms up, the second captures
     return statistics.median(times[2:])

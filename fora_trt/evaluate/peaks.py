@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fora_trt.bundle import Bundle
-from fora_trt.engines.memory import bytes_of
+from fora_trt.engines.memory import bytes_of, free_bytes
 from fora_trt.evaluate.results import PeakRates
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, PRECISIONS, REUSE
@@ -20,43 +20,55 @@ from fora_trt.schedule import Schedule
 MATRIX = {"cpu": 1536, "cuda": 8192}
 """Side of the matrices that are multiplied, by type of device."""
 
-COPIED = 2**28
-"""Bytes that are read, and copied: more than caches hold."""
+COPIED = {"cpu": 2**28, "cuda": 2**31}
+"""Bytes that are read and copied, by type of device: caches of 50 MiB and more must not hold a part that matters."""
+
+REPEATS = {"cpu": 3, "cuda": 10}
+"""Timed runs after the warm-up, by type of device."""
 
 
 def measure_peaks(device: torch.device, precision: str) -> PeakRates:
-    """The best of three products of large matrices, and of three readings and copies of a large tensor.
+    """The best of several products of large matrices, and of several readings and copies of a large tensor.
 
+    The numbers are random: a GPU that multiplies ones draws less power, and reaches a rate that no model reaches.
     Matrices are of the bundle's precision on a GPU and of fp32 on the CPU, whose kernels widen what is narrower. There
     ONNX Runtime multiplies them too: which library has the faster product depends on the processor.
     """
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, PRECISIONS[precision])
     side = MATRIX[device.type]
-    matrix = torch.ones(side, side, dtype=dtype, device=device)
-    source = torch.ones(COPIED // 4, device=device)
-    target = torch.empty_like(source)
-    products: list[Callable[[], object]] = [lambda: matrix @ matrix]
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    product = torch.empty_like(left)
+    products: list[Callable[[], object]] = [lambda: torch.mm(left, right, out=product)]
     if device.type == "cpu" and find_spec("onnxruntime") is not None:
-        products.append(_product_by_onnxruntime(matrix.numpy()))
+        products.append(_product_by_onnxruntime(left.numpy(), right.numpy()))
+    copied = copied_bytes(device)
+    source = torch.rand(copied // 4, device=device, generator=generator)
+    target = torch.empty_like(source)
     return PeakRates(
         flops=2 * side**3 / min(_fastest(product, device) for product in products),
         bytes=max(
-            COPIED / _fastest(source.sum, device),
-            2 * COPIED / _fastest(lambda: target.copy_(source), device),
+            copied / _fastest(source.sum, device),
+            2 * copied / _fastest(lambda: target.copy_(source), device),
         ),
     )
 
 
-def _product_by_onnxruntime(matrix: NDArray[numpy.float32]) -> Callable[[], object]:
+def copied_bytes(device: torch.device) -> int:
+    """`COPIED`, or a quarter of what is free where that is less: source and target then fit, with room to spare."""
+    return min(COPIED[device.type], free_bytes(device) // 4 // 4 * 4)
+
+
+def _product_by_onnxruntime(left: NDArray[numpy.float32], right: NDArray[numpy.float32]) -> Callable[[], object]:
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    edges = [helper.make_tensor_value_info(name, TensorProto.FLOAT, matrix.shape) for name in ("one", "product")]
+    edges = [helper.make_tensor_value_info(name, TensorProto.FLOAT, left.shape) for name in ("one", "product")]
     node = helper.make_node("MatMul", ["one", "other"], ["product"])
-    graph = helper.make_graph([node], "product", edges[:1], edges[1:], [numpy_helper.from_array(matrix, "other")])
+    graph = helper.make_graph([node], "product", edges[:1], edges[1:], [numpy_helper.from_array(right, "other")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, {"one": matrix})
+    return lambda: session.run(None, {"one": left})
 
 
 def best_of(one: PeakRates | None, other: PeakRates) -> PeakRates:
@@ -67,14 +79,24 @@ def best_of(one: PeakRates | None, other: PeakRates) -> PeakRates:
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(4):  # the first warms up
+    work()  # warms up
+    return min(seconds_of(work, device) for _ in range(REPEATS[device.type]))
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Time of one call; on a GPU by events on the current stream, which tell of the device and not of the host."""
+    if device.type != "cuda":
         began = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+        return time.perf_counter() - began
+    with torch.cuda.device(device):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(device)
+        first.record()
+        work()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last) / 1e3)
 
 
 class Floor:

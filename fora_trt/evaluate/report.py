@@ -170,6 +170,7 @@ def as_markdown(report: Report) -> str:
         for table in bench_tables(bench):
             lines += ["", f"{table.title}:", "", *_markdown_table(table)]
         lines += [line for one in bench.absent for line in ("", _plain(f"{one.backend} could not run: {one.why}"))]
+        lines += [line for note in bench.notes for line in ("", _plain(note))]
     if quality is not None:
         table = quality_table(quality)
         lines += ["", "## Quality", "", f"{_plain(table.title)}:", "", *_markdown_table(table)]

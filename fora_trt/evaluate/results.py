@@ -78,7 +78,8 @@ class BenchRow(Record):
     `speedup` is over the same backend without caching at all the steps of the benchmark, and `ideal_speedup` what it
     would be if a reuse step cost nothing; of a control, with its fewer steps, too. `outside` is the share of the time
     that is spent outside of the engines, None for eager PyTorch on a GPU; `floor_seconds` what the arithmetic and the
-    bytes of the graphs would take at the peak rates of this machine.
+    bytes of the graphs would take at the peak rates of this machine. `peak_memory_bytes` is the peak of a process
+    that takes four steps at cache interval 1 or 3: of the process on the CPU, of the device's memory on a GPU.
     """
 
     backend: str
@@ -116,7 +117,10 @@ class PeakRates(Record):
 
 
 class Bench(Record):
-    """Latency. `repeats` is how often every row was timed, fewer than asked for where it was interrupted."""
+    """Latency. `repeats` is how often every row was timed, fewer than asked for where it was interrupted.
+
+    `notes` says what could not be measured, and why.
+    """
 
     device: str
     steps: int
@@ -126,6 +130,7 @@ class Bench(Record):
     peaks: PeakRates
     rows: tuple[BenchRow, ...]
     absent: tuple[Absent, ...]
+    notes: tuple[str, ...] = ()
 
     def over_eager(self, row: BenchRow) -> float | None:
         """How much faster a row is than plain PyTorch without caching; None where that could not run."""

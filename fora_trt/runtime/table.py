@@ -6,7 +6,7 @@ null class of guidance is one, however many images there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.memory import bytes_of
-from fora_trt.models.spec import TIMESTEP
+from fora_trt.models.spec import TIMESTEP, TensorSpec
 
 MOST_BYTES = 256 * 2**20
-"""Of a table; a longer trajectory fills it several times."""
+"""Of a table and of what its engines read; a longer trajectory fills it several times."""
 
 ALONE = 2**14
 """Numbers that torch copies in one thread."""
@@ -29,7 +29,8 @@ class ConditioningTable:
     `rows[name]` is (steps * U, ...); of the engine for what only full steps read it has the full steps alone, and its
     name is in `of_full_steps`. `samples` (B,) tells which of the U each sample is. Rows stay in place from trajectory
     to trajectory as long as there are enough; `memory` is another object when they moved. `launches` are the calls of
-    engines since `begin`.
+    engines since `begin`. A launch knows addresses alone, so the table also keeps the tensors that engines read in
+    place: every launch can be run again until the next `begin`.
     """
 
     def __init__(self, engine: Engine, full_engine: Engine | None = None) -> None:
@@ -38,6 +39,7 @@ class ConditioningTable:
         self._names = [name for name in dict.fromkeys(names) if name != TIMESTEP and name not in engine.outputs]
         self.of_full_steps = frozenset(full_engine.outputs if full_engine else ())
         self.rows: dict[str, Tensor] = {}
+        self._inputs: dict[Engine, dict[str, Tensor]] = {}
         self.memory = object()
         self.launches: list[tuple[Engine, Launch]] = []
 
@@ -57,15 +59,14 @@ class ConditioningTable:
         self._conditions = {name: one.cpu()[distinct] for name, one in samples.items()}
         self.samples = torch.tensor([[*places].index(key) for key in keys])
         self.distinct, self._timesteps, self._full = len(distinct), times[:, distinct], torch.tensor(full)
-        row = bytes_of(self.engine.outputs.values(), 1)
-        if self.full_engine is not None:
-            row += bytes_of(self.full_engine.outputs.values(), 1)
+        engines = [self.engine, *([self.full_engine] if self.full_engine is not None else [])]
+        row = sum(bytes_of((*engine.inputs.values(), *engine.outputs.values()), 1) for engine in engines)
         self.steps = min(len(timesteps), max(least, MOST_BYTES // (row * self.distinct)))
+        self.launches = []  # before tensors are freed that they are bound to
         self._make_room(self.engine, self.steps)
         if self.full_engine is not None:
             self._make_room(self.full_engine, min(self.steps, sum(full)))
         self.first = self.end = self.first_full = 0
-        self.launches = []
 
     def fill(self, first: int) -> None:
         """Compute `steps` steps from `first` on, or as many as there are; `first_full` full ones are before them."""
@@ -83,10 +84,9 @@ class ConditioningTable:
 
     def _compute(self, engine: Engine, inputs: Mapping[str, Tensor]) -> None:
         """Call an engine on all rows of its inputs, in as many calls as it needs."""
-        placed = {
-            name: inputs[name].to(engine.device, getattr(torch, one.dtype)) for name, one in engine.inputs.items()
-        }
-        count = len(next(iter(placed.values())))
+        count = len(next(iter(inputs.values())))
+        kept = self._inputs[engine]
+        placed = {name: kept[name][:count].copy_(inputs[name]) for name in engine.inputs}
         most = engine.most_rows or max(count, 1)
         for start in range(0, count, most):
             part = slice(start, min(start + most, count))
@@ -96,16 +96,27 @@ class ConditioningTable:
             self.launches.append((engine, launch))
 
     def _make_room(self, engine: Engine, steps: int) -> None:
-        rows = steps * self.distinct
-        if min((len(self.rows[name]) if name in self.rows else 0 for name in engine.outputs), default=0) >= rows:
-            return
-        self.memory = object()
-        for name in engine.outputs:
-            self.rows.pop(name, None)
-        with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
-            for spec in engine.outputs.values():
-                dtype = getattr(torch, spec.dtype)
-                self.rows[spec.name] = torch.zeros(spec.sized(rows), dtype=dtype, device=engine.device)
+        """Allocate what an engine reads and writes at so many steps, unless it is there from a trajectory before."""
+        rows, kept = steps * self.distinct, self._inputs.setdefault(engine, {})
+        if _shortest(self.rows, engine.outputs) < rows:
+            self.memory = object()
+            _allocate(self.rows, engine.outputs.values(), rows, engine.device)
+        if _shortest(kept, engine.inputs) < rows:
+            _allocate(kept, engine.inputs.values(), rows, engine.device)
+
+
+def _shortest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> int:
+    return min(len(tensors[name]) if name in tensors else 0 for name in names)
+
+
+def _allocate(tensors: dict[str, Tensor], specs: Iterable[TensorSpec], rows: int, device: torch.device) -> None:
+    """Put tensors of so many rows in place of those that are there, which are freed first."""
+    specs = list(specs)
+    for spec in specs:
+        tensors.pop(spec.name, None)
+    with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
+        for spec in specs:
+            tensors[spec.name] = torch.zeros(spec.sized(rows), dtype=getattr(torch, spec.dtype), device=device)
 
 
 def take(rows: Tensor, index: Tensor, target: Tensor) -> None:
