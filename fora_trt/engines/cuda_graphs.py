@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from fora_trt.errors import BackendError, ForaError, first_line
+
 
 class Replay:
     """Calls `work`: the first time as it is, the second time while capturing it, from then on as a CUDA graph.
@@ -13,6 +15,9 @@ class Replay:
     The first call is the warm-up that libraries want before a capture. Nothing runs twice, so `work` may have effects.
     Every tensor that `work` touches must stay where it is; call `forget` when one moves. Inside a capture of someone
     else's `work` becomes a part of that larger graph. `capturable` is asked before the capture.
+
+    A capture that fails raises `BackendError`, or what `work` raised if that is a `ForaError` or a lack of memory. The
+    caller's stream is current then, nothing of the capture is kept, and the next call is a first one.
     """
 
     def __init__(
@@ -54,20 +59,32 @@ class Replay:
         self._warm = True
 
     def _capture(self) -> None:
+        # the outer context makes the caller's stream current again: torch leaves that of a failed capture
         with torch.cuda.stream(self._stream):
             if not self._capturable():
                 return
+            try:
+                self._graph = self._captured()
+            except BaseException:
+                self.forget()
+                self._stream = None  # it may still be capturing
+                raise
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
         graph, failure = torch.cuda.CUDAGraph(), None
         try:
             # other threads may go on with what a capture forbids, such as allocating
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 try:
                     self._work()
-                except Exception as error:
+                except BaseException as error:
                     failure = error
                     raise
-        except Exception:
-            if failure is not None:  # ending the capture fails too then, with less to say
-                raise failure from None
-            raise
-        self._graph = graph
+        except BaseException as error:
+            reason = failure or error  # ending a capture that failed fails too, with less to say
+            if isinstance(reason, ForaError | torch.cuda.OutOfMemoryError) or not isinstance(reason, Exception):
+                raise reason from None
+            raise BackendError(
+                f"capturing a CUDA graph failed ({type(reason).__name__}: {first_line(reason)}); nothing of it was run"
+            ) from reason
+        return graph
