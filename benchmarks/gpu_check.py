@@ -1,240 +1,235 @@
-"""Which backends work on this GPU, how exact and how fast they are, and what they copy between steps.
+"""Fill a GPU's half hour so that no result is lost: every backend, how exact and how fast it is, what it copies.
 
-    python -m benchmarks.gpu_check
+    python -m benchmarks.gpu_check --minutes 28
+    python -m benchmarks.gpu_check --resume
+    python -m benchmarks.gpu_check --device cpu --minutes 8
 
-runs the tests that need a GPU, then every backend on the digits and on a DiT with random weights, and writes
-benchmarks/results/gpu-check_<gpu>_<date>.json and .md. A backend that is not installed or fails is a line that says so.
+Each row of `benchmarks/gpu_rows.py` is a process with a time limit. A finished row is on the disk at once, and in
+results/gpu-check_<hardware>_<date>.json and .md. It needs no checkpoint, no network and no TensorRT.
 """
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import re
-import statistics
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+import time
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import click
-import torch
+from filelock import FileLock, Timeout
 
-from fora_trt import Denoiser, Schedule, load
-from fora_trt.bundle import Bundle
+from benchmarks.gpu_driver import FAILED, Driver, Journal, Record, command_of, newest_of, taken_over
+from benchmarks.gpu_rows import Row, chosen_of, rows_of
+from benchmarks.gpu_tables import as_markdown, device_type_of, write_result
 from fora_trt.engines.backends import BACKENDS
-from fora_trt.engines.plan_store import PlanSource
-from fora_trt.errors import ForaError
-from fora_trt.evaluate.circumstances import circumstances
-from fora_trt.evaluate.eager_fora import EagerFora
-from fora_trt.evaluate.verify import graph_errors
-from fora_trt.export.write import bundle_from_model
-from fora_trt.models.sources import model_from_source
-from fora_trt.models.spec import FULL, REUSE
-from fora_trt.runtime.conditioning import conditioning_of_classes
-from fora_trt.runtime.sampling import Sampler, stretches_of
-from fora_trt.runtime.schedulers import scheduler_from_config
-from fora_trt.runtime.updates import update_from_scheduler
-from fora_trt.schedule import places_in_windows
 
-RESULTS = Path(__file__).parent / "results"
-CACHE_INTERVALS = (1, 2, 3, 5)
-GUIDANCE_SCALE = 1.5
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+WORK = ROOT / "export" / ".gpu-check"
+INTERRUPTED = 130
 
 
-LAUNCHES = ("launches of graphs", "launches of kernels")
+@cache
+def why_absent(entrant: str, device_type: str) -> str | None:
+    """Why a backend cannot be used on this machine; None for one that can, and for a reference."""
+    if (backend := BACKENDS.get(entrant)) is None:
+        return None
+    if problem := backend.problem():
+        return problem
+    if device_type == "cuda" and not backend.has_cuda():
+        return f"{entrant} is installed for the CPU alone"
+    return None
 
 
-def transfers_of(run: Callable[[], None]) -> dict[str, int]:
-    """How often `run` copies between host and device, waits for the device or launches, as torch's profiler sees it."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-    kinds = {
-        "host to device": r"Memcpy HtoD",
-        "device to host": r"Memcpy DtoH",
-        "synchronizations": r"cuda(Stream|Device|Event)Synchronize",
-        LAUNCHES[0]: r"cudaGraphLaunch",
-        LAUNCHES[1]: r"cu(da)?LaunchKernel",
-    }
-    counts = Counter(dict.fromkeys(kinds, 0))
-    for event in profile.events() or ():
-        counts.update(kind for kind, pattern in kinds.items() if re.match(pattern, event.name))
-    # the profiler itself waits for the device once, when it stops
-    counts["synchronizations"] = max(0, counts["synchronizations"] - 1)
-    return dict(counts)
+def why_row_absent(row: Row, device_type: str) -> str | None:
+    """Why a row cannot be run on this machine; None for one that can."""
+    if row.kind == "tests" and find_spec("pytest") is None:
+        return "pytest is not installed"
+    return why_absent(row.entrant, device_type)
 
 
-def parity(denoiser: Denoiser, bundle: Bundle, batch: int) -> dict[str, float]:
-    """Largest error of the full and of the reuse graph, relative to PyTorch in fp32."""
-    reference = EagerFora(bundle, denoiser.device)
-    return {graph: error.relative for graph, error in graph_errors(denoiser, reference, batch)}
+def _named(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", value):
+        raise click.BadParameter(f"{value!r} is neither cpu nor cuda:N")
+    return value
 
 
-def row_of(bundle: Bundle, backend: str, device: torch.device, images: int, steps: int, repeats: int) -> dict[str, Any]:
-    """Parity, times, speed-ups, copies and memory of one backend; repeats go through all intervals in turn."""
-    source = PlanSource(batch=2 * images, report=lambda line: click.echo(f"  {line}", err=True))
-    with _memory_of(device) as memory:
-        denoiser = load(bundle, schedule=Schedule.static(steps, 1), backend=backend, device=device, plans=source)
-        errors = parity(denoiser, bundle, 2 * images)
-        scheduler = scheduler_from_config(bundle.scheduler_config, "ddim", bundle.manifest.latents.learned_sigma)
-        sampler = Sampler(denoiser, update_from_scheduler(scheduler, steps))
-        wanted = conditioning_of_classes(bundle.manifest, [0] * images)
-        seconds: dict[int, list[float]] = {interval: [] for interval in CACHE_INTERVALS}
-        full, reuse = [], []
-        for repeat in range(repeats + 1):
-            for interval in CACHE_INTERVALS:
-                done = sampler(Schedule.static(steps, interval), wanted, range(images), GUIDANCE_SCALE)
-                if repeat:  # the first warms up and captures
-                    seconds[interval].append(done.seconds)
-                    full += done.full_seconds
-                    reuse += done.reuse_seconds
-        between = Schedule.static(steps, 3)
-        transfers = transfers_between_steps(sampler, between, images) if device.type == "cuda" else None
-    medians = {interval: statistics.median(times) for interval, times in seconds.items()}
-    return {
-        "works": True,
-        "error": errors,
-        "full_step_ms": statistics.median(full) * 1e3,
-        "reuse_step_ms": statistics.median(reuse) * 1e3,
-        "seconds": {str(interval): median for interval, median in medians.items()},
-        "spread": {str(interval): [min(times), max(times)] for interval, times in seconds.items()},
-        "speedup": {str(interval): medians[1] / median for interval, median in medians.items()},
-        "transfers": transfers,
-        "device_memory_bytes": memory[0],
-    }
+def _check_device(name: str) -> None:
+    import torch
+
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise click.BadParameter(
+            f"torch can use no {name} here; see 'fora-trt doctor', or give --device cpu", param_hint="--device"
+        )
 
 
-def transfers_between_steps(sampler: Sampler, schedule: Schedule, images: int) -> dict[str, int]:
-    """Of a guided trajectory that was captured before, from before its first to after its last step."""
-    sampler.update.begin(sampler.denoiser.manifest.latents.shape, range(images), sampler.denoiser.device)
-    steps = [(place, True) for place in places_in_windows(schedule.full)]
-    torch.cuda.synchronize()
-
-    def run() -> None:
-        for first, length in stretches_of(steps).items():
-            sampler.launch(first, steps[first : first + length])
-
-    return transfers_of(run)
-
-
-@contextmanager
-def _memory_of(device: torch.device) -> Iterator[list[int | None]]:
-    """Device memory in use at the end of the block and not before it, by torch and by others in this process."""
-    found: list[int | None] = [None]
-    if device.type != "cuda":
-        yield found
-        return
-    torch.cuda.empty_cache()
-    before = torch.cuda.mem_get_info(device)[0]
-    yield found
-    found[0] = before - torch.cuda.mem_get_info(device)[0]
-
-
-def check(bundle: Bundle, device: torch.device, images: int, steps: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """A row for every backend."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name, backend in BACKENDS.items():
-        click.echo(f"{bundle.manifest.name} on {name} ...", err=True)
-        if problem := backend.problem():
-            rows[name] = {"works": False, "why": problem}
-            continue
-        try:
-            rows[name] = row_of(bundle, name, device, images, steps, repeats)
-        except ForaError as error:
-            rows[name] = {"works": False, "why": str(error)}
-        except Exception as error:  # what goes wrong on this GPU is what this script is to find out
-            rows[name] = {"works": False, "why": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
-    return rows
-
-
-def tests() -> dict[str, Any]:
-    """Run the tests that need a GPU; what they said last."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()
-    return {"passed": done.returncode == 0, "summary": lines[-1] if lines else "", "output": lines[-40:]}
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """The result as a page."""
-    measured_on = ", ".join(f"{key} {value}" for key, value in result["measured_on"].items() if value is not None)
-    lines = ["# GPU check", "", measured_on, ""]
-    if "tests" in result:
-        lines += [f"Tests that need a GPU: {result['tests']['summary']}", ""]
-    for model in result["models"]:
-        lines += [
-            f"## {model['source']}, {model['precision']}, {model['images']} guided images, {model['steps']} DDIM steps",
-            "",
-            "| backend | error, full | error, reuse | full step | reuse step | interval 1 | 3 | 5 | ideal at 3 | at 5 "
-            "| copies and waits between steps | launches | memory |",
-            "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
-        ]
-        ideal = {interval: Schedule.static(model["steps"], interval).ideal_speedup for interval in (3, 5)}
-        for name, row in model["backends"].items():
-            if not row["works"]:
-                lines.append(f"| {name} | {row['why']} |" + " |" * 11)
-                continue
-            counts = row["transfers"] or {}
-            launches = " + ".join(str(counts[kind]) for kind in LAUNCHES if kind in counts)
-            transfers = str(sum(count for kind, count in counts.items() if kind not in LAUNCHES)) if counts else ""
-            memory = row["device_memory_bytes"]
-            lines.append(
-                f"| {name} | {row['error'][FULL]:.1e} | {row['error'][REUSE]:.1e} | {row['full_step_ms']:.3f} ms "
-                f"| {row['reuse_step_ms']:.3f} ms | {row['seconds']['1']:.3f} s | {row['speedup']['3']:.2f}x "
-                f"| {row['speedup']['5']:.2f}x | {ideal[3]:.2f}x | {ideal[5]:.2f}x | {transfers} | {launches} "
-                f"| {'' if memory is None else f'{memory / 2**20:.0f} MiB'} |"
-            )
-        lines.append("")
+def _listing(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        expected = ", ".join(f"{one.of} {one}{' (fixed)' if one.fixed else ''}" for one in row.expects)
+        lines.append(
+            f"{row.name}: about {row.estimate:.0f} s, at most {row.limit:.0f} s; expects {expected or 'to end'}"
+        )
     return "\n".join(lines)
 
 
+def _default_jobs(device_type: str) -> int:
+    return max(1, min(4, len(os.sched_getaffinity(0)) // 4)) if device_type == "cuda" else 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _identity_of(record: Record, device_type: str) -> dict[str, str]:
+    """What a row may only be taken over with: type and name of the device, and a digest of all sources.
+
+    Not the commit: one that adds a result changes no source, and a tree with changes or without git has none.
+    """
+    about = record["details"]["measured_on"]
+    name = about["gpu"] if device_type == "cuda" else about["processor"]
+    return {"type": device_type, "device": str(name), "sources": f"sources {about['sources']}"}
+
+
+class Check:
+    """One call of the check: the environment first, then the rows that are left, then the result."""
+
+    def __init__(self, device: str, work: Path, out: Path, journal: Journal, minutes: float, jobs: int | None) -> None:
+        self.device_type, self.out, self.journal = device.partition(":")[0], out, journal
+        self.all_rows = rows_of(self.device_type)
+        self.driver = Driver(
+            journal,
+            work,
+            command_of(device, work),
+            jobs or _default_jobs(self.device_type),
+            time.monotonic() + 60 * minutes,
+            report=lambda line: click.echo(line, err=True),
+        )
+
+    def records(self) -> list[Record]:
+        """Those that were taken over, and those of this call."""
+        return [record for record in self.journal.read() if record.get("identity") == self.driver.identity]
+
+    def run(self, rows: Sequence[Row]) -> int:
+        """Run the rows; returns the exit code."""
+        code = 0
+        try:
+            if not self._find_environment(rows[0]):
+                return 1
+            self._run_rest(rows[1:])
+        except KeyboardInterrupt:
+            click.echo("interrupted; --resume goes on", err=True)
+            code = INTERRUPTED
+        path = self._write()
+        click.echo(path.read_text())
+        click.echo(f"wrote {path} and {path.with_suffix('.json').name}; the journal is {self.journal.path}")
+        return code or int(any(record["status"] in FAILED for record in newest_of(self.records()).values()))
+
+    def _find_environment(self, row: Row) -> bool:
+        """Always run: it tells which device and which sources this is."""
+        before = len(self.journal.read())
+        self.driver.identity = {"type": self.device_type}
+        self.driver.run([row], {})
+        record = self.journal.read()[before]
+        if record["status"] in FAILED or "measured_on" not in record["details"]:
+            click.echo(f"the environment cannot be told: {record['why']}", err=True)
+            return False
+        self.driver.identity = _identity_of(record, self.device_type)
+        self.journal.append({**record, "identity": {**self.driver.identity}})
+        return True
+
+    def _run_rest(self, rows: Sequence[Row]) -> None:
+        self.driver.finished = self._write
+        others = [one for one in self.journal.read() if one["kind"] != "environment"]
+        done, sentences = taken_over(others, self.driver.identity)
+        for sentence in sentences:
+            click.echo(sentence, err=True)
+        left = []
+        for row in rows:
+            if row.name in done:
+                click.echo(f"{row.name}: {done[row.name]['status']} before", err=True)
+            elif why := why_row_absent(row, self.device_type):
+                self.driver.keep_absent(row, why)
+            else:
+                left.append(row)
+        self.driver.run(left, done)
+
+    def _write(self) -> Path:
+        return write_result(self.records(), self.all_rows, self.out)
+
+
+def _report(path: Path, out: Path) -> int:
+    """The result of an earlier run, from its journal: of the device and sources of its last row."""
+    records = Journal(path).read()
+    if not records:
+        raise click.BadParameter(f"{path} has no finished row", param_hint="--report")
+    same = [record for record in records if record.get("identity") == records[-1].get("identity")]
+    rows = rows_of(device_type_of(same))
+    click.echo(as_markdown(same, rows))
+    click.echo(f"wrote {write_result(same, rows, out)}")
+    return int(any(record["status"] in FAILED for record in newest_of(same).values()))
+
+
 @click.command()
-@click.option("--device", default="cuda:0", show_default=True, help="cuda:N; cpu tries the script itself.")
-@click.option("--source", "sources", multiple=True, default=["digits", "random:DiT-XL/2"], show_default=True)
-@click.option("--precision", default="fp16", show_default=True, help="Of all but the digits, which stay in fp32.")
-@click.option("--images", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--steps", type=click.IntRange(min=5), default=50, show_default=True)
-@click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True)
-@click.option("--tests/--no-tests", "with_tests", default=True, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+@click.option(
+    "--device", default="cuda:0", show_default=True, callback=_named, help="cuda:N; cpu runs what a CPU can show."
+)
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Time for all rows; no limit without it.")
+@click.option("--rows", "patterns", multiple=True, help="Names, patterns or beginnings, such as 'time/digits'.")
+@click.option("--list", "listed", is_flag=True, help="Print the rows with their limits and what they expect.")
+@click.option("--resume", is_flag=True, help="Go on: rows that failed or did not run.")
+@click.option("--report", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Of an earlier journal.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Rows at a time, of those without times.  [default: cores / 4]"
+)
+@click.option("--work", type=click.Path(path_type=Path), default=WORK, help="Bundles, logs and journal.")
+@click.option("--journal", type=click.Path(path_type=Path), help="Finished rows.  [default: WORK/rows.jsonl]")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Folder of the .json and .md.")
+@click.pass_context
 def main(
+    context: click.Context,
     device: str,
-    sources: tuple[str, ...],
-    precision: str,
-    images: int,
-    steps: int,
-    repeats: int,
-    with_tests: bool,
+    minutes: float | None,
+    patterns: tuple[str, ...],
+    listed: bool,
+    resume: bool,
+    report: Path | None,
+    jobs: int | None,
+    work: Path,
+    journal: Path | None,
     out: Path,
 ) -> None:
-    """Check every backend on this GPU and write down what was found."""
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("there is no GPU here that torch can use; see 'fora-trt doctor'")
-    result: dict[str, Any] = {"measured_on": circumstances()}
-    if with_tests:
-        click.echo("running the tests that need a GPU ...", err=True)
-        result["tests"] = tests()
-    result["models"] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sources:
-            chosen = "fp32" if source == "digits" else precision
-            name = re.sub(r"\W", "-", source)
-            bundle = bundle_from_model(model_from_source(source, chosen), Path(folder) / name)
-            rows = check(bundle, where, images, steps, repeats)
-            about = {"source": source, "precision": chosen, "images": images, "steps": steps, "repeats": repeats}
-            result["models"].append({**about, "backends": rows})
-    gpu = re.sub(r"\W+", "-", (result["measured_on"]["gpu"] if where.type == "cuda" else None) or "cpu").lower()
-    out.mkdir(parents=True, exist_ok=True)
-    stem = out / f"gpu-check_{gpu}_{result['measured_on']['date']}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    stem.with_suffix(".md").write_text(as_markdown(result))
-    click.echo(as_markdown(result))
-    click.echo(f"wrote {stem}.json and .md")
+    """Check every backend on this GPU; exits with 1 if a row failed."""
+    if report is not None:
+        context.exit(_report(report, out))
+    try:
+        rows = chosen_of(rows_of(device.partition(":")[0]), patterns)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--rows") from None
+    if listed:
+        click.echo(_listing(rows))
+        return
+    _check_device(device)
+    work.mkdir(parents=True, exist_ok=True)
+    kept = Journal(journal or work / "rows.jsonl")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
+    try:
+        with FileLock(work / ".lock", timeout=0):
+            if not resume and (aside := kept.set_aside()):
+                click.echo(f"the rows of before are kept in {aside}", err=True)
+            check = Check(device, work.resolve(), out, kept, math.inf if minutes is None else minutes, jobs)
+            context.exit(check.run(rows))
+    except Timeout:
+        raise click.ClickException(f"another check is running in {work}; give --work another folder") from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""The page and the data file of a GPU check, from the records of its rows. The first table is for the README."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_driver import FAILED, Record, newest_of
+from benchmarks.gpu_rows import Row
+
+INTERVALS = (2, 3, 5)
+
+
+def stem_of(records: Sequence[Record], device_type: str) -> str:
+    """Name of the files: hardware and date of the newest environment among the records."""
+    about = _environment(records).get("details", {}).get("measured_on", {})
+    gpu = about.get("gpu") if device_type == "cuda" else f"cpu {about.get('cores', 0)} cores"
+    hardware = re.sub(r"[^a-z0-9]+", "-", str(gpu or device_type).lower()).strip("-")
+    return f"gpu-check_{hardware}_{about.get('date', 'undated')}"
+
+
+def device_type_of(records: Sequence[Record]) -> str:
+    """`cuda` or `cpu`, as the rows were run."""
+    return str(_environment(records).get("identity", {}).get("type", "cuda"))
+
+
+def write_result(records: Sequence[Record], rows: Sequence[Row], folder: Path) -> Path:
+    """Write the .json and the .md of these records; returns the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = stem_of(records, device_type_of(records))
+    content = {"rows": [*newest_of(records).values()], "not_run": not_run(records, rows)}
+    _replace(folder / f"{stem}.json", json.dumps(content, indent=2) + "\n")
+    _replace(folder / f"{stem}.md", as_markdown(records, rows))
+    return folder / f"{stem}.md"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Never a half-written file, for this happens after every row."""
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _environment(records: Sequence[Record]) -> Record:
+    return newest_of(records).get("environment", {})
+
+
+def not_run(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
+    """Names of rows without a record."""
+    done = newest_of(records)
+    return [row.name for row in rows if row.name not in done]
+
+
+def as_markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
+    """Times first, then what was compared, what deviates, and where it was measured."""
+    newest = [*newest_of(records).values()]
+    parts = [
+        ["# GPU check"],
+        _times(newest),
+        _headed("Errors, replays and transfers of the timed rows", _timed_checks(newest)),
+        _headed(
+            "Parity of the digits with eager FORA in fp32, 50 guided DDIM steps, cache interval 3", _parity(newest)
+        ),
+        _headed("Deviations", _deviations(newest)),
+        _headed("Absent", [f"- {one['row']}: {one['why']}" for one in newest if one["status"] == "absent"]),
+        _headed("Not run", [f"- {name}" for name in not_run(records, rows)]),
+        _headed("Other rows", _others(newest)),
+        _headed("Measured on", _measured_on(records)),
+    ]
+    return "\n".join(line for part in parts if part for line in [*part, ""])
+
+
+def _headed(title: str, lines: list[str]) -> list[str]:
+    return [f"## {title}", "", *lines] if lines else []
+
+
+def _table(header: Sequence[str], texts: int, rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table whose first `texts` columns are words."""
+    marks = ["---"] * texts + ["--:"] * (len(header) - texts)
+    return [f"| {' | '.join(cells)} |" for cells in (header, marks, *rows)] if rows else []
+
+
+def _number(record: Record, name: str, form: str = ".3g", unit: str = "") -> str:
+    value: Any = record.get("values", {}).get(name)
+    if value is None:
+        return ""
+    return f"{value:{form}}{unit}" if isinstance(value, int | float) else str(value)
+
+
+def _worst(record: Record, prefix: str) -> str:
+    """The largest of the values whose name begins so."""
+    values = [float(value) for name, value in record.get("values", {}).items() if name.startswith(prefix)]
+    return f"{max(values):.1e}" if values else ""
+
+
+def _all(record: Record, prefix: str, form: str = "g") -> str:
+    """The values of all cache intervals, in their order."""
+    values = {name: value for name, value in record.get("values", {}).items() if name.startswith(prefix)}
+    return ", ".join(f"{value:{form}}" for value in values.values())
+
+
+def _measured(newest: Sequence[Record], kind: str) -> list[Record]:
+    return [record for record in newest if record["kind"] == kind and record.get("values")]
+
+
+def _labels(record: Record) -> list[str]:
+    """Model, precision, images and backend, as they are in the name of a timed row."""
+    return str(record["row"]).split("/")[1:]
+
+
+def _times(newest: Sequence[Record]) -> list[str]:
+    header = ["model", "precision", "images", "backend", "full step", "reuse step", "no cache"]
+    header += [cell for interval in INTERVALS for cell in (f"ideal, N={interval}", f"N={interval}")]
+    rows = []
+    for record in _measured(newest, "time"):
+        reuse = next((n for n in (3, 2, 5) if f"reuse ms/{n}" in record["values"]), 3)
+        cells = [_number(record, "full ms/1", ".3f", " ms"), _number(record, f"reuse ms/{reuse}", ".3f", " ms")]
+        cells.append(_number(record, "seconds/1", ".3f", " s"))
+        for interval in INTERVALS:
+            cells += [_number(record, f"{what}/{interval}", ".2f", "x") for what in ("ideal", "speed-up")]
+        rows.append([*_labels(record), *cells, _number(record, "peak MiB", ".0f", " MiB"), record["status"]])
+    return _table([*header, "peak memory", "status"], 4, rows)
+
+
+def _timed_checks(newest: Sequence[Record]) -> list[str]:
+    header = ["model", "precision", "images", "backend", "error, full", "error, reuse", "error, latents"]
+    header += ["replays differ by", "graph launches", "kernel launches", "copies", "waits"]
+    rows = []
+    for record in _measured(newest, "time"):
+        errors = [_number(record, "error/full", ".1e"), _number(record, "error/reuse", ".1e")]
+        worst = [_worst(record, "latents/"), _worst(record, "replay/")]
+        counts = [_all(record, f"{kind}/") for kind in ("graph launches", "kernel launches", "copies", "waits")]
+        rows.append([*_labels(record), *errors, *worst, *counts])
+    return _table(header, 4, rows)
+
+
+def _parity(newest: Sequence[Record]) -> list[str]:
+    header = ["level", "precision", "backend", "error, full", "error, reuse", "latents, runs 1, 2, 3"]
+    rows = []
+    for record in _measured(newest, "parity"):
+        errors = [_number(record, "error/full", ".1e"), _number(record, "error/reuse", ".1e")]
+        found = [_all(record, "latents/", ".1e"), _worst(record, "replay/"), record["status"]]
+        rows.append([*_labels(record), *errors, *found])
+    return _table([*header, "replays differ by", "status"], 3, rows)
+
+
+def _deviations(newest: Sequence[Record]) -> list[str]:
+    """Rows that failed, then those to look at."""
+    failed = [one for one in newest if one["status"] in FAILED]
+    look = [one for one in newest if one["status"] == "look"]
+    return [f"- {one['row']} ({one['status']}): {one['why']}" for one in (*failed, *look)]
+
+
+def _others(newest: Sequence[Record]) -> list[str]:
+    lines = []
+    for record in newest:
+        if record["kind"] in ("export", "tests") and record["status"] != "absent":
+            summary = record.get("details", {}).get("summary", "")
+            lines.append(
+                f"- {record['row']}: {record['status']} in {record['seconds']:.0f} s{', ' if summary else ''}{summary}"
+            )
+    return lines
+
+
+def _measured_on(records: Sequence[Record]) -> list[str]:
+    environment = _environment(records)
+    about = environment.get("details", {}).get("measured_on", {})
+    lines = [f"- {name}: {value}" for name, value in about.items() if value is not None]
+    lines += [f"- {name}: {_number(environment, name)}" for name in environment.get("values", {})]
+    told = environment.get("details", {}).get("gpu", "")
+    return lines + [f"- {line}" for line in told.splitlines()]
