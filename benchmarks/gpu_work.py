@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import statistics
@@ -354,6 +355,13 @@ def found_of(row: Row, place: Place, work: Mapping[str, Callable[[Row, Place, Fo
 # -- the process -----------------------------------------------------------------------------------------------------
 
 
+def _empty(folder: Path) -> Path:
+    """A folder for what a row compiles: one that was ended while it compiled must not spoil another, nor its retry."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 @click.command()
 @click.argument("name")
 @click.option("--device", required=True)
@@ -366,6 +374,7 @@ def main(name: str, device: str, work: Path, target: Path, watched: int | None) 
         end_with_parent(watched)
     where = torch.device(device)
     row = next(row for row in rows_of(where.type) if row.name == name)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_empty(work / "inductor" / target.stem))
     found = found_of(row, Place(where, work))
     unfinished = target.with_suffix(".part")
     unfinished.write_text(json.dumps(asdict(found)))
