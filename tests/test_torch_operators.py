@@ -33,7 +33,7 @@ NOT_MEANT = (
     "nonpad",
     "padded_kv",
     "ext_cache",
-    "local_window",
+    "_window",
 )
 
 
