@@ -79,7 +79,7 @@ def _projection_of(transpose: ir.Node) -> Projection | None:
     if before is None or after is None or heads.shape is None or len(before) != 3 or len(after) != 4:
         return None  # rule 1
     widths = [weight.shape[1] if weight.shape is not None else None, *([bias.shape[0]] if bias and bias.shape else [])]
-    known = isinstance(after[2], int) and isinstance(after[3], int)
+    known = isinstance(after[2], int) and isinstance(after[3], int) and None not in [*before]
     if list(before)[:2] != list(after)[:2] or not known or any(width != before[2] for width in widths):
         return None  # rule 1
     return Projection(product, weight, bias, heads)
@@ -137,6 +137,7 @@ def _join(graph: ir.Graph, projections: Sequence[Projection]) -> None:
 
     nodes: list[ir.Node] = []
     value = new_value(nodes, "MatMul", [tokens, _side_by_side(graph, projections)], flat)
+    value.name = f"{first.heads.name}.joined"  # one input may have several attentions
     if any(one.bias is not None for one in projections):
         value = new_value(nodes, "Add", [value, _biases(graph, projections, heads * size)], flat)
     lengths = int64_constant(graph, f"{count}.projections", [0, 0, count, heads, size])
