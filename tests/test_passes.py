@@ -12,7 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
-from fora_trt.export.join_projections import JoinProjectionsPass
+from fora_trt.export.join_projections import JoinProjectionsPass, SeparateProjectionsPass
 from fora_trt.export.nodes import constant
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
 from fora_trt.export.slice_projections import SliceProjectionsPass, take_projection
@@ -274,6 +274,11 @@ def test_projections_of_an_attention_become_one_product_with_one_transpose(biase
     assert kinds(made) == ["MatMul", *added, "Reshape", "Transpose", *["Gather"] * 3, *after]
     assert np.abs(run(made, tokens("x"))[0] - before).max() < 1e-5
     assert not JoinProjectionsPass()(made).modified
+    assert SeparateProjectionsPass()(made).modified
+    assert (kinds(made).count("Gather"), kinds(made).count("Transpose")) == (0, 4 if decomposed else 3)
+    assert kinds(made).count("MatMul") == (5 if decomposed else 3)
+    assert np.abs(run(made, tokens("x"))[0] - before).max() < 1e-5
+    assert not SeparateProjectionsPass()(made).modified
 
 
 def test_projections_in_half_precision_are_joined_there() -> None:

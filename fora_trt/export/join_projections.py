@@ -1,7 +1,8 @@
 """Graph pass: projections of one input that meet in one attention, as Q, K and V do, become one product.
 
 Their heads are brought to the front by one transpose for all: (B, N, P, H, D) to (P, B, H, N, D), whose parts lie one
-after another. It stands for P products, biases and transposes, and launches as many kernels less.
+after another. It replaces P products, biases and transposes, so a GPU launches fewer kernels. A CPU gains nothing from
+that and has to copy the parts: `SeparateProjectionsPass` undoes it there.
 
 Rules, cited below: (1) a projection is a MatMul by a weight matrix, with a bias or not, a Reshape that makes heads of
 its last axis, and a Transpose from (B, N, H, D) to (B, H, N, D); (2) nobody else reads what is between, which is no
@@ -18,10 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fora_trt.export.nodes import constant, int64_constant, new_value
 
-TO_HEADS = [0, 2, 1, 3]
+TO_HEADS, JOINED_TO_HEADS = [0, 2, 1, 3], [2, 0, 3, 1, 4]
+
+Operands = tuple[ir.Node, ir.Value, ir.Value | None]
+"""A MatMul, its weight, and the bias that is added to its output."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,74 @@ class JoinProjectionsPass(InPlacePass):
         return PassResult(model, modified=joined)
 
 
+class SeparateProjectionsPass(InPlacePass):
+    """Gives each projection that was joined its product back, by a Slice of the weights that an engine takes once."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        separated = [_separate(model.graph, node) for node in tuple(model.graph) if node.op_type == "Transpose"]
+        if any(separated):
+            RemoveUnusedNodesPass()(model)
+        return PassResult(model, modified=any(separated))
+
+
+def _separate(graph: ir.Graph, transpose: ir.Node) -> bool:
+    """Replace every part that is taken of the output of a Transpose; False if it is none of joined projections."""
+    split, parts = transpose.inputs[0], transpose.outputs[0].consumers()
+    reshape = _only(split, "Reshape")
+    joined = list(transpose.attributes.get_ints("perm", ())) == JOINED_TO_HEADS
+    if reshape is None or split is None or split.shape is None or not joined or None in map(_place_of, parts):
+        return False
+    operands, (heads, size) = _operands_of(reshape.inputs[0]), split.shape[3:]
+    if operands is None or not isinstance(heads, int) or not isinstance(size, int):
+        return False
+    for part in parts:
+        heads_of_part, place = part.outputs[0], _place_of(part)
+        assert place is not None
+        nodes = _product_of_part(graph, operands, place, heads, size)
+        for node in nodes:
+            node.outputs[0].name = f"{heads_of_part.name}.{node.outputs[0].name}"
+        nodes[-1].outputs[0].shape = heads_of_part.shape
+        graph.insert_before(part, nodes)
+        ir.convenience.replace_all_uses_with(heads_of_part, nodes[-1].outputs[0])
+    return True
+
+
+def _product_of_part(graph: ir.Graph, operands: Operands, place: int, heads: int, size: int) -> list[ir.Node]:
+    """The nodes of one projection on its own."""
+    product, weight, bias = operands
+    tokens = product.inputs[0]
+    assert tokens is not None
+    ends = [int64_constant(graph, f"column.{k}", [k]) for k in (place * heads * size, (place + 1) * heads * size)]
+    last, split = int64_constant(graph, "last", [-1]), int64_constant(graph, "heads", [0, 0, heads, size])
+    nodes: list[ir.Node] = []
+    columns = new_value(nodes, "Slice", [weight, *ends, last], None)
+    value = new_value(nodes, "MatMul", [tokens, columns], None)
+    if bias is not None:
+        value = new_value(nodes, "Add", [value, new_value(nodes, "Slice", [bias, *ends, last], None)], None)
+    value = new_value(nodes, "Reshape", [value, split], None)
+    new_value(nodes, "Transpose", [value], None, ir.AttrInt64s("perm", TO_HEADS))
+    return nodes
+
+
+def _place_of(part: ir.Node) -> int | None:
+    """Which of the joined projections a Gather takes; None if a node does something else."""
+    index = part.inputs[1] if part.op_type == "Gather" and part.attributes.get_int("axis", 0) == 0 else None
+    tensor = None if index is None else index.const_value
+    taken = tensor is not None and not len(tensor.shape) and not part.outputs[0].is_graph_output()
+    return int(tensor.numpy()) if tensor is not None and taken else None
+
+
 def _projection_of(transpose: ir.Node) -> Projection | None:
     """What the output of a Transpose is the heads of."""
     heads, split = transpose.outputs[0], transpose.inputs[0]
     reshape = _only(split, "Reshape")
     if reshape is None or list(transpose.attributes.get_ints("perm", ())) != TO_HEADS or heads.is_graph_output():
         return None  # rules 1 and 2
-    tokens = reshape.inputs[0]
-    biased = _only(tokens, "Add")
-    bias = None if biased is None else _weight_among(biased, rank=1)
-    summed = tokens if biased is None else next((value for value in biased.inputs if value is not bias), None)
-    product = _only(summed, "MatMul")
-    weight = None if product is None else _weight_among(product, rank=2)
-    if product is None or weight is None or weight is not product.inputs[1] or (biased is not None and bias is None):
+    operands = _operands_of(reshape.inputs[0])
+    if operands is None:
         return None  # rules 1 and 2
-    before, after = (None if value is None else value.shape for value in (summed, split))
+    product, weight, bias = operands
+    before, after = (None if value is None else value.shape for value in (product.outputs[0], split))
     if before is None or after is None or heads.shape is None or len(before) != 3 or len(after) != 4:
         return None  # rule 1
     widths = [weight.shape[1] if weight.shape is not None else None, *([bias.shape[0]] if bias and bias.shape else [])]
@@ -83,6 +141,18 @@ def _projection_of(transpose: ir.Node) -> Projection | None:
     if list(before)[:2] != list(after)[:2] or not known or any(width != before[2] for width in widths):
         return None  # rule 1
     return Projection(product, weight, bias, heads)
+
+
+def _operands_of(tokens: ir.Value | None) -> Operands | None:
+    """The MatMul by which tokens are computed, its weight, and the bias that is added to it; None if it is none."""
+    biased = _only(tokens, "Add")
+    bias = None if biased is None else _weight_among(biased, rank=1)
+    summed = tokens if biased is None else next((value for value in biased.inputs if value is not bias), None)
+    product = _only(summed, "MatMul")
+    weight = None if product is None else _weight_among(product, rank=2)
+    if product is None or weight is None or weight is not product.inputs[1] or (biased is not None and bias is None):
+        return None
+    return product, weight, bias
 
 
 def _only(value: ir.Value | None, kind: str) -> ir.Node | None:
@@ -142,7 +212,7 @@ def _join(graph: ir.Graph, projections: Sequence[Projection]) -> None:
         value = new_value(nodes, "Add", [value, _biases(graph, projections, heads * size)], flat)
     lengths = int64_constant(graph, f"{count}.projections", [0, 0, count, heads, size])
     value = new_value(nodes, "Reshape", [value, lengths], ir.Shape([batch, length, count, heads, size]))
-    order = ir.AttrInt64s("perm", (2, 0, 3, 1, 4))
+    order = ir.AttrInt64s("perm", JOINED_TO_HEADS)
     value = new_value(nodes, "Transpose", [value], ir.Shape([count, *shape]), order)
     for k, one in enumerate(projections):
         place = constant(graph, f"projection.{k}", np.array(k))
