@@ -2,6 +2,9 @@ import importlib.util
 import shutil
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
@@ -27,6 +30,27 @@ def test_every_backend_computes_the_same_steps(exported: Bundle, backend: str) -
     for seed in (0, 1):
         inputs = example_inputs(tested.full.inputs.values(), tested.manifest.conditioning, batch=3, seed=seed)
         torch.testing.assert_close(tested(**inputs), reference(**inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_onnxruntime_takes_projections_apart_on_a_cpu(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There joined ones are slower by the copy of their parts."""
+    read: list[ir.Graph] = []
+    session = onnxruntime.InferenceSession
+
+    def noted(model: Any, *arguments: Any, **options: Any) -> Any:
+        read.append(
+            (
+                ir.serde.deserialize_model(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
+            ).graph
+        )
+        return session(model, *arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
+    before = exported.graph_path("full").read_bytes()
+    backend_from_name("onnxruntime").engines(exported, torch.device("cpu"))
+    kinds = [[node.op_type for node in graph] for graph in read]
+    assert [(one.count("Attention"), one.count("Gather")) for one in kinds] == [(3, 3), (0, 3)], "of class embeddings"
+    assert exported.graph_path("full").read_bytes() == before
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
