@@ -1,6 +1,7 @@
 import importlib.util
 import shutil
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
