@@ -27,6 +27,10 @@ class BackendError(ForaError):
     """A backend that is unknown, not installed, or cannot run this bundle on this machine."""
 
 
+class SourceError(BackendError):
+    """The checkpoint that a bundle was exported from is not where it was, or cannot be loaded any more."""
+
+
 class PlanError(BackendError):
     """Plans that cannot be built, are damaged, or do not fit this bundle, this GPU or this version of TensorRT."""
 

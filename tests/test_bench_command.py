@@ -10,7 +10,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.evaluate import bench, entrants
 from fora_trt.evaluate.entrants import steps_of
 from fora_trt.evaluate.report import read_report
-from fora_trt.evaluate.results import EAGER, Bench, PeakRates
+from fora_trt.evaluate.results import COMPILED, EAGER, Bench, PeakRates
 from tests.test_cli import fora
 
 QUICK = ["--backends", "onnxruntime,tensorrt", "--cache-intervals", "2,3", "--steps", "6", "--no-memory"]
@@ -21,7 +21,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled here takes half a minute; that a backend is named suffices."""
 
     def eager(bundle: Bundle, backend: str, *others: Any) -> Any:
-        return steps_of(bundle, EAGER if backend == "torch-compile" else backend, *others)
+        return steps_of(bundle, EAGER if backend == COMPILED else backend, *others)
 
     monkeypatch.setattr(entrants, "steps_of", eager)
 
@@ -44,8 +44,8 @@ def test_all_rows_are_there_with_those_a_user_would_pick_instead(exported: Bundl
             ("onnxruntime", 1, 3),
             (EAGER, 1, None),
             (EAGER, 3, None),
-            ("torch-compile", 1, None),
-            ("torch-compile", 3, None),
+            (COMPILED, 1, None),
+            (COMPILED, 3, None),
         ]
     assert [one.backend for one in found.absent] == ["tensorrt"]
     assert (found.steps, found.repeats, found.guidance_scale) == (6, 2, 1.5)

@@ -1,16 +1,26 @@
 import importlib.util
+import shutil
+from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import BACKENDS, backend_from_name, device_from_name
-from fora_trt.errors import BackendError
+from fora_trt.errors import BackendError, SourceError
+from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.evaluate.unfolded import reference_from_bundle
+from fora_trt.evaluate.verify import graph_errors, trajectory_errors
 from fora_trt.models.examples import example_inputs
 from tests.conftest import ON_CPU
 from tests.damage import rewrite
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
@@ -21,6 +31,27 @@ def test_every_backend_computes_the_same_steps(exported: Bundle, backend: str) -
     for seed in (0, 1):
         inputs = example_inputs(tested.full.inputs.values(), tested.manifest.conditioning, batch=3, seed=seed)
         torch.testing.assert_close(tested(**inputs), reference(**inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_onnxruntime_takes_projections_apart_on_a_cpu(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There joined ones are slower by the copy of their parts."""
+    read: list[ir.Graph] = []
+    session = onnxruntime.InferenceSession
+
+    def noted(model: Any, *arguments: Any, **options: Any) -> Any:
+        read.append(
+            (
+                ir.serde.deserialize_model(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
+            ).graph
+        )
+        return session(model, *arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
+    before = exported.graph_path("full").read_bytes()
+    backend_from_name("onnxruntime").engines(exported, torch.device("cpu"))
+    kinds = [[node.op_type for node in graph] for graph in read]
+    assert [(one.count("Attention"), one.count("Gather")) for one in kinds] == [(3, 3), (0, 3)], "of class embeddings"
+    assert exported.graph_path("full").read_bytes() == before
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
@@ -73,10 +104,34 @@ def test_a_backend_that_is_not_installed_says_how_to_install_it(
     assert backend_from_name("auto").name == "torch"
 
 
-def test_torch_refuses_a_checkpoint_that_changed(exported: Bundle, bundle_copy: Any) -> None:
+def test_plain_pytorch_refuses_a_checkpoint_that_changed(exported: Bundle, bundle_copy: Path) -> None:
     rewrite(bundle_copy, lambda m: m["model"].update(weights_sha256="0" * 64))
     with pytest.raises(BackendError, match="has other weights than those"):
-        load(bundle_copy, schedule=Schedule.static(2, 1), backend="torch")
+        reference_from_bundle(Bundle.open(bundle_copy), CPU)
     rewrite(bundle_copy, lambda m: m["model"]["options"].update(source="moved/away/checkpoint"))
-    with pytest.raises(BackendError, match=r"PyTorch needs the checkpoint .* 'moved/away/checkpoint' cannot be loaded"):
-        load(bundle_copy, schedule=Schedule.static(2, 1), backend="torch")
+    with pytest.raises(SourceError, match=r"plain PyTorch needs the checkpoint .* 'moved/away/checkpoint' cannot be"):
+        EagerFora(Bundle.open(bundle_copy), CPU)
+
+
+@pytest.mark.parametrize("level", ["none", "conditioning", "fold"])
+def test_torch_and_its_reference_need_no_checkpoint(
+    exported: Bundle, optimized: dict[str, Bundle], level: str, tmp_path: Path
+) -> None:
+    """The unfolded graph stands in for the module, and says so; a graph that is wrong shows against it."""
+    with_source = exported if level == "none" else optimized[level]
+    folder = Path(shutil.copytree(with_source.folder, tmp_path / "tiny"))
+    rewrite(folder, lambda m: m["model"]["options"].update(source="moved/away/checkpoint"))
+    bundle = Bundle.open(folder)
+    reference, told = reference_from_bundle(bundle, CPU)
+    assert told == "the unfolded full graph (the checkpoint is not at hand)"
+    denoiser = load(bundle, schedule=Schedule.static(12, 1), backend="torch", device="cpu")
+    for _, error in graph_errors(denoiser, reference, batch=3):
+        assert error.relative < 1e-5
+    module = EagerFora(with_source, CPU)
+    for one in (reference, module):
+        for interval, error in trajectory_errors(bundle, denoiser, one, 12, (1, 3)):
+            assert error.relative < 1e-5, interval
+    launch = denoiser._launch
+    denoiser._launch = lambda place: launch(min(place, 1))  # type: ignore[method-assign] # the sum of another step
+    ((_, error),) = trajectory_errors(bundle, denoiser, reference, 12, (3,))
+    assert (error.relative > 3e-5) == (level == "fold")

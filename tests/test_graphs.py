@@ -1,4 +1,5 @@
 import site
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from fora_trt.models.examples import example_inputs
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.precision import dtypes_of_parameters
 from fora_trt.models.random_weights import draw_weights
+from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import Model, ModelSpec, TensorSpec
 from tests.conftest import TINY
 
@@ -41,6 +43,20 @@ def test_graphs_are_opset_23_with_one_attention_node_a_block_in_full_and_none_in
         operators = [node.op_type for node in model.graph.node]
         assert operators.count("Attention") == count
         assert operators.count("LayerNormalization") == (2 * count + 1)
+
+
+@pytest.mark.parametrize(("precision", "opset"), [("fp32", 20), ("fp16", 23), ("bf16", 20)])
+def test_no_graph_convolves_and_an_attention_has_one_projection(
+    pipeline_folder: Path, precision: str, opset: int
+) -> None:
+    made = graphs_from_model(model_from_source(str(pipeline_folder), precision), opset, "fold")
+    kinds = {name: Counter(node.op_type for node in one.onnx.graph) for name, one in made.graphs.items()}
+    assert not any(counted["Conv"] for counted in kinds.values())
+    blocks, full = TINY["num_layers"], kinds["full"]
+    assert full["Gather"] == 3 * blocks
+    assert (full["Transpose"] - 2) == (2 if opset >= 23 else 3) * blocks, "of the heads, there and back; of the keys"
+    products = 4 if opset >= 23 else 6
+    assert full["MatMul"] == products * blocks + 2
 
 
 def test_no_path_of_this_machine_is_in_any_file(exported: Bundle) -> None:

@@ -12,6 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
+from fora_trt.export.join_projections import JoinProjectionsPass, SeparateProjectionsPass
 from fora_trt.export.nodes import constant
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
 from fora_trt.export.slice_projections import SliceProjectionsPass, take_projection
@@ -172,6 +173,177 @@ def test_a_patch_embedding_becomes_a_product_of_rows(side: int) -> None:
     assert np.abs(run(made, {"x": x})[0] - before).max() < 1e-5
 
 
+@pytest.mark.parametrize("half", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_a_patch_embedding_in_half_precision_stays_there(half: int) -> None:
+    """Its input and its output are cast."""
+    generator = np.random.default_rng(0)
+    dtype = helper.tensor_dtype_to_np_dtype(half)
+    weights = {
+        "w": generator.normal(size=(5, 3, 2, 2)).astype(dtype),
+        "b": generator.normal(size=5).astype(dtype),
+        "s": np.array([0, 5, 8]),
+        "p": generator.normal(size=(1, 8, 5)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=half),
+        helper.make_node("Conv", ["h", "w", "b"], ["c"], strides=[2, 2]),
+        helper.make_node("Cast", ["c"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["f", "s"], ["r"]),
+        helper.make_node("Transpose", ["r"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("Add", ["t", "p"], ["y"]),
+    ]
+    made = model(nodes, {"x": [2, 3, 8, 4]}, {"y": [2, 8, 5]}, weights)
+    x = generator.normal(size=(2, 3, 8, 4)).astype(np.float32)
+    before = run(made, {"x": x})[0] if half == TensorProto.FLOAT16 else None  # ONNX Runtime has no bfloat16
+    assert PatchRowsPass()(made).modified
+    RemoveUnusedNodesPass()(made)
+    assert kinds(made) == ["SpaceToDepth", "Transpose", "Reshape", "Cast", "MatMul", "Cast", "Add"]
+    dtypes = {node.op_type: node.outputs[0].dtype for node in made.graph}
+    assert (dtypes["Reshape"], dtypes["MatMul"], dtypes["Add"]) == (ir.DataType.FLOAT, half, ir.DataType.FLOAT)
+    if before is not None:
+        assert np.abs(run(made, {"x": x})[0] - before).max() < 2e-2
+
+
+def test_a_convolution_that_is_read_before_its_cast_stays() -> None:
+    weights = {"w": np.ones((5, 3, 2, 2), dtype=np.float16), "s": np.array([0, 5, 8])}
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
+        helper.make_node("Conv", ["h", "w"], ["c"], strides=[2, 2]),
+        helper.make_node("Cast", ["c"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["c"], ["z"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["f", "s"], ["r"]),
+        helper.make_node("Transpose", ["r"], ["y"], perm=[0, 2, 1]),
+    ]
+    made = model(nodes, {"x": [2, 3, 8, 4]}, {"y": [2, 8, 5], "z": [2, 5, 4, 2]}, weights)
+    assert not PatchRowsPass()(made).modified
+
+
+HEADS, SIZE, TOKENS = 3, 4, 5
+
+
+def attention(
+    biases: str = "qkv", *, decomposed: bool = False, half: bool = False, sources: str = "xxx", prefix: str = ""
+) -> tuple[list[object], dict[str, np.ndarray]]:
+    """Nodes and weights of an attention as PyTorch's exporter writes it; `sources` are the inputs of Q, K and V."""
+    generator, width = np.random.default_rng(0), HEADS * SIZE
+    dtype = np.float16 if half else np.float32
+    nodes, weights = list[object](), {f"{prefix}heads": np.array([-1, TOKENS, HEADS, SIZE])}
+    for letter, source in zip("qkv", sources, strict=True):
+        name = prefix + letter
+        weights[f"{name}.w"] = generator.normal(size=(width, width)).astype(dtype)
+        nodes.append(helper.make_node("MatMul", [source, f"{name}.w"], [f"{name}.p"]))
+        if letter in biases:
+            weights[f"{name}.b"] = generator.normal(size=width).astype(dtype)
+            nodes.append(helper.make_node("Add", [f"{name}.p", f"{name}.b"], [f"{name}.s"]))
+        summed = f"{name}.s" if letter in biases else f"{name}.p"
+        nodes.append(helper.make_node("Reshape", [summed, f"{prefix}heads"], [f"{name}.r"], allowzero=1))
+        nodes.append(helper.make_node("Transpose", [f"{name}.r"], [f"{name}.t"], perm=[0, 2, 1, 3]))
+    q, k, v, y = (f"{prefix}{letter}" for letter in ("q.t", "k.t", "v.t", "y"))
+    if not decomposed:
+        return [*nodes, helper.make_node("Attention", [q, k, v], [y])], weights
+    weights[f"{prefix}scale"] = np.array([SIZE**-0.25], dtype=dtype)
+    nodes += [
+        helper.make_node("Transpose", [k], [f"{prefix}k.m"], perm=[0, 1, 3, 2]),
+        helper.make_node("Mul", [q, f"{prefix}scale"], [f"{prefix}q.scaled"]),
+        helper.make_node("Mul", [f"{prefix}k.m", f"{prefix}scale"], [f"{prefix}k.scaled"]),
+        helper.make_node("MatMul", [f"{prefix}q.scaled", f"{prefix}k.scaled"], [f"{prefix}scores"]),
+        helper.make_node("Softmax", [f"{prefix}scores"], [f"{prefix}shares"]),
+        helper.make_node("MatMul", [f"{prefix}shares", v], [y]),
+    ]
+    return nodes, weights
+
+
+WIDE = [2, TOKENS, HEADS * SIZE]
+DEEP = [2, HEADS, TOKENS, SIZE]
+
+
+def tokens(*names: str) -> dict[str, np.ndarray]:
+    return {name: np.random.default_rng(k).normal(size=WIDE).astype(np.float32) for k, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("biases", ["qkv", "", "qv"])
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_projections_of_an_attention_become_one_product_with_one_transpose(biases: str, decomposed: bool) -> None:
+    nodes, weights = attention(biases, decomposed=decomposed)
+    made = model(nodes, {"x": WIDE}, {"y": DEEP}, weights)
+    before = run(made, tokens("x"))[0]
+    after = kinds(made)[-6 if decomposed else -1 :]
+    assert JoinProjectionsPass()(made).modified
+    RemoveUnusedNodesPass()(made)
+    added = ["Add"] if biases else []
+    assert kinds(made) == ["MatMul", *added, "Reshape", "Transpose", *["Gather"] * 3, *after]
+    assert np.abs(run(made, tokens("x"))[0] - before).max() < 1e-5
+    assert not JoinProjectionsPass()(made).modified
+    assert SeparateProjectionsPass()(made).modified
+    assert (kinds(made).count("Gather"), kinds(made).count("Transpose")) == (0, 4 if decomposed else 3)
+    assert kinds(made).count("MatMul") == (5 if decomposed else 3)
+    assert np.abs(run(made, tokens("x"))[0] - before).max() < 1e-5
+    assert not SeparateProjectionsPass()(made).modified
+
+
+def test_projections_in_half_precision_are_joined_there() -> None:
+    nodes, weights = attention(half=True)
+    nodes.insert(0, helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16))
+    nodes.append(helper.make_node("Cast", ["y"], ["z"], to=TensorProto.FLOAT))
+    for node in nodes[1:]:
+        node.input[:] = ["h" if name == "x" else name for name in node.input]  # type: ignore[attr-defined] # a proto
+    made = model(nodes, {"x": WIDE}, {"z": DEEP}, weights)
+    before = run(made, tokens("x"))[0]
+    assert JoinProjectionsPass()(made).modified
+    RemoveUnusedNodesPass()(made)
+    assert kinds(made) == ["Cast", "MatMul", "Add", "Reshape", "Transpose", *["Gather"] * 3, "Attention", "Cast"]
+    assert {node.outputs[0].dtype for node in made.graph} == {ir.DataType.FLOAT16, ir.DataType.FLOAT}
+    assert np.abs(run(made, tokens("x"))[0] - before).max() < 1e-2
+
+
+def test_of_a_cross_attention_keys_and_values_are_joined_and_each_attention_has_its_own() -> None:
+    one, weights = attention(sources="xee", prefix="1")
+    two, others = attention(sources="xee", prefix="2", decomposed=True)
+    made = model([*one, *two], {"x": WIDE, "e": WIDE}, {"1y": DEEP, "2y": DEEP}, weights | others)
+    before = run(made, tokens("x", "e"))
+    assert JoinProjectionsPass()(made).modified
+    RemoveUnusedNodesPass()(made)
+    assert (kinds(made).count("Gather"), kinds(made).count("MatMul")) == (4, 2 * 2 + 2)
+    for got, expected in zip(run(made, tokens("x", "e")), before, strict=True):
+        assert np.abs(got - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("read", ["q.p", "q.s", "q.r", "q.t"])
+@pytest.mark.parametrize("as_output", [False, True])
+def test_projections_that_others_read_before_they_are_heads_stay(read: str, as_output: bool) -> None:
+    """Rule 2. Heads may be read by others, and be no output."""
+    nodes, weights = attention()
+    nodes.append(helper.make_node("Relu", [read], ["also"]))
+    rank = len(WIDE) if read in ("q.p", "q.s") else len(DEEP)
+    shapes = {3: WIDE, 4: [2, TOKENS, HEADS, SIZE] if read == "q.r" else DEEP}
+    made = model(nodes, {"x": WIDE}, {"y": DEEP, read if as_output else "also": shapes[rank]}, weights)
+    before = run(made, tokens("x"))
+    JoinProjectionsPass()(made)
+    RemoveUnusedNodesPass()(made)
+    joined = 3 if read == "q.t" and not as_output else 2  # without Q: K and V
+    assert kinds(made).count("Gather") == joined
+    for got, expected in zip(run(made, tokens("x")), before, strict=True):
+        assert np.abs(got - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("case", ["other inputs", "another order of dimensions", "a product with a weight between"])
+def test_projections_that_do_not_meet_or_are_not_alike_stay(case: str) -> None:
+    nodes, weights = attention(sources="xed" if case == "other inputs" else "xxx")
+    inputs = dict.fromkeys("xed" if case == "other inputs" else "x", WIDE)
+    made = model(nodes, inputs, {"y": DEEP}, weights)
+    for node in made.graph:
+        if case == "another order of dimensions" and node.op_type == "Transpose":
+            node.attributes["perm"] = ir.AttrInt64s("perm", [0, 2, 3, 1])
+        if case == "a product with a weight between" and node.op_type == "Attention":
+            matrix = constant(made.graph, "m", np.eye(SIZE, dtype=np.float32))
+            for k, heads in enumerate(node.inputs):
+                assert heads is not None
+                turned = ir.Node("", "MatMul", [heads, matrix], num_outputs=1)
+                made.graph.insert_before(node, turned)
+                node.replace_input_with(k, turned.outputs[0])
+    assert not JoinProjectionsPass()(made).modified
+
+
 @pytest.mark.parametrize(("side", "stride", "pads"), [(2, 1, 0), (3, 3, 0), (2, 2, 1)])
 def test_patches_that_overlap_or_do_not_fit_stay_a_convolution(side: int, stride: int, pads: int) -> None:
     made, _ = patchify(side, stride, pads)
@@ -201,3 +373,4 @@ def test_constants_of_one_name_are_kept_apart_and_equal_ones_are_one() -> None:
     assert [first.name, other.name] == ["c", "c.1"]
     assert constant(made.graph, "c", np.array([1.0])) is other
     assert constant(made.graph, "c", np.array([1], dtype=np.int64)).name == "c.2"
+    assert constant(made.graph, "scalar", np.array(1.0)).shape == ir.Shape([])

@@ -1,10 +1,12 @@
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -67,6 +69,14 @@ def test_text_is_an_input_of_the_full_graph_alone(kind: str, bundles: dict[str, 
     assert manifest.model.image_size == ((256, 256) if kind == "alpha" else (16, 16))
     if kind == "alpha":
         assert manifest.conditioning["resolution"].default == (256.0, 256.0)
+
+
+@KINDS
+def test_projections_of_the_text_are_joined_for_each_block(kind: str, bundles: dict[str, Bundle]) -> None:
+    counted = Counter(node.op_type for node in ir.load(bundles[kind].graph_path("full")).graph)
+    assert counted["Conv"] == 0
+    assert counted["Attention"] == 2 * 2
+    assert counted["Gather"] == 2 * (3 + 2), "Q, K, V of the image; K and V of the text"
 
 
 @KINDS

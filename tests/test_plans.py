@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
-from fora_trt.engines.plan_builder import PlanOptions, Profile
+from fora_trt.engines.plan_builder import PlanOptions, Profile, plan_from_onnx
 from fora_trt.engines.plan_store import (
     PORTABLE,
     PlanSet,
@@ -421,3 +424,20 @@ def test_every_attention_becomes_one_kernel(tmp_path: Path) -> None:
     plans = build_plans(bundle, target, options, tmp_path / "engines")[0].manifest.plans
     assert [one.fused for one in plans["full"].attentions] == [True] * 8
     assert plans["reuse"].attentions == ()
+
+
+@pytest.mark.slow
+def test_a_block_of_dit_is_nine_layers(library: Library, tmp_path: Path) -> None:
+    """Of DiT-S/2 in fp16: a product for Q, K and V, one transpose before the attention and one behind it."""
+    bundle = bundle_from_model(model_from_source("random:DiT-S/2", "fp16"), tmp_path / "export" / "s2")
+    for name in bundle.manifest.graphs:
+        assert not any(node.op_type == "Conv" for node in ir.load(bundle.graph_path(name)).graph)
+    inputs = bundle.manifest.graphs["full"].inputs
+    built = plan_from_onnx(
+        library, bundle.graph_path("full"), tmp_path / "full.plan", inputs, options((1, 2, 16)), ["8.9"]
+    )
+    assert [one.fused for one in built.attentions] == [True] * 12
+    layers = [name for text in library.log.layers for name in re.findall(r"^Name: (\S+), Layer", text, re.MULTILINE)]
+    assert len(layers) <= 120, layers
+    attentions = [k for k, name in enumerate(layers) if "mha" in name]
+    assert {after - before for before, after in pairwise(attentions)} == {9}

@@ -15,6 +15,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.cli import main
 from fora_trt.errors import BackendError
 from fora_trt.evaluate.verify import compare_with_pytorch, with_measured_trajectory
+from fora_trt.export.statistics import bytes_kept_for_sums
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import Model
@@ -93,6 +94,22 @@ def test_fp16_is_close_to_fp32_and_the_manifest_says_how_close(half: Bundle, tmp
     assert (found.steps, found.backend, list(found.errors)) == (50, "torch", [1, 3])
     assert all(0 < error.relative < 1e-2 for error in found.errors.values())
     assert with_measured_trajectory(half, "torch", CPU, within_seconds=0).manifest == half.manifest
+
+
+def test_folded_sums_read_features_in_the_precision_of_the_bundle(
+    pipeline_folder: Path, optimized: dict[str, Bundle], tmp_path: Path
+) -> None:
+    """Six features of 16 tokens and 16 channels, at a batch of 2 and with 3 steps in the window."""
+    bundle = bundle_from_model(model_from_source(str(pipeline_folder), "fp16"), tmp_path / "half")
+    assert bundle.manifest.optimization == "fold"
+    full, plain = (ir.load(one.graph_path("full")).graph for one in (bundle, optimized["fold"]))
+    feature, summed = 2 * 16 * 16, 3 * 2 * 16 * 16 * 4
+    assert bytes_kept_for_sums(plain, 2, 3) == 6 * feature * 4
+    assert bytes_kept_for_sums(full, 2, 3) == 6 * feature * 2
+    assert bytes_kept_for_sums(plain, 2, 3, postponed=False) == 5 * feature * 4, "in fp32 a group is added up at once"
+    assert bytes_kept_for_sums(full, 2, 3, postponed=False) == summed, "what has been added up so far"
+    for comparison in compare_with_pytorch(bundle, "onnxruntime", CPU, 10, (3,)):
+        assert comparison.error.relative < 2e-3, comparison
 
 
 def test_a_measurement_that_cannot_be_written_leaves_the_bundle(half: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

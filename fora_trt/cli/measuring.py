@@ -47,8 +47,9 @@ def verify(
 ) -> None:
     """Compare a bundle with PyTorch: a full and a reuse step, then whole cached trajectories.
 
-    PyTorch runs the checkpoint with hooks, in fp32, so the checkpoint must still be where it was. Exits with 1 if an
-    error is over the tolerance of the bundle's precision.
+    PyTorch runs the checkpoint with hooks, in fp32. Where the checkpoint is no longer at hand, the bundle's full graph
+    stands in for it, unfolded and in fp32, and the output says so. Exits with 1 if an error is over the tolerance of
+    the bundle's precision.
 
     \b
     Example:
@@ -57,14 +58,17 @@ def verify(
     from fora_trt.bundle import Bundle
     from fora_trt.engines.backends import backend_from_name, device_from_name
     from fora_trt.engines.plan_store import PlanSource
+    from fora_trt.evaluate.unfolded import reference_from_bundle
     from fora_trt.evaluate.verify import compare_with_pytorch
 
     chosen = backend_from_name(backend)
     where = device_from_name(device, chosen)
     source = PlanSource(engines, batch=4, report=lambda line: say(as_json, line))
-    comparisons = compare_with_pytorch(Bundle.open(bundle), chosen.name, where, steps, cache_intervals, source)
+    opened = Bundle.open(bundle)
+    reference, told = reference_from_bundle(opened, where)
+    comparisons = compare_with_pytorch(opened, chosen.name, where, steps, cache_intervals, source, reference)
     table = new_table(
-        f"{bundle} on {chosen.name} ({where}) against PyTorch", "compared", "maximum error", "relative", "admitted", ""
+        f"{bundle} on {chosen.name} ({where}) against {told}", "compared", "maximum error", "relative", "admitted", ""
     )
     done = []
     for one in watched("comparing", as_json)(comparisons):
@@ -75,11 +79,11 @@ def verify(
     passed = all(one.passed for one in done)
     if as_json:
         rows = [{"what": one.what, **vars(one.error), "tolerance": one.tolerance, "passed": one.passed} for one in done]
-        click.echo(json.dumps({"backend": chosen.name, "passed": passed, "comparisons": rows}))
+        click.echo(json.dumps({"backend": chosen.name, "reference": told, "passed": passed, "comparisons": rows}))
     else:
         print_table(table)
     if not passed:
-        raise click.ClickException(f"{bundle} differs from PyTorch by more than its precision admits")
+        raise click.ClickException(f"{bundle} differs from {told} by more than its precision admits")
 
 
 @click.command()
@@ -88,7 +92,7 @@ def verify(
     "--backends",
     type=Words(),
     default="tensorrt,tensorrt-rtx,onnxruntime",
-    help="What to time at every cache interval; plain PyTorch and torch-compile always come along.",
+    help="What to time at every cache interval; the module in plain PyTorch, eager and compiled, always comes along.",
 )
 @click.option("--cache-intervals", type=Numbers(), default="1,2,3,5,7", help="1, no caching, always comes along.")
 @click.option("--batch-sizes", type=Numbers(), default="1,4,16", help="Images that are denoised together.")
@@ -132,10 +136,10 @@ def bench(
     from fora_trt.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.engines.backends import backend_from_name
     from fora_trt.evaluate.bench import Benchmark
     from fora_trt.evaluate.circumstances import circumstances
-    from fora_trt.evaluate.entrants import entrants_of
+    from fora_trt.evaluate.entrants import device_of, entrants_of
     from fora_trt.evaluate.report import check_report_folder, write_report
     from fora_trt.evaluate.results import About
     from fora_trt.evaluate.tables import bench_tables
@@ -155,7 +159,7 @@ def bench(
         check_report_folder(out, "bench", About.of(opened), force)
     with plan_source(engines, 2 * max(batch_sizes), as_json) as plans:
         entrants, absent = entrants_of(
-            opened, backends, cache_intervals, lambda name: device_from_name(device, backend_from_name(name)), plans,
+            opened, backends, cache_intervals, lambda name: device_of(name, device), plans,
             report=lambda stage: say(as_json, stage),
         )  # fmt: skip
     benchmark = Benchmark(opened, entrants, absent, chosen, steps, guidance_scale, plans if memory else None)

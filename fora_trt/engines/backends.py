@@ -106,8 +106,8 @@ def _versions_in(folder: Path, distribution: str) -> list[str]:
     return [found.version for found in metadata.distributions(name=distribution, path=[str(folder)])]
 
 
-def _compiler_problem() -> str | None:
-    """Inductor writes C++ for the CPU and Triton kernels, with a launcher in C, for a GPU."""
+def compiler_problem() -> str | None:
+    """Why `torch.compile` cannot be used. It writes C++ for a CPU, for a GPU Triton kernels and launchers in C."""
     compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl"]
     if not any(map(shutil.which, filter(None, compilers))):
         return "torch.compile needs a C++ compiler; install g++, or name one in the environment variable CXX"
@@ -143,7 +143,7 @@ BACKENDS = {
             _onnxruntime_has_cuda,
         ),
         Backend("torch", ("torch",), "fora_trt.engines.torch_engine", lambda: None, lambda: True),
-        Backend("torch-compile", ("torch",), "fora_trt.engines.torch_engine", _compiler_problem, lambda: True),
+        Backend("torch-compile", ("torch",), "fora_trt.engines.torch_engine", compiler_problem, lambda: True),
     )
 }
 AUTO = "auto"

@@ -20,6 +20,7 @@ from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.memory import address_of
 from fora_trt.engines.weighted_sum import FuseWeightedSumsPass, kernel_library
 from fora_trt.errors import BackendError
+from fora_trt.export.join_projections import SeparateProjectionsPass
 from fora_trt.models.spec import WINDOW
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -136,7 +137,7 @@ def _session(bundle: Bundle, graph: str, device: torch.device, stream: ComputeSt
     options = _session_options()
     unwanted = ["SkipLayerNormFusion"]  # slower there than the two nodes that it replaces
     try:
-        model = _with_kernel(bundle, graph, options)
+        model = _for_cpu(bundle, graph, options)
         return onnxruntime.InferenceSession(model, options, providers=[_CPU], disabled_optimizers=unwanted)
     except Exception as error:
         raise BackendError(f"onnxruntime cannot load {path}: {error}") from error
@@ -186,14 +187,16 @@ def _session_options() -> Any:
     return options
 
 
-def _with_kernel(bundle: Bundle, graph: str, options: Any) -> Any:
-    """The graph as ONNX Runtime is to read it: its file, or what is different if our kernel has a use there."""
+def _for_cpu(bundle: Bundle, graph: str, options: Any) -> Any:
+    """The graph as ONNX Runtime is to read it: its file, or what is different where another form is faster there."""
     path, outputs = bundle.graph_path(graph), bundle.manifest.graphs[graph].outputs
-    if not any(output.shape[0] == WINDOW for output in outputs) or (library := kernel_library()) is None:
-        return path
     model = ir.load(path)
-    if not FuseWeightedSumsPass()(model).modified:
+    changed = SeparateProjectionsPass()(model).modified
+    library = kernel_library() if any(output.shape[0] == WINDOW for output in outputs) else None
+    if library is not None and FuseWeightedSumsPass()(model).modified:
+        options.register_custom_ops_library(str(library))
+        changed = True
+    if not changed:
         return path
-    options.register_custom_ops_library(str(library))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
     return ir.to_proto(model).SerializeToString()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,15 @@ from torch import Tensor
 from fora_trt.bundle import Bundle, GraphRecord
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.cuda_graphs import Replay
-from fora_trt.engines.torch_graph import TorchGraph
+from fora_trt.engines.tf32 import without_tf32
+from fora_trt.engines.torch_graph import Shape, TorchGraph
 from fora_trt.errors import BackendError, first_line
 from fora_trt.models.spec import FULL, REUSE
 from fora_trt.quiet import quiet
 
 COMPILED = "torch-compile"
 
-Run = Callable[..., object]
+Step = Callable[..., object]
 
 
 class TorchEngine(Engine):
@@ -38,18 +40,21 @@ class TorchEngine(Engine):
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
         shapes = {name: tuple(tensors[name].shape) for name in self.inputs}
-        launch = partial(self._call, self._run_of(shapes), [tensors[name] for name in (*self.inputs, *self.outputs)])
+        bound = [tensors[name] for name in (*self.inputs, *self.outputs)]
+        launch = partial(self._run, self._step_of(shapes), bound, self.device)
         return Replay(launch, self.device) if self._replays else launch
 
     def is_capturable(self) -> bool:
         return self._replays
 
-    def _run_of(self, shapes: Mapping[str, tuple[int, ...]]) -> Run:
+    def _step_of(self, shapes: Mapping[str, Shape]) -> Step:
+        """What computes the outputs from inputs of these shapes and writes them to the tensors that come after."""
         return self._graph.module(shapes, [*self.outputs], into=True).forward
 
-    @torch.inference_mode()  # in every call alike: another mode would compile anew, within a capture even
-    def _call(self, run: Run, tensors: Sequence[Tensor]) -> None:
-        run(*tensors)
+    @staticmethod
+    def _run(step: Step, tensors: Sequence[Any], device: torch.device) -> None:
+        with torch.inference_mode(), without_tf32(device):
+            step(*tensors)
 
 
 class TorchCompileEngine(TorchEngine):
@@ -57,22 +62,39 @@ class TorchCompileEngine(TorchEngine):
 
     def __init__(self, path: Path, record: GraphRecord, device: torch.device) -> None:
         super().__init__(path, record, device, replays=True)
-        self._compiled: dict[object, Run] = {}
+        self._compiled: dict[object, Step] = {}
 
-    def _run_of(self, shapes: Mapping[str, tuple[int, ...]]) -> Run:
+    def _step_of(self, shapes: Mapping[str, Shape]) -> Step:
         key = tuple(shapes.items())
         if key not in self._compiled:
-            self._compiled[key] = torch.compile(super()._run_of(shapes), fullgraph=True, dynamic=False)
+            self._compiled[key] = compiled(super()._step_of(shapes))
         return self._compiled[key]
 
-    def _call(self, run: Run, tensors: Sequence[Tensor]) -> None:
-        try:
-            with quiet("torch._inductor"):
-                super()._call(run, tensors)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (RuntimeError, torch._dynamo.exc.FailOnRecompileLimitHit) as error:  # dynamo's own are RuntimeErrors
-            raise BackendError(f"torch.compile cannot compile or run this graph: {first_line(error)}") from error
+    @staticmethod
+    def _run(step: Step, tensors: Sequence[Any], device: torch.device) -> None:
+        run_compiled(step, tensors, device)
+
+
+def compiled(step: Step) -> Step:
+    """Compile a step for the shapes that it is first called with; `run_compiled` calls it."""
+    made: Step = torch.compile(step, fullgraph=True, dynamic=False)
+    return made
+
+
+def run_compiled(step: Step, tensors: Sequence[Any], device: torch.device) -> None:
+    """Call a compiled step. Raises `BackendError` where it cannot be compiled or run.
+
+    In one mode of autograd always: in another it would be compiled anew, within a capture even.
+    """
+    try:
+        with quiet("torch._inductor"), torch.inference_mode(), without_tf32(device):
+            step(*tensors)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, torch._dynamo.exc.FailOnRecompileLimitHit) as error:  # dynamo's others are RuntimeErrors
+        raise BackendError(
+            f"torch.compile cannot compile or run this model: {first_line(error)}; use --backend torch"
+        ) from error
 
 
 def engines_from_bundle(bundle: Bundle, device: torch.device, _: object, backend: str) -> dict[str, Engine]:

@@ -39,43 +39,41 @@ class Operator:
         return position in self.numbers or (position in self.scalars and rank == 0)
 
 
-OPERATORS: dict[str, Operator] = {
-    name: Operator(compute)
-    for name, compute in {
-        "Abs": torch.abs,
-        "Add": torch.add,
-        "And": torch.logical_and,
-        "Ceil": torch.ceil,
-        "Cos": torch.cos,
-        "Equal": torch.eq,
-        "Erf": torch.erf,
-        "Exp": torch.exp,
-        "Floor": torch.floor,
-        "Greater": torch.gt,
-        "GreaterOrEqual": torch.ge,
-        "IsNaN": torch.isnan,
-        "Less": torch.lt,
-        "LessOrEqual": torch.le,
-        "Log": torch.log,
-        "MatMul": torch.matmul,
-        "Mul": torch.mul,
-        "Neg": torch.neg,
-        "Not": torch.logical_not,
-        "Or": torch.logical_or,
-        "Reciprocal": torch.reciprocal,
-        "Relu": torch.relu,
-        "Round": torch.round,
-        "Sigmoid": torch.sigmoid,
-        "Sign": torch.sign,
-        "Sin": torch.sin,
-        "Softplus": functional.softplus,
-        "Sqrt": torch.sqrt,
-        "Sub": torch.sub,
-        "Tanh": torch.tanh,
-        "Where": torch.where,
-        "Xor": torch.logical_xor,
-    }.items()
+_NAMED: dict[str, Callable[..., Any]] = {
+    "Abs": torch.abs,
+    "Add": torch.add,
+    "And": torch.logical_and,
+    "Ceil": torch.ceil,
+    "Cos": torch.cos,
+    "Equal": torch.eq,
+    "Erf": torch.erf,
+    "Exp": torch.exp,
+    "Floor": torch.floor,
+    "Greater": torch.gt,
+    "GreaterOrEqual": torch.ge,
+    "IsNaN": torch.isnan,
+    "Less": torch.lt,
+    "LessOrEqual": torch.le,
+    "Log": torch.log,
+    "MatMul": torch.matmul,
+    "Mul": torch.mul,
+    "Neg": torch.neg,
+    "Not": torch.logical_not,
+    "Or": torch.logical_or,
+    "Reciprocal": torch.reciprocal,
+    "Relu": torch.relu,
+    "Round": torch.round,
+    "Sigmoid": torch.sigmoid,
+    "Sign": torch.sign,
+    "Sin": torch.sin,
+    "Softplus": functional.softplus,
+    "Sqrt": torch.sqrt,
+    "Sub": torch.sub,
+    "Tanh": torch.tanh,
+    "Where": torch.where,
+    "Xor": torch.logical_xor,
 }
+OPERATORS = {name: Operator(compute) for name, compute in _NAMED.items()}
 
 
 def operator(
@@ -160,7 +158,7 @@ def total(*tensors: Tensor) -> Tensor:
 @operator("Clip", scalars=(1, 2))
 def clip(x: Tensor, low: Tensor | float | None = None, high: Tensor | float | None = None) -> Tensor:
     """Bounds are scalars, and either may be missing. Where they cross, the upper one holds."""
-    return x if low is None and high is None else torch.clamp(x, low, high)  # type: ignore[call-overload,no-any-return]
+    return x if low is None and high is None else torch.clamp(x, low, high)  # type: ignore[arg-type] # the stubs know tensors alone
 
 
 @operator("Gelu")
@@ -269,7 +267,7 @@ def flatten(x: Tensor, *, axis: int = 1) -> Tensor:
 @operator("Expand", numbers=(1,))
 def expand(x: Tensor, sizes: Numbers) -> Tensor:
     """Repeated along dimensions of 1, as far as the sizes and the tensor's own ask for."""
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(sizes)))
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(sizes)))  # type: ignore[no-untyped-call] # torch's own
 
 
 @operator("Tile", numbers=(1,))
@@ -285,7 +283,9 @@ def concat(*tensors: Tensor, axis: int) -> Tensor:
 
 
 @operator("Split", numbers=(1,))
-def split(x: Tensor, sizes: Numbers | None = None, *, axis: int = 0, num_outputs: int | None = None) -> Sequence[Tensor]:
+def split(
+    x: Tensor, sizes: Numbers | None = None, *, axis: int = 0, num_outputs: int | None = None
+) -> Sequence[Tensor]:
     """Parts of these sizes, or equal ones, of which the last may be smaller."""
     if sizes is None:
         assert num_outputs is not None
@@ -294,11 +294,11 @@ def split(x: Tensor, sizes: Numbers | None = None, *, axis: int = 0, num_outputs
 
 
 @operator("Slice", numbers=(1, 2, 3, 4))
-def cut(
-    x: Tensor, starts: Numbers, ends: Numbers, axes: Numbers | None = None, steps: Numbers | None = None
-) -> Tensor:
+def cut(x: Tensor, starts: Numbers, ends: Numbers, axes: Numbers | None = None, steps: Numbers | None = None) -> Tensor:
     """From `starts` up to `ends`, along the first axes or those named; a negative step goes backwards."""
-    for start, end, axis, step in zip(starts, ends, axes or range(len(starts)), steps or [1] * len(starts), strict=True):
+    for start, end, axis, step in zip(
+        starts, ends, axes or range(len(starts)), steps or [1] * len(starts), strict=True
+    ):
         length = x.shape[axis]
         if step > 0:
             chosen = slice(*slice(start, end, step).indices(length))
@@ -333,7 +333,12 @@ def gather_elements(x: Tensor, index: Tensor, *, axis: int = 0) -> Tensor:
 
 @operator("Pad", numbers=(1, 3), scalars=(2,))
 def pad(
-    x: Tensor, pads: Numbers, value: Tensor | float | None = None, axes: Numbers | None = None, *, mode: str = "constant"
+    x: Tensor,
+    pads: Numbers,
+    value: Tensor | float | None = None,
+    axes: Numbers | None = None,
+    *,
+    mode: str = "constant",
 ) -> Tensor:
     """More room at the begin and the end of each axis."""
     if mode == "wrap":
@@ -409,9 +414,7 @@ def cumulative_sum(x: Tensor, axis: int, *, exclusive: int = 0, reverse: int = 0
 
 
 def _reduction(compute: Callable[[Tensor, list[int], bool], Tensor]) -> Callable[..., Tensor]:
-    def reduced(
-        x: Tensor, axes: Numbers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
-    ) -> Tensor:
+    def reduced(x: Tensor, axes: Numbers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
         if not axes and noop_with_empty_axes:
             return x
         return compute(x, list(axes or range(x.dim())), bool(keepdims))
@@ -544,9 +547,9 @@ def attention(
     joined = q.dim() == 3
     if joined:
         assert q_num_heads is not None and kv_num_heads is not None
-        heads = (q_num_heads, kv_num_heads, kv_num_heads)
         q, k, v = (
-            one.unflatten(2, (count, -1)).transpose(1, 2) for one, count in zip((q, k, v), heads, strict=True)
+            one.reshape(*one.shape[:2], heads, -1).transpose(1, 2)
+            for one, heads in ((q, q_num_heads), (k, kv_num_heads), (v, kv_num_heads))
         )
     if is_causal and mask is not None:
         causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
@@ -576,12 +579,15 @@ def weighted_sum(*tensors: Tensor) -> Tensor:
         return _sum_of_step(begun, gates, features)
     if not len(gates[0]):
         return gates[0].new_empty(0, *features[0].shape)
-    of_steps = zip(*(one.unbind() if one.dim() == gates[0].dim() else [one] * len(gates[0]) for one in begun + gates))
-    return torch.stack([_sum_of_step(one[: len(begun)], one[len(begun) :], features) for one in of_steps])
+    sums = []
+    for step in range(len(gates[0])):
+        of_step = [one[step] if one.dim() == gates[0].dim() else one for one in (*begun, *gates)]
+        sums.append(_sum_of_step(of_step[: len(begun)], of_step[len(begun) :], features))
+    return torch.stack(sums)
 
 
 def _sum_of_step(begun: Sequence[Tensor], gates: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
-    result = begun[0] if begun else torch.zeros((), dtype=gates[0].dtype, device=gates[0].device)
+    result = begun[0] if begun else torch.zeros_like(gates[0])
     for gate, feature in zip(gates, features, strict=True):
         result = torch.addcmul(result, gate, feature)
     return result

@@ -17,6 +17,7 @@ from fora_trt.evaluate.peak_memory import peak_memory, release
 from fora_trt.evaluate.peaks import Floor, best_of, measure_peaks
 from fora_trt.evaluate.results import EAGER, NO_CACHE, Absent, Bench, BenchRow, PeakRates, Setting
 from fora_trt.runtime.conditioning import Conditioning, example_conditioning, usual_guidance_scale
+from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.sampling import Sampler, Trajectory
 from fora_trt.runtime.updates import update_from_scheduler
 from fora_trt.schedule import Schedule
@@ -39,7 +40,7 @@ class Timing:
         done = self.sampler(self.schedule, given, range(given.images), guidance_scale)
         if keep:
             self.trajectories.append(done)
-            self.engine_seconds.append(self.entrant.engine_seconds(self.schedule))
+            self.engine_seconds.append(self.entrant.engine_seconds(self.sampler.denoiser, self.schedule))
         return done
 
     @property
@@ -71,15 +72,26 @@ class Timing:
 
 def timings_of(entrant: Entrant, scheduler: SchedulerMixin, steps: int) -> list[Timing]:
     """A row for every cache interval of an entrant, the first without caching."""
-    sampler = Sampler(entrant.steps, update_from_scheduler(scheduler, steps))
-    return [_timing(entrant, scheduler, sampler, steps, interval) for interval in entrant.cache_intervals]
+    samplers = [_sampler(entrant, scheduler, steps) for _ in entrant.cache_intervals]
+    return [
+        _timing(entrant, scheduler, sampler, steps, interval)
+        for sampler, interval in zip(samplers, entrant.cache_intervals, strict=True)
+    ]
 
 
 def control_of(row: Timing, scheduler: SchedulerMixin, seconds: float, uncached: float) -> Timing:
     """The same backend without caching in so many fewer steps that it takes the `seconds` of a cached row."""
     steps = max(1, min(row.setting.steps, round(row.setting.steps * seconds / uncached)))
-    sampler = Sampler(row.entrant.steps, update_from_scheduler(scheduler, steps))
+    sampler = _sampler(row.entrant, scheduler, steps)
     return _timing(row.entrant, scheduler, sampler, steps, 1, row.setting.cache_interval)
+
+
+def _sampler(entrant: Entrant, scheduler: SchedulerMixin, steps: int) -> Sampler:
+    """A sampler for one row. On a GPU its windows are captured, and those of other rows must not undo that."""
+    takes = entrant.steps
+    if isinstance(takes, Denoiser) and takes.device.type == "cuda":
+        takes = takes.twin()
+    return Sampler(takes, update_from_scheduler(scheduler, steps))
 
 
 def _timing(

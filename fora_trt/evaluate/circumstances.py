@@ -27,6 +27,7 @@ def circumstances() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
+        "fp32": "without TF32" if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **versions(),
         "commit": _commit(),

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fora_trt.bundle import Bundle
 from fora_trt.engines.memory import bytes_of, check_room
-from fora_trt.engines.torch_engine import model_from_bundle
+from fora_trt.engines.tf32 import without_tf32
+from fora_trt.evaluate.source_module import model_from_bundle
 from fora_trt.models.precision import cast_all
 from fora_trt.models.spec import LATENTS, PRECISIONS, TIMESTEP
 from fora_trt.quiet import quiet
@@ -63,7 +64,8 @@ class EagerFora:
         self._full = place == 0
         times = torch.as_tensor(timestep, device=self.device).to(self._dtypes[TIMESTEP]).expand(len(latents))
         given: dict[str, Tensor] = cast_all({LATENTS: latents, **conditioning}, self._dtype) | {TIMESTEP: times}
-        return self.call(self.module, {name: given[name] for name in self._inputs}).float()
+        with without_tf32(self.device):
+            return self.call(self.module, {name: given[name] for name in self._inputs}).float()
 
     def is_capturable(self) -> bool:
         """Eager PyTorch is what most people run; it is left as it is."""

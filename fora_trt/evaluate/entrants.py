@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle
-from fora_trt.engines.backends import backend_from_name
+from fora_trt.engines.backends import backend_from_name, compiler_problem, device_from_name
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.engines.plan_store import PlanSource
-from fora_trt.errors import ForaError, first_line
+from fora_trt.errors import BackendError, ForaError, first_line
+from fora_trt.evaluate.compiled_module import compiled_engines
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.evaluate.peaks import seconds_of
-from fora_trt.evaluate.results import EAGER, Absent
+from fora_trt.evaluate.results import COMPILED, EAGER, Absent
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.sampling import Steps
 from fora_trt.schedule import Schedule
 
-REFERENCES = (EAGER, "torch-compile")
+REFERENCES = (EAGER, COMPILED)
 """What a user would pick instead; in every benchmark."""
 
 REPLAYS = 20
@@ -75,17 +76,25 @@ class Entrant:
     cache_intervals: tuple[int, ...]
     controls: tuple[int, ...]
 
-    def engine_seconds(self, schedule: Schedule) -> float | None:
-        """What the engines took of the trajectory just done; None for eager PyTorch on a GPU, which has no engines."""
-        if self.steps.device.type == "cpu":
+    def engine_seconds(self, steps: Steps, schedule: Schedule) -> float | None:
+        """What the engines took of the trajectory that `steps` just took, which are its own or their twin.
+
+        None for eager PyTorch on a GPU, which has no engines.
+        """
+        if steps.device.type == "cpu":
             return self.clock.seconds
-        if not isinstance(self.steps, Denoiser):
+        if not isinstance(steps, Denoiser):
             return None
-        steps, engines, table = self.steps, {True: self.steps.full, False: self.steps.reuse}, self.steps.table
+        engines, table = {True: steps.full, False: steps.reuse}, steps.table
         launches = steps.engine_launches()
         times = {full: _seconds_of(launches[full], engines[full]) for full in {*schedule.full}}
         before = sum(_seconds_of(launch, engine) for engine, launch in (table.launches if table else ()))
         return before + sum(times[full] for full in schedule.full)
+
+
+def device_of(name: str, device: str) -> torch.device:
+    """Where a backend or a reference of this name runs if `device` is asked for. Raises `BackendError`."""
+    return device_from_name(device, backend_from_name("torch" if name in REFERENCES else name))
 
 
 def entrants_of(
@@ -121,13 +130,19 @@ def entrants_of(
 def steps_of(
     bundle: Bundle, backend: str, device: torch.device, plans: PlanSource, clock: EngineClock | None = None
 ) -> Steps:
-    """What takes the steps: the engines of a backend, or for `EAGER` the module."""
+    """What takes the steps: the engines of a backend, or for `EAGER` and `COMPILED` the module."""
     clock, on_cpu = clock or EngineClock(), device.type == "cpu"
     if backend == EAGER:
         eager = EagerFora(bundle, device, cast_whole=True)
         eager.call = clock.timed(eager.call)
         return eager
-    engines: Mapping[str, Engine] = backend_from_name(backend).engines(bundle, device, plans)
+    engines: Mapping[str, Engine]
+    if backend == COMPILED:
+        if problem := compiler_problem():
+            raise BackendError(problem)
+        engines = compiled_engines(bundle, device)
+    else:
+        engines = backend_from_name(backend).engines(bundle, device, plans)
     if on_cpu:
         engines = {name: TimedEngine(engine, clock) for name, engine in engines.items()}
     return Denoiser(engines, bundle.manifest, Schedule.static(1, 1), backend)

@@ -12,8 +12,9 @@ from fora_trt.runtime.conditioning import way_to_condition
 REPORT_VERSION = 1
 _EXAMPLES = {"--class-labels": "--class-labels 0", "--prompt": '--prompt "..."'}
 
-EAGER = "torch"
-"""In a benchmark: the module as it is, and with the hooks of FORA; not the split one that the backend `torch` runs."""
+EAGER, COMPILED = "PyTorch eager", "PyTorch compiled"
+"""In a benchmark: the module itself, as it is or under `torch.compile`, and with FORA by hooks or a split at its cache
+sites. The backends `torch` and `torch-compile` run the graphs of the bundle instead."""
 
 NO_CACHE = "no cache"
 """Label of the setting that all others are compared with."""

@@ -13,6 +13,7 @@ from fora_trt.bundle import Bundle, GraphError, TrajectoryError
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import BackendError
 from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.evaluate.unfolded import reference_from_bundle
 from fora_trt.export.check import GRAPH_TOLERANCE
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.folders import write_manifest
@@ -20,7 +21,7 @@ from fora_trt.models.examples import example_inputs
 from fora_trt.models.spec import FULL, LATENTS, REUSE, TIMESTEP
 from fora_trt.runtime.conditioning import example_conditioning
 from fora_trt.runtime.denoiser import Denoiser, load
-from fora_trt.runtime.sampling import Sampler
+from fora_trt.runtime.sampling import Sampler, Steps
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
 from fora_trt.schedule import Schedule
@@ -56,16 +57,17 @@ def compare_with_pytorch(
     steps: int = 50,
     cache_intervals: Sequence[int] = (2, 3, 5),
     plans: PlanSource | None = None,
+    reference: Steps | None = None,
 ) -> Iterator[Comparison]:
     """Compare a full and a reuse step on seeded inputs, then trajectories of two images, with eager FORA in fp32.
 
     Trajectories are guided where the model has an unconditional half. The reuse graph runs on other latents and
-    timesteps than the features were made from, as it does in a trajectory. Raises `BackendError` if the checkpoint is
-    no longer at hand.
+    timesteps than the features were made from, as it does in a trajectory. `reference` is what it is compared with, if
+    that was made before: without one `reference_from_bundle` makes it. Raises `BackendError`.
     """
     precision = bundle.manifest.precision
     denoiser = load(bundle, schedule=Schedule.static(steps, 1), backend=backend, device=device, plans=plans)
-    reference = EagerFora(bundle, device)
+    reference = reference or reference_from_bundle(bundle, device)[0]
     for graph, error in graph_errors(denoiser, reference, batch=2):
         yield Comparison(f"{graph} graph", error, GRAPH_TOLERANCE[precision])
     for interval, error in trajectory_errors(bundle, denoiser, reference, steps, cache_intervals):
@@ -73,7 +75,7 @@ def compare_with_pytorch(
 
 
 def trajectory_errors(
-    bundle: Bundle, denoiser: Denoiser, reference: EagerFora, steps: int, cache_intervals: Sequence[int]
+    bundle: Bundle, denoiser: Denoiser, reference: Steps, steps: int, cache_intervals: Sequence[int]
 ) -> Iterator[tuple[int, GraphError]]:
     """Cache interval and error of the last latents, from the same noise and the same scheduler."""
     scheduler = scheduler_from_config(bundle.scheduler_config, None, bundle.manifest.latents.learned_sigma)
@@ -86,7 +88,7 @@ def trajectory_errors(
         yield interval, GraphError.between(*latents)
 
 
-def graph_errors(denoiser: Denoiser, reference: EagerFora, batch: int) -> Iterator[tuple[str, GraphError]]:
+def graph_errors(denoiser: Denoiser, reference: Steps, batch: int) -> Iterator[tuple[str, GraphError]]:
     """The error of a full and then of a reuse step, on seeded inputs: other latents and another timestep."""
     manifest, device = denoiser.manifest, denoiser.device
     latents: list[Tensor] = []

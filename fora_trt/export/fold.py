@@ -100,7 +100,9 @@ def _broadcast(one: ir.Shape | None, other: ir.Shape | None) -> ir.Shape | None:
 def _group(graph: ir.Graph, hoisted: str) -> None:
     """Take sums of `gate * feature` in groups: features and gates side by side, one product, one sum over the group.
 
-    A chain of products and sums would go over the sum of all steps of the window once for every feature.
+    A chain of products and sums would go over the sum of all steps of the window once for every feature. Features that
+    are widened stay in such a chain: side by side they would have to be kept, and wide. Compilers make one kernel of
+    the chain, which reads them narrow.
     """
     part = early_part(graph, {LATENTS})
     differing = _differing(part, hoisted) or set()
@@ -150,7 +152,7 @@ def _is_sum(value: ir.Value) -> bool:
 
 
 def _gate_and_feature(term: ir.Value, differing: set[ir.Value]) -> tuple[ir.Value, ir.Value] | None:
-    """The factors of a term: what differs from step to step, and what does not and is of the same rank."""
+    """The factors of a term: what differs from step to step, and what does not, is of the same rank and not widened."""
     node = term.producer()
     if node is None or node.op_type != "Mul":
         return None
@@ -158,7 +160,17 @@ def _gate_and_feature(term: ir.Value, differing: set[ir.Value]) -> tuple[ir.Valu
     assert one is not None and other is not None
     if (one in differing) == (other in differing) or _rank(one) != _rank(other) or one.dtype != other.dtype:
         return None
-    return (one, other) if one in differing else (other, one)
+    gate, feature = (one, other) if one in differing else (other, one)
+    return None if _is_widened(feature) else (gate, feature)
+
+
+def _is_widened(value: ir.Value) -> bool:
+    """Whether a value is another of fewer bytes, cast."""
+    cast = value.producer()
+    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    if source is None or source.dtype is None or value.dtype is None:
+        return False
+    return source.dtype.itemsize < value.dtype.itemsize
 
 
 def _weighted_sum(graph: ir.Graph, nodes: list[ir.Node], pairs: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
@@ -273,4 +285,25 @@ def _drop_features(full: ir.Model, read: set[str | None]) -> None:
     full.graph.outputs.clear()
     full.graph.outputs.extend(kept)
     CommonSubexpressionEliminationPass()(full)
+    _widen_apart(full.graph)
     drop_unread(full)
+
+
+def _widen_apart(graph: ir.Graph) -> None:
+    """Cast a feature for the sums of the window apart from the step: an engine can then keep it as it is until then."""
+    for cast in tuple(graph):
+        wide = cast.outputs[0]
+        readers = {node: _is_of_window(node.outputs[0]) for node in wide.consumers()}
+        if cast.op_type != "Cast" or not _is_widened(wide) or len({*readers.values()}) < 2:
+            continue
+        again = ir.Node("", "Cast", cast.inputs, list(cast.attributes.values()), num_outputs=1)
+        copy = again.outputs[0]
+        copy.name, copy.type, copy.shape = f"{wide.name}.{WINDOW}", wide.type, wide.shape
+        graph.insert_after(cast, [again])
+        for node, place in wide.uses():
+            if readers[node]:
+                node.replace_input_with(place, copy)
+
+
+def _is_of_window(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) > 0 and value.shape[0] == ir.SymbolicDim(WINDOW)

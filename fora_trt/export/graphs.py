@@ -32,6 +32,7 @@ from fora_trt.errors import ExportError, first_line
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.hoist import drop_unread, edge, replace_reads
+from fora_trt.export.join_projections import JoinProjectionsPass
 from fora_trt.export.optimize import optimized
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
 from fora_trt.export.slice_projections import SliceProjectionsPass
@@ -189,6 +190,7 @@ def _tidy(model: ir.Model, step: FullStep) -> None:
         ExpandMasksPass(),
         PatchRowsPass(),
         PlainTransposesPass(),
+        JoinProjectionsPass(),
         RemoveUnusedNodesPass(),
         *once_only,
         ClearMetadataAndDocStringPass(),

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """A constant of this name in the graph, one for equal arrays; others that ask for the name get a number behind."""
-    tensor, unique = ir.tensor(np.ascontiguousarray(array), name=name), name
+    tensor, unique = ir.tensor(np.asarray(array, order="C"), name=name), name
     for k in count(1):
         there = graph.initializers.get(unique)
         if there is None:

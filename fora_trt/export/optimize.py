@@ -139,7 +139,7 @@ def _stack(graph: ir.Graph, models: Mapping[str, ir.Model], numbers: Iterator[in
     outputs = []
     for values in groups.values():
         singles, name = [str(value.name) for value in values], f"{HOISTED}{next(numbers)}"
-        for reader, ahead in _readers(singles[0], models):
+        for reader, ahead in sorted(_readers(singles[0], models)):  # the same order in every export
             _split(models[reader], *((of_window(name), [*map(of_window, singles)]) if ahead else (name, singles)))
         outputs.append(_joined(graph, name, values))
     graph.outputs[:] = outputs

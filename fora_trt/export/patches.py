@@ -1,8 +1,8 @@
 """Graph passes: patches go in and out of a graph as rows, and large tensors are not transposed on the way.
 
 A patch embedding is traced as a convolution whose steps are as long as its kernel, and the tokens that it makes as the
-transpose of its output. The same products are those of a matrix and the patches, laid out as rows first: what is
-transposed are the latents, a small fraction of the tokens.
+transpose of its output; in half precision its input and its output are cast. The same products are those of a matrix
+and the patches, laid out as rows first: what is transposed are the latents, a small fraction of the tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from fora_trt.export.nodes import constant, int64_constant, new_value
 class PatchRowsPass(InPlacePass):
     """Replaces Conv, Reshape (B, C, h * w), Transpose (B, h * w, C) by a product of patches with a matrix.
 
-    Only where patches are square and neither overlap nor leave anything out: strides as long as the kernel, which
-    divides the image, no padding, dilation or groups; and where nobody else reads what is between.
+    The product has the dtype of the convolution. Where its input is cast, patches are laid out before the cast; where
+    its output is cast, tokens are cast behind the product. Only where patches are square and neither overlap nor leave
+    anything out: strides as long as the kernel, which divides the image, no padding, dilation or groups; and where
+    nobody else reads what is between.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -38,6 +40,7 @@ def _as_product(graph: ir.Graph, conv: ir.Node) -> bool:
     tokens = _tokens_of(conv)
     if image is None or image.shape is None or weight is None or weight.const_value is None or tokens is None:
         return False
+    source = _before_cast(image)
     batch, _, *sides = image.shape
     width, _, *kernel = weight.const_value.shape.numpy()
     plain = (
@@ -58,21 +61,39 @@ def _as_product(graph: ir.Graph, conv: ir.Node) -> bool:
     lengths = int64_constant(graph, f"{weight.name}.patches", [0, rows * columns, length])
 
     nodes: list[ir.Node] = []
-    value = image
+    value = source
     if side > 1:
         value = new_value(
-            nodes, "SpaceToDepth", [image], ir.Shape([batch, length, rows, columns]), ir.AttrInt64("blocksize", side)
+            nodes, "SpaceToDepth", [source], ir.Shape([batch, length, rows, columns]), ir.AttrInt64("blocksize", side)
         )
     value = new_value(
         nodes, "Transpose", [value], ir.Shape([batch, rows, columns, length]), ir.AttrInt64s("perm", (0, 2, 3, 1))
     )
     value = new_value(nodes, "Reshape", [value, lengths], ir.Shape([batch, rows * columns, length]))
+    value = _cast(nodes, value, image.dtype)
     value = new_value(nodes, "MatMul", [value, matrix], ir.Shape([batch, rows * columns, width]))
     if bias is not None and not _joined(graph, tokens, bias):
         value = new_value(nodes, "Add", [value, bias], ir.Shape([batch, rows * columns, width]))
+    value = _cast(nodes, value, tokens.dtype)
     graph.insert_before(conv, nodes)
     ir.convenience.replace_all_uses_with(tokens, value)
     return True
+
+
+def _before_cast(image: ir.Value) -> ir.Value:
+    """What an image was before it was cast; the image itself where it was not."""
+    cast = image.producer()
+    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    return image if source is None or source.shape != image.shape or source.dtype is None else source
+
+
+def _cast(nodes: list[ir.Node], value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """A value in another dtype; the value itself where it has that."""
+    if dtype is None or value.dtype == dtype:
+        return value
+    cast = new_value(nodes, "Cast", [value], value.shape, ir.AttrInt64("to", dtype))
+    cast.type = ir.TensorType(dtype)
+    return cast
 
 
 def _joined(graph: ir.Graph, tokens: ir.Value, bias: ir.Value) -> bool:
@@ -90,8 +111,11 @@ def _joined(graph: ir.Graph, tokens: ir.Value, bias: ir.Value) -> bool:
 
 
 def _tokens_of(conv: ir.Node) -> ir.Value | None:
-    """(B, h * w, C), if the output of a convolution is read as that and as nothing else."""
+    """(B, h * w, C), if the output of a convolution is read as that and as nothing else, cast or not."""
     value = conv.outputs[0]
+    readers = value.consumers()
+    if len(readers) == 1 and readers[0].op_type == "Cast" and not value.is_graph_output():
+        value = readers[0].outputs[0]
     for kind, rank in (("Reshape", 3), ("Transpose", 3)):
         readers = value.consumers()
         if len(readers) != 1 or readers[0].op_type != kind or value.is_graph_output():

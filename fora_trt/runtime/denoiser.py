@@ -93,7 +93,7 @@ class Denoiser:
     """
 
     def __init__(self, engines: Mapping[str, Engine], manifest: Manifest, schedule: Schedule, backend: str) -> None:
-        self.full, self.reuse = engines[FULL], engines[REUSE]
+        self._engines, self.full, self.reuse = engines, engines[FULL], engines[REUSE]
         conditioning, of_full_steps = (engines.get(name) for name in (CONDITIONING, FULL_CONDITIONING))
         self.table = None if conditioning is None else ConditioningTable(conditioning, of_full_steps)
         self.manifest = manifest
@@ -219,6 +219,12 @@ class Denoiser:
             self._sum_into_buffers(batch)
         self._launch(place)()
         return buffers[NOISE_PREDICTION]
+
+    def twin(self) -> Denoiser:
+        """Another one over the same engines, with tensors of its own: windows of one length do not undo what was
+        captured of windows of another.
+        """
+        return Denoiser(self._engines, self.manifest, self.schedule, self.backend)
 
     def engine_launches(self) -> dict[bool, Launch]:
         """What runs the full engine, under True, and the reuse engine, as they are bound now."""

@@ -1,0 +1,26 @@
+"""fp32 that is fp32 on a GPU: PyTorch's convolutions round to TF32 (10 bits) unless told otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def without_tf32(device: torch.device) -> Iterator[None]:
+    """Compute products of matrices and convolutions in full fp32; what was set before holds again afterwards."""
+    if device.type != "cuda":
+        yield
+        return
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [one.allow_tf32 for one in backends]
+    try:
+        for one in backends:
+            one.allow_tf32 = False
+        yield
+    finally:
+        for one, allowed in zip(backends, before, strict=True):
+            one.allow_tf32 = allowed

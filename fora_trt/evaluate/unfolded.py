@@ -1,0 +1,100 @@
+"""FORA on the full graph of a bundle alone: the reference where the module that it was exported from is not at hand.
+
+Nothing is computed before the loop or folded, and the reuse graph is not used: a reuse step computes the full graph
+once more, with the features of the last full step in the place of its own. All of it is computed in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fora_trt.bundle import Bundle
+from fora_trt.engines.memory import bytes_of, check_room
+from fora_trt.engines.tf32 import without_tf32
+from fora_trt.engines.torch_graph import TorchGraph
+from fora_trt.errors import BackendError, SourceError
+from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, LATENTS, NOISE_PREDICTION, TIMESTEP
+from fora_trt.runtime.sampling import Steps
+from fora_trt.schedule import places_in_windows
+
+
+def reference_from_bundle(bundle: Bundle, device: torch.device) -> tuple[Steps, str]:
+    """FORA in fp32 to compare with, and what it is in words: the module with hooks, or the unfolded graph without it.
+
+    Raises `BackendError` if the source is there and has other weights than the bundle.
+    """
+    try:
+        return EagerFora(bundle, device), "PyTorch"
+    except SourceError:
+        return UnfoldedFora(bundle, device), "the unfolded full graph (the checkpoint is not at hand)"
+
+
+class UnfoldedFora:
+    """Takes steps like a `Denoiser`, by PyTorch, from the graphs that a full step needs."""
+
+    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+        self.manifest, self.device = bundle.manifest, device
+        before = [name for name in (CONDITIONING, FULL_CONDITIONING) if name in bundle.manifest.graphs]
+        self._before = {name: TorchGraph(bundle.graph_path(name), device, widened=True) for name in before}
+        self._graph = TorchGraph(bundle.graph_path(FULL), device, widened=True)
+        self._features = [feature.name for feature in bundle.manifest.features()]
+        if missing := [name for name in self._features if name not in self._graph.values]:
+            raise BackendError(f"the full graph of {bundle.folder} does not show {missing[0]!r}; export it again")
+        self._kept: dict[str, Tensor] = {}
+
+    def begin(
+        self, timesteps: Tensor, full: Sequence[bool], conditioning: Mapping[str, Tensor], batch: int
+    ) -> list[int]:
+        """Nothing is computed before the loop."""
+        return places_in_windows(full)
+
+    def turn_to(self, step: int) -> None:
+        """A step knows all it needs from its call."""
+
+    def prepare(self, batch: int) -> object:
+        """What cannot fit is refused with `InputError`."""
+        check_room(batch, self.device, lambda count: bytes_of(self.manifest.features(), count))
+        return None
+
+    @torch.no_grad()
+    def predict(self, place: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+        """Compute every layer, or with the features of the last full step what follows from them."""
+        batch = len(latents)
+        given: dict[str, Tensor] = {LATENTS: latents, TIMESTEP: torch.as_tensor(timestep, device=self.device)}
+        given = {name: one.expand(batch, *one.shape[1:]) for name, one in {**given, **conditioning}.items()}
+        with without_tf32(self.device):
+            for name, graph in self._before.items():
+                outputs = [one.name for one in self.manifest.graphs[name].outputs]
+                given |= zip(outputs, _computed(graph, given, outputs, self._inputs_of(name)), strict=True)
+            read = [one for one in self._inputs_of(FULL) if one in given]  # without those of the steps of a window
+            if place:
+                (prediction,) = _computed(self._graph, given | self._kept, [NOISE_PREDICTION], [*read, *self._kept])
+                return prediction
+            prediction, *features = _computed(self._graph, given, [NOISE_PREDICTION, *self._features], read)
+        self._kept = dict(zip(self._features, features, strict=True))
+        return prediction
+
+    def is_capturable(self) -> bool:
+        """What it is compared with is; this is left plain."""
+        return False
+
+    def first_not_finite(self) -> str | None:
+        """Name of the first kept feature that is not finite."""
+        return next((name for name, one in self._kept.items() if not one.isfinite().all()), None)
+
+    def _inputs_of(self, graph: str) -> list[str]:
+        return [one.name for one in self.manifest.graphs[graph].inputs]
+
+
+def _computed(
+    graph: TorchGraph, given: Mapping[str, Tensor], outputs: Sequence[str], inputs: Sequence[str]
+) -> Sequence[Tensor]:
+    """These outputs of a graph, of what is given of its values."""
+    tensors = [given[name].to(graph.dtype_of(graph.values[name])) for name in inputs]
+    shapes = {name: tuple(one.shape) for name, one in zip(inputs, tensors, strict=True)}
+    results: Sequence[Tensor] = graph.module(shapes, outputs)(*tensors)
+    return results
