@@ -22,9 +22,10 @@ test-slow: $(VENV)/with-$(EXTRAS)
 	$(BIN)/python -m pytest -m slow --durations=0 tests/test_figures.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=12 --ignore tests/test_figures.py
 
-# On a machine with an NVIDIA GPU, with whichever backends are wanted: make gpu-check EXTRAS=gpu,dev
-gpu-check: $(VENV)/with-$(EXTRAS)
-	$(BIN)/python -m benchmarks.gpu_check
+# On a machine with an NVIDIA GPU, in the environment if it was made, else with the packages that PYTHON has:
+# make gpu-check CHECK='--minutes 28', and after an interruption make gpu-check CHECK=--resume
+gpu-check:
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check $(CHECK)
 
 lint: $(VENV)/with-$(EXTRAS)
 	$(BIN)/ruff check .

@@ -30,7 +30,6 @@ from torch import Tensor
 from benchmarks.gpu_rows import Exported, Row, rows_of
 from benchmarks.gpu_watch import end_with_parent
 from fora_trt.bundle import Bundle, GraphError
-from fora_trt.engines.base import Engine
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import ForaError, first_line
 from fora_trt.evaluate.circumstances import circumstances
@@ -42,7 +41,6 @@ from fora_trt.evaluate.verify import GUIDANCE_SCALE, graph_errors
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.sources import model_from_source
-from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, REUSE
 from fora_trt.runtime.conditioning import Conditioning, example_conditioning
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.sampling import Sampler, Steps, Trajectory, stretches_of
@@ -126,19 +124,7 @@ def steps_by_interval(
     Engines are started once, and bound for each interval.
     """
     steps = steps_of(bundle, entrant, place.device, place.plans(images))
-    if not isinstance(steps, Denoiser):
-        return dict.fromkeys(intervals, steps)
-    engines = _engines_of(steps)
-    return {one: Denoiser(engines, steps.manifest, Schedule.static(1, 1), entrant) for one in intervals}
-
-
-def _engines_of(denoiser: Denoiser) -> Mapping[str, Engine]:
-    engines = {FULL: denoiser.full, REUSE: denoiser.reuse}
-    if denoiser.table is not None:
-        engines[CONDITIONING] = denoiser.table.engine
-        if denoiser.table.full_engine is not None:
-            engines[FULL_CONDITIONING] = denoiser.table.full_engine
-    return engines
+    return {interval: steps.twin() if isinstance(steps, Denoiser) else steps for interval in intervals}
 
 
 @dataclass(frozen=True)
@@ -164,18 +150,21 @@ class Course:
         return self.sampler(self.schedule, self.given, range(self.given.images), self.scale)
 
     def transfers(self) -> dict[str, int]:
-        """Copies, waits and launches of a trajectory that was captured before, between its first and its last step."""
-        guided = [self.scale > 1] * self.schedule.steps
-        with torch.inference_mode():
-            seeds = range(self.given.images)
-            steps = self.sampler.begin(self.schedule, self.given, seeds, self.scale, guided)
-            torch.cuda.synchronize()
+        """Of a trajectory that was captured before."""
+        return transfers_between_steps(self.sampler, self.schedule, self.given, self.scale)
 
-            def launch() -> None:
-                for first, length in stretches_of(steps).items():
-                    self.sampler.launch(first, steps[first : first + length])
 
-            return transfers_of(launch)
+def transfers_between_steps(sampler: Sampler, schedule: Schedule, given: Conditioning, scale: float) -> dict[str, int]:
+    """Copies, waits and launches between the first and the last step of a trajectory that was captured before."""
+    with torch.inference_mode():
+        steps = sampler.begin(schedule, given, range(given.images), scale, [scale > 1] * schedule.steps)
+        torch.cuda.synchronize(sampler.denoiser.device)
+
+        def launch() -> None:
+            for first, length in stretches_of(steps).items():
+                sampler.launch(first, steps[first : first + length])
+
+        return transfers_of(launch)
 
 
 def transfers_of(run: Callable[[], None]) -> dict[str, int]:

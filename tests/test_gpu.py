@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu_check import LAUNCHES, parity, transfers_between_steps, transfers_of
+from benchmarks.gpu_rows import GRAPH_BOUND, LATENTS_BOUND
+from benchmarks.gpu_work import LAUNCHES, transfers_between_steps, transfers_of
 from fora_trt import Denoiser, Schedule, load
-from fora_trt.bundle import Bundle
+from fora_trt.bundle import Bundle, GraphError
 from fora_trt.engines.backends import BACKENDS
 from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import InputError
-from fora_trt.runtime.conditioning import conditioning_of_classes
-from fora_trt.runtime.sampling import Sampler
+from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.evaluate.verify import graph_errors
+from fora_trt.export.write import bundle_from_model
+from fora_trt.models.sources import model_from_source
+from fora_trt.models.spec import OPTIMIZATIONS
+from fora_trt.runtime.conditioning import Conditioning, conditioning_of_classes
+from fora_trt.runtime.sampling import Sampler, Steps
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
+from tests.conftest import ON_CPU
 
-CAPTURED = ("tensorrt", "tensorrt-rtx", "torch-compile")
+CAPTURED = ("tensorrt", "tensorrt-rtx", "torch", "torch-compile")
+SCHEDULE, GUIDANCE_SCALE = Schedule.static(8, 3), 1.5
 
 
 @pytest.fixture(scope="module")
@@ -29,44 +35,93 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engines")
 
 
-def denoiser_of(bundle: Bundle, backend: str, engines: Path) -> Denoiser:
+@pytest.fixture(scope="module")
+def bundle_at(
+    exported: Bundle, optimized: dict[str, Bundle], pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Bundle]:
+    """The bundle of the small DiT at a level of optimization, in fp32 or fp16; the latter are made when needed."""
+    made = {("none", "fp32"): exported} | {(level, "fp32"): bundle for level, bundle in optimized.items()}
+    folder = tmp_path_factory.mktemp("half")
+
+    def bundle(level: str, precision: str) -> Bundle:
+        if (level, precision) not in made:
+            model = model_from_source(str(pipeline_folder), precision)
+            made[level, precision] = bundle_from_model(model, folder / f"{level}-{precision}", optimization=level)
+        return made[level, precision]
+
+    return bundle
+
+
+def gpu_for(backend: str) -> str:
+    """The first GPU; skips where there is none, or none that the backend can use."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU here that torch can use")
     if problem := BACKENDS[backend].problem():
         pytest.skip(problem)
     if not BACKENDS[backend].has_cuda():
         pytest.skip(f"{backend} is installed for the CPU alone")
-    source = PlanSource(engines, batch=4)
-    return load(bundle, schedule=Schedule.static(8, 3), backend=backend, device="cuda:0", plans=source)
+    return "cuda:0"
 
 
-def sampler_of(bundle: Bundle, backend: str, engines: Path, scheduler: str = "ddim") -> Sampler:
-    denoiser = denoiser_of(bundle, backend, engines)
+def denoiser_of(bundle: Bundle, backend: str, engines: Path, device: str | None = None) -> Denoiser:
+    where = gpu_for(backend) if device is None else device
+    return load(bundle, schedule=SCHEDULE, backend=backend, device=where, plans=PlanSource(engines, batch=4))
+
+
+def sampler_of(bundle: Bundle, steps: Steps, scheduler: str = "ddim") -> Sampler:
     chosen = scheduler_from_config(bundle.scheduler_config, scheduler, bundle.manifest.latents.learned_sigma)
-    return Sampler(denoiser, update_from_scheduler(chosen, 8))
+    return Sampler(steps, update_from_scheduler(chosen, SCHEDULE.steps))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_backend_equals_pytorch(exported: Bundle, engines: Path, backend: str) -> None:
-    errors = parity(denoiser_of(exported, backend, engines), exported, batch=4)
-    assert max(errors.values()) < 1e-4, errors
+def two_classes(bundle: Bundle) -> Conditioning:
+    return conditioning_of_classes(bundle.manifest, [1, 2])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_captured_trajectories_equal_the_first_and_those_on_the_cpu(
-    exported: Bundle, engines: Path, backend: str
-) -> None:
-    sampler = sampler_of(exported, backend, engines)
-    schedule, wanted = Schedule.static(8, 3), conditioning_of_classes(exported.manifest, [1, 2])
-    runs = [sampler(schedule, wanted, [7, 8], 1.5).latents for _ in range(3)]  # warm-up, capture and replay, replay
-    on_cpu = load(exported, schedule=schedule, backend="torch", device="cpu")
-    expected = Sampler(on_cpu, sampler.update)(schedule, wanted, [7, 8], 1.5).latents
+def check_three_runs(bundle: Bundle, denoiser: Denoiser) -> None:
+    """The first as it is, the second captured, the third replayed: all equal eager FORA on the same schedule."""
+    precision, reference = bundle.manifest.precision, EagerFora(bundle, denoiser.device)
+    sampler, given = sampler_of(bundle, denoiser), two_classes(bundle)
+    runs = [sampler(SCHEDULE, given, [7, 8], GUIDANCE_SCALE).latents for _ in range(3)]
+    expected = sampler_of(bundle, reference)(SCHEDULE, given, [7, 8], GUIDANCE_SCALE).latents
     for run in runs:
-        torch.testing.assert_close(run, expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
-    other = sampler(schedule, conditioning_of_classes(exported.manifest, [3, 4]), [9, 10], 1.5).latents
+        assert GraphError.between(run, expected).relative < LATENTS_BOUND[precision]
+        assert torch.equal(run, runs[0]), "bit for bit"
+    other = sampler(SCHEDULE, conditioning_of_classes(bundle.manifest, [3, 4]), [9, 10], GUIDANCE_SCALE).latents
     assert (other - runs[0]).abs().max() > 0.01, "a replay reads what is new in its tensors"
+    errors = {graph: error.relative for graph, error in graph_errors(denoiser, reference, batch=4)}
+    assert max(errors.values()) < GRAPH_BOUND[precision], errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("level", OPTIMIZATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_captured_and_replayed_runs_equal_eager_fora(
+    bundle_at: Callable[[str, str], Bundle], engines: Path, backend: str, level: str, precision: str
+) -> None:
+    gpu_for(backend)  # before anything is exported
+    bundle = bundle_at(level, precision)
+    assert bundle.manifest.optimization == level
+    check_three_runs(bundle, denoiser_of(bundle, backend, engines))
+
+
+@pytest.mark.parametrize("level", OPTIMIZATIONS)
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_three_runs_equal_eager_fora_on_the_cpu(
+    bundle_at: Callable[[str, str], Bundle], engines: Path, backend: str, level: str
+) -> None:
+    bundle = bundle_at(level, "fp32")
+    check_three_runs(bundle, denoiser_of(bundle, backend, engines, device="cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", OPTIMIZATIONS)
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_three_runs_in_half_precision_equal_eager_fora_on_the_cpu(
+    bundle_at: Callable[[str, str], Bundle], engines: Path, backend: str, level: str
+) -> None:
+    bundle = bundle_at(level, "fp16")
+    check_three_runs(bundle, denoiser_of(bundle, backend, engines, device="cpu"))
 
 
 @pytest.mark.gpu
@@ -75,13 +130,13 @@ def test_captured_trajectories_equal_the_first_and_those_on_the_cpu(
 def test_nothing_is_copied_or_waited_for_between_steps(
     exported: Bundle, engines: Path, backend: str, scheduler: str
 ) -> None:
-    sampler = sampler_of(exported, backend, engines, scheduler)
-    schedule, wanted = Schedule.static(8, 3), conditioning_of_classes(exported.manifest, [1, 2])
+    sampler = sampler_of(exported, denoiser_of(exported, backend, engines), scheduler)
+    wanted = two_classes(exported)
     for _ in range(2):
-        sampler(schedule, wanted, [0, 1], 1.5)
-    transfers = transfers_between_steps(sampler, schedule, images=2)
+        sampler(SCHEDULE, wanted, [0, 1], GUIDANCE_SCALE)
+    transfers = transfers_between_steps(sampler, SCHEDULE, wanted, GUIDANCE_SCALE)
     launches = [transfers.pop(kind) for kind in LAUNCHES]
-    assert launches[0] == schedule.full_steps, "a window is one graph"
+    assert launches[0] == SCHEDULE.full_steps, "a window is one graph"
     assert transfers == {"host to device": 0, "device to host": 0, "synchronizations": 0}
 
 
@@ -89,11 +144,11 @@ def test_nothing_is_copied_or_waited_for_between_steps(
 def test_onnxruntime_is_not_waited_for_between_steps(exported: Bundle, engines: Path) -> None:
     """It is launched kernel by kernel, on its own stream, in the order of the scheduler's work."""
     sampler = sampler_of(exported, "onnxruntime", engines)
-    schedule, wanted = Schedule.static(8, 3), conditioning_of_classes(exported.manifest, [1, 2])
+    wanted = two_classes(exported)
     for _ in range(2):
-        sampler(schedule, wanted, [0, 1], 1.5)
-    transfers = transfers_between_steps(sampler, schedule, images=2)
-    assert transfers["synchronizations"] == transfers["device to host"] == transfers["launches of graphs"] == 0
+        sampler(SCHEDULE, wanted, [0, 1], GUIDANCE_SCALE)
+    transfers = transfers_between_steps(sampler, SCHEDULE, wanted, GUIDANCE_SCALE)
+    assert transfers["synchronizations"] == transfers["device to host"] == transfers[LAUNCHES[0]] == 0
 
 
 @pytest.mark.gpu
@@ -109,11 +164,11 @@ def test_the_count_of_transfers_can_fail() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", CAPTURED)
 def test_another_batch_is_captured_anew(exported: Bundle, engines: Path, backend: str) -> None:
-    sampler = sampler_of(exported, backend, engines)
-    schedule, both = Schedule.static(8, 3), conditioning_of_classes(exported.manifest, [1, 2])
-    alone = [sampler(schedule, both.at([0]), [7], 1.5).latents for _ in range(3)][-1]
-    pair = [sampler(schedule, both, [7, 8], 1.5).latents for _ in range(3)][-1]
-    again = [sampler(schedule, both.at([0]), [7], 1.5).latents for _ in range(3)][-1]
+    sampler = sampler_of(exported, denoiser_of(exported, backend, engines))
+    both = two_classes(exported)
+    alone = [sampler(SCHEDULE, both.at([0]), [7], GUIDANCE_SCALE).latents for _ in range(3)][-1]
+    pair = [sampler(SCHEDULE, both, [7, 8], GUIDANCE_SCALE).latents for _ in range(3)][-1]
+    again = [sampler(SCHEDULE, both.at([0]), [7], GUIDANCE_SCALE).latents for _ in range(3)][-1]
     scale = pair.abs().max().item()
     torch.testing.assert_close(alone[0], pair[0], atol=1e-3 * scale, rtol=0)
     torch.testing.assert_close(alone, again, atol=1e-5 * scale, rtol=0)
@@ -126,19 +181,3 @@ def test_a_batch_outside_the_plans_is_named(exported: Bundle, engines: Path, bac
     with pytest.raises(InputError, match=r"the plans were built for 1:4:16 .* fora-trt build --batch 1:40:40"):
         denoiser.prepare(40)
     denoiser.prepare(2)
-
-
-@pytest.mark.slow
-def test_the_check_itself_runs_without_a_gpu(tmp_path: Path) -> None:
-    """Its backends, figures and files, on the CPU; the copies are what it cannot count there."""
-    script = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--source", "digits", "--steps", "6"]
-    subprocess.run([*script, "--repeats", "1", "--no-tests", "--out", str(tmp_path)], check=True)
-    (path,) = tmp_path.glob("gpu-check_cpu_*.json")
-    (model,) = json.loads(path.read_text())["models"]
-    for backend in ("onnxruntime", "torch", "torch-compile"):
-        row = model["backends"][backend]
-        assert row["works"], row
-        assert max(row["error"].values()) < 1e-4
-        assert 0 < row["reuse_step_ms"] < row["full_step_ms"]
-    assert model["backends"]["tensorrt"]["why"]
-    assert "| torch-compile | " in path.with_suffix(".md").read_text()
