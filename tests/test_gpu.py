@@ -143,7 +143,7 @@ def test_nothing_is_copied_or_waited_for_between_steps(
 @pytest.mark.gpu
 def test_onnxruntime_is_not_waited_for_between_steps(exported: Bundle, engines: Path) -> None:
     """It is launched kernel by kernel, on its own stream, in the order of the scheduler's work."""
-    sampler = sampler_of(exported, "onnxruntime", engines)
+    sampler = sampler_of(exported, denoiser_of(exported, "onnxruntime", engines))
     wanted = two_classes(exported)
     for _ in range(2):
         sampler(SCHEDULE, wanted, [0, 1], GUIDANCE_SCALE)
