@@ -21,20 +21,27 @@ Kind = Literal["environment", "export", "parity", "tests", "time"]
 ONNXRUNTIME = "onnxruntime"
 TENSORRTS = ("tensorrt", "tensorrt-rtx")
 
-GRAPH_BOUND = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 3e-2}
+GRAPH_BOUND = {"fp32": 1e-5, "fp16": 3e-3}
 """Largest error of one step of the digits, relative to eager FORA in fp32.
 
-Measured on a CPU: fp32 8e-7, fp16 4e-4, bf16 4e-3.
+Measured on a CPU over all levels and backends: fp32 8e-7, fp16 9e-4.
 """
 
-LATENTS_BOUND = {"fp32": 3e-5, "fp16": 1e-2, "bf16": 1e-1}
-"""Largest error of the latents of the digits after 50 guided steps. Measured on a CPU: see `gpu_rows`' test."""
+LATENTS_BOUND = {"fp32": 3e-5, "fp16": 1e-2}
+"""Largest relative error of the latents of the digits after 50 guided steps.
+
+Measured on a CPU: fp32 4e-6, fp16 4e-3, and 6e-3 after 8 steps. A reuse step that reads the sum of another one is over
+both bounds.
+"""
 
 LARGE_GRAPH_BOUND = {"fp16": 2e-2, "bf16": 1e-1}
 """Of one step of DiT-XL/2 with random weights: what `verify` admits, for nothing was measured yet."""
 
 LARGE_LATENTS_BOUND = {"fp16": 1e-1, "bf16": 5e-1}
 """Of its latents; what `verify` admits too."""
+
+WINDOW_OF_ERRORS = 2
+"""The cache interval whose denoiser measures single steps: a full and a reuse step. Others would compile once more."""
 
 MARGIN = 1.02
 """By how much a speed-up may be over the ideal one before it is looked at: two medians are never exact."""
@@ -195,7 +202,7 @@ def _time_expectations(
     small, precision = bundle.source == "digits", bundle.precision
     graph, latents = (GRAPH_BOUND, LATENTS_BOUND) if small else (LARGE_GRAPH_BOUND, LARGE_LATENTS_BOUND)
     expected = [Expected("latents/*", 0, latents[precision], fixed=True)]
-    if entrant != EAGER:
+    if entrant != EAGER and WINDOW_OF_ERRORS in intervals:
         expected.append(Expected("error/*", 0, graph[precision], fixed=True))
     ideal = {interval: Schedule.static(steps, interval).ideal_speedup for interval in intervals if interval > 1}
     expected += [Expected(f"speed-up/{interval}", 1, best * MARGIN) for interval, best in ideal.items()]
@@ -221,9 +228,11 @@ def _on_the_device(entrant: str, steps: int, intervals: tuple[int, ...]) -> list
 # -- the rows --------------------------------------------------------------------------------------------------------
 
 
-def _parity_rows(entrants: Sequence[str], on_gpu: bool, limit: float) -> Iterator[Row]:
+def _parity_rows(
+    entrants: Sequence[str], on_gpu: bool, limit: float, precisions: Sequence[str] = ("fp32", "fp16")
+) -> Iterator[Row]:
     """Runs 1, 2 and 3 of a guided trajectory of the digits against eager FORA."""
-    for precision in ("fp32", "fp16"):
+    for precision in precisions:
         for level in OPTIMIZATIONS:
             for entrant in entrants:
                 yield Row(
@@ -311,6 +320,7 @@ def _cpu_rows() -> Iterator[Row]:
     entrants = ("torch", ONNXRUNTIME, "torch-compile")
     digits = Exported("digits", "fp32")
     yield Row("environment", "environment", 120, 15, (Expected("TFLOP/s", 0.001, 20), Expected("TB/s", 0.001, 1)))
-    yield from _parity_rows(entrants, on_gpu=False, limit=120)
-    for entrant in (EAGER, *PLAIN, *entrants):
+    yield from _parity_rows(entrants, on_gpu=False, limit=120, precisions=["fp32"])
+    for entrant in (EAGER, *entrants, *PLAIN):
         yield _time_row(digits, entrant, 1, 120, (1, 2, 3, 5), steps=20, repeats=3, on_gpu=False)
+    yield from _parity_rows(entrants, on_gpu=False, limit=120, precisions=["fp16"])

@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from benchmarks.gpu_rows import Exported, Row, rows_of
+from benchmarks.gpu_rows import WINDOW_OF_ERRORS, Exported, Row, rows_of
 from benchmarks.gpu_watch import end_with_parent
 from fora_trt.bundle import Bundle, GraphError
 from fora_trt.engines.plan_store import PlanSource
@@ -109,8 +109,8 @@ def digest_of(files: Sequence[Path]) -> str:
 
 
 def digest_of_sources() -> str:
-    """Of all that is measured and of what measures it; for a tree without git, or with changes, it says which it is."""
-    return digest_of([file for part in ("fora_trt", "benchmarks", "tests") for file in (ROOT / part).rglob("*.py")])
+    """Of what is measured and of what measures it: a tree without git, or with changes, is told apart by it."""
+    return digest_of([*(ROOT / "fora_trt").rglob("*.py"), *(ROOT / "benchmarks").glob("gpu_*.py")])
 
 
 Start = Callable[[Bundle, str, Place, int, Sequence[int]], dict[int, Steps]]
@@ -292,7 +292,8 @@ def time(row: Row, place: Place, found: Found, start: Start = steps_by_interval)
         expected = Course.of(bundle, reference, row, interval).run().latents
         worst = max(GraphError.between(run, expected).relative for run in runs[interval])
         found.values[f"latents/{interval}"] = worst
-    _note_graph_errors(steps[widest], reference, row.images, found)
+    if WINDOW_OF_ERRORS in steps:
+        _note_graph_errors(steps[WINDOW_OF_ERRORS], reference, row.images, found)
 
 
 def _note_times(row: Row, timed: Mapping[int, Sequence[Trajectory]], found: Found) -> None:
