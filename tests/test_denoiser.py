@@ -213,3 +213,21 @@ def test_buffers_made_while_sampling_can_be_used_outside(denoiser: Denoiser) -> 
     prediction = denoiser(**inputs)
     assert not prediction.requires_grad
     prediction.mul_(2)
+
+
+def test_a_runtime_without_empty_tensors_gets_a_window_of_one(
+    optimized: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime before 1.32 cannot sum empty tensors; the sum of a step that never comes changes nothing."""
+    bundle, schedule = optimized["fold"], Schedule.static(4, 1)
+    inputs = example_inputs(bundle.manifest.inputs, bundle.manifest.conditioning, batch=2)
+    inputs["timestep"] = torch.full((2,), 500.0)
+    predictions = []
+    for version, window in (("1.31.1", 1), ("1.32.0", 0)):
+        monkeypatch.setattr("onnxruntime.__version__", version)
+        denoiser = load(bundle, schedule=schedule, backend="onnxruntime", device="cpu")
+        denoiser.reset(timesteps=torch.linspace(500, 200, 4))
+        predictions.append(denoiser(**inputs).clone())
+        sums = [one for name, one in denoiser.buffers.items() if name.startswith("window.folded")]
+        assert [len(one) for one in sums] == [window]
+    assert torch.equal(*predictions)

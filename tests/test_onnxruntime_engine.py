@@ -214,6 +214,7 @@ def test_doctor_names_the_distribution_that_is_imported(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         "onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
+    monkeypatch.setattr("onnxruntime.__version__", "1.31.1")
     found, remedy = doctor_on_onnxruntime()
     assert found.startswith("onnxruntime-gpu 1.31.1 on CUDA, CPU")
     assert not remedy

@@ -76,7 +76,8 @@ def test_the_kernel_adds_up_what_the_operators_add_up(
         for value in model.graph.inputs
         if value.shape is not None
     }
-    expected = run(model, inputs)
+    # ONNX Runtime before 1.32 does not remove the summed dimension of an empty tensor.
+    expected = np.empty((0, 2, tokens, channels), np.float32) if 0 in window else run(model, inputs)
     assert FuseWeightedSumsPass()(model).modified
     assert kinds(model) == ["WeightedSum"]
     found = run(model, inputs)

@@ -68,12 +68,18 @@ def _onnxruntime_problem() -> str | None:
     return None
 
 
+def release_of(version: str) -> tuple[int, int]:
+    """The first two numbers of a version."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
 def onnxruntime_too_old(device_type: str) -> str | None:
     """Why the installed ONNX Runtime cannot be used on `cpu` or `cuda`, and what mends it; None where it can."""
     import onnxruntime
 
     oldest, installed = OLDEST_ONNXRUNTIME[device_type], str(onnxruntime.__version__)
-    if tuple(map(int, installed.split(".")[:2])) >= oldest:
+    if release_of(installed) >= oldest:
         return None
     wanted = ".".join(map(str, oldest))
     if device_type == "cuda":

@@ -26,6 +26,9 @@ class Engine(ABC):
     longest_window: int | None = None
     """The most reuse steps that tensors of a window can be bound for; None for any number."""
 
+    shortest_window: int = 0
+    """The fewest reuse steps that tensors of a window must have room for; 1 where a runtime takes no empty tensors."""
+
     most_rows: int | None = None
     """The largest batch of a conditioning engine; None for any."""
 

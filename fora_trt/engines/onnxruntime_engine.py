@@ -15,7 +15,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from fora_trt.bundle import Bundle
-from fora_trt.engines.backends import onnxruntime_too_old
+from fora_trt.engines.backends import onnxruntime_too_old, release_of
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.memory import address_of
 from fora_trt.engines.weighted_sum import FuseWeightedSumsPass, kernel_library
@@ -78,6 +78,8 @@ class OnnxRuntimeEngine(Engine):
     def __init__(self, bundle: Bundle, graph: str, device: torch.device, stream: ComputeStream | None) -> None:
         record = bundle.manifest.graphs[graph]
         super().__init__(record.inputs, record.outputs, device)
+        # Before 1.32, ReduceSum of an empty tensor keeps the axis that it sums over.
+        self.shortest_window = 0 if release_of(onnxruntime.__version__) >= (1, 32) else 1
         self._session, self._stream = _session(bundle, graph, device, stream), stream
         self._run_options = onnxruntime.RunOptions()
         if stream is not None:  # else the session waits for its stream at the end of each run

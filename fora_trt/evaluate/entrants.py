@@ -60,7 +60,8 @@ class TimedEngine(Engine):
     def __init__(self, engine: Engine, clock: EngineClock) -> None:
         super().__init__(engine.inputs.values(), engine.outputs.values(), engine.device)
         self._engine, self._clock = engine, clock
-        self.longest_window, self.most_rows = engine.longest_window, engine.most_rows
+        self.longest_window, self.shortest_window = engine.longest_window, engine.shortest_window
+        self.most_rows = engine.most_rows
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
         return self._clock.timed(self._engine.bind(tensors))

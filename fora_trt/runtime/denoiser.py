@@ -155,7 +155,7 @@ class Denoiser:
         engines admit. What timestep and class decide is computed now, so `prepare` comes after this.
         """
         self._places, self._turned = self._short_windows(full), 0
-        longest = max(self._places)
+        longest = max(*self._places, self.full.shortest_window)
         window = longest if self._folded else 0
         if window != self._window:
             self._window, self._batch, self._summed, self._allocation = window, 0, 0, object()
