@@ -254,7 +254,18 @@ def replay_differences(interval: int, runs: Sequence[Tensor]) -> dict[str, float
 
 def tests(row: Row, place: Place, found: Found) -> None:
     """The project's own tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rfEs", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "tests/test_gpu.py",
+        "-rfEs",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""]
     print(done.stdout, done.stderr, sep="\n")
