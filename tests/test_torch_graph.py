@@ -73,8 +73,9 @@ def test_fifty_steps_equal_onnx_runtime(bundles: dict[tuple[str, str], Bundle], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", OPTIMIZATIONS)
-@pytest.mark.parametrize("precision", ADMITTED)
+@pytest.mark.parametrize(
+    ("precision", "level"), [*(("fp32", level) for level in OPTIMIZATIONS), ("fp16", "fold"), ("bf16", "fold")]
+)
 def test_compiled_graphs_compute_the_same(bundles: dict[tuple[str, str], Bundle], precision: str, level: str) -> None:
     bundle, schedule = bundles[precision, level], Schedule.static(50, 3)
     one, other = (
@@ -91,7 +92,7 @@ def test_twelve_compiled_denoisers_live_and_die_in_one_process(optimized: dict[s
     for round_ in range(12):
         denoiser = load(bundle, schedule=Schedule((True, False)), backend="torch-compile", device="cpu")
         plain = load(bundle, schedule=Schedule((True, False)), backend="torch", device="cpu")
-        for batch in (1 + round_, 2 + round_):
+        for batch in (2, 3):
             for one in (denoiser, plain):
                 one.reset(timesteps=torch.tensor([500.0, 480.0]))
             inputs = example_inputs(bundle.manifest.inputs, bundle.manifest.conditioning, batch, seed=round_)
