@@ -10,6 +10,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.base import Launch
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.models.examples import example_inputs
+from fora_trt.runtime.table import ALONE, take
 from tests.conftest import ON_CPU
 
 SITES = [f"transformer_blocks.{i}.{part}" for i in range(3) for part in ("attn1", "ff")]
@@ -231,3 +232,11 @@ def test_a_runtime_without_empty_tensors_gets_a_window_of_one(
         sums = [one for name, one in denoiser.buffers.items() if name.startswith("window.folded")]
         assert [len(one) for one in sums] == [window]
     assert torch.equal(*predictions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_any_precision_are_taken(dtype: torch.dtype) -> None:
+    rows = torch.randn(5, 3 * ALONE).to(dtype)
+    target, index = torch.zeros(2, 3 * ALONE, dtype=dtype), torch.tensor([4, 1])
+    take(rows, index, target)
+    assert torch.equal(target, rows[index])

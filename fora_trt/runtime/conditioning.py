@@ -51,7 +51,7 @@ class Conditioning:
         for half in (self.conditional, self.unconditional or {}):
             for name, tensor in sorted(half.items()):
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-                digest.update(tensor.contiguous().numpy().data)
+                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

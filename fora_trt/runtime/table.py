@@ -53,7 +53,7 @@ class ConditioningTable:
         samples = {name: given[name].expand(batch, *given[name].shape[1:]) for name in self._names}
         times = timesteps.cpu().float().reshape(len(timesteps), -1).expand(-1, batch)
         whole = [*samples.values(), times.T]
-        keys = [b"".join(one[k].cpu().contiguous().numpy().tobytes() for one in whole) for k in range(batch)]
+        keys = [b"".join(_bytes_of(one[k]) for one in whole) for k in range(batch)]
         places = {key: keys.index(key) for key in dict.fromkeys(keys)}
         distinct = torch.tensor([*places.values()])
         self._conditions = {name: one.cpu()[distinct] for name, one in samples.items()}
@@ -119,12 +119,18 @@ def _allocate(tensors: dict[str, Tensor], specs: Iterable[TensorSpec], rows: int
             tensors[spec.name] = torch.zeros(spec.sized(rows), dtype=getattr(torch, spec.dtype), device=device)
 
 
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def take(rows: Tensor, index: Tensor, target: Tensor) -> None:
     """Copy `rows[index]` to `target`, which stays where it is.
 
     On a CPU in one thread: those of torch go on spinning for a while after they were used, and slow the engine down.
     """
     if rows.device.type == "cpu" and target.numel() > ALONE:
+        if rows.dtype == torch.bfloat16:  # numpy has no such numbers; these are copied as they are
+            rows, target = rows.view(torch.int16), target.view(torch.int16)
         numpy.take(rows.numpy(), index.numpy(), axis=0, out=target.numpy(), mode="clip")
     else:
         torch.index_select(rows, 0, index, out=target)
