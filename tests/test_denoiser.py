@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.engines.base import Launch
+from fora_trt.engines.memory import content_of
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.models.examples import example_inputs
 from fora_trt.runtime.table import ALONE, take
@@ -240,3 +241,12 @@ def test_rows_of_any_precision_are_taken(dtype: torch.dtype) -> None:
     target, index = torch.zeros(2, 3 * ALONE, dtype=dtype), torch.tensor([4, 1])
     take(rows, index, target)
     assert torch.equal(target, rows[index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32])
+def test_the_content_of_a_tensor_is_its_numbers_in_order(dtype: torch.dtype) -> None:
+    tensor = torch.arange(6).reshape(2, 3).to(dtype)
+    assert content_of(tensor.T) == content_of(tensor.T.contiguous()) != content_of(tensor)
+    single = tensor.T[:1, 1:]  # (1, 1), its strides those of the whole
+    assert content_of(single) == content_of(single.clone())
+    assert len(content_of(tensor)) == tensor.nbytes

@@ -37,6 +37,12 @@ def address_of(tensor: Tensor) -> int:
     return tensor.data_ptr() or tensor.untyped_storage().data_ptr()
 
 
+def content_of(tensor: Tensor) -> bytes:
+    """The numbers of a tensor, of any dtype, in their order."""
+    row = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.flatten())  # a single number may have a stride
+    return row.view(torch.uint8).numpy().tobytes()
+
+
 def check_room(batch: int, device: torch.device, need_of: Callable[[int], int]) -> None:
     """Raise `InputError` if what is needed at a batch, in bytes, does not fit the device; name a batch that would."""
     need = need_of(batch)

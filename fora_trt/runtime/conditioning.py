@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fora_trt.bundle import Manifest
+from fora_trt.engines.memory import content_of
 from fora_trt.errors import InputError, first_line
 from fora_trt.models.examples import default_of, example_inputs
 from fora_trt.models.spec import CLASS_LABELS, LATENTS, PROMPT, PROMPT_MASK, TIMESTEP, InputSpec, TensorSpec
@@ -51,7 +52,7 @@ class Conditioning:
         for half in (self.conditional, self.unconditional or {}):
             for name, tensor in sorted(half.items()):
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                digest.update(content_of(tensor))
         return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fora_trt.engines.base import Engine, Launch
-from fora_trt.engines.memory import bytes_of
+from fora_trt.engines.memory import bytes_of, content_of
 from fora_trt.models.spec import TIMESTEP, TensorSpec
 
 MOST_BYTES = 256 * 2**20
@@ -53,7 +53,7 @@ class ConditioningTable:
         samples = {name: given[name].expand(batch, *given[name].shape[1:]) for name in self._names}
         times = timesteps.cpu().float().reshape(len(timesteps), -1).expand(-1, batch)
         whole = [*samples.values(), times.T]
-        keys = [b"".join(_bytes_of(one[k]) for one in whole) for k in range(batch)]
+        keys = [b"".join(content_of(one[k]) for one in whole) for k in range(batch)]
         places = {key: keys.index(key) for key in dict.fromkeys(keys)}
         distinct = torch.tensor([*places.values()])
         self._conditions = {name: one.cpu()[distinct] for name, one in samples.items()}
@@ -117,10 +117,6 @@ def _allocate(tensors: dict[str, Tensor], specs: Iterable[TensorSpec], rows: int
     with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
         for spec in specs:
             tensors[spec.name] = torch.zeros(spec.sized(rows), dtype=getattr(torch, spec.dtype), device=device)
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def take(rows: Tensor, index: Tensor, target: Tensor) -> None:
