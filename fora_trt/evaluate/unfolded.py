@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle
-from fora_trt.engines.memory import bytes_of, check_room
 from fora_trt.engines.tf32 import without_tf32
 from fora_trt.engines.torch_graph import TorchGraph
 from fora_trt.errors import BackendError, SourceError
-from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.evaluate.eager_fora import EagerFora, PlainSteps
 from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, LATENTS, NOISE_PREDICTION, TIMESTEP
 from fora_trt.runtime.sampling import Steps
-from fora_trt.schedule import places_in_windows
 
 
 def reference_from_bundle(bundle: Bundle, device: torch.device) -> tuple[Steps, str]:
@@ -33,7 +31,7 @@ def reference_from_bundle(bundle: Bundle, device: torch.device) -> tuple[Steps, 
         return UnfoldedFora(bundle, device), "the unfolded full graph (the checkpoint is not at hand)"
 
 
-class UnfoldedFora:
+class UnfoldedFora(PlainSteps):
     """Takes steps like a `Denoiser`, by PyTorch, from the graphs that a full step needs."""
 
     def __init__(self, bundle: Bundle, device: torch.device) -> None:
@@ -45,20 +43,6 @@ class UnfoldedFora:
         if missing := [name for name in self._features if name not in self._graph.values]:
             raise BackendError(f"the full graph of {bundle.folder} does not show {missing[0]!r}; export it again")
         self._kept: dict[str, Tensor] = {}
-
-    def begin(
-        self, timesteps: Tensor, full: Sequence[bool], conditioning: Mapping[str, Tensor], batch: int
-    ) -> list[int]:
-        """Nothing is computed before the loop."""
-        return places_in_windows(full)
-
-    def turn_to(self, step: int) -> None:
-        """A step knows all it needs from its call."""
-
-    def prepare(self, batch: int) -> object:
-        """What cannot fit is refused with `InputError`."""
-        check_room(batch, self.device, lambda count: bytes_of(self.manifest.features(), count))
-        return None
 
     @torch.no_grad()
     def predict(self, place: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
@@ -77,10 +61,6 @@ class UnfoldedFora:
             prediction, *features = _computed(self._graph, given, [NOISE_PREDICTION, *self._features], read)
         self._kept = dict(zip(self._features, features, strict=True))
         return prediction
-
-    def is_capturable(self) -> bool:
-        """What it is compared with is; this is left plain."""
-        return False
 
     def first_not_finite(self) -> str | None:
         """Name of the first kept feature that is not finite."""

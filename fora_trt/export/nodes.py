@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 
 import numpy as np
@@ -45,6 +45,18 @@ def new_value(
 def is_read(value: ir.Value) -> bool:
     """Whether a node reads a value, or it is an output of its graph."""
     return bool(value.uses()) or value.is_graph_output()
+
+
+def nodes_behind(values: Iterable[ir.Value]) -> set[ir.Node]:
+    """All nodes that some values are computed by."""
+    found: set[ir.Node] = set()
+    todo = [*values]
+    while todo:
+        node = todo.pop().producer()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [value for value in node.inputs if value is not None]
+    return found
 
 
 def _alike(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
 
 import onnx_ir as ir
@@ -11,7 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fora_trt.export.fold import fold
 from fora_trt.export.hoist import GraphWriter, Numbering, drop_unread, early_part, edge, replace_reads
-from fora_trt.export.nodes import int64_constant, is_read, new_value
+from fora_trt.export.nodes import int64_constant, is_read, new_value, nodes_behind
 from fora_trt.export.slice_projections import SliceProjectionsPass, take_projection
 from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, HOISTED, REUSE, TensorSpec, of_window
 
@@ -78,12 +78,12 @@ def _parted(model: ir.Model, apart: Collection[str]) -> dict[str, ir.Model]:
     What the others need too is computed for both, and passes over. A projection of which both need parts becomes two.
     """
     graph = model.graph
-    kept = _nodes_behind(one for one in graph.outputs if one.name not in apart)
+    kept = nodes_behind(one for one in graph.outputs if one.name not in apart)
     for split in tuple(node for node in graph if node.op_type == "Split" and node in kept):
         take_projection(graph, split, [is_read(one) and _is_apart(one, kept, apart) for one in split.outputs])
     Sequential(SliceProjectionsPass(), RemoveUnusedNodesPass())(model)
 
-    kept = _nodes_behind(one for one in graph.outputs if one.name not in apart)
+    kept = nodes_behind(one for one in graph.outputs if one.name not in apart)
     others = [node for node in graph if node not in kept]
     read = dict.fromkeys(value for node in others for value in node.inputs if value is not None)
     if not kept or not any(_is_weight(value) and not {*value.consumers()} & kept for value in read):
@@ -106,18 +106,6 @@ def _parted(model: ir.Model, apart: Collection[str]) -> dict[str, ir.Model]:
     graph.outputs[:] = own
     replace_reads(model, reads)
     return {CONDITIONING: first, FULL_CONDITIONING: model}
-
-
-def _nodes_behind(values: Iterable[ir.Value]) -> set[ir.Node]:
-    """All nodes that some values are computed by."""
-    found: set[ir.Node] = set()
-    todo = [*values]
-    while todo:
-        node = todo.pop().producer()
-        if node is not None and node not in found:
-            found.add(node)
-            todo += [value for value in node.inputs if value is not None]
-    return found
 
 
 def _is_apart(value: ir.Value, kept: set[ir.Node], apart: Collection[str]) -> bool:

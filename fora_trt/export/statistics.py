@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from fora_trt.export.nodes import nodes_behind
 from fora_trt.models.spec import BATCH, WINDOW
 
 Shape = Sequence[int]
@@ -43,7 +44,7 @@ def bytes_kept_for_sums(graph: ir.Graph, batch: int, window: int = 1, *, postpon
     """
     sizes = {BATCH: batch, WINDOW: window}
     order = {node: k for k, node in enumerate(graph)}
-    step = _nodes_behind(graph.outputs[0])
+    step = nodes_behind([graph.outputs[0]])
     read = dict.fromkeys(
         value for node in graph if node not in step for value in node.inputs if value is not None and value.producer()
     )
@@ -60,17 +61,6 @@ def bytes_kept_for_sums(graph: ir.Graph, batch: int, window: int = 1, *, postpon
         and order[node] < last <= max(order[reader] for reader in value.consumers() if reader not in step)
     ]
     return sum(_bytes(value, sizes) for value in kept)
-
-
-def _nodes_behind(value: ir.Value) -> set[ir.Node]:
-    """All nodes that a value is computed by."""
-    found, todo = set[ir.Node](), [value]
-    while todo:
-        node = todo.pop().producer()
-        if node is not None and node not in found:
-            found.add(node)
-            todo += [one for one in node.inputs if one is not None]
-    return found
 
 
 def _nodes_from(values: Sequence[ir.Value]) -> set[ir.Node]:
