@@ -57,7 +57,7 @@ class Expected:
     fixed: bool = False
 
     def deviations(self, values: Mapping[str, float]) -> Iterator[str]:
-        """A sentence for each value outside; what is not a number is outside, and so is what was not measured."""
+        """One sentence for each value outside the range. NaN is outside, and so is a name that no value has."""
         found = {name: value for name, value in values.items() if fnmatchcase(name, self.of)}
         if not found:
             yield f"{self.of} was not measured; expected {self}"

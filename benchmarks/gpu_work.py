@@ -109,7 +109,7 @@ def digest_of(files: Sequence[Path]) -> str:
 
 
 def digest_of_sources() -> str:
-    """Of what is measured and of what measures it: a tree without git, or with changes, is told apart by it."""
+    """Digest of the package and of this check: it tells code apart where there is no git, or uncommitted changes."""
     return digest_of([*(ROOT / "fora_trt").rglob("*.py"), *(ROOT / "benchmarks").glob("gpu_*.py")])
 
 

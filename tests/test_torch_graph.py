@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,30 @@ CPU = torch.device("cpu")
 ADMITTED = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-1}
 
 
+WithoutSource = Callable[[str, str], Bundle]
+
+
 @pytest.fixture(scope="module")
-def bundles(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Bundle]:
-    """The small DiT at every level and precision, with no way back to its checkpoint."""
-    folder = tmp_path_factory.mktemp("without-source")
-    made: dict[tuple[str, str], Bundle] = {}
-    for precision in ADMITTED:
-        model = model_from_source(str(pipeline_folder), precision)
-        for level in OPTIMIZATIONS:
-            one = bundle_from_model(model, folder / f"{precision}-{level}", optimization=level)
-            rewrite(one.folder, lambda m: m["model"]["options"].update(source="moved/away"))
-            made[precision, level] = Bundle.open(one.folder)
-    return made
+def without_source(
+    pipeline_folder: Path,
+    exported: Bundle,
+    optimized: dict[str, Bundle],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> WithoutSource:
+    """The small DiT in a precision and at a level, made when asked for, with no way back to its checkpoint."""
+    folder, fp32 = tmp_path_factory.mktemp("without-source"), {"none": exported, **optimized}
+
+    @cache
+    def bundle(precision: str, level: str) -> Bundle:
+        at = folder / f"{precision}-{level}"
+        if precision == "fp32":
+            shutil.copytree(fp32[level].folder, at)
+        else:
+            bundle_from_model(model_from_source(str(pipeline_folder), precision), at, optimization=level)
+        rewrite(at, lambda m: m["model"]["options"].update(source="moved/away"))
+        return Bundle.open(at)
+
+    return bundle
 
 
 def latents_of(denoiser: Steps, bundle: Bundle, steps: int = 50) -> Tensor:
@@ -62,9 +75,9 @@ def latents_of(denoiser: Steps, bundle: Bundle, steps: int = 50) -> Tensor:
 
 @pytest.mark.parametrize("level", OPTIMIZATIONS)
 @pytest.mark.parametrize("precision", ADMITTED)
-def test_fifty_steps_equal_onnx_runtime(bundles: dict[tuple[str, str], Bundle], precision: str, level: str) -> None:
+def test_fifty_steps_equal_onnx_runtime(without_source: WithoutSource, precision: str, level: str) -> None:
     """ONNX Runtime has no bf16 on a CPU: there the unfolded graph in fp32 is compared with."""
-    bundle, schedule = bundles[precision, level], Schedule.static(50, 3)
+    bundle, schedule = without_source(precision, level), Schedule.static(50, 3)
     measured = latents_of(load(bundle, schedule=schedule, backend="torch", device="cpu"), bundle)
     reference: Steps = UnfoldedFora(bundle, CPU)
     if precision != "bf16":
@@ -76,8 +89,8 @@ def test_fifty_steps_equal_onnx_runtime(bundles: dict[tuple[str, str], Bundle], 
 @pytest.mark.parametrize(
     ("precision", "level"), [*(("fp32", level) for level in OPTIMIZATIONS), ("fp16", "fold"), ("bf16", "fold")]
 )
-def test_compiled_graphs_compute_the_same(bundles: dict[tuple[str, str], Bundle], precision: str, level: str) -> None:
-    bundle, schedule = bundles[precision, level], Schedule.static(50, 3)
+def test_compiled_graphs_compute_the_same(without_source: WithoutSource, precision: str, level: str) -> None:
+    bundle, schedule = without_source(precision, level), Schedule.static(50, 3)
     one, other = (
         latents_of(load(bundle, schedule=schedule, backend=backend, device="cpu"), bundle)
         for backend in ("torch", "torch-compile")
@@ -228,8 +241,8 @@ def test_the_folded_sum_is_the_sum_of_gates_and_features(window: int | None, beg
     torch.testing.assert_close(weighted_sum(*begun, *gates, *features), expected)
 
 
-def test_missing_weights_are_a_sentence(bundles: dict[tuple[str, str], Bundle], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(bundles["fp32", "none"].folder, tmp_path / "cut"))
+def test_missing_weights_are_a_sentence(without_source: WithoutSource, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(without_source("fp32", "none").folder, tmp_path / "cut"))
     (folder / "full.onnx.data").write_bytes(b"")
     with pytest.raises(BackendError, match=r"the weights of .*full.onnx cannot be read: mmap length is greater"):
         TorchGraph(folder / "full.onnx", CPU)

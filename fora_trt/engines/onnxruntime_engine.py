@@ -190,7 +190,7 @@ def _session_options() -> Any:
 
 
 def _for_cpu(bundle: Bundle, graph: str, options: Any) -> Any:
-    """The graph as ONNX Runtime is to read it: its file, or what is different where another form is faster there."""
+    """What a CPU session loads: the path of the graph, or the bytes of a model rewritten to run faster on a CPU."""
     path, outputs = bundle.graph_path(graph), bundle.manifest.graphs[graph].outputs
     model = ir.load(path)
     changed = SeparateProjectionsPass()(model).modified

@@ -30,9 +30,9 @@ REPEATS = {"cpu": 3, "cuda": 10}
 def measure_peaks(device: torch.device, precision: str) -> PeakRates:
     """The best of several products of large matrices, and of several readings and copies of a large tensor.
 
-    The numbers are random: a GPU that multiplies ones draws less power, and reaches a rate that no model reaches.
-    Matrices are of the bundle's precision on a GPU and of fp32 on the CPU, whose kernels widen what is narrower. There
-    ONNX Runtime multiplies them too: which library has the faster product depends on the processor.
+    The numbers are random: a GPU that multiplies ones draws less power and reaches a rate that no model reaches.
+    On a GPU the matrices are in the bundle's precision. On a CPU they are in fp32, because its kernels widen half
+    precision, and ONNX Runtime multiplies them too: which of the two libraries is faster depends on the processor.
     """
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, PRECISIONS[precision])
     side = MATRIX[device.type]

@@ -5,10 +5,10 @@ after another. It replaces P products, biases and transposes, so a GPU launches 
 that and has to copy the parts: `SeparateProjectionsPass` undoes it there.
 
 Rules, cited below: (1) a projection is a MatMul by a weight matrix, with a bias or not, a Reshape that makes heads of
-its last axis, and a Transpose from (B, N, H, D) to (B, H, N, D); (2) nobody else reads what is between, which is no
-output of the graph either; (3) projections meet in a product of two computed operands or an `Attention` that they reach
-by no other product with a weight; (4) of those that meet, two or more are joined that read one input and are equal in
-dtype and shape.
+its last axis, and a Transpose from (B, N, H, D) to (B, H, N, D); (2) no value between these nodes has another
+reader or is an output of the graph; (3) projections meet in one MatMul of two computed operands, or in one `Attention`,
+with no other product with a weight on the way; (4) of the projections that meet, those are joined that read the same
+input and are equal in dtype and shape, if they are two or more.
 """
 
 from __future__ import annotations
