@@ -43,7 +43,7 @@ MODELS = {
     ),
     "dit-s-2": Measured(
         ("random:DiT-S/2",),
-        ("--batch-sizes", "1", "--cache-intervals", "1,2,3,5,7", "--backends", "onnxruntime,torch-compile"),
+        ("--batch-sizes", "1", "--cache-intervals", "1,3,5", "--backends", "onnxruntime,torch-compile"),
     ),
     "dit-b-2": Measured(("random:DiT-B/2",), ("--batch-sizes", "1", "--cache-intervals", "1,2,3,5,7")),
     "dit-xl-2-256": Measured(("random:DiT-XL/2", "--precision", "fp16"), ("--batch-sizes", "1,4,8,16,32")),
