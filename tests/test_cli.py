@@ -14,6 +14,7 @@ from PIL import Image
 
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
+from fora_trt.engines import torch_engine
 
 
 def fora(*arguments: object) -> Result:
@@ -79,6 +80,15 @@ def test_images_go_to_a_folder_one_file_each(exported: Bundle, tmp_path: Path) -
     )
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["0000.png", "0001.png"]
     assert Image.open(tmp_path / "images" / "0001.png").size == (16, 16)
+
+
+def test_a_time_that_includes_compiling_says_so(
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "compiled", lambda step: step)
+    run = ["run", exported.folder, "--class-labels", "1", "--steps", 3, "-o", tmp_path / "one.png", "--backend"]
+    assert "on torch-compile (cpu), its compilation included: 3 steps" in fora(*run, "torch-compile").output
+    assert "on torch (cpu): 3 steps" in fora(*run, "torch").output
 
 
 def test_what_was_typed_goes_before_the_recipe(pipeline_folder: Path, tmp_path: Path) -> None:

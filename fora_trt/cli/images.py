@@ -67,6 +67,7 @@ def run(
 
     opened = Bundle.open(bundle)
     from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.engines.torch_engine import COMPILED
     from fora_trt.runtime.denoiser import load
     from fora_trt.runtime.images import Decoder, can_decode, check_image_size
     from fora_trt.runtime.outputs import save_images, save_latents, writable_file, writable_images
@@ -122,8 +123,9 @@ def run(
     if as_json:
         click.echo(json.dumps(figures))
         return
+    compiling = ", its compilation included" if denoiser.backend == COMPILED else ""
     click.echo(
-        f"{given.images} images in {trajectory.seconds:.2f} s on {denoiser.backend} ({denoiser.device}): "
+        f"{given.images} images in {trajectory.seconds:.2f} s on {denoiser.backend} ({denoiser.device}){compiling}: "
         f"{schedule.steps} steps, {figures['full_steps']} of them full, {type(chosen).__name__}"
     )
     for path in (output, latents_out):
