@@ -427,7 +427,14 @@ def test_ctrl_c_ends_the_children_and_writes_the_result(tmp_path: Path) -> None:
     """The environment alone takes seconds: that is when it is interrupted."""
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--rows", "parity/none/fp32/torch"]
     command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    )
     assert wait_until((tmp_path / "work" / "logs" / "environment.log").exists, 60)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
