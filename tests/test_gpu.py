@@ -105,22 +105,13 @@ def test_first_captured_and_replayed_runs_equal_eager_fora(
     check_three_runs(bundle, denoiser_of(bundle, backend, engines))
 
 
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("level", OPTIMIZATIONS)
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_three_runs_equal_eager_fora_on_the_cpu(
-    bundle_at: Callable[[str, str], Bundle], engines: Path, backend: str, level: str
+    bundle_at: Callable[[str, str], Bundle], engines: Path, backend: str, level: str, precision: str
 ) -> None:
-    bundle = bundle_at(level, "fp32")
-    check_three_runs(bundle, denoiser_of(bundle, backend, engines, device="cpu"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("level", OPTIMIZATIONS)
-@pytest.mark.parametrize("backend", ON_CPU)
-def test_three_runs_in_half_precision_equal_eager_fora_on_the_cpu(
-    bundle_at: Callable[[str, str], Bundle], engines: Path, backend: str, level: str
-) -> None:
-    bundle = bundle_at(level, "fp16")
+    bundle = bundle_at(level, precision)
     check_three_runs(bundle, denoiser_of(bundle, backend, engines, device="cpu"))
 
 
