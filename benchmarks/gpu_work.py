@@ -341,7 +341,6 @@ WORK: dict[str, Callable[[Row, Place, Found], None]] = {
 
 def found_of(row: Row, place: Place, work: Mapping[str, Callable[[Row, Place, Found], None]] = WORK) -> Found:
     """Do the work of a row; what it had found before an error is kept, with the error."""
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     found = Found()
     try:
         work[row.kind](row, place, found)

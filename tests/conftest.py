@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,27 @@ def optimized(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Bundles of the small DiT by how far they are optimized."""
     model, folder = model_from_source(str(pipeline_folder)), tmp_path_factory.mktemp("optimized")
     return {level: bundle_from_model(model, folder / level, optimization=level) for level in ("conditioning", "fold")}
+
+
+BundleAt = Callable[[str, str], Bundle]
+"""The bundle of the small DiT at a level of optimization and in a precision."""
+
+
+@pytest.fixture(scope="session")
+def bundle_at(
+    pipeline_folder: Path, exported: Bundle, optimized: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory
+) -> BundleAt:
+    """Those in half precision are made when asked for."""
+    fp32, folder = {"none": exported, **optimized}, tmp_path_factory.mktemp("half")
+
+    @cache
+    def bundle(level: str, precision: str) -> Bundle:
+        if precision == "fp32":
+            return fp32[level]
+        model = model_from_source(str(pipeline_folder), precision)
+        return bundle_from_model(model, folder / f"{level}-{precision}", optimization=level)
+
+    return bundle
 
 
 @pytest.fixture

@@ -290,15 +290,16 @@ class Cuda:
 
     @contextmanager
     def _capture(self, graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        """Like torch 2.11: ending a capture that failed raises too, and leaves the stream of the capture current."""
         self.recorder.record("torch", "torch.cuda.graph", capture_error_mode)
-        self.capturing = True
+        caller, self.current, self.capturing = self.current, stream, True
         try:
-            with self._use(stream):
-                yield
-        except Exception as failure:  # as the real one, which then ends a capture that is no longer valid
+            yield
+        except BaseException as failure:
             raise RuntimeError("operation failed due to a previous error during capture") from failure
         finally:
             self.capturing = False
+        self.current = caller
 
 
 def _on_the_cpu(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

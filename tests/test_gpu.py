@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,12 @@ from fora_trt.engines.plan_store import PlanSource
 from fora_trt.errors import InputError
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.evaluate.verify import graph_errors
-from fora_trt.export.write import bundle_from_model
-from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import OPTIMIZATIONS
 from fora_trt.runtime.conditioning import Conditioning, conditioning_of_classes
 from fora_trt.runtime.sampling import Sampler, Steps
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
-from tests.conftest import ON_CPU
+from tests.conftest import ON_CPU, BundleAt
 
 CAPTURED = ("tensorrt", "tensorrt-rtx", "torch", "torch-compile")
 SCHEDULE, GUIDANCE_SCALE = Schedule.static(8, 3), 1.5
@@ -33,23 +30,6 @@ SCHEDULE, GUIDANCE_SCALE = Schedule.static(8, 3), 1.5
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engines")
-
-
-@pytest.fixture(scope="module")
-def bundle_at(
-    exported: Bundle, optimized: dict[str, Bundle], pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], Bundle]:
-    """The bundle of the small DiT at a level of optimization, in fp32 or fp16; the latter are made when needed."""
-    made = {("none", "fp32"): exported} | {(level, "fp32"): bundle for level, bundle in optimized.items()}
-    folder = tmp_path_factory.mktemp("half")
-
-    def bundle(level: str, precision: str) -> Bundle:
-        if (level, precision) not in made:
-            model = model_from_source(str(pipeline_folder), precision)
-            made[level, precision] = bundle_from_model(model, folder / f"{level}-{precision}", optimization=level)
-        return made[level, precision]
-
-    return bundle
 
 
 def gpu_for(backend: str) -> str:
@@ -97,7 +77,7 @@ def check_three_runs(bundle: Bundle, denoiser: Denoiser) -> None:
 @pytest.mark.parametrize("level", OPTIMIZATIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_first_captured_and_replayed_runs_equal_eager_fora(
-    bundle_at: Callable[[str, str], Bundle], engines: Path, backend: str, level: str, precision: str
+    bundle_at: BundleAt, engines: Path, backend: str, level: str, precision: str
 ) -> None:
     gpu_for(backend)  # before anything is exported
     bundle = bundle_at(level, precision)
@@ -109,7 +89,7 @@ def test_first_captured_and_replayed_runs_equal_eager_fora(
 @pytest.mark.parametrize("level", OPTIMIZATIONS)
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_three_runs_equal_eager_fora_on_the_cpu(
-    bundle_at: Callable[[str, str], Bundle], engines: Path, backend: str, level: str, precision: str
+    bundle_at: BundleAt, engines: Path, backend: str, level: str, precision: str
 ) -> None:
     bundle = bundle_at(level, precision)
     check_three_runs(bundle, denoiser_of(bundle, backend, engines, device="cpu"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,40 +25,27 @@ from fora_trt.engines.torch_operators import weighted_sum
 from fora_trt.errors import BackendError
 from fora_trt.evaluate.unfolded import UnfoldedFora
 from fora_trt.export.graphs import INLINE_BYTES
-from fora_trt.export.write import bundle_from_model
 from fora_trt.models.examples import example_inputs
-from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import OPTIMIZATIONS
 from fora_trt.runtime.conditioning import conditioning_of_classes
 from fora_trt.runtime.sampling import Sampler, Steps
 from fora_trt.runtime.schedulers import scheduler_from_config
 from fora_trt.runtime.updates import update_from_scheduler
+from tests.conftest import BundleAt
 from tests.damage import rewrite
 
 CPU = torch.device("cpu")
 ADMITTED = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-1}
 
 
-WithoutSource = Callable[[str, str], Bundle]
-
-
 @pytest.fixture(scope="module")
-def without_source(
-    pipeline_folder: Path,
-    exported: Bundle,
-    optimized: dict[str, Bundle],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> WithoutSource:
-    """The small DiT in a precision and at a level, made when asked for, with no way back to its checkpoint."""
-    folder, fp32 = tmp_path_factory.mktemp("without-source"), {"none": exported, **optimized}
+def without_source(bundle_at: BundleAt, tmp_path_factory: pytest.TempPathFactory) -> BundleAt:
+    """The same bundles with no way back to their checkpoint."""
+    folder = tmp_path_factory.mktemp("without-source")
 
     @cache
-    def bundle(precision: str, level: str) -> Bundle:
-        at = folder / f"{precision}-{level}"
-        if precision == "fp32":
-            shutil.copytree(fp32[level].folder, at)
-        else:
-            bundle_from_model(model_from_source(str(pipeline_folder), precision), at, optimization=level)
+    def bundle(level: str, precision: str) -> Bundle:
+        at = Path(shutil.copytree(bundle_at(level, precision).folder, folder / f"{level}-{precision}"))
         rewrite(at, lambda m: m["model"]["options"].update(source="moved/away"))
         return Bundle.open(at)
 
@@ -75,9 +62,9 @@ def latents_of(denoiser: Steps, bundle: Bundle, steps: int = 50) -> Tensor:
 
 @pytest.mark.parametrize("level", OPTIMIZATIONS)
 @pytest.mark.parametrize("precision", ADMITTED)
-def test_fifty_steps_equal_onnx_runtime(without_source: WithoutSource, precision: str, level: str) -> None:
+def test_fifty_steps_equal_onnx_runtime(without_source: BundleAt, precision: str, level: str) -> None:
     """ONNX Runtime has no bf16 on a CPU: there the unfolded graph in fp32 is compared with."""
-    bundle, schedule = without_source(precision, level), Schedule.static(50, 3)
+    bundle, schedule = without_source(level, precision), Schedule.static(50, 3)
     measured = latents_of(load(bundle, schedule=schedule, backend="torch", device="cpu"), bundle)
     reference: Steps = UnfoldedFora(bundle, CPU)
     if precision != "bf16":
@@ -89,8 +76,8 @@ def test_fifty_steps_equal_onnx_runtime(without_source: WithoutSource, precision
 @pytest.mark.parametrize(
     ("precision", "level"), [*(("fp32", level) for level in OPTIMIZATIONS), ("fp16", "fold"), ("bf16", "fold")]
 )
-def test_compiled_graphs_compute_the_same(without_source: WithoutSource, precision: str, level: str) -> None:
-    bundle, schedule = without_source(precision, level), Schedule.static(50, 3)
+def test_compiled_graphs_compute_the_same(without_source: BundleAt, precision: str, level: str) -> None:
+    bundle, schedule = without_source(level, precision), Schedule.static(50, 3)
     one, other = (
         latents_of(load(bundle, schedule=schedule, backend=backend, device="cpu"), bundle)
         for backend in ("torch", "torch-compile")
@@ -241,8 +228,8 @@ def test_the_folded_sum_is_the_sum_of_gates_and_features(window: int | None, beg
     torch.testing.assert_close(weighted_sum(*begun, *gates, *features), expected)
 
 
-def test_missing_weights_are_a_sentence(without_source: WithoutSource, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(without_source("fp32", "none").folder, tmp_path / "cut"))
+def test_missing_weights_are_a_sentence(without_source: BundleAt, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(without_source("none", "fp32").folder, tmp_path / "cut"))
     (folder / "full.onnx.data").write_bytes(b"")
     with pytest.raises(BackendError, match=r"the weights of .*full.onnx cannot be read: mmap length is greater"):
         TorchGraph(folder / "full.onnx", CPU)

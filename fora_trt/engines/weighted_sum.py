@@ -21,6 +21,8 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from fora_trt.export.nodes import only_maker
+
 DOMAIN, OPERATOR = "fora_trt", "WeightedSum"
 
 MOST_TERMS = 64
@@ -64,7 +66,7 @@ class FuseWeightedSumsPass(InPlacePass):
 
 def _fused(graph: ir.Graph, node: ir.Node) -> bool:
     """Of sum over k of gate_k * feature_k, and of what that sum is added to."""
-    product = _only(node.inputs[0], "Mul")
+    product = only_maker(node.inputs[0], "Mul")
     sides = [] if product is None else [_stacked(value) for value in product.inputs]
     total = node.outputs[0]
     if len(sides) != 2 or not all(sides) or total.dtype != ir.DataType.FLOAT:
@@ -92,17 +94,9 @@ def _begins(shape: ir.Shape | None, feature: ir.Shape | None, total: ir.Shape | 
     return shape is not None and feature is not None and shape in (total, feature, ir.Shape([1, *feature[1:]]))
 
 
-def _only(value: ir.Value | None, kind: str) -> ir.Node | None:
-    """The node that makes a value, if it is of this kind and made for one reader."""
-    node = None if value is None else value.producer()
-    assert value is not None
-    alone = len(value.uses()) == 1 and not value.is_graph_output()
-    return node if node is not None and node.op_type == kind and alone else None
-
-
 def _stacked(value: ir.Value | None) -> Sequence[ir.Value]:
     """What is laid side by side in a value, along a dimension made for it."""
-    concat = _only(value, "Concat")
+    concat = only_maker(value, "Concat")
     parts = [] if concat is None else [one.producer() for one in concat.inputs if one is not None]
     if not all(part is not None and part.op_type == "Unsqueeze" for part in parts):
         return []

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from fora_trt.export.hoist import EarlyPart, drop_unread, early_part, edge, replace_reads
-from fora_trt.export.nodes import constant, int64_constant, new_value
+from fora_trt.export.nodes import before_cast, constant, int64_constant, new_value
 from fora_trt.models.spec import FEATURE, FOLDED, LATENTS, WINDOW, of_window
 
 GROUP = 8
@@ -166,8 +166,7 @@ def _gate_and_feature(term: ir.Value, differing: set[ir.Value]) -> tuple[ir.Valu
 
 def _is_widened(value: ir.Value) -> bool:
     """Whether a value is another of fewer bytes, cast."""
-    cast = value.producer()
-    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    source = before_cast(value)
     if source is None or source.dtype is None or value.dtype is None:
         return False
     return source.dtype.itemsize < value.dtype.itemsize

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from fora_trt.export.nodes import constant, int64_constant, new_value
+from fora_trt.export.nodes import constant, int64_constant, new_value, only_maker
 
 TO_HEADS, JOINED_TO_HEADS = [0, 2, 1, 3], [2, 0, 3, 1, 4]
 
@@ -79,7 +79,7 @@ class SeparateProjectionsPass(InPlacePass):
 def _separate(graph: ir.Graph, transpose: ir.Node) -> bool:
     """Replace every part that is taken of the output of a Transpose; False if it is none of joined projections."""
     split, parts = transpose.inputs[0], transpose.outputs[0].consumers()
-    reshape = _only(split, "Reshape")
+    reshape = only_maker(split, "Reshape")
     joined = list(transpose.attributes.get_ints("perm", ())) == JOINED_TO_HEADS
     if reshape is None or split is None or split.shape is None or not joined or None in map(_place_of, parts):
         return False
@@ -126,7 +126,7 @@ def _place_of(part: ir.Node) -> int | None:
 def _projection_of(transpose: ir.Node) -> Projection | None:
     """What the output of a Transpose is the heads of."""
     heads, split = transpose.outputs[0], transpose.inputs[0]
-    reshape = _only(split, "Reshape")
+    reshape = only_maker(split, "Reshape")
     if reshape is None or list(transpose.attributes.get_ints("perm", ())) != TO_HEADS or heads.is_graph_output():
         return None  # rules 1 and 2
     operands = _operands_of(reshape.inputs[0])
@@ -145,22 +145,14 @@ def _projection_of(transpose: ir.Node) -> Projection | None:
 
 def _operands_of(tokens: ir.Value | None) -> Operands | None:
     """The MatMul by which tokens are computed, its weight, and the bias that is added to it; None if it is none."""
-    biased = _only(tokens, "Add")
+    biased = only_maker(tokens, "Add")
     bias = None if biased is None else _weight_among(biased, rank=1)
     summed = tokens if biased is None else next((value for value in biased.inputs if value is not bias), None)
-    product = _only(summed, "MatMul")
+    product = only_maker(summed, "MatMul")
     weight = None if product is None else _weight_among(product, rank=2)
     if product is None or weight is None or weight is not product.inputs[1] or (biased is not None and bias is None):
         return None
     return product, weight, bias
-
-
-def _only(value: ir.Value | None, kind: str) -> ir.Node | None:
-    """The node of this kind that computes a value for one reader: rule 2."""
-    node = None if value is None else value.producer()
-    if value is None or node is None or node.op_type != kind or len(value.uses()) != 1 or value.is_graph_output():
-        return None
-    return node
 
 
 def _weight_among(node: ir.Node, rank: int) -> ir.Value | None:

@@ -47,6 +47,21 @@ def is_read(value: ir.Value) -> bool:
     return bool(value.uses()) or value.is_graph_output()
 
 
+def only_maker(value: ir.Value | None, kind: str) -> ir.Node | None:
+    """The node of this kind that makes a value, if the value has one reader and is no output of the graph."""
+    node = None if value is None else value.producer()
+    if value is None or node is None or node.op_type != kind or len(value.uses()) != 1 or value.is_graph_output():
+        return None
+    return node
+
+
+def before_cast(value: ir.Value) -> ir.Value | None:
+    """What a Cast made a value of; None if the value is no output of a Cast, or the dtype before it is unknown."""
+    cast = value.producer()
+    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    return source if source is not None and source.dtype is not None else None
+
+
 def nodes_behind(values: Iterable[ir.Value]) -> set[ir.Node]:
     """All nodes that some values are computed by."""
     found: set[ir.Node] = set()

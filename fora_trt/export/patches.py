@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from fora_trt.export.nodes import constant, int64_constant, new_value
+from fora_trt.export.nodes import before_cast, constant, int64_constant, new_value
 
 
 class PatchRowsPass(InPlacePass):
@@ -18,8 +18,8 @@ class PatchRowsPass(InPlacePass):
 
     The product has the dtype of the convolution. Where its input is cast, patches are laid out before the cast; where
     its output is cast, tokens are cast behind the product. Only where patches are square and neither overlap nor leave
-    anything out: strides as long as the kernel, which divides the image, no padding, dilation or groups; and where
-    nobody else reads what is between.
+    anything out: strides as long as the kernel, which divides the image, no padding, dilation or groups; and where no
+    value between these nodes has another reader.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -40,7 +40,8 @@ def _as_product(graph: ir.Graph, conv: ir.Node) -> bool:
     tokens = _tokens_of(conv)
     if image is None or image.shape is None or weight is None or weight.const_value is None or tokens is None:
         return False
-    source = _before_cast(image)
+    narrow = before_cast(image)
+    source = narrow if narrow is not None and narrow.shape == image.shape else image
     batch, _, *sides = image.shape
     width, _, *kernel = weight.const_value.shape.numpy()
     plain = (
@@ -78,13 +79,6 @@ def _as_product(graph: ir.Graph, conv: ir.Node) -> bool:
     graph.insert_before(conv, nodes)
     ir.convenience.replace_all_uses_with(tokens, value)
     return True
-
-
-def _before_cast(image: ir.Value) -> ir.Value:
-    """What an image was before it was cast; the image itself where it was not."""
-    cast = image.producer()
-    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
-    return image if source is None or source.shape != image.shape or source.dtype is None else source
 
 
 def _cast(nodes: list[ir.Node], value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
