@@ -1,29 +1,29 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`. Both make the environment in .venv.
+# On a fresh machine, start with `make demo` or `make test`. Both create the virtual environment .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# of the developers' environment; `make demo` needs less
+# Extras of the developers' environment; `make demo` installs only cpu.
 EXTRAS ?= cpu,rtx,text,report,dev
 DEMO_EXTRAS := $(if $(filter command line,$(origin EXTRAS)),$(EXTRAS),cpu)
 
-.PHONY: demo test test-slow gpu-check lint format wheelhouse clean
+.PHONY: demo test test-slow gpu-check lint format docs wheelhouse clean
 
 # On a machine with an NVIDIA GPU: make demo EXTRAS=gpu
 demo: $(VENV)/with-$(DEMO_EXTRAS)
 	$(BIN)/fora-trt demo
 
-# Two at a time, one thread each: tracing, which takes most of the time, is single-threaded anyway.
+# Two processes with one thread each: tracing is single-threaded and takes most of the time.
 test: $(VENV)/with-$(EXTRAS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# What is timed runs alone.
+# The timed tests of test_figures.py run alone, because other processes would disturb the timings.
 test-slow: $(VENV)/with-$(EXTRAS)
 	$(BIN)/python -m pytest -m slow --durations=0 tests/test_figures.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=12 --ignore tests/test_figures.py
 
-# On a machine with an NVIDIA GPU, in the environment if it was made, else with the packages that PYTHON has:
-# make gpu-check CHECK='--minutes 28', and after an interruption make gpu-check CHECK=--resume
+# On a machine with an NVIDIA GPU: make gpu-check CHECK='--minutes 28'; after an interruption: make gpu-check CHECK=--resume.
+# It uses the virtual environment if there is one, else PYTHON with its installed packages.
 gpu-check:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check $(CHECK)
 
@@ -36,18 +36,22 @@ format: $(VENV)/with-$(EXTRAS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# For a machine without network: make wheelhouse PYTHON=3.12 EXTRAS=rtx WITHOUT=torch (PYTHON is the version there)
-# HAVE=FILE, the output of `pip list` there: only what that machine lacks is collected; installed distributions stay.
+# The pages in docs/ as a site, in the folder site/.
+docs: $(VENV)/with-docs
+	$(BIN)/mkdocs build --strict
+
+# For a machine without network: make wheelhouse PYTHON=3.12 EXTRAS=rtx WITHOUT=torch (PYTHON is the version on that machine).
+# With HAVE=FILE, the output of `pip list` on that machine, only missing distributions are collected.
 wheelhouse: EXTRAS = cpu
 wheelhouse:
 	test -x $(BIN)/python || $(MAKE) $(VENV)/with-cpu PYTHON=python3
 	$(BIN)/python -m tools.wheelhouse --python $(PYTHON) --extras '$(EXTRAS)' $(addprefix --without ,$(WITHOUT)) $(if $(HAVE),--have '$(HAVE)')
 
 $(VENV)/with-%: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fora-trt needs Python 3.10 or newer; give another: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is too old: fora-trt needs Python 3.10 or newer; give another: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist wheelhouse
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist site wheelhouse

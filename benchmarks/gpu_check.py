@@ -1,11 +1,12 @@
-"""Fill a GPU's half hour so that no result is lost: every backend, how exact and how fast it is, what it copies.
+"""Checks every backend on a GPU within a time budget of about half an hour: errors, times and host-device copies.
 
     python -m benchmarks.gpu_check --minutes 28
     python -m benchmarks.gpu_check --resume
     python -m benchmarks.gpu_check --device cpu --minutes 8
 
-Each row of `benchmarks/gpu_rows.py` is a process with a time limit. A finished row is on the disk at once, and in
-results/gpu-check_<hardware>_<date>.json and .md. It needs no checkpoint, no network and no TensorRT.
+Each row of `benchmarks/gpu_rows.py` is a process with a time limit. A finished row is written to the disk at once, and
+to results/gpu-check_<hardware>_<date>.json and .md. The check needs no checkpoint and no network; backends that are not
+installed, such as TensorRT, are recorded as absent.
 """
 
 from __future__ import annotations
@@ -36,27 +37,27 @@ INTERRUPTED = 130
 
 
 @cache
-def why_absent(entrant: str, device_type: str) -> str | None:
-    """Why a backend cannot be used on this machine; None for one that can, and for a reference."""
-    if (backend := BACKENDS.get(entrant)) is None:
+def why_absent(target: str, device_type: str) -> str | None:
+    """Why a backend does not work on this machine; None if it works, and for a PyTorch reference."""
+    if (backend := BACKENDS.get(target)) is None:
         return None
     if problem := backend.problem():
         return problem
     if device_type == "cuda" and not backend.has_cuda():
-        return f"{entrant} is installed for the CPU alone"
+        return f"the installed {target} supports only the CPU"
     return None
 
 
 def why_row_absent(row: Row, device_type: str) -> str | None:
-    """Why a row cannot be run on this machine; None for one that can."""
+    """Why a row cannot run on this machine; None if it can."""
     if row.kind == "tests" and find_spec("pytest") is None:
         return "pytest is not installed"
-    return why_absent(row.entrant, device_type)
+    return why_absent(row.target, device_type)
 
 
 def _named(context: click.Context, parameter: click.Parameter, value: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", value):
-        raise click.BadParameter(f"{value!r} is neither cpu nor cuda:N")
+        raise click.BadParameter(f"{value!r} is not a device; give cpu, cuda or cuda:N")
     return value
 
 
@@ -66,7 +67,8 @@ def _check_device(name: str) -> None:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise click.BadParameter(
-            f"torch can use no {name} here; see 'fora-trt doctor', or give --device cpu", param_hint="--device"
+            f"torch cannot use {name} on this machine; see 'fora-trt doctor', or give --device cpu",
+            param_hint="--device",
         )
 
 
@@ -75,7 +77,7 @@ def _listing(rows: Sequence[Row]) -> str:
     for row in rows:
         expected = ", ".join(f"{one.of} {one}{' (fixed)' if one.fixed else ''}" for one in row.expects)
         lines.append(
-            f"{row.name}: about {row.estimate:.0f} s, at most {row.limit:.0f} s; expects {expected or 'to end'}"
+            f"{row.name}: about {row.estimate:.0f} s, at most {row.limit:.0f} s; expected {expected or 'to finish'}"
         )
     return "\n".join(lines)
 
@@ -89,9 +91,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _identity_of(record: Record, device_type: str) -> dict[str, str]:
-    """What a row may only be taken over with: type and name of the device, and a digest of all sources.
+    """The identity of a run, which must match for a row to be reused: device type, device name, digest of all sources.
 
-    Not the commit: one that adds a result changes no source, and a tree with changes or without git has none.
+    The commit is not part of it: a commit that adds a result changes no source, and a tree with uncommitted changes or
+    without git has no commit.
     """
     about = record["details"]["measured_on"]
     name = about["gpu"] if device_type == "cuda" else about["processor"]
@@ -99,7 +102,7 @@ def _identity_of(record: Record, device_type: str) -> dict[str, str]:
 
 
 class Check:
-    """One call of the check: the environment first, then the rows that are left, then the result."""
+    """One run of the check: the environment row, then the rows without a reusable result, then the result files."""
 
     def __init__(self, device: str, work: Path, out: Path, journal: Journal, minutes: float, jobs: int | None) -> None:
         self.device_type, self.out, self.journal = device.partition(":")[0], out, journal
@@ -114,18 +117,18 @@ class Check:
         )
 
     def records(self) -> list[Record]:
-        """Those that were taken over, and those of this call."""
+        """The reused records and those of this run."""
         return [record for record in self.journal.read() if record.get("identity") == self.driver.identity]
 
     def run(self, rows: Sequence[Row]) -> int:
-        """Run the rows; returns the exit code."""
+        """Run the rows; return the exit code."""
         code = 0
         try:
             if not self._find_environment(rows[0]):
                 return 1
             self._run_rest(rows[1:])
         except KeyboardInterrupt:
-            click.echo("interrupted; --resume goes on", err=True)
+            click.echo("interrupted; continue with --resume", err=True)
             code = INTERRUPTED
         path = self._write()
         click.echo(path.read_text())
@@ -133,13 +136,13 @@ class Check:
         return code or int(any(record["status"] in FAILED for record in newest_of(self.records()).values()))
 
     def _find_environment(self, row: Row) -> bool:
-        """Always run: it tells which device and which sources this is."""
+        """Run the environment row, which determines the identity of this run; return whether it passed."""
         before = len(self.journal.read())
         self.driver.identity = {"type": self.device_type}
         self.driver.run([row], {})
         record = self.journal.read()[before]
         if record["status"] in FAILED or "measured_on" not in record["details"]:
-            click.echo(f"the environment cannot be told: {record['why']}", err=True)
+            click.echo(f"the environment cannot be determined: {record['why']}", err=True)
             return False
         self.driver.identity = _identity_of(record, self.device_type)
         self.journal.append({**record, "identity": {**self.driver.identity}})
@@ -154,7 +157,7 @@ class Check:
         left = []
         for row in rows:
             if row.name in done:
-                click.echo(f"{row.name}: {done[row.name]['status']} before", err=True)
+                click.echo(f"{row.name}: {done[row.name]['status']} in an earlier run", err=True)
             elif why := why_row_absent(row, self.device_type):
                 self.driver.keep_absent(row, why)
             else:
@@ -166,10 +169,10 @@ class Check:
 
 
 def _report(path: Path, out: Path) -> int:
-    """The result of an earlier run, from its journal: of the device and sources of its last row."""
+    """Write the result of an earlier run from its journal: of the rows with the device and sources of its last row."""
     records = Journal(path).read()
     if not records:
-        raise click.BadParameter(f"{path} has no finished row", param_hint="--report")
+        raise click.BadParameter(f"{path} has no finished row; give the journal of a run", param_hint="--report")
     same = [record for record in records if record.get("identity") == records[-1].get("identity")]
     rows = rows_of(device_type_of(same))
     click.echo(as_markdown(same, rows))
@@ -179,19 +182,27 @@ def _report(path: Path, out: Path) -> int:
 
 @click.command()
 @click.option(
-    "--device", default="cuda:0", show_default=True, callback=_named, help="cuda:N; cpu runs what a CPU can show."
+    "--device", default="cuda:0", show_default=True, callback=_named, help="cuda:N, or cpu for a reduced set of rows."
 )
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Time for all rows; no limit without it.")
-@click.option("--rows", "patterns", multiple=True, help="Names, patterns or beginnings, such as 'time/digits'.")
-@click.option("--list", "listed", is_flag=True, help="Print the rows with their limits and what they expect.")
-@click.option("--resume", is_flag=True, help="Go on: rows that failed or did not run.")
-@click.option("--report", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Of an earlier journal.")
 @click.option(
-    "--jobs", type=click.IntRange(min=1), help="Rows at a time, of those without times.  [default: cores / 4]"
+    "--minutes", type=click.FloatRange(min=0, min_open=True), help="Time budget for all rows.  [default: no limit]"
 )
-@click.option("--work", type=click.Path(path_type=Path), default=WORK, help="Bundles, logs and journal.")
-@click.option("--journal", type=click.Path(path_type=Path), help="Finished rows.  [default: WORK/rows.jsonl]")
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Folder of the .json and .md.")
+@click.option(
+    "--rows", "patterns", multiple=True, help="Rows to run: names, patterns or prefixes, such as 'time/digits'."
+)
+@click.option("--list", "listed", is_flag=True, help="Print the rows with their time limits and expected values.")
+@click.option("--resume", is_flag=True, help="Keep passed rows of the journal; run those that failed or did not run.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Write the result of this journal again; run nothing.",
+)
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Number of rows without timings run at once.  [default: cores / 4]"
+)
+@click.option("--work", type=click.Path(path_type=Path), default=WORK, help="Folder of bundles, logs and journal.")
+@click.option("--journal", type=click.Path(path_type=Path), help="File of finished rows.  [default: WORK/rows.jsonl]")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Folder of the .json and .md results.")
 @click.pass_context
 def main(
     context: click.Context,
@@ -220,12 +231,12 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     kept = Journal(journal or work / "rows.jsonl")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _interrupt)
     try:
         with FileLock(work / ".lock", timeout=0):
             if not resume and (aside := kept.set_aside()):
-                click.echo(f"the rows of before are kept in {aside}", err=True)
+                click.echo(f"the rows of the previous run are kept in {aside}", err=True)
             check = Check(device, work.resolve(), out, kept, math.inf if minutes is None else minutes, jobs)
             context.exit(check.run(rows))
     except Timeout:

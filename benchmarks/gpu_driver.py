@@ -1,6 +1,7 @@
-"""Runs rows of the GPU check, each in a process of its own, and keeps every finished one whatever happens.
+"""Runs the rows of the GPU check, each in a separate process, and keeps every finished row whatever happens.
 
-It knows nothing of what rows measure. A finished row is a line of a journal that is on the disk before the next begins.
+A finished row is a line in a journal, which is written to the disk before the next row begins. This module does not
+depend on what rows measure.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ LEAST_SECONDS = 1.0
 
 
 class Journal:
-    """Records of finished rows, a line each. A last line that was half written is dropped."""
+    """Records of finished rows, one JSON object per line. An incomplete last line is ignored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[Record]:
-        """All whole records, in the order in which rows were finished."""
+        """All complete records, in the order in which rows finished."""
         if not self.path.exists():
             return []
-        lines = self.path.read_bytes().split(b"\n")[:-1]  # what no line end follows was not written to its end
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # a line without a line end is incomplete
         return [record for line in lines if (record := _record_from(line)) is not None]
 
     def append(self, record: Record) -> None:
-        """Add a record; it is on the disk when this returns."""
+        """Add a record, and flush it to the disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
             _end_last_line(file)
@@ -53,7 +54,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def set_aside(self) -> Path | None:
-        """Begin anew; the records of before stay in a file with a number, which is returned."""
+        """Start an empty journal; rename the old one to a numbered file, and return its path (None if none exists)."""
         if not self.path.exists():
             return None
         number = 1 + sum(1 for _ in self.path.parent.glob(f"{self.path.stem}.*{self.path.suffix}"))
@@ -69,7 +70,7 @@ def _record_from(line: bytes) -> Record | None:
 
 
 def _end_last_line(file: Any) -> None:
-    """Let a half-written line be one of its own, which `read` drops."""
+    """End an incomplete last line, so that the next record starts on a new line; `read` ignores the incomplete one."""
     if file.seek(0, os.SEEK_END):
         file.seek(-1, os.SEEK_END)
         if file.read(1) != b"\n":
@@ -77,12 +78,12 @@ def _end_last_line(file: Any) -> None:
 
 
 def newest_of(records: Sequence[Record]) -> dict[str, Record]:
-    """The last record of each row."""
+    """The latest record of each row."""
     return {record["row"]: record for record in records}
 
 
 def taken_over(records: Sequence[Record], identity: Mapping[str, Any]) -> tuple[dict[str, Record], list[str]]:
-    """The records that need not be made again, and a sentence about those of other sources or of another device."""
+    """The records to reuse, by row, and a message about records of other sources or another device."""
     foreign = [record for record in records if record.get("identity") != identity]
     newest = newest_of([record for record in records if record.get("identity") == identity])
     kept = {name: record for name, record in newest.items() if record["status"] in DONE}
@@ -91,12 +92,12 @@ def taken_over(records: Sequence[Record], identity: Mapping[str, Any]) -> tuple[
     seen = {tuple((record.get("identity") or {}).values()) for record in foreign}
     others = "; ".join(sorted(", ".join(map(str, values)) for values in seen))
     this = ", ".join(map(str, identity.values()))
-    return kept, [f"{len(foreign)} rows of the journal are not taken over: they are of {others}, and this is {this}"]
+    return kept, [f"{len(foreign)} rows of the journal are not reused: they belong to {others}; this run is {this}"]
 
 
 @dataclass
 class Running:
-    """A row in its process, which leads a process group."""
+    """A running row; its process leads a process group."""
 
     row: Row
     process: subprocess.Popen[bytes]
@@ -107,19 +108,19 @@ class Running:
     beside: set[str]
 
     def end(self) -> None:
-        """End the process and all that it started."""
-        with suppress(ProcessLookupError):  # it ended, and left nothing behind
+        """Kill the process and all processes that it started."""
+        with suppress(ProcessLookupError):  # the group has already ended
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 Command = Callable[[Row, Path, int], list[str]]
-"""What runs a row: given where it writes what it found, and a pipe whose end tells that its parent has ended."""
+"""Returns the command line of a row, from the row, its result file, and a pipe that closes when the parent ends."""
 
 
 @dataclass
 class Driver:
-    """Takes rows in order as long as there is time until `deadline`; at most `jobs` of those that go together."""
+    """Runs rows in order while time is left until `deadline`; at most `jobs` rows that may run together."""
 
     journal: Journal
     work: Path
@@ -132,12 +133,12 @@ class Driver:
 
     def __post_init__(self) -> None:
         self._running: list[Running] = []
-        self._watched, self._alive = os.pipe()  # children see that the second end is closed, however this ends
+        self._watched, self._alive = os.pipe()  # the OS closes the second end when this process ends, however it does
 
     def run(self, rows: Sequence[Row], done: Mapping[str, Record]) -> list[str]:
-        """Run the rows; `done` are records of rows that ran before. Returns a sentence for each row that was skipped.
+        """Run the rows; `done` has records of earlier rows. Returns a message for each skipped row.
 
-        Children are ended when this raises, by Ctrl-C for example.
+        All children are killed if this raises, for example on Ctrl-C.
         """
         waiting, skipped = [*rows], list[str]()
         statuses = {name: record["status"] for name, record in done.items()}
@@ -153,7 +154,7 @@ class Driver:
         return skipped
 
     def end(self) -> None:
-        """End all children."""
+        """Kill all children."""
         for one in self._running:
             one.end()
         self._running = []
@@ -174,7 +175,7 @@ class Driver:
             if row.needs and needed not in DONE:
                 if needed or not self._is_coming(row.needs, waiting):
                     waiting.remove(row)
-                    why = f"it needs {row.needs}, which {needed or 'did not run'}"
+                    why = f"it needs the row {row.needs}, which {needed or 'did not run'}"
                     self._keep(row, {"status": "failed", "why": why}, 0.0, set())
                     statuses[row.name] = "failed"
             elif self._may_start(row):
@@ -207,19 +208,19 @@ class Driver:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a group of its own, which can be ended as a whole
+                start_new_session=True,  # a separate process group, which can be killed as a whole
                 pass_fds=[self._watched],
             )
         return Running(row, process, time.monotonic(), limit, found, log, beside)
 
     def _collect(self) -> dict[str, str]:
-        """The statuses of rows that ended, or whose time is over."""
+        """Collect rows that ended or exceeded their time limit; return their statuses."""
         statuses = {}
         for one in [*self._running]:
             seconds = time.monotonic() - one.began
             ended = one.process.poll() is not None
             if ended or seconds > one.limit:
-                one.end()  # also what the process left behind
+                one.end()  # also kills processes that the row left behind
                 self._running.remove(one)
                 outcome = outcome_of(one, timed_out=not ended)
                 statuses[one.row.name] = outcome["status"]
@@ -243,7 +244,7 @@ class Driver:
         self.finished()
 
     def keep_absent(self, row: Row, why: str) -> None:
-        """Record that a row cannot be run here."""
+        """Record that a row cannot run on this machine."""
         self._keep(row, {"status": "absent", "why": why}, 0.0, set())
 
 
@@ -253,19 +254,19 @@ def outcome_of(running: Running, timed_out: bool) -> Record:
     values, details = found.get("values", {}), found.get("details", {})
     content = {"values": {name: _written(value) for name, value in values.items()}, "details": details}
     if timed_out and not found:
-        return {"status": "timed out", "why": f"it was ended after {running.limit:.0f} s", **content}
+        return {"status": "timed out", "why": f"it was killed after {running.limit:.0f} s", **content}
     code = running.process.returncode
     if not found or found.get("failure"):
         return {"status": "failed", "why": found.get("failure") or _last_words(running.log, code), **content}
     status, deviations = running.row.judged(values)
     if code and not timed_out:
-        deviations.append(f"the process ended with {code} after it had written what it found")
+        deviations.append(f"the process exited with {code} after it had written its result")
         status = "look" if status == "passed" else status
     return {"status": status, "why": "; ".join(deviations), **content}
 
 
 def _written(value: float) -> float | str:
-    """JSON has no numbers that are not finite."""
+    """A value for JSON, which cannot represent NaN and infinity: they become strings."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -278,16 +279,16 @@ def _found_in(path: Path) -> dict[str, Any]:
 
 
 def _last_words(log: Path, code: int) -> str:
-    ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
     lines = log.read_text(errors="replace").strip().splitlines()
-    return f"the process {ended}{': ' if lines else ' and said nothing'}{lines[-1] if lines else ''}"
+    return f"the process {ended}{': ' if lines else ' and printed nothing'}{lines[-1] if lines else ''}"
 
 
 def command_of(device: str, work: Path) -> Command:
-    """The rows of this project: `benchmarks.gpu_work` in this interpreter."""
+    """The command of this project's rows: `benchmarks.gpu_work` in this interpreter."""
 
     def command(row: Row, found: Path, watched: int) -> list[str]:
-        places = ["--device", device, "--work", str(work), "--found", str(found), "--watched", str(watched)]
-        return [sys.executable, "-m", "benchmarks.gpu_work", row.name, *places]
+        options = ["--device", device, "--work", str(work), "--found", str(found), "--watched", str(watched)]
+        return [sys.executable, "-m", "benchmarks.gpu_work", row.name, *options]
 
     return command

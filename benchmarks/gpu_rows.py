@@ -1,6 +1,6 @@
-"""The rows of the GPU check: what each of them runs, how long it may take, and what it is expected to find.
+"""The rows of the GPU check: what each row runs, how long it may take, and which values are expected.
 
-A table, in the order in which rows are worth their time. It runs nothing.
+This module is a table, the most valuable rows first. It runs nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from fora_trt.contract import OPTIMIZATIONS, Optimization
 from fora_trt.engines.backends import BACKENDS
-from fora_trt.evaluate.entrants import REFERENCES
-from fora_trt.evaluate.results import EAGER
-from fora_trt.models.spec import OPTIMIZATIONS
+from fora_trt.evaluate.targets import REFERENCES
+from fora_trt.report.results import EAGER
 from fora_trt.schedule import Schedule
 
 Kind = Literal["environment", "export", "parity", "tests", "time"]
@@ -22,34 +22,38 @@ ONNXRUNTIME = "onnxruntime"
 TENSORRTS = ("tensorrt", "tensorrt-rtx")
 
 GRAPH_BOUND = {"fp32": 1e-5, "fp16": 3e-3}
-"""Largest error of one step of the digits, relative to eager FORA in fp32.
+"""Largest error of one step of the digits model, relative to eager FORA in fp32.
 
-Measured on a CPU over all levels and backends: fp32 8e-7, fp16 9e-4.
+Measured on a CPU over all optimization levels and backends: fp32 8e-7, fp16 9e-4.
 """
 
 LATENTS_BOUND = {"fp32": 3e-5, "fp16": 1e-2}
-"""Largest relative error of the latents of the digits after 50 guided steps.
+"""Largest relative error of the latents of the digits model after 50 guided steps.
 
-Measured on a CPU: fp32 4e-6, fp16 4e-3, and 6e-3 after 8 steps. A reuse step that reads the sum of another one is over
-both bounds.
+Measured on a CPU: fp32 4e-6, fp16 4e-3, and 6e-3 after 8 steps. If a reuse step reads the sum of another step, the
+error exceeds both bounds.
 """
 
 LARGE_GRAPH_BOUND = {"fp16": 2e-2, "bf16": 1e-1}
-"""Of one step of DiT-XL/2 with random weights: what `verify` admits, for nothing was measured yet."""
+"""Largest error of one step of DiT-XL/2 with random weights: the tolerance of `verify`, not a measured bound."""
 
 LARGE_LATENTS_BOUND = {"fp16": 1e-1, "bf16": 5e-1}
-"""Of its latents; what `verify` admits too."""
+"""Largest error of the latents of DiT-XL/2: the tolerance of `verify` too."""
 
 WINDOW_OF_ERRORS = 2
-"""The cache interval whose denoiser measures single steps: a full and a reuse step. Others would compile once more."""
+"""Single steps are compared in a window of a full and a reuse step, which has the length of windows at cache interval
+2. Errors are measured only in rows with this interval, so that nothing is compiled again for them."""
 
 MARGIN = 1.02
-"""By how much a speed-up may be over the ideal one before it is looked at: two medians are never exact."""
+"""Factor by which a speed-up may exceed the ideal one before its row needs a look: medians are noisy."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A range for all values whose name matches `of`. A row fails outside of a fixed one, else it needs a look."""
+    """The expected range of all values whose name matches `of`.
+
+    A row with a value outside a fixed range fails; outside another range, it needs a look.
+    """
 
     of: str
     low: float
@@ -57,7 +61,7 @@ class Expected:
     fixed: bool = False
 
     def deviations(self, values: Mapping[str, float]) -> Iterator[str]:
-        """One sentence for each value outside the range. NaN is outside, and so is a name that no value has."""
+        """One message per value outside the range, NaN included; one message if no value matches `of`."""
         found = {name: value for name, value in values.items() if fnmatchcase(name, self.of)}
         if not found:
             yield f"{self.of} was not measured; expected {self}"
@@ -71,31 +75,31 @@ class Expected:
 
 @dataclass(frozen=True)
 class Exported:
-    """A bundle that rows share."""
+    """An exported bundle that several rows share."""
 
     source: str
     precision: str
-    optimization: str = OPTIMIZATIONS[-1]
+    optimization: Optimization = OPTIMIZATIONS[-1]
     image_size: int | None = None
 
     @property
     def name(self) -> str:
-        """Of its folder, and in the names of rows."""
+        """Name of the model with its image size, in row names."""
         model = _slug(self.source.removeprefix("random:"))
         return "-".join([model, *([str(self.image_size)] if self.image_size else [])])
 
     @property
     def folder(self) -> str:
-        """Where it is kept."""
+        """Name of the bundle's folder."""
         return f"{self.name}-{self.precision}-{self.optimization}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """Work for one process. Seconds: `estimate` is what it usually takes, at `limit` it is ended.
+    """The work of one process. It usually takes `estimate` seconds, and is killed after `limit` seconds.
 
-    `needs` names the row that must have passed before. Only rows `together` run at the same time; one in the
-    `background` runs beside any other.
+    `needs` names a row that must pass first. Rows with `together` may run at the same time as others of them; a row
+    with `background` may run at the same time as any other row.
     """
 
     name: str
@@ -104,7 +108,7 @@ class Row:
     estimate: float
     expects: tuple[Expected, ...] = ()
     bundle: Exported | None = None
-    entrant: str = ""
+    target: str = ""
     images: int = 2
     steps: int = 50
     intervals: tuple[int, ...] = ()
@@ -114,34 +118,37 @@ class Row:
     background: bool = False
 
     def judged(self, values: Mapping[str, float]) -> tuple[str, list[str]]:
-        """Whether the row `passed`, `failed` or needs a `look`, and a sentence for each value outside its range."""
+        """The status of the row (`passed`, `failed` or `look`), and a message for each value outside its range."""
         outside = [(one.fixed, sentence) for one in self.expects for sentence in one.deviations(values)]
         status = "failed" if any(fixed for fixed, _ in outside) else "look" if outside else "passed"
         return status, [f"{sentence}{' (fixed)' if fixed else ''}" for fixed, sentence in outside]
 
 
 def rows_of(device_type: str) -> list[Row]:
-    """All rows for a GPU, or those that a CPU can do."""
+    """All rows for a GPU, or the reduced set for a CPU."""
     return [*(_gpu_rows() if device_type == "cuda" else _cpu_rows())]
 
 
 def chosen_of(rows: Sequence[Row], patterns: Sequence[str]) -> list[Row]:
-    """The rows whose name matches a pattern or begins with it, and those they need. Raises `ValueError`."""
+    """The rows whose name matches a pattern or begins with it, and the rows they need.
+
+    Raises `ValueError` for a pattern without a match.
+    """
     if not patterns:
         return [*rows]
     names: set[str] = set()
     for pattern in patterns:
         matched = {row.name for row in rows if fnmatchcase(row.name, pattern) or row.name.startswith(f"{pattern}/")}
         if not matched:
-            raise ValueError(f"no row is named {pattern!r}; --list shows their names")
+            raise ValueError(f"no row matches {pattern!r}; --list shows the names of all rows")
         names |= matched
     names |= {row.needs for row in rows if row.name in names}
     return [row for row in rows if row.name in names or row.kind == "environment"]
 
 
-def slug_of(entrant: str) -> str:
-    """An entrant in the name of a row."""
-    return "eager" if entrant == EAGER else _slug(entrant)
+def slug_of(target: str) -> str:
+    """The name of a target in row names."""
+    return "eager" if target == EAGER else _slug(target)
 
 
 def _slug(text: str) -> str:
@@ -149,10 +156,10 @@ def _slug(text: str) -> str:
 
 
 PLAIN = tuple(name for name in REFERENCES if name != EAGER and name not in BACKENDS)
-"""References that compile the module itself."""
+"""References that compile the original module."""
 
 
-# -- what is expected ------------------------------------------------------------------------------------------------
+# -- expected values -----------------------------------------------------------------------------------------------
 
 
 def _parity_expectations(precision: str, on_gpu: bool) -> tuple[Expected, ...]:
@@ -165,7 +172,11 @@ def _parity_expectations(precision: str, on_gpu: bool) -> tuple[Expected, ...]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of DiT-XL/2 at 256 px in fp16: milliseconds of a step, seconds of 50 uncached ones, speed-up at interval 3."""
+    """Expected times of DiT-XL/2 at 256 px in fp16, as (low, high).
+
+    `full` and `reuse` are milliseconds of a step, `seconds` the time of 50 steps without caching, `speedup` the
+    speed-up at cache interval 3.
+    """
 
     full: tuple[float, float]
     reuse: tuple[float, float]
@@ -173,7 +184,7 @@ class Estimate:
     speedup: tuple[float, float]
 
     def expectations(self) -> tuple[Expected, ...]:
-        """As ranges that are not fixed."""
+        """The estimate as ranges that are not fixed."""
         named = {
             "full ms/*": self.full,
             "reuse ms/*": self.reuse,
@@ -193,34 +204,34 @@ ESTIMATES: dict[tuple[str, int], Estimate] = {
     (ONNXRUNTIME, 1): Estimate((4, 8), (0.15, 0.4), (0.2, 0.4), (2.3, 2.6)),
     **{(name, 1): TENSORRT for name in TENSORRTS},
 }
-"""By entrant and images; what is not here has no estimate."""
+"""Estimates by target and number of images; other rows have none."""
 
 
 def _time_expectations(
-    bundle: Exported, entrant: str, images: int, steps: int, intervals: tuple[int, ...], on_gpu: bool
+    bundle: Exported, target: str, images: int, steps: int, intervals: tuple[int, ...], on_gpu: bool
 ) -> tuple[Expected, ...]:
     small, precision = bundle.source == "digits", bundle.precision
     graph, latents = (GRAPH_BOUND, LATENTS_BOUND) if small else (LARGE_GRAPH_BOUND, LARGE_LATENTS_BOUND)
     expected = [Expected("latents/*", 0, latents[precision], fixed=True)]
-    if entrant != EAGER and WINDOW_OF_ERRORS in intervals:
+    if target != EAGER and WINDOW_OF_ERRORS in intervals:
         expected.append(Expected("error/*", 0, graph[precision], fixed=True))
-    ideal = {interval: Schedule.static(steps, interval).ideal_speedup for interval in intervals if interval > 1}
+    ideal = {interval: Schedule.fora(steps, interval).ideal_speedup for interval in intervals if interval > 1}
     expected += [Expected(f"speed-up/{interval}", 1, best * MARGIN) for interval, best in ideal.items()]
     if on_gpu:
-        expected += _on_the_device(entrant, steps, intervals)
-    if on_gpu and (bundle.name, precision) == ("dit-xl-2-256", "fp16") and (entrant, images) in ESTIMATES:
-        expected += ESTIMATES[entrant, images].expectations()
+        expected += _on_the_device(target, steps, intervals)
+    if on_gpu and (bundle.name, precision) == ("dit-xl-2-256", "fp16") and (target, images) in ESTIMATES:
+        expected += ESTIMATES[target, images].expectations()
     return tuple(expected)
 
 
-def _on_the_device(entrant: str, steps: int, intervals: tuple[int, ...]) -> list[Expected]:
-    """Replays equal the first run, a window is one launch, and nothing is copied or waited for between steps."""
-    if entrant == EAGER:
+def _on_the_device(target: str, steps: int, intervals: tuple[int, ...]) -> list[Expected]:
+    """Expectations on a GPU: replays equal the first run, a window is one launch, no copies or waits between steps."""
+    if target == EAGER:
         return [Expected("replay/*", 0, 0)]
     expected = [Expected("replay/*", 0, 0, fixed=True), Expected("waits/*", 0, 0, fixed=True)]
-    if entrant == ONNXRUNTIME:  # launched kernel by kernel
+    if target == ONNXRUNTIME:  # not captured in CUDA graphs
         return [*expected, Expected("copies/*", 0, 0)]
-    full_steps = {interval: Schedule.static(steps, interval).full_steps for interval in intervals}
+    full_steps = {interval: Schedule.fora(steps, interval).full_steps for interval in intervals}
     launches = [Expected(f"graph launches/{interval}", full, full, True) for interval, full in full_steps.items()]
     return [*expected, Expected("copies/*", 0, 0, fixed=True), *launches]
 
@@ -229,20 +240,20 @@ def _on_the_device(entrant: str, steps: int, intervals: tuple[int, ...]) -> list
 
 
 def _parity_rows(
-    entrants: Sequence[str], on_gpu: bool, limit: float, precisions: Sequence[str] = ("fp32", "fp16")
+    targets: Sequence[str], on_gpu: bool, limit: float, precisions: Sequence[str] = ("fp32", "fp16")
 ) -> Iterator[Row]:
-    """Runs 1, 2 and 3 of a guided trajectory of the digits against eager FORA."""
+    """Rows that compare runs 1, 2 and 3 of a guided trajectory of the digits model with eager FORA."""
     for precision in precisions:
         for level in OPTIMIZATIONS:
-            for entrant in entrants:
+            for target in targets:
                 yield Row(
-                    f"parity/{level}/{precision}/{slug_of(entrant)}",
+                    f"parity/{level}/{precision}/{slug_of(target)}",
                     "parity",
                     limit,
                     limit / 4,
                     _parity_expectations(precision, on_gpu),
                     Exported("digits", precision, level),
-                    entrant,
+                    target,
                     intervals=(3,),
                     together=True,
                 )
@@ -250,7 +261,7 @@ def _parity_rows(
 
 def _time_row(
     bundle: Exported,
-    entrant: str,
+    target: str,
     images: int,
     limit: float,
     intervals: tuple[int, ...] = (1, 2, 3, 5),
@@ -259,13 +270,13 @@ def _time_row(
     on_gpu: bool = True,
 ) -> Row:
     return Row(
-        f"time/{bundle.name}/{bundle.precision}/{images}/{slug_of(entrant)}",
+        f"time/{bundle.name}/{bundle.precision}/{images}/{slug_of(target)}",
         "time",
         limit,
         limit / 3,
-        _time_expectations(bundle, entrant, images, steps, intervals, on_gpu),
+        _time_expectations(bundle, target, images, steps, intervals, on_gpu),
         bundle,
-        entrant,
+        target,
         images,
         steps,
         intervals,
@@ -286,7 +297,7 @@ XL = "random:DiT-XL/2"
 XL_256, XL_512 = (Exported(XL, "fp16", image_size=size) for size in (256, 512))
 XL_256_BF16 = Exported(XL, "bf16", image_size=256)
 CEILINGS = (Expected("TFLOP/s", 450, 900), Expected("TB/s", 2.0, 4.6))
-"""Of an H100 or H200, from their data sheets and what is usually reached of those."""
+"""Peak rates of an H100 or H200, from their data sheets and usual measurements."""
 
 
 def _gpu_rows() -> Iterator[Row]:
@@ -316,11 +327,11 @@ def _gpu_rows() -> Iterator[Row]:
 
 
 def _cpu_rows() -> Iterator[Row]:
-    """A trial of the check itself, with the numerics that do not need a GPU."""
-    entrants = ("torch", ONNXRUNTIME, "torch-compile")
+    """Rows that test the check itself, and compare results without a GPU."""
+    targets = ("torch", ONNXRUNTIME, "torch-compile")
     digits = Exported("digits", "fp32")
     yield Row("environment", "environment", 120, 15, (Expected("TFLOP/s", 0.001, 20), Expected("TB/s", 0.001, 1)))
-    yield from _parity_rows(entrants, on_gpu=False, limit=120, precisions=["fp32"])
-    for entrant in (EAGER, *entrants, *PLAIN):
-        yield _time_row(digits, entrant, 1, 120, (1, 2, 3, 5), steps=20, repeats=3, on_gpu=False)
-    yield from _parity_rows(entrants, on_gpu=False, limit=120, precisions=["fp16"])
+    yield from _parity_rows(targets, on_gpu=False, limit=120, precisions=["fp32"])
+    for target in (EAGER, *targets, *PLAIN):
+        yield _time_row(digits, target, 1, 120, (1, 2, 3, 5), steps=20, repeats=3, on_gpu=False)
+    yield from _parity_rows(targets, on_gpu=False, limit=120, precisions=["fp16"])

@@ -1,4 +1,4 @@
-"""The page and the data file of a GPU check, from the records of its rows. The first table is for the README."""
+"""Writes the .md page and the .json file of a GPU check from the records of its rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTERVALS = (2, 3, 5)
 
 
 def stem_of(records: Sequence[Record], device_type: str) -> str:
-    """Name of the files: hardware and date of the newest environment among the records."""
+    """File name without suffix: hardware and date of the latest environment row."""
     about = _environment(records).get("details", {}).get("measured_on", {})
     gpu = about.get("gpu") if device_type == "cuda" else f"cpu {about.get('cores', 0)} cores"
     hardware = re.sub(r"[^a-z0-9]+", "-", str(gpu or device_type).lower()).strip("-")
@@ -23,12 +23,12 @@ def stem_of(records: Sequence[Record], device_type: str) -> str:
 
 
 def device_type_of(records: Sequence[Record]) -> str:
-    """`cuda` or `cpu`, as the rows were run."""
+    """The device type that the rows ran on: `cuda` or `cpu`."""
     return str(_environment(records).get("identity", {}).get("type", "cuda"))
 
 
 def write_result(records: Sequence[Record], rows: Sequence[Row], folder: Path) -> Path:
-    """Write the .json and the .md of these records; returns the page's path."""
+    """Write the .json and .md files of these records; return the path of the .md file."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = stem_of(records, device_type_of(records))
     content = {"rows": [*newest_of(records).values()], "not_run": not_run(records, rows)}
@@ -38,7 +38,7 @@ def write_result(records: Sequence[Record], rows: Sequence[Row], folder: Path) -
 
 
 def _replace(path: Path, text: str) -> None:
-    """Never a half-written file, for this happens after every row."""
+    """Write a file atomically: the check may be interrupted at any moment."""
     unfinished = path.with_name(f".{path.name}.part")
     unfinished.write_text(text)
     unfinished.replace(path)
@@ -55,14 +55,15 @@ def not_run(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
 
 
 def as_markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
-    """Times first, then what was compared, what deviates, and where it was measured."""
+    """The page: times, comparisons, deviations, missing rows and the environment."""
     newest = [*newest_of(records).values()]
     parts = [
         ["# GPU check"],
         _times(newest),
         _headed("Errors, replays and transfers of the timed rows", _timed_checks(newest)),
         _headed(
-            "Parity of the digits with eager FORA in fp32, 50 guided DDIM steps, cache interval 3", _parity(newest)
+            "Error of the digits model against eager FORA in fp32, 50 guided DDIM steps, cache interval 3",
+            _parity(newest),
         ),
         _headed("Deviations", _deviations(newest)),
         _headed("Absent", [f"- {one['row']}: {one['why']}" for one in newest if one["status"] == "absent"]),
@@ -78,7 +79,7 @@ def _headed(title: str, lines: list[str]) -> list[str]:
 
 
 def _table(header: Sequence[str], texts: int, rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table whose first `texts` columns are words."""
+    """A Markdown table; the first `texts` columns are text, all others numbers."""
     marks = ["---"] * texts + ["--:"] * (len(header) - texts)
     return [f"| {' | '.join(cells)} |" for cells in (header, marks, *rows)] if rows else []
 
@@ -91,13 +92,13 @@ def _number(record: Record, name: str, form: str = ".3g", unit: str = "") -> str
 
 
 def _worst(record: Record, prefix: str) -> str:
-    """The largest of the values whose name begins so."""
+    """The largest of the values whose name begins with `prefix`."""
     values = [float(value) for name, value in record.get("values", {}).items() if name.startswith(prefix)]
     return f"{max(values):.1e}" if values else ""
 
 
 def _all(record: Record, prefix: str, form: str = "g") -> str:
-    """The values of all cache intervals, in their order."""
+    """The values whose name begins with `prefix`, one per cache interval or run, in order."""
     values = {name: value for name, value in record.get("values", {}).items() if name.startswith(prefix)}
     return ", ".join(f"{value:{form}}" for value in values.values())
 
@@ -107,7 +108,7 @@ def _measured(newest: Sequence[Record], kind: str) -> list[Record]:
 
 
 def _labels(record: Record) -> list[str]:
-    """Model, precision, images and backend, as they are in the name of a timed row."""
+    """The parts of a row's name after its kind; of a timed row: model, precision, images and backend."""
     return str(record["row"]).split("/")[1:]
 
 
@@ -148,7 +149,7 @@ def _parity(newest: Sequence[Record]) -> list[str]:
 
 
 def _deviations(newest: Sequence[Record]) -> list[str]:
-    """Rows that failed, then those to look at."""
+    """Failed rows, then rows that need a look."""
     failed = [one for one in newest if one["status"] in FAILED]
     look = [one for one in newest if one["status"] == "look"]
     return [f"- {one['row']} ({one['status']}): {one['why']}" for one in (*failed, *look)]
@@ -170,5 +171,5 @@ def _measured_on(records: Sequence[Record]) -> list[str]:
     about = environment.get("details", {}).get("measured_on", {})
     lines = [f"- {name}: {value}" for name, value in about.items() if value is not None]
     lines += [f"- {name}: {_number(environment, name)}" for name in environment.get("values", {})]
-    told = environment.get("details", {}).get("gpu", "")
-    return lines + [f"- {line}" for line in told.splitlines()]
+    gpus = environment.get("details", {}).get("gpu", "")
+    return lines + [f"- {line}" for line in gpus.splitlines()]

@@ -1,4 +1,4 @@
-"""Ends a process of the GPU check with its parent, however that ended. It imports nothing large."""
+"""Kills a process of the GPU check when its parent ends for any reason. It imports nothing large."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 
 def end_with_parent(watched: int) -> None:
-    """End this process and its group once the other end of the pipe `watched` is closed, which only the parent has."""
+    """Kill this process and its group once the parent ends: the other end of the pipe `watched` then closes."""
 
     def watch() -> None:
         os.read(watched, 1)

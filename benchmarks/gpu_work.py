@@ -1,8 +1,8 @@
-"""What a row of the GPU check does, in a process of its own: a CUDA error is sticky, and would spoil the other rows.
+"""Runs one row of the GPU check in a separate process: after a CUDA error, all CUDA calls of the process fail.
 
     python -m benchmarks.gpu_work ROW --device cuda:0 --work FOLDER --found FILE
 
-It writes what it found to a file, also if it fails on the way, and knows nothing of the other rows.
+It writes its results to a file. If the row fails, the file has the results so far and the error.
 """
 
 from __future__ import annotations
@@ -30,27 +30,28 @@ from torch import Tensor
 from benchmarks.gpu_rows import WINDOW_OF_ERRORS, Exported, Row, rows_of
 from benchmarks.gpu_watch import end_with_parent
 from fora_trt.bundle import Bundle, GraphError
-from fora_trt.engines.plan_store import PlanSource
+from fora_trt.engines.options import EngineOptions
 from fora_trt.errors import ForaError, first_line
-from fora_trt.evaluate.circumstances import circumstances
 from fora_trt.evaluate.eager_fora import EagerFora
-from fora_trt.evaluate.entrants import steps_of
 from fora_trt.evaluate.peak_memory import PeakMemory, release
 from fora_trt.evaluate.peaks import measure_peaks
+from fora_trt.evaluate.targets import predictor_of
 from fora_trt.evaluate.verify import GUIDANCE_SCALE, graph_errors
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.sources import model_from_source
-from fora_trt.runtime.conditioning import Conditioning, example_conditioning
+from fora_trt.pipeline import Pipeline
+from fora_trt.report.environment import environment as measured_on
 from fora_trt.runtime.denoiser import Denoiser
-from fora_trt.runtime.sampling import Sampler, Steps, Trajectory, stretches_of
-from fora_trt.runtime.schedulers import scheduler_from_config
-from fora_trt.runtime.updates import update_from_scheduler
-from fora_trt.schedule import Schedule
+from fora_trt.runtime.interface import Predictor
+from fora_trt.sampling.conditioning import Conditioning, example_conditioning
+from fora_trt.sampling.guidance import Guidance
+from fora_trt.sampling.loop import Sampler, Trajectory, stretches_of
+from fora_trt.schedule import Schedule, fora_text
 
 ROOT = Path(__file__).parents[1]
 RUNS = 3
-"""Of a trajectory before any is timed: as it is, captured, replayed."""
+"""Untimed runs of a trajectory: the first runs eagerly, the second captures CUDA graphs, the third replays them."""
 
 LAUNCHES = ("graph launches", "kernel launches")
 TRANSFERS = {"copies": ("host to device", "device to host"), "waits": ("synchronizations",)}
@@ -58,7 +59,7 @@ TRANSFERS = {"copies": ("host to device", "device to host"), "waits": ("synchron
 
 @dataclass
 class Found:
-    """Numbers by name, which are judged, and what else is worth knowing."""
+    """Results of a row: `values` are compared with expected ranges, `details` are only recorded."""
 
     values: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
@@ -67,21 +68,21 @@ class Found:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row runs and keeps what outlives it."""
+    """The device of a row, and its folder for files that later rows use."""
 
     device: torch.device
     work: Path
 
-    def plans(self, images: int) -> PlanSource:
-        """Of the TensorRT backends, for guided images."""
-        return PlanSource(self.work / "engines", batch=2 * images)
+    def plans(self, images: int) -> EngineOptions:
+        """Options of the TensorRT backends for this number of guided images."""
+        return EngineOptions(self.work / "engines", batch=2 * images)
 
 
 # -- bundles and what runs them --------------------------------------------------------------------------------------
 
 
 def bundle_of(exported: Exported, work: Path) -> Bundle:
-    """The bundle, exported unless it is there from before. Another process may want the same one."""
+    """Open the bundle, or export it if it does not exist; a lock keeps other processes from exporting it too."""
     folder = work / "bundles" / _digest_of_exporter() / exported.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
@@ -95,13 +96,14 @@ def bundle_of(exported: Exported, work: Path) -> Bundle:
 
 
 def _digest_of_exporter() -> str:
-    """Of the sources that a bundle depends on, so that another exporter does not take over old bundles."""
+    """Digest of the sources that a bundle depends on, so that bundles of an older exporter are not reused."""
     package = ROOT / "fora_trt"
-    return digest_of([*package.glob("models/**/*.py"), *package.glob("export/**/*.py"), package / "bundle.py"])
+    own = [package / "bundle.py", package / "contract.py"]
+    return digest_of([*package.glob("models/**/*.py"), *package.glob("export/**/*.py"), *own])
 
 
 def digest_of(files: Sequence[Path]) -> str:
-    """A few digits that change with any of the files."""
+    """First 12 hexadecimal digits of a SHA-256 over names and contents of the files."""
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
@@ -109,66 +111,50 @@ def digest_of(files: Sequence[Path]) -> str:
 
 
 def digest_of_sources() -> str:
-    """Digest of the package and of this check: it tells code apart where there is no git, or uncommitted changes."""
+    """Digest of the package and this check; it identifies the code also without git or with uncommitted changes."""
     return digest_of([*(ROOT / "fora_trt").rglob("*.py"), *(ROOT / "benchmarks").glob("gpu_*.py")])
-
-
-Start = Callable[[Bundle, str, Place, int, Sequence[int]], dict[int, Steps]]
-
-
-def steps_by_interval(
-    bundle: Bundle, entrant: str, place: Place, images: int, intervals: Sequence[int]
-) -> dict[int, Steps]:
-    """What takes the steps, for each cache interval its own: windows of another length void what was captured.
-
-    Engines are started once, and bound for each interval.
-    """
-    steps = steps_of(bundle, entrant, place.device, place.plans(images))
-    return {interval: steps.twin() if isinstance(steps, Denoiser) else steps for interval in intervals}
 
 
 @dataclass(frozen=True)
 class Course:
-    """Guided trajectories of one bundle at one cache interval, by one denoiser."""
+    """Guided trajectories of one bundle at one cache interval, by one predictor."""
 
     sampler: Sampler
-    schedule: Schedule
     given: Conditioning
-    scale: float
+    guidance: Guidance
 
     @classmethod
-    def of(cls, bundle: Bundle, steps: Steps, row: Row, interval: int) -> Course:
-        """With the DDIM scheduler, and the images and steps of the row."""
+    def of(cls, bundle: Bundle, predictor: Predictor, row: Row, interval: int) -> Course:
+        """The trajectories of a row, with the DDIM scheduler."""
         given = example_conditioning(bundle.manifest, row.images)
-        scheduler = scheduler_from_config(bundle.scheduler_config, "ddim", bundle.manifest.latents.learned_sigma)
-        sampler = Sampler(steps, update_from_scheduler(scheduler, row.steps))
+        pipeline = Pipeline(bundle, predictor=predictor, scheduler="ddim", steps=row.steps)
         scale = 1.0 if given.unconditional is None else GUIDANCE_SCALE
-        return cls(sampler, Schedule.static(row.steps, interval), given, scale)
+        return cls(pipeline.sampler(pipeline.sampling(schedule=fora_text(interval))), given, Guidance(scale))
 
     def run(self) -> Trajectory:
-        """Take a trajectory."""
-        return self.sampler(self.schedule, self.given, range(self.given.images), self.scale)
+        """Run one trajectory."""
+        return self.sampler(self.given, range(self.given.images), self.guidance)
 
     def transfers(self) -> dict[str, int]:
-        """Of a trajectory that was captured before."""
-        return transfers_between_steps(self.sampler, self.schedule, self.given, self.scale)
+        """Copies, waits and launches of a trajectory that has been captured before."""
+        return transfers_between_steps(self.sampler, self.given, self.guidance)
 
 
-def transfers_between_steps(sampler: Sampler, schedule: Schedule, given: Conditioning, scale: float) -> dict[str, int]:
-    """Copies, waits and launches between the first and the last step of a trajectory that was captured before."""
+def transfers_between_steps(sampler: Sampler, given: Conditioning, guidance: Guidance) -> dict[str, int]:
+    """Copies, waits and launches between the first and the last step of a trajectory that has been captured before."""
     with torch.inference_mode():
-        steps = sampler.begin(schedule, given, range(given.images), scale, [scale > 1] * schedule.steps)
+        begun = sampler.begin(given, range(given.images), guidance)
         torch.cuda.synchronize(sampler.denoiser.device)
 
         def launch() -> None:
-            for first, length in stretches_of(steps).items():
-                sampler.launch(first, steps[first : first + length])
+            for first, count in stretches_of(begun.steps).items():
+                begun.launch(first, count)
 
         return transfers_of(launch)
 
 
 def transfers_of(run: Callable[[], None]) -> dict[str, int]:
-    """How often `run` copies between host and device, waits for the device or launches, as torch's profiler sees it."""
+    """Number of host-device copies, synchronizations and launches of `run`, counted by torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()
@@ -182,7 +168,7 @@ def transfers_of(run: Callable[[], None]) -> dict[str, int]:
     counts = Counter(dict.fromkeys(kinds, 0))
     for event in profile.events() or ():
         counts.update(kind for kind, pattern in kinds.items() if re.match(pattern, event.name))
-    # the profiler itself waits for the device once, when it stops
+    # the profiler itself synchronizes once, when it stops
     counts["synchronizations"] = max(0, counts["synchronizations"] - 1)
     return dict(counts)
 
@@ -191,15 +177,15 @@ def transfers_of(run: Callable[[], None]) -> dict[str, int]:
 
 
 def environment(row: Row, place: Place, found: Found) -> None:
-    """Versions, hardware, and what the device does at best."""
-    found.details["measured_on"] = {**circumstances(), "sources": digest_of_sources()}
-    found.details["gpu"] = _told_by_driver()
+    """Record versions, hardware and the peak rates of the device."""
+    found.details["measured_on"] = {**measured_on(), "sources": digest_of_sources()}
+    found.details["gpu"] = _gpus_from_driver()
     precision = "fp32" if place.device.type == "cpu" else "fp16"
     peaks = measure_peaks(place.device, precision)
     found.values |= {"TFLOP/s": peaks.flops / 1e12, "TB/s": peaks.bytes / 1e12}
 
 
-def _told_by_driver() -> str:
+def _gpus_from_driver() -> str:
     """Name, driver, memory and clocks of the GPUs; empty without one."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -214,38 +200,42 @@ def export(row: Row, place: Place, found: Found) -> None:
     _bundle_of_row(row, place, found)
 
 
-def parity(row: Row, place: Place, found: Found, start: Start = steps_by_interval) -> None:
-    """The latents of the first three runs of a trajectory, and both graphs, against eager FORA in fp32."""
+def parity(row: Row, place: Place, found: Found) -> None:
+    """Compare the latents of the first three runs of a trajectory, and both graphs, with eager FORA in fp32."""
     bundle = _bundle_of_row(row, place, found)
     reference = EagerFora(bundle, place.device)
-    for interval, steps in start(bundle, row.entrant, place, row.images, row.intervals).items():
-        course = Course.of(bundle, steps, row, interval)
+    predictor = predictor_of(bundle, row.target, place.device, place.plans(row.images))
+    for interval in row.intervals:
+        course = Course.of(bundle, predictor, row, interval)
         expected = Course.of(bundle, reference, row, interval).run().latents
         runs = [course.run().latents for _ in range(RUNS)]
         for k, latents in enumerate(runs, start=1):
             found.values[f"latents/{interval}/run {k}"] = GraphError.between(latents, expected).relative
         found.values |= replay_differences(interval, runs)
-        _note_graph_errors(steps, reference, row.images, found)
+        _note_graph_errors(predictor, reference, row.images, found)
 
 
 def _bundle_of_row(row: Row, place: Place, found: Found) -> Bundle:
-    """The exporter falls back to a lower level where a higher one is wrong, which this check must not hide."""
+    """The bundle of a row. Raises `ForaError` if the exporter fell back to a lower optimization level."""
     if row.bundle is None:
         raise ValueError(f"the row {row.name} has no bundle")
     bundle = bundle_of(row.bundle, place.work)
     if bundle.manifest.optimization != row.bundle.optimization:
-        raise ForaError(f"{row.bundle.folder} was exported at the level {bundle.manifest.optimization} instead")
+        raise ForaError(
+            f"{row.bundle.folder} was exported with optimization {bundle.manifest.optimization}, expected "
+            f"{row.bundle.optimization}; the exporter fell back to a lower level"
+        )
     return bundle
 
 
-def _note_graph_errors(steps: Steps, reference: EagerFora, images: int, found: Found) -> None:
-    if isinstance(steps, Denoiser):
-        errors = graph_errors(steps, reference, 2 * images)
+def _note_graph_errors(predictor: Predictor, reference: EagerFora, images: int, found: Found) -> None:
+    if isinstance(predictor, Denoiser):
+        errors = graph_errors(predictor, reference, 2 * images)
         found.values |= {f"error/{graph}": error.relative for graph, error in errors}
 
 
 def replay_differences(interval: int, runs: Sequence[Tensor]) -> dict[str, float]:
-    """By how much each later run differs from the first; 0 is bit for bit."""
+    """Largest absolute difference of each later run to the first; 0 means bit-identical."""
     return {
         f"replay/{interval}/run {k}": float("inf") if not run.isfinite().all() else (run - runs[0]).abs().max().item()
         for k, run in enumerate(runs[1:], start=2)
@@ -253,7 +243,7 @@ def replay_differences(interval: int, runs: Sequence[Tensor]) -> dict[str, float
 
 
 def tests(row: Row, place: Place, found: Found) -> None:
-    """The project's own tests that need a GPU."""
+    """Run the project's tests that need a GPU."""
     command = [
         sys.executable,
         "-m",
@@ -276,17 +266,21 @@ def tests(row: Row, place: Place, found: Found) -> None:
         raise ForaError(f"pytest ended with {done.returncode}: {lines[-1]}")
 
 
-def time(row: Row, place: Place, found: Found, start: Start = steps_by_interval) -> None:
-    """Memory, three runs, timed repeats, copies and errors of an entrant at several cache intervals."""
+def time(row: Row, place: Place, found: Found) -> None:
+    """Measure peak memory, times, replays, copies and errors of a target at several cache intervals.
+
+    The largest interval runs twice: alone to measure its memory, and again in the order of the intervals, because
+    preparing another interval may move the memory that captured steps use.
+    """
     bundle = _bundle_of_row(row, place, found)
     widest = row.intervals[-1]
-    with PeakMemory(place.device) as memory:  # nothing is timed in here
-        steps = start(bundle, row.entrant, place, row.images, row.intervals)
-        courses = {interval: Course.of(bundle, one, row, interval) for interval, one in steps.items()}
-        runs = {widest: [courses[widest].run().latents for _ in range(RUNS)]}
+    with PeakMemory(place.device) as memory:  # its sampling thread would disturb timings
+        predictor = predictor_of(bundle, row.target, place.device, place.plans(row.images))
+        courses = {interval: Course.of(bundle, predictor, row, interval) for interval in row.intervals}
+        alone = [courses[widest].run().latents for _ in range(RUNS)]
     found.values["peak MiB"] = memory.bytes / 2**20
-    for interval in row.intervals[:-1]:
-        runs[interval] = [courses[interval].run().latents for _ in range(RUNS)]
+    runs = {interval: [course.run().latents for _ in range(RUNS)] for interval, course in courses.items()}
+    runs[widest] = [*alone, *runs[widest]]
     timed: dict[int, list[Trajectory]] = {interval: [] for interval in row.intervals}
     for _ in range(row.repeats):
         for interval, course in courses.items():
@@ -303,8 +297,8 @@ def time(row: Row, place: Place, found: Found, start: Start = steps_by_interval)
         expected = Course.of(bundle, reference, row, interval).run().latents
         worst = max(GraphError.between(run, expected).relative for run in runs[interval])
         found.values[f"latents/{interval}"] = worst
-    if WINDOW_OF_ERRORS in steps:
-        _note_graph_errors(steps[WINDOW_OF_ERRORS], reference, row.images, found)
+    if WINDOW_OF_ERRORS in row.intervals:
+        _note_graph_errors(predictor, reference, row.images, found)
 
 
 def _note_times(row: Row, timed: Mapping[int, Sequence[Trajectory]], found: Found) -> None:
@@ -318,7 +312,7 @@ def _note_times(row: Row, timed: Mapping[int, Sequence[Trajectory]], found: Foun
             if steps:
                 found.values[f"{kind} ms/{interval}"] = statistics.median(steps) * 1e3
         if interval > 1:
-            found.values[f"ideal/{interval}"] = Schedule.static(row.steps, interval).ideal_speedup
+            found.values[f"ideal/{interval}"] = Schedule.fora(row.steps, interval).ideal_speedup
             found.values[f"speed-up/{interval}"] = medians[1] / medians[interval]
 
 
@@ -340,13 +334,13 @@ WORK: dict[str, Callable[[Row, Place, Found], None]] = {
 
 
 def found_of(row: Row, place: Place, work: Mapping[str, Callable[[Row, Place, Found], None]] = WORK) -> Found:
-    """Do the work of a row; what it had found before an error is kept, with the error."""
+    """Do the work of a row; if it raises, return the results so far with the error."""
     found = Found()
     try:
         work[row.kind](row, place, found)
     except ForaError as error:
         found.failure = str(error)
-    except Exception as error:  # what goes wrong on this GPU is what the check is to find out
+    except Exception as error:  # the check reports any failure on this GPU
         traceback.print_exc()
         found.failure = f"{type(error).__name__}: {first_line(error)}"
     return found
@@ -356,7 +350,7 @@ def found_of(row: Row, place: Place, work: Mapping[str, Callable[[Row, Place, Fo
 
 
 def _empty(folder: Path) -> Path:
-    """A folder for what a row compiles: one that was ended while it compiled must not spoil another, nor its retry."""
+    """An empty compiler cache for a row, so that incomplete files of a killed row affect neither others nor a retry."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -367,7 +361,7 @@ def _empty(folder: Path) -> Path:
 @click.option("--device", required=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--found", "target", type=click.Path(path_type=Path), required=True)
-@click.option("--watched", type=int, help="A pipe that the parent closes when it ends.")
+@click.option("--watched", type=int, help="File descriptor of a pipe that closes when the parent ends.")
 def main(name: str, device: str, work: Path, target: Path, watched: int | None) -> None:
     """Do the work of the row NAME."""
     if watched is not None:

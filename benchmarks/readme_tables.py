@@ -1,9 +1,10 @@
-"""Measure the models of the README on this machine: what caching saves, and of the digits what it costs.
+"""Measure the models of docs/measurements.md on this machine: what caching saves, and of the digits what it costs.
 
     python -m benchmarks.readme_tables cpu-2-cores
     python -m benchmarks.readme_tables h100 dit-xl-2-256 dit-xl-2-512
 
-writes benchmarks/results/<model>_<hardware>_<date>.json and .md, and prints the tables of the README.
+These commands write benchmarks/results/<model>_<hardware>_<date>.json and .md, and print the tables of
+docs/measurements.md and the shorter ones of the README.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ import click
 
 from benchmarks.digits_accuracy import digits_accuracy
 from fora_trt.bundle import Bundle
-from fora_trt.evaluate.report import as_markdown, read_report
-from fora_trt.evaluate.results import Report
-from fora_trt.evaluate.tables import Table, bench_tables, quality_table
+from fora_trt.report.page import as_markdown, read_report
+from fora_trt.report.results import Report
+from fora_trt.report.tables import Table, bench_tables, quality_table
 
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model, as `export`, `bench` and `quality` are told."""
+    """The arguments of `export`, `bench` and `quality` for a model; it has no quality table if `quality` is None."""
 
     export: tuple[str, ...]
     bench: tuple[str, ...]
@@ -54,11 +55,15 @@ MODELS = {
 OF_THE_CPU = ("digits", "dit-s-2", "dit-b-2")
 
 SHOWN = ("backend", "setting", "full steps", "ideal", "speed-up", "of ideal", "over PyTorch", "time", "peak memory")
-"""Columns of a latency table in the README; the result has more."""
+"""Columns of a latency table in docs/measurements.md; the result has more."""
+
+LATENCY_IN_README = ("backend", "setting", "full steps", "ideal", "speed-up", "over PyTorch", "time")
+QUALITY_IN_README = ("setting", "full steps", "per image", "speed-up", "PSNR", "SSIM", "as asked")
+"""Columns of the tables in the README."""
 
 
 def measure(name: str, repeats: int) -> Report:
-    """Export, time and compare one model, in the current folder."""
+    """Export and measure one model, in the current folder."""
     model = MODELS[name]
     _fora("export", *model.export, "--name", name, "--force")
     _fora("bench", f"export/{name}", *model.bench, "--repeats", str(repeats), "--out", name)
@@ -66,7 +71,7 @@ def measure(name: str, repeats: int) -> Report:
         _fora("quality", f"export/{name}", *model.quality, "--out", name)
     report = read_report(Path(name))
     if report is None:
-        raise click.ClickException(f"nothing was written for {name}")
+        raise click.ClickException(f"fora-trt bench and quality wrote no report for {name}; see their output above")
     return report
 
 
@@ -75,8 +80,16 @@ def _fora(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "fora_trt", *arguments], check=True)
 
 
-def readme_lines(report: Report) -> list[str]:
-    """The tables of the README: latency at the smallest batch, and quality."""
+def newest_result(model: str, hardware: str = "cpu-2-cores") -> tuple[Report, dict[str, Any]]:
+    """The last committed result of a model on this kind of machine, and what else its file holds."""
+    path = max(RESULTS.glob(f"{model}_{hardware}_*.json"))
+    content = json.loads(path.read_text())
+    own = {name: content.pop(name) for name in content.keys() - Report.model_fields.keys()}
+    return Report.model_validate(content), own
+
+
+def measurement_lines(report: Report) -> list[str]:
+    """The tables of docs/measurements.md: latency at the smallest batch, and quality."""
     lines: list[str] = []
     if report.bench is not None:
         lines += [*_lines_of(bench_tables(report.bench)[0], SHOWN), ""]
@@ -86,10 +99,17 @@ def readme_lines(report: Report) -> list[str]:
     return lines
 
 
+def readme_lines(report: Report) -> list[str]:
+    """The rows among which the README chooses: of the quality where it was measured, else of the latency."""
+    if report.quality is not None:
+        return _lines_of(quality_table(report.quality), QUALITY_IN_README)
+    return [] if report.bench is None else _lines_of(bench_tables(report.bench)[0], LATENCY_IN_README)
+
+
 def _lines_of(table: Table, columns: tuple[str, ...]) -> list[str]:
-    places = [k for k, heading in enumerate(table.header) if heading in columns]
+    shown = [k for k, heading in enumerate(table.header) if heading in columns]
     marks = tuple("---" if k < table.texts else "--:" for k in range(len(table.header)))
-    return [f"| {' | '.join(cells[k] for k in places)} |" for cells in (table.header, marks, *table.rows)]
+    return [f"| {' | '.join(cells[k] for k in shown)} |" for cells in (table.header, marks, *table.rows)]
 
 
 @click.command()
@@ -97,10 +117,10 @@ def _lines_of(table: Table, columns: tuple[str, ...]) -> list[str]:
 @click.argument("models", nargs=-1, type=click.Choice(list(MODELS)))
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
 def main(hardware: str, models: tuple[str, ...], repeats: int) -> None:
-    """Measure MODELS (by default those for a CPU); HARDWARE is a word for the names of the files."""
+    """Measure MODELS (default: those that fit a CPU); HARDWARE becomes a part of the file names."""
     RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # so that no path of this machine gets into a result
+        os.chdir(folder)  # relative paths keep the paths of this machine out of the results
         for name in models or OF_THE_CPU:
             report = measure(name, repeats)
             date = next(iter(report.measured_on.values()))["date"]
@@ -108,12 +128,12 @@ def main(hardware: str, models: tuple[str, ...], repeats: int) -> None:
             content: dict[str, Any] = report.model_dump(mode="json")
             text = as_markdown(report)
             if name == "digits":
-                content["accuracy"] = digits_accuracy(Bundle.open(f"export/{name}"), (1, 3, 5))
-                read = ", ".join(f"{value:.1%} ({what})" for what, value in content["accuracy"].items())
-                text += f"\nRead as the class that was asked for by a support vector machine: {read}\n"
+                content["accuracy"] = digits_accuracy(Bundle.open(f"export/{name}"), ("none", "fora:3", "fora:5"))
+                shares = ", ".join(f"{value:.1%} ({what})" for what, value in content["accuracy"].items())
+                text += f"\nClassified as the requested class by a support vector machine: {shares}\n"
             stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
             stem.with_suffix(".md").write_text(text)
-            click.echo("\n".join(readme_lines(report)))
+            click.echo("\n".join([*measurement_lines(report), "", *readme_lines(report)]))
             click.echo(f"wrote {stem.name}.json and .md")
 
 

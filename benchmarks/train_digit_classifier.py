@@ -1,6 +1,7 @@
-"""Train the network that reads digits for `fora-trt quality`, on three quarters of scikit-learn's digits.
+"""Trains the digit classifier of `fora-trt quality`, on three quarters of scikit-learn's digits.
 
-Everything is seeded. The other quarter is held out; how much of it is read right is printed and written into the file:
+The last quarter is held out. The accuracy on it is printed, and written to the metadata of the weights. Everything is
+seeded:
 
     python benchmarks/train_digit_classifier.py
 
@@ -23,7 +24,7 @@ from fora_trt.evaluate.digit_classifier import WEIGHTS, DigitClassifier
 
 
 def digits_split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pixels (B, 1, 8, 8) in [-1, 1] to train on, those that are held out, and the classes of both."""
+    """Training pixels (B, 1, 8, 8) in [-1, 1], held-out pixels, and the classes of both."""
     data = load_digits()
     seen, held_out, classes, held_out_classes = train_test_split(
         data.images, data.target, test_size=0.25, random_state=0, stratify=data.target
@@ -34,13 +35,13 @@ def digits_split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def accuracy_of(model: DigitClassifier, pixels: Tensor, classes: Tensor) -> float:
-    """Part of the images (B, 1, 8, 8) that is read right."""
+    """Fraction of the images (B, 1, 8, 8) that are classified correctly."""
     right: Tensor = model(pixels)[1].argmax(1) == classes
     return right.double().mean().item()
 
 
 def train(pixels: Tensor, classes: Tensor, epochs: int, batch_size: int, seed: int) -> DigitClassifier:
-    """Cross-entropy with smoothed labels on images with a little noise, so that it reads unclean ones too."""
+    """Train with cross-entropy and label smoothing; noise is added to the images, so that it learns noisy ones too."""
     torch.manual_seed(seed)
     model = DigitClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
@@ -64,7 +65,7 @@ def train(pixels: Tensor, classes: Tensor, epochs: int, batch_size: int, seed: i
 @click.option("--batch-size", type=click.IntRange(min=1), default=64)
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 def main(out: Path, epochs: int, batch_size: int, seed: int) -> None:
-    """Train, write the weights in half precision, and print the accuracy of what was written as one JSON object."""
+    """Train, write the weights in half precision, and print the accuracy of these weights as one JSON object."""
     seen, held_out, classes, held_out_classes = digits_split()
     model = train(seen, classes, epochs, batch_size, seed)
     weights = {name: tensor.half() for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Train the digits model that ships with fora-trt: a small class-conditional DiT in pixel space.
+"""Trains the digits model that ships with fora-trt: a small class-conditional DiT in pixel space.
 
 The network is diffusers' `DiTTransformer2DModel`, the class that also loads the published DiT checkpoints: adaLN-zero
 blocks, a learned null class for classifier-free guidance, and a learned variance. The data are the 1,797
@@ -43,7 +43,7 @@ NOISE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "bet
 
 
 def new_model() -> DiTTransformer2DModel:
-    """A DiT with one timestep and class embedder for all blocks, initialised as the DiT paper says."""
+    """A DiT with one timestep and class embedder for all blocks, initialised as in the DiT paper."""
     model = DiTTransformer2DModel(**CONFIG)
     shared = model.transformer_blocks[0].norm1.emb
     shared.class_embedder.dropout_prob = 0.0  # labels are dropped below: once per image, not once per block
@@ -65,7 +65,7 @@ def new_model() -> DiTTransformer2DModel:
 
 
 class HybridLoss:
-    """Noise prediction error plus a thousandth of the variational bound, which trains the variance alone."""
+    """Noise prediction error plus 1/1000 of the variational bound, which trains only the variance."""
 
     def __init__(self) -> None:
         scheduler = DDPMScheduler(**NOISE)
@@ -105,7 +105,7 @@ class HybridLoss:
 
 
 def save(model: DiTTransformer2DModel, out: Path) -> None:
-    """Write a diffusers folder without a VAE; weights in half precision."""
+    """Write a diffusers folder without a VAE, with weights in half precision."""
     transformer = out / "transformer"
     transformer.mkdir(parents=True, exist_ok=True)
     model.save_config(transformer)

@@ -1,22 +1,22 @@
-"""Errors for what a user can mend: each message says what came, what was expected and what mends it."""
+"""Errors that a user can fix: each message names the value found, the value expected and the fix."""
 
 from __future__ import annotations
 
 
 class ForaError(Exception):
-    """Base of all errors of this package; the command line prints its message and exits with 1."""
+    """Base of all errors of this package; the command line prints the message and exits with status 1."""
 
 
 class ScheduleError(ForaError, ValueError):
-    """Steps and cache interval that make no schedule, or a trajectory that leaves its schedule."""
+    """Invalid steps or cache interval of a schedule, or a trajectory that deviates from its schedule."""
 
 
 class ModelError(ForaError):
-    """A source that is unknown, cannot be read, or is not a model that can be split."""
+    """A source that is unknown, unreadable, or not a model that can be split at its cache sites."""
 
 
 class ExportError(ForaError):
-    """A module that does not trace to graphs of the promised form, or a folder that cannot be written."""
+    """A module that cannot be traced to valid graphs, or an export folder that cannot be written."""
 
 
 class BundleError(ForaError):
@@ -28,17 +28,25 @@ class BackendError(ForaError):
 
 
 class SourceError(BackendError):
-    """The checkpoint that a bundle was exported from is not where it was, or cannot be loaded any more."""
+    """The checkpoint from which a bundle was exported has moved or can no longer be loaded."""
 
 
 class PlanError(BackendError):
-    """Plans that cannot be built, are damaged, or do not fit this bundle, this GPU or this version of TensorRT."""
+    """Plans that cannot be built, are damaged, or do not match this bundle, GPU or TensorRT version."""
 
 
 class InputError(ForaError, ValueError):
-    """A value given to a run that does not fit the bundle: a class, a shape, a scheduler, an output path."""
+    """A value given to a run that is invalid for the bundle: a class, a shape, a scheduler, an output path."""
+
+
+class ShapeError(InputError):
+    """An input that the exported graphs do not have, or whose shape differs from the exported one."""
+
+
+class RoomError(InputError):
+    """A batch that does not fit the free memory of the device."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says first; more would not fit a sentence."""
+    """The first line of another library's error message, short enough to quote in a sentence."""
     return str(error).strip().partition("\n")[0]

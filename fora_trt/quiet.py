@@ -1,4 +1,4 @@
-"""Keep the remarks that a library makes for its own developers off the user's terminal."""
+"""Hide warnings and log messages of a library that a user cannot act on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet(logger: str) -> Iterator[None]:
-    """Pass over warnings, and over what the library's `logger` says short of an error."""
+    """Ignore all warnings, and messages of the logger `logger` below the level ERROR."""
     target = logging.getLogger(logger)
     level = target.level
     target.setLevel(logging.ERROR)

@@ -1,10 +1,11 @@
-"""A small DiT as a diffusers folder with random weights, and the bundle that is exported from it, once per session."""
+"""A small DiT as a diffusers folder with random weights, and the bundles that are exported from it, once per run."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
 from fora_trt.bundle import Bundle
-from fora_trt.export.write import bundle_from_model
+from fora_trt.contract import OPTIMIZATIONS, Optimization
 from fora_trt.models.sources import model_from_source
+from tests.shared import bundles_once, made_once, one_trace_for_all
 
 ON_CPU = ("onnxruntime", "torch")
 """The backends that start at once on a machine without a GPU."""
@@ -32,9 +34,21 @@ TINY = {
 
 
 @pytest.fixture(scope="session")
-def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a run share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(run_folder: Path) -> Path:
     """A DiT pipeline with a VAE, in the layout of the hub; every block has an embedder of its own."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-dit"
+    return made_once(run_folder / "checkpoints" / "tiny-dit", _save_pipeline)
+
+
+def _save_pipeline(folder: Path) -> None:
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(**TINY)
     for block in transformer.transformer_blocks:  # as trained ones: gates that are not tiny
@@ -51,42 +65,41 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for part, module in (("transformer", transformer), ("vae", vae), ("scheduler", DDIMScheduler()))
     }
     (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
 
 
-@pytest.fixture(scope="session")
-def exported(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundle of the small DiT, its graphs as they are traced; tests that alter one take `bundle_copy`."""
-    model = model_from_source(str(pipeline_folder))
-    return bundle_from_model(model, tmp_path_factory.mktemp("export") / "tiny", optimization="none")
+@pytest.fixture
+def one_trace() -> Iterator[None]:
+    """Exports within a test take over traces of equal models: for tests of what comes after the trace."""
+    with one_trace_for_all():
+        yield
 
 
-@pytest.fixture(scope="session")
-def optimized(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """Bundles of the small DiT by how far they are optimized."""
-    model, folder = model_from_source(str(pipeline_folder)), tmp_path_factory.mktemp("optimized")
-    return {level: bundle_from_model(model, folder / level, optimization=level) for level in ("conditioning", "fold")}
-
-
-BundleAt = Callable[[str, str], Bundle]
+BundleAt = Callable[[Optimization, str], Bundle]
 """The bundle of the small DiT at a level of optimization and in a precision."""
 
 
 @pytest.fixture(scope="session")
-def bundle_at(
-    pipeline_folder: Path, exported: Bundle, optimized: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory
-) -> BundleAt:
-    """Those in half precision are made when asked for."""
-    fp32, folder = {"none": exported, **optimized}, tmp_path_factory.mktemp("half")
+def bundle_at(pipeline_folder: Path, run_folder: Path) -> BundleAt:
+    """Those of one precision are made together, from one trace, when the first of them is asked for."""
 
     @cache
-    def bundle(level: str, precision: str) -> Bundle:
-        if precision == "fp32":
-            return fp32[level]
-        model = model_from_source(str(pipeline_folder), precision)
-        return bundle_from_model(model, folder / f"{level}-{precision}", optimization=level)
+    def bundles(precision: str) -> dict[Optimization, Bundle]:
+        folder = run_folder / "export" / precision
+        return bundles_once(folder, "tiny", lambda: model_from_source(str(pipeline_folder), precision))
 
-    return bundle
+    return lambda level, precision: bundles(precision)[level]
+
+
+@pytest.fixture(scope="session")
+def exported(bundle_at: BundleAt) -> Bundle:
+    """The bundle of the small DiT, its graphs as they are traced; tests that alter one take `bundle_copy`."""
+    return bundle_at("none", "fp32")
+
+
+@pytest.fixture(scope="session")
+def optimized(bundle_at: BundleAt) -> dict[str, Bundle]:
+    """Bundles of the small DiT by how far they are optimized."""
+    return {level: bundle_at(level, "fp32") for level in OPTIMIZATIONS if level != "none"}
 
 
 @pytest.fixture

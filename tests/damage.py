@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fora_trt.folders import sealed
+from fora_trt.files import sealed
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from fora_trt.bundle import Bundle
-from fora_trt.evaluate import bench, entrants
-from fora_trt.evaluate.entrants import steps_of
-from fora_trt.evaluate.report import read_report
-from fora_trt.evaluate.results import COMPILED, EAGER, Bench, PeakRates
+from fora_trt.evaluate import bench, targets
+from fora_trt.evaluate.targets import predictor_of
+from fora_trt.report.page import read_report
+from fora_trt.report.results import COMPILED, EAGER, Bench, PeakRates
 from tests.test_cli import fora
 
 QUICK = ["--backends", "onnxruntime,tensorrt", "--cache-intervals", "2,3", "--steps", "6", "--no-memory"]
@@ -21,9 +21,9 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled here takes half a minute; that a backend is named suffices."""
 
     def eager(bundle: Bundle, backend: str, *others: Any) -> Any:
-        return steps_of(bundle, EAGER if backend == COMPILED else backend, *others)
+        return predictor_of(bundle, EAGER if backend == COMPILED else backend, *others)
 
-    monkeypatch.setattr(entrants, "steps_of", eager)
+    monkeypatch.setattr(targets, "predictor_of", eager)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -34,18 +34,18 @@ def test_all_rows_are_there_with_those_a_user_would_pick_instead(exported: Bundl
     assert done.exit_code == 0, done.output
     found = Bench.model_validate_json(done.stdout)
     for images in (1, 2):
-        rows = [(row.backend, row.setting.cache_interval, row.setting.control_of) for row in found.rows
+        rows = [(row.backend, row.setting.schedule, row.setting.control_of) for row in found.rows
                 if row.images == images]  # fmt: skip
         assert rows == [
-            ("onnxruntime", 1, None),
-            ("onnxruntime", 2, None),
-            ("onnxruntime", 1, 2),
-            ("onnxruntime", 3, None),
-            ("onnxruntime", 1, 3),
-            (EAGER, 1, None),
-            (EAGER, 3, None),
-            (COMPILED, 1, None),
-            (COMPILED, 3, None),
+            ("onnxruntime", "none", None),
+            ("onnxruntime", "fora:2", None),
+            ("onnxruntime", "none", "fora:2"),
+            ("onnxruntime", "fora:3", None),
+            ("onnxruntime", "none", "fora:3"),
+            (EAGER, "none", None),
+            (EAGER, "fora:3", None),
+            (COMPILED, "none", None),
+            (COMPILED, "fora:3", None),
         ]
     assert [one.backend for one in found.absent] == ["tensorrt"]
     assert (found.steps, found.repeats, found.guidance_scale) == (6, 2, 1.5)
@@ -60,10 +60,10 @@ def test_all_rows_are_there_with_those_a_user_would_pick_instead(exported: Bundl
 
     refused = fora(*command)
     assert refused.exit_code == 1
-    assert "holds a bench of tiny already; give --force to measure it again" in refused.stderr
+    assert "already contains the bench part of a report of tiny; give --force to measure it again" in refused.stderr
     again = fora(*command, "--force", "--batch-sizes", "1")
     assert again.exit_code == 0, again.output
-    for shown in ("1 image", "onnxruntime", "interval 3", "over PyTorch", "tensorrt: ", "Caching gains most with"):
+    for shown in ("1 image", "onnxruntime", "fora:3", "over PyTorch", "tensorrt: ", "The largest speed-up is that of"):
         assert shown in again.stdout, shown
     assert max(map(len, again.stdout.partition("tensorrt: ")[0].splitlines())) <= 120
 
@@ -86,17 +86,17 @@ def test_ctrl_c_keeps_the_rows_that_are_done(
     stopped = fora("bench", exported.folder, *QUICK, "--batch-sizes", "1", "--repeats", "9", "--json", "--out", out)
     if not done:
         assert stopped.exit_code == 1
-        assert "nothing was measured before it was interrupted" in stopped.stderr
+        assert "was interrupted before the first measurement" in stopped.stderr
         assert not out.exists()
         return
     assert stopped.exit_code == 130
-    assert "interrupted: what is shown was measured before" in stopped.stderr
+    assert "interrupted: the results above were measured before" in stopped.stderr
     found = Bench.model_validate_json(stopped.stdout)
     assert (found.interrupted, found.repeats, len(found.rows)) == (True, done, 9)
     report = read_report(out)
     assert report is not None
     assert report.bench == found
-    assert "interrupted before all were done" in (out / "report.html").read_text()
+    assert "the measurement was interrupted" in (out / "report.html").read_text()
 
 
 BAD = {
@@ -106,15 +106,16 @@ BAD = {
     "a batch that does not fit": (
         ["--batch-sizes", "10000000", "--cache-intervals", "2", "--steps", "2"],
         1,
-        "at a batch of 10000000: a batch of 20000000 (twice the images under guidance) needs ",
+        "at a batch of 10000000: a batch of 20000000 (with guidance twice the number of images) needs ",
     ),
-    "no number": (["--batch-sizes", "four"], 2, "'four' is not a list of whole numbers"),
-    "an unknown backend": (["--backends", "onnx"], 1, "there is no backend 'onnx'"),
+    "no number": (["--batch-sizes", "four"], 2, "'four' is not a list of integers"),
+    "an unknown backend": (["--backends", "onnx"], 1, "unknown backend 'onnx'"),
+    "an unknown schedule": (["--schedule", "forra:3"], 1, "there is no schedule 'forra:3'; give none, fora:N, or a"),
     "an unknown scheduler": (["--scheduler", "x"], 1, "no scheduler 'x'"),
     "no repeat": (["--repeats", "0"], 2, "0 is not in the range x>=1"),
     "a guidance scale that is none": (["--guidance-scale", "nan"], 1, "the guidance scale is nan"),
     "a file where the report goes": (["--out", "FILE"], 1, "is a file; give a folder for the report"),
-    "a folder of other things": (["--out", "FOLDER"], 1, "holds thesis.txt, which is not of a report"),
+    "a folder of other things": (["--out", "FOLDER"], 1, "contains thesis.txt, which is not a file of a report"),
     "a place that cannot be written": (["--out", "/proc/report"], 1, "/proc"),
 }
 
@@ -146,13 +147,14 @@ def test_memory_that_was_not_measured_is_told(
         "bench", exported.folder, *command, "--batch-sizes", "1", "--repeats", "1", "--out", tmp_path / "report"
     )
     assert done.exit_code == 0, done.output
-    missing = "peak memory of onnxruntime at a batch of 1 is missing: the process ended with 1 and said nothing"
+    why = "the process exited with 1 and printed nothing"
+    missing = f"peak memory of onnxruntime at a batch of 1 could not be measured: {why}"
     for shown in (done.stdout, *((tmp_path / "report" / name).read_text() for name in ("report.html", "report.json"))):
         assert missing in shown
 
 
 def test_json_of_a_bench_is_one_object(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entrants.entrants_of, "__defaults__", ((EAGER,), lambda stage: None))
+    monkeypatch.setattr(targets.targets_of, "__defaults__", ((EAGER,), lambda stage: None))
     done = fora(
         "bench", exported.folder, "--backends", "onnxruntime", "--cache-intervals", "2", "--batch-sizes", "1",
         "--steps", "4", "--repeats", "1", "--json",

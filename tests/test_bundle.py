@@ -8,18 +8,18 @@ import pytest
 from fora_trt.bundle import Bundle
 from fora_trt.errors import BundleError, ExportError
 from fora_trt.export.write import bundle_from_model
-from fora_trt.folders import record_of, staging
+from fora_trt.files import record_of, staging
 from fora_trt.models.sources import model_from_source
 from tests.damage import flip_a_byte, replace_by_link, rewrite
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing file": (lambda f: (f / "reuse.onnx").unlink(), "reuse.onnx is missing"),
-    "a missing manifest": (lambda f: (f / "manifest.json").unlink(), "is not a bundle: it has no manifest.json"),
+    "a missing manifest": (lambda f: (f / "manifest.json").unlink(), "is not a bundle: it contains no manifest.json"),
     "an altered manifest": (
         lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace("1000", "1001")),
         "manifest.json was altered",
     ),
-    "a truncated file": (lambda f: os.truncate(f / "full.onnx.data", 100), "has 100 bytes where the manifest says"),
+    "a truncated file": (lambda f: os.truncate(f / "full.onnx.data", 100), "has 100 bytes; the manifest records"),
     "an altered graph": (lambda f: flip_a_byte(f / "full.onnx"), "full.onnx was altered"),
     "altered weights": (lambda f: flip_a_byte(f / "reuse.onnx.data"), "reuse.onnx.data was altered"),
     "an altered scheduler": (lambda f: flip_a_byte(f / "scheduler_config.json"), "scheduler_config.json was altered"),
@@ -27,20 +27,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "is not the manifest of a bundle"),
     "another kind of JSON": (lambda f: (f / "manifest.json").write_text("[1]"), "is not the manifest of a bundle"),
     "a newer format": (
-        lambda f: rewrite(f, lambda m: m.update(format_version=5)),
-        "has format version 5; this fora-trt reads up to 4: pip install -U fora-trt",
+        lambda f: rewrite(f, lambda m: m.update(format_version=6)),
+        "has format version 6; this fora-trt reads up to 5: pip install -U fora-trt",
     ),
     "an older format": (
         lambda f: rewrite(f, lambda m: m.update(format_version=1)),
-        "has format version 1, of an older fora-trt; export the bundle again",
+        "has format version 1 of an older fora-trt; version 5 is needed; export the bundle again",
     ),
     "a path that leaves the folder": (
         lambda f: rewrite(f, lambda m: m["files"].update({"../full.onnx": m["files"].pop("full.onnx")})),
-        "lists '../full.onnx', which leaves the folder",
+        "lists '../full.onnx', a path outside the folder",
     ),
     "an absolute path": (
         lambda f: rewrite(f, lambda m: m["files"].update({"/etc/hostname": m["files"].pop("full.onnx")})),
-        "lists '/etc/hostname', which leaves the folder",
+        "lists '/etc/hostname', a path outside the folder",
     ),
     "a graph that is not listed": (
         lambda f: rewrite(f, lambda m: m["files"].pop("full.onnx")),
@@ -52,18 +52,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "is damaged at latents.shape",
     ),
     "an unknown precision": (lambda f: rewrite(f, lambda m: m.update(precision="fp64")), "is damaged at precision"),
-    "a lost graph": (lambda f: rewrite(f, lambda m: m["graphs"].pop("reuse")), "lacks a graph"),
+    "a lost graph": (lambda f: rewrite(f, lambda m: m["graphs"].pop("reuse")), "lists no reuse graph"),
     "another site": (
         lambda f: rewrite(f, lambda m: m["cache_sites"][0].update(module="pos_embed")),
-        "are not the outputs of its full graph",
+        "do not match the outputs of its full graph",
     ),
     "another shape": (
         lambda f: rewrite(f, lambda m: m["graphs"]["full"]["inputs"][0].update(shape=["batch", 4, 9, 9])),
-        "provides 'latents', which one of its graphs reads",
+        "reads 'latents', which no other graph provides",
     ),
     "another dtype": (
         lambda f: rewrite(f, lambda m: m["graphs"]["reuse"]["outputs"][0].update(dtype="float128")),
-        "reuse.onnx and its manifest do not agree on noise_prediction",
+        "reuse.onnx and the manifest disagree on noise_prediction",
     ),
     "an unknown key": (lambda f: rewrite(f, lambda m: m.update(plugin="x.so")), "is damaged at plugin"),
 }
@@ -96,7 +96,7 @@ def test_weights_from_a_file_that_is_not_listed_are_refused(bundle_copy: Path) -
     (bundle_copy / "full.onnx").write_bytes(model.SerializeToString())
     record = record_of(bundle_copy / "full.onnx").model_dump()
     rewrite(bundle_copy, lambda m: m["files"].update({"full.onnx": record}))
-    with pytest.raises(BundleError, match=r"takes weights from '\.\./other\.data'"):
+    with pytest.raises(BundleError, match=r"loads weights from '\.\./other\.data'"):
         Bundle.open(bundle_copy)
 
 
@@ -128,6 +128,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_a_failed_export_leaves_the_old_bundle_and_nothing_else(
     bundle_copy: Path, pipeline_folder: Path, failure: type[BaseException]
@@ -146,7 +147,7 @@ def test_a_failed_export_leaves_the_old_bundle_and_nothing_else(
 
 def test_replacing_needs_force_and_a_bundle(bundle_copy: Path, tmp_path: Path) -> None:
     with (
-        pytest.raises(ExportError, match="is there already; give --force"),
+        pytest.raises(ExportError, match="already exists; give --force"),
         staging(bundle_copy, False, "bundle", ExportError),
     ):
         pass

@@ -6,18 +6,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.errors import ModelError
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import Model
-from fora_trt.runtime import updates
-from fora_trt.runtime.conditioning import conditioning_of_classes
-from fora_trt.runtime.sampling import Sampler
-from fora_trt.runtime.schedulers import scheduler_from_config
+from fora_trt.pipeline import Pipeline
+from fora_trt.sampling.conditioning import conditioning_of_classes
+from fora_trt.sampling.scheduler_step import SchedulerStep
+from fora_trt.sampling.schedulers import scheduler_from_config
 from tests.checkpoints import CLASSES, DEPTH, HEADS, WIDTH, authors_dit, authors_state
+from tests.shared import bundle_once, made_once
 
 
 @pytest.fixture
@@ -29,6 +29,19 @@ def state() -> dict[str, torch.Tensor]:
 def path(state: dict[str, torch.Tensor], tmp_path: Path) -> Path:
     torch.save(state, tmp_path / "DiT-small.pt")
     return tmp_path / "DiT-small.pt"
+
+
+@pytest.fixture
+def small(run_folder: Path) -> Bundle:
+    """The bundle of those weights."""
+    file = run_folder / "checkpoints" / "DiT-small" / "DiT-small.pt"
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        torch.save(authors_state(), folder / file.name)
+
+    made_once(file.parent, save)
+    return bundle_once(run_folder / "export" / "DiT-small", lambda: opened(file))
 
 
 def opened(path: Path, precision: str = "fp32", **options: Any) -> Model:
@@ -71,51 +84,45 @@ def test_safetensors_and_pruned_depths_load_as_they_are(tmp_path: Path) -> None:
     assert (predicted(model) - authors_dit(shallow, *inputs())).abs().max() < 1e-5
 
 
-def test_one_embedder_for_all_blocks_and_one_copy_in_each_graph(path: Path, tmp_path: Path) -> None:
+def test_one_embedder_for_all_blocks_and_one_copy_in_each_graph(path: Path, small: Bundle) -> None:
     model = opened(path)
     distinct = sum(parameter.nbytes for parameter in model.module.parameters())
-    bundle = bundle_from_model(model, tmp_path / "export" / "small")
     assert len({id(block.norm1.emb) for block in model.module.transformer_blocks}) == 1  # type: ignore[union-attr]
     positions = 16 * WIDTH * 4
-    assert bundle.manifest.files["full.onnx.data"].size < 1.02 * (distinct + positions) + 4096 * 10
+    assert small.manifest.files["full.onnx.data"].size < 1.02 * (distinct + positions) + 4096 * 10
 
 
 def test_learned_positions_are_kept_and_fix_the_size(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     state["pos_embed"] = torch.randn(1, 16, WIDTH, generator=torch.Generator().manual_seed(5))
     torch.save(state, tmp_path / "DiT-learned.pt")
     assert (predicted(opened(tmp_path / "DiT-learned.pt")) - authors_dit(state, *inputs())).abs().max() < 1e-5
-    with pytest.raises(ModelError, match="has positions for 16 patches and not for 64"):
+    with pytest.raises(ModelError, match="has position embeddings for 16 patches, but the image size needs 64"):
         opened(tmp_path / "DiT-learned.pt", image_size=128)
 
 
 def trajectory(bundle: Bundle, scheduler: str | None, steps: int, noise: torch.Tensor, guidance: float) -> torch.Tensor:
-    chosen = scheduler_from_config(bundle.scheduler_config, scheduler, bundle.manifest.latents.learned_sigma)
-    update = updates.update_from_scheduler(chosen, steps)
-    schedule = Schedule.static(update.calls, 1)
-    denoiser = load(bundle, schedule=schedule, backend="onnxruntime", device="cpu")
-    update.begin = _with_noise(update, noise)  # type: ignore[method-assign]
+    pipeline = Pipeline(bundle, schedule="none", scheduler=scheduler, steps=steps, backend="onnxruntime", device="cpu")
+    sampling = pipeline.sampling()
+    sampling.scheduler_step.begin = _with_noise(sampling.scheduler_step, noise)  # type: ignore[method-assign]
     given = conditioning_of_classes(bundle.manifest, [1, 7])
-    return Sampler(denoiser, update)(schedule, given, [0, 1], guidance).latents
+    return pipeline.sampler(sampling)(given, [0, 1], guidance).latents
 
 
-def _with_noise(update: updates.Update, noise: torch.Tensor) -> Any:
-    begin = update.begin
+def _with_noise(scheduler_step: SchedulerStep, noise: torch.Tensor) -> Any:
+    begin = scheduler_step.begin
 
     def begun(*args: Any) -> object:
         allocation = begin(*args)
-        update.latents.copy_(noise)
+        scheduler_step.latents.copy_(noise)
         return allocation
 
     return begun
 
 
-def test_guidance_of_the_authors_leaves_the_fourth_channel_alone(
-    path: Path, state: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_guidance_of_the_authors_leaves_the_fourth_channel_alone(small: Bundle, state: dict[str, torch.Tensor]) -> None:
     """One DDIM step from t = 0 to the image shows the guided noise prediction."""
-    bundle = bundle_from_model(opened(path), tmp_path / "export" / "small")
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    latents = trajectory(bundle, "ddim", 1, noise, 1.5)
+    latents = trajectory(small, "ddim", 1, noise, 1.5)
     twice, y = torch.cat([noise, noise]), torch.tensor([1, 7, CLASSES, CLASSES])
     conditional, unconditional = authors_dit(state, twice, torch.zeros(4), y)[:, :4].chunk(2)
     guided = unconditional + 1.5 * (conditional - unconditional)
@@ -154,7 +161,7 @@ def test_the_architecture_can_be_said_and_flow_matching_admits_no_other_schedule
         ValueError, match=r"'ddim' for this model, which was trained by flow matching; give one of euler"
     ):
         scheduler_from_config(model.scheduler, "ddim", learned_sigma=False)
-    with pytest.raises(ModelError, match="the architecture is 'unet'; a state dict can be DiT or SiT"):
+    with pytest.raises(ModelError, match="the architecture is 'unet'; for this state dict choose DiT or SiT"):
         opened(path, architecture="unet")
 
 
@@ -166,18 +173,19 @@ def test_what_does_not_fit_is_named(state: dict[str, torch.Tensor], tmp_path: Pa
         return str(raised.value)
 
     some = {"num_heads": HEADS}
-    assert "a width of 48, for which the number of attention heads is not known; give it with --num-heads" in refused(
-        state
+    assert (
+        "a width of 48, for which the number of attention heads is unknown; give --num-heads, a divisor of 48"
+        in refused(state)
     )
     assert "a divisor of 48" in refused(state, num_heads=7)
     missing = {name: value for name, value in state.items() if name != "blocks.1.mlp.fc2.bias"}
     assert "1 missing (transformer_blocks.1.ff.net.2.bias)" in refused(missing, **some)
     extra = refused({**state, "blocks.0.attn.q_norm.weight": torch.ones(3)}, **some)
-    assert "1 not expected (blocks.0.attn.q_norm.weight)" in extra
-    assert "the configuration says num_layers 3, num_attention_heads 4, attention_head_dim 12" in extra
+    assert "1 unexpected (blocks.0.attn.q_norm.weight)" in extra
+    assert "the configuration has num_layers 3, num_attention_heads 4, attention_head_dim 12" in extra
     misshapen = refused({**state, "blocks.2.attn.proj.weight": torch.ones(5, 5)}, **some)
-    assert "transformer_blocks.2.attn1.to_out.0.weight is [5, 5] and not [48, 48]" in misshapen
-    assert "is not a state dict of the DiT or SiT authors: it holds conv.weight" in refused(
+    assert "transformer_blocks.2.attn1.to_out.0.weight is [5, 5] instead of [48, 48]" in misshapen
+    assert "is not a state dict of the DiT or SiT authors: it contains conv.weight" in refused(
         {"conv.weight": torch.ones(1)}
     )
     wide = {**state, "blocks.0.mlp.fc1.weight": torch.ones(96, 48)}
@@ -189,9 +197,9 @@ def test_what_does_not_fit_is_named(state: dict[str, torch.Tensor], tmp_path: Pa
         "blocks.0.mlp.fc1.weight": torch.tensor(1.0),
     }
     for name, tensor in flat.items():
-        assert f"other shapes: {name} is {list(tensor.shape)}, where" in refused({**state, name: tensor}, **some)
+        assert f"not its shapes: {name} is {list(tensor.shape)};" in refused({**state, name: tensor}, **some)
     narrow = refused({**state, "pos_embed": torch.ones(1, 16, 40)}, **some)
-    assert "([1, 16, 40] and not [1, 16, 48])" in narrow
+    assert "([1, 16, 40] instead of [1, 16, 48])" in narrow
     for odd in (torch.tensor(1.0), torch.ones(2), torch.ones(145, 48)):
         assert "attn1.to_q.weight is" in refused({**state, "blocks.0.attn.qkv.weight": odd}, **some)
     assert "a dictionary with 3: Tensor" in refused({**state, 3: torch.ones(1)})  # type: ignore[dict-item]
@@ -204,17 +212,19 @@ def test_a_pickle_with_more_than_tensors_is_refused_unread(tmp_path: Path) -> No
             return (Path.touch, (tmp_path / "was-run",))
 
     torch.save({"x_embedder.proj.weight": torch.ones(1), "args": Surprise()}, tmp_path / "evil.pt")
-    with pytest.raises(ModelError, match=r"holds more than tensors \(.*\), and loading that could run code"):
+    with pytest.raises(
+        ModelError, match=r"contains objects other than tensors \(.*\), and loading them could run code"
+    ):
         model_from_source(str(tmp_path / "evil.pt"))
     assert not (tmp_path / "was-run").exists()
     (tmp_path / "text.pt").write_text("hello world")
     with pytest.raises(ModelError, match=r"text.pt cannot be read \(.*\); download or copy the file again"):
         model_from_source(str(tmp_path / "text.pt"))
     torch.save([torch.ones(1)], tmp_path / "list.pt")
-    with pytest.raises(ModelError, match="holds list where a dictionary of tensors was expected"):
+    with pytest.raises(ModelError, match="contains an object of type list; a dictionary of tensors was expected"):
         model_from_source(str(tmp_path / "list.pt"))
     (tmp_path / "no.pt").write_bytes(b"no pickle at all")
     with pytest.raises(ModelError, match=r"no\.pt"):
         model_from_source(str(tmp_path / "no.pt"))
-    with pytest.raises(ModelError, match=r"'missing\.pt' is no such file; known sources"):
+    with pytest.raises(ModelError, match=r"'missing\.pt' does not exist; known sources"):
         model_from_source("missing.pt")

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-from fora_trt import Schedule, load
+from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import BACKENDS, backend_from_name, device_from_name
 from fora_trt.errors import BackendError, SourceError
@@ -17,6 +17,8 @@ from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.evaluate.unfolded import reference_from_bundle
 from fora_trt.evaluate.verify import graph_errors, trajectory_errors
 from fora_trt.models.examples import example_inputs
+from fora_trt.pipeline import Pipeline
+from fora_trt.runtime.window import Window
 from tests.conftest import ON_CPU
 from tests.damage import rewrite
 
@@ -25,11 +27,13 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_every_backend_computes_the_same_steps(exported: Bundle, backend: str) -> None:
-    schedule = Schedule((True, False))
+    schedule = Schedule.from_flags((True, False))
     tested = load(exported, schedule=schedule, backend=backend, device="cpu")
     reference = load(exported, schedule=schedule, backend="torch", device="cpu")
     for seed in (0, 1):
-        inputs = example_inputs(tested.full.inputs.values(), tested.manifest.conditioning, batch=3, seed=seed)
+        inputs = example_inputs(
+            tested.engines["full"].inputs.values(), tested.manifest.conditioning, batch=3, seed=seed
+        )
         torch.testing.assert_close(tested(**inputs), reference(**inputs), atol=1e-5, rtol=1e-5)
 
 
@@ -71,13 +75,15 @@ def test_results_appear_in_the_bound_tensors(exported: Bundle, backend: str) -> 
 
 
 def test_unknown_backend_and_device_are_named() -> None:
-    with pytest.raises(BackendError, match="no backend 'tensorflow'; known are auto, tensorrt, tensorrt-rtx, on"):
+    with pytest.raises(
+        BackendError, match="unknown backend 'tensorflow'; choose one of auto, tensorrt, tensorrt-rtx, on"
+    ):
         backend_from_name("tensorflow")
     torch_backend = BACKENDS["torch"]
-    with pytest.raises(BackendError, match="no device 'gpu7'"):
+    with pytest.raises(BackendError, match="unknown device 'gpu7'"):
         device_from_name("gpu7", torch_backend)
     if not torch.cuda.is_available():
-        with pytest.raises(BackendError, match="no CUDA device here; give --device cpu"):
+        with pytest.raises(BackendError, match="torch finds no CUDA device; give --device cpu"):
             device_from_name("cuda", torch_backend)
 
 
@@ -97,25 +103,25 @@ def test_a_backend_that_is_not_installed_says_how_to_install_it(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        "fora_trt.engines.backends.find_spec", lambda name: None if name == "onnxruntime" else found(name)
+        "fora_trt.engines.onnxruntime.find_spec", lambda name: None if name == "onnxruntime" else found(name)
     )
     with pytest.raises(BackendError, match=r"onnxruntime is not installed; pip install 'fora-trt\[cpu\]'"):
-        load(exported, schedule=Schedule.static(2, 1), backend="onnxruntime")
+        load(exported, schedule=Schedule.fora(2, 1), backend="onnxruntime")
     assert backend_from_name("auto").name == "torch"
 
 
 def test_plain_pytorch_refuses_a_checkpoint_that_changed(exported: Bundle, bundle_copy: Path) -> None:
     rewrite(bundle_copy, lambda m: m["model"].update(weights_sha256="0" * 64))
-    with pytest.raises(BackendError, match="has other weights than those"):
+    with pytest.raises(BackendError, match=r"weights of .* differ from those"):
         reference_from_bundle(Bundle.open(bundle_copy), CPU)
     rewrite(bundle_copy, lambda m: m["model"]["options"].update(source="moved/away/checkpoint"))
-    with pytest.raises(SourceError, match=r"plain PyTorch needs the checkpoint .* 'moved/away/checkpoint' cannot be"):
+    with pytest.raises(SourceError, match=r"reference needs the checkpoint .* 'moved/away/checkpoint' cannot be"):
         EagerFora(Bundle.open(bundle_copy), CPU)
 
 
 @pytest.mark.parametrize("level", ["none", "conditioning", "fold"])
 def test_torch_and_its_reference_need_no_checkpoint(
-    exported: Bundle, optimized: dict[str, Bundle], level: str, tmp_path: Path
+    exported: Bundle, optimized: dict[str, Bundle], level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The unfolded graph stands in for the module, and says so; a graph that is wrong shows against it."""
     with_source = exported if level == "none" else optimized[level]
@@ -123,15 +129,17 @@ def test_torch_and_its_reference_need_no_checkpoint(
     rewrite(folder, lambda m: m["model"]["options"].update(source="moved/away/checkpoint"))
     bundle = Bundle.open(folder)
     reference, told = reference_from_bundle(bundle, CPU)
-    assert told == "the unfolded full graph (the checkpoint is not at hand)"
-    denoiser = load(bundle, schedule=Schedule.static(12, 1), backend="torch", device="cpu")
+    assert told == "the unfolded full graph (the checkpoint is not available)"
+    pipeline = Pipeline(bundle, steps=12, backend="torch", device="cpu")
+    denoiser = pipeline.denoiser
+    assert isinstance(denoiser, Denoiser)
     for _, error in graph_errors(denoiser, reference, batch=3):
         assert error.relative < 1e-5
     module = EagerFora(with_source, CPU)
     for one in (reference, module):
-        for interval, error in trajectory_errors(bundle, denoiser, one, 12, (1, 3)):
-            assert error.relative < 1e-5, interval
-    launch = denoiser._launch
-    denoiser._launch = lambda place: launch(min(place, 1))  # type: ignore[method-assign] # the sum of another step
-    ((_, error),) = trajectory_errors(bundle, denoiser, reference, 12, (3,))
+        for schedule, error in trajectory_errors(pipeline, pipeline.over(one), ("none", "fora:3")):
+            assert error.relative < 1e-5, schedule
+    launch = Window._launch
+    monkeypatch.setattr(Window, "_launch", lambda self, offset: launch(self, min(offset, 1)))  # the sum of another step
+    ((_, error),) = trajectory_errors(pipeline, pipeline.over(reference), ("fora:3",))
     assert (error.relative > 3e-5) == (level == "fold")

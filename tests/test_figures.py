@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fora_trt import load
+from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
-from fora_trt.engines.plan_store import PlanSource
+from fora_trt.engines.options import EngineOptions
 from fora_trt.evaluate.bench import Benchmark
-from fora_trt.evaluate.entrants import entrants_of
+from fora_trt.evaluate.targets import targets_of
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
-from fora_trt.runtime.conditioning import example_conditioning
-from fora_trt.runtime.sampling import Sampler
-from fora_trt.runtime.schedulers import scheduler_from_config
+from fora_trt.pipeline import Pipeline
+from fora_trt.sampling.conditioning import example_conditioning
+from fora_trt.sampling.loop import Sampler
 
 pytestmark = pytest.mark.slow
 
@@ -40,17 +40,17 @@ def benchmark_of(bundle: Bundle, backend: str, cache_intervals: list[int], bound
 
     Other work on a shared machine only adds time, so the fastest of many trajectories is what the code takes.
     """
-    cpu = torch.device("cpu")
-    entrants, _ = entrants_of(bundle, [backend], cache_intervals, lambda name: cpu, PlanSource(), references=[])
-    scheduler = scheduler_from_config(bundle.scheduler_config, None, learned_sigma=True)
-    benchmark = Benchmark(bundle, [replace(one, controls=()) for one in entrants], [], scheduler, STEPS)
+    pipeline, cpu = Pipeline(bundle, steps=STEPS), torch.device("cpu")
+    schedules = [Schedule.fora(STEPS, interval) for interval in cache_intervals]
+    targets, _ = targets_of(pipeline, [backend], schedules, lambda name: cpu, EngineOptions(), references=[])
+    benchmark = Benchmark(pipeline, [replace(one, controls=()) for one in targets])
     image = example_conditioning(bundle.manifest, 1)
     rounds = 3
     list(benchmark.measure(image, repeats=rounds))
     while min(ratios_to_the_ideal(benchmark).values()) < bound and rounds < MOST_ROUNDS:
         rounds += 1
         for row in benchmark.rows[1]:
-            row.run(image, benchmark.guidance_scale)
+            row.run(image, benchmark.guidance)
     for row in benchmark.rows[1]:
         full, reuse = (
             [1e3 * seconds for done in row.trajectories for seconds in getattr(done, kind)]
@@ -64,23 +64,23 @@ def benchmark_of(bundle: Bundle, backend: str, cache_intervals: list[int], bound
 
 def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(tmp_path: Path) -> None:
     """DiT-S/2, one guided image, so a batch of two: reuse steps, cached trajectories, and a bare one beside its row."""
-    bundle, cpu = bundle_from_model(model_from_source("random:DiT-S/2"), tmp_path / "s"), torch.device("cpu")
+    bundle = bundle_from_model(model_from_source("random:DiT-S/2"), tmp_path / "s")
     benchmark = benchmark_of(bundle, "onnxruntime", [2, 3, 5], bound=0.92)
     assert min(ratios_to_the_ideal(benchmark).values()) >= 0.92
     timing = benchmark.rows[1][2]
     full = min(seconds for done in timing.trajectories for seconds in done.full_seconds)
     reuse = min(seconds for done in timing.trajectories for seconds in done.reuse_seconds)
     print(f"a reuse step takes {reuse / full:.1%} of a full step")
-    assert timing.setting.cache_interval == 3
+    assert timing.setting.schedule == "fora:3"
     assert reuse / full <= 0.015
 
-    image, guidance = example_conditioning(bundle.manifest, 1), benchmark.guidance_scale
-    denoiser = load(bundle, cache_interval=1, backend="onnxruntime", device=cpu)
-    bare = Sampler(denoiser, timing.sampler.update)
+    image, guidance = example_conditioning(bundle.manifest, 1), benchmark.guidance
+    denoiser = load(bundle, schedule="none", backend="onnxruntime", device="cpu")
+    bare = Sampler(denoiser, timing.sampler.scheduler_step, timing.sampler.schedule)
     row_seconds = bare_seconds = float("inf")
     for pair in range(30):  # in turn; the fastest of each
         row_seconds = min(row_seconds, timing.run(image, guidance).seconds)
-        bare_seconds = min(bare_seconds, bare(timing.schedule, image, [0], guidance).seconds)
+        bare_seconds = min(bare_seconds, bare(image, [0], guidance).seconds)
         if pair >= 5 and row_seconds < 1.02 * bare_seconds:
             break
     print(f"the benchmark adds {row_seconds / bare_seconds - 1:+.2%} to a trajectory, by {pair + 1} pairs")

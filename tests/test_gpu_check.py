@@ -27,8 +27,9 @@ from fora_trt import Denoiser
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import BACKENDS
 from fora_trt.engines.base import Launch
-from fora_trt.evaluate.entrants import REFERENCES
-from fora_trt.runtime.sampling import Trajectory
+from fora_trt.evaluate.targets import REFERENCES
+from fora_trt.runtime.window import Window
+from fora_trt.sampling.loop import Trajectory
 
 ROOT = Path(__file__).parents[1]
 IDENTITY = {"type": "cpu", "device": "a processor", "sources": "sources 1"}
@@ -76,7 +77,7 @@ def test_rows_of_other_sources_or_devices_and_failed_rows_are_not_taken_over() -
     done, sentences = taken_over(records, IDENTITY)
     assert [*done] == ["a", "d"]
     assert sentences == [
-        "1 rows of the journal are not taken over: they are of cpu, a processor, sources 2, and this is cpu, "
+        "1 rows of the journal are not reused: they belong to cpu, a processor, sources 2; this run is cpu, "
         "a processor, sources 1"
     ]
 
@@ -123,9 +124,9 @@ def test_every_outcome_is_a_record_with_its_reason(tmp_path: Path) -> None:
     }
     assert why["wrong"] == "x is 3; expected 0 to 2 (fixed); x is 3; expected 0 to 1"
     assert why["raises"].endswith("RuntimeError: CUDA error: an illegal memory access was encountered")
-    assert why["crashes"].startswith("the process was ended by SIGABRT")
-    assert why["hangs"] == "it was ended after 1 s"
-    assert why["needs"] == "it needs wrong, which failed"
+    assert why["crashes"].startswith("the process was killed by SIGABRT")
+    assert why["hangs"] == "it was killed after 1 s"
+    assert why["needs"] == "it needs the row wrong, which failed"
 
 
 def test_a_row_without_enough_time_left_is_skipped_with_a_word(tmp_path: Path) -> None:
@@ -201,6 +202,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_keeps_what_is_finished_and_goes_on(tmp_path: Path) -> None:
     script = tmp_path / "drive.py"
     script.write_text(textwrap.dedent(SCRIPT).format(identity=IDENTITY))
@@ -236,7 +238,7 @@ def test_the_check_itself_is_killed_and_goes_on(tmp_path: Path) -> None:
     kept = [record for record in journal.read() if record["row"] == rows[0]]
     done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"{rows[0]}: passed before" in done.stderr
+    assert f"{rows[0]}: passed in an earlier run" in done.stderr
     assert [record for record in journal.read() if record["row"] == rows[0]] == kept
     assert {name: statuses_of(journal)[name] for name in rows} == dict.fromkeys(rows, "passed")
     (path,) = (tmp_path / "out").glob("gpu-check_cpu-*-cores_*.json")
@@ -271,7 +273,7 @@ def test_rows_have_names_of_their_own_and_need_rows_before_them(device_type: str
     for place, row in enumerate(rows):
         assert not row.needs or row.needs in names[:place]
         assert row.estimate < row.limit <= 900
-        assert {row.entrant} <= {"", *BACKENDS, *REFERENCES}
+        assert {row.target} <= {"", *BACKENDS, *REFERENCES}
 
 
 def test_a_choice_of_rows_takes_those_they_need() -> None:
@@ -316,14 +318,14 @@ def test_a_reuse_step_that_reads_a_stale_address_fails(
     parity: Callable[[], Found], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A launch that was bound to the memory of before."""
-    launch_of = Denoiser._launch
+    launch_of = Window._launch
 
-    def stale(self: Denoiser, place: int) -> Launch:
+    def stale(self: Window, offset: int) -> Launch:
         with monkeypatch.context() as patched:
             patched.setattr(self, "_sums", {name: sums.clone() for name, sums in self._sums.items()})
-            return launch_of(self, place)
+            return launch_of(self, offset)
 
-    monkeypatch.setattr(Denoiser, "_launch", stale)
+    monkeypatch.setattr(Window, "_launch", stale)
     status, deviations = FAULTY.judged(parity().values)
     assert status == "failed"
     assert any(sentence.startswith("latents/3/run 1 is ") for sentence in deviations)
@@ -332,8 +334,8 @@ def test_a_reuse_step_that_reads_a_stale_address_fails(
 @pytest.mark.slow
 def test_a_reuse_step_that_reads_the_sum_of_another_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the digits: sums of random weights hardly differ within a window."""
-    launch_of = Denoiser._launch
-    monkeypatch.setattr(Denoiser, "_launch", lambda self, place: launch_of(self, min(place, 1)))
+    launch_of = Window._launch
+    monkeypatch.setattr(Window, "_launch", lambda self, offset: launch_of(self, min(offset, 1)))
     for row in (row for row in rows_of("cpu") if row.name in ("parity/fold/fp32/torch", "parity/fold/fp16/torch")):
         found = found_of(row, Place(torch.device("cpu"), tmp_path))
         assert not found.failure
@@ -343,15 +345,14 @@ def test_a_reuse_step_that_reads_the_sum_of_another_fails(tmp_path: Path, monkey
 
 
 def test_a_sum_that_is_scaled_fails(parity: Callable[[], Found], monkeypatch: pytest.MonkeyPatch) -> None:
-    predict = Denoiser.predict
+    run = Window.run
 
-    def scaled(self: Denoiser, place: int, *given: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
-        prediction = predict(self, place, *given, **more)
-        for sums in self._sums.values() if place == 0 else ():
+    def scaled(self: Window, offset: int) -> None:
+        run(self, offset)
+        for sums in self._sums.values() if offset == 0 else ():
             sums.mul_(1.01)
-        return prediction
 
-    monkeypatch.setattr(Denoiser, "predict", scaled)
+    monkeypatch.setattr(Window, "run", scaled)
     status, deviations = FAULTY.judged(parity().values)
     assert status == "failed"
     assert any(sentence.startswith("error/reuse is ") for sentence in deviations)
@@ -395,10 +396,10 @@ def test_an_error_keeps_what_was_found_before_it() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--device", "tpu"], "'tpu' is neither cpu nor cuda:N"),
-        (["--device", "cpu", "--rows", "nothing"], "no row is named 'nothing'"),
+        (["--device", "tpu"], "'tpu' is not a device; give cpu, cuda or cuda:N"),
+        (["--device", "cpu", "--rows", "nothing"], "no row matches 'nothing'"),
         (["--device", "cpu", "--minutes", "0"], "0.0 is not in the range x>0"),
-        (["--device", "cuda:99"], "torch can use no cuda:99 here"),
+        (["--device", "cuda:99"], "torch cannot use cuda:99 on this machine"),
     ],
 )
 def test_wrong_values_are_named(options: list[str], said: str) -> None:
@@ -439,4 +440,4 @@ def test_ctrl_c_ends_the_children_and_writes_the_result(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "interrupted; --resume goes on" in said
+    assert "interrupted; continue with --resume" in said

@@ -10,8 +10,9 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from fora_trt.bundle import Bundle
+from fora_trt.contract import TensorSpec
 from fora_trt.errors import ExportError
-from fora_trt.export.graphs import graphs_from_model, save_graph
+from fora_trt.export.graphs import save_graph
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.models.dit import share_embedders
 from fora_trt.models.examples import example_inputs
@@ -19,8 +20,9 @@ from fora_trt.models.options import SourceOptions
 from fora_trt.models.precision import dtypes_of_parameters
 from fora_trt.models.random_weights import draw_weights
 from fora_trt.models.sources import model_from_source
-from fora_trt.models.spec import Model, ModelSpec, TensorSpec
+from fora_trt.models.spec import Model, ModelSpec
 from tests.conftest import TINY
+from tests.shared import traced_once
 
 
 def test_edges_have_stable_names_and_one_symbolic_dimension(exported: Bundle) -> None:
@@ -49,7 +51,7 @@ def test_graphs_are_opset_23_with_one_attention_node_a_block_in_full_and_none_in
 def test_no_graph_convolves_and_an_attention_has_one_projection(
     pipeline_folder: Path, precision: str, opset: int
 ) -> None:
-    made = graphs_from_model(model_from_source(str(pipeline_folder), precision), opset, "fold")
+    made = traced_once(model_from_source(str(pipeline_folder), precision), opset).graphs("fold")
     kinds = {name: Counter(node.op_type for node in one.onnx.graph) for name, one in made.graphs.items()}
     assert not any(counted["Conv"] for counted in kinds.values())
     blocks, full = TINY["num_layers"], kinds["full"]
@@ -169,7 +171,7 @@ def _model_of(module: nn.Module, sites: list[str]) -> Model:
 @pytest.mark.parametrize("module_class", [Halves, Fixed])
 def test_a_model_that_specialises_its_batch_is_refused(module_class: type[nn.Module]) -> None:
     with pytest.raises(ExportError, match="batch"):
-        graphs_from_model(_model_of(module_class(), ["layer"]), 23)
+        traced_once(_model_of(module_class(), ["layer"]))
 
 
 @torch.no_grad()
@@ -178,11 +180,12 @@ def test_the_reuse_graph_computes_anew_what_only_looks_like_a_feature(tmp_path: 
     import onnxruntime
 
     module = Shared()
-    graphs = graphs_from_model(_model_of(module, ["passed_on", "around", "around.0"]), 23)
+    shared = traced_once(_model_of(module, ["passed_on", "around", "around.0"]))
+    graphs = shared.graphs("none").graphs
     kept = ["feature.passed_on", "feature.around"]
-    assert [one.name for one in graphs.graphs["full"].outputs] == ["noise_prediction", *kept]
-    assert [site.module for site in graphs.sites] == ["passed_on", "around"]
-    save_graph(graphs.graphs["reuse"], tmp_path / "reuse.onnx")
+    assert [one.name for one in graphs["full"].outputs] == ["noise_prediction", *kept]
+    assert [site.module for site in shared.sites] == ["passed_on", "around"]
+    save_graph(graphs["reuse"], tmp_path / "reuse.onnx")
     latents, passed_on, around = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(4))
     feeds = dict(zip(["latents", *kept], (latents.numpy(), passed_on.numpy(), around.numpy()), strict=True))
     (reused,) = onnxruntime.InferenceSession(tmp_path / "reuse.onnx").run(None, feeds)
@@ -190,7 +193,5 @@ def test_the_reuse_graph_computes_anew_what_only_looks_like_a_feature(tmp_path: 
 
 
 def test_an_opset_out_of_range_is_refused(pipeline_folder: Path) -> None:
-    from fora_trt.models.sources import model_from_source
-
-    with pytest.raises(ExportError, match="the opset is 17; fora-trt writes 20 to 24"):
-        graphs_from_model(model_from_source(str(pipeline_folder)), 17)
+    with pytest.raises(ExportError, match="the opset is 17; give --opset a value from 20 to 24"):
+        traced_once(model_from_source(str(pipeline_folder)), 17)

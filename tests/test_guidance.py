@@ -1,64 +1,73 @@
 """Guidance on a part of the steps, and as many channels as the model says."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import Tensor
 
-from fora_trt import Schedule, load
+from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
 from fora_trt.engines.base import Launch
 from fora_trt.errors import InputError
-from fora_trt.runtime.conditioning import conditioning_of_classes
-from fora_trt.runtime.denoiser import Denoiser
-from fora_trt.runtime.sampling import Guidance, Sampler, mix_guidance
-from fora_trt.runtime.schedulers import scheduler_from_config
-from fora_trt.runtime.updates import update_from_scheduler
+from fora_trt.pipeline import Pipeline
+from fora_trt.runtime.denoiser import EngineStep
+from fora_trt.sampling.conditioning import conditioning_of_classes
+from fora_trt.sampling.guidance import Guidance, mix_guidance
+from fora_trt.sampling.loop import Sampler
+from fora_trt.schedule import FULL_STEP, REUSE_STEP
 
 STEPS = 12
 LABELS = [5, 7]
 
 
 @pytest.fixture(params=["onnxruntime", "torch"])
-def sampler(exported: Bundle, request: pytest.FixtureRequest) -> Sampler:
-    denoiser = load(exported, schedule=Schedule.static(STEPS, 1), backend=request.param, device="cpu")
-    scheduler = scheduler_from_config(exported.scheduler_config, None, learned_sigma=True)
-    return Sampler(denoiser, update_from_scheduler(scheduler, STEPS))
+def pipeline(exported: Bundle, request: pytest.FixtureRequest) -> Pipeline:
+    return Pipeline(exported, steps=STEPS, backend=request.param, device="cpu")
 
 
-def latents(sampler: Sampler, guidance: Guidance | float, interval: int = 1) -> torch.Tensor:
+@pytest.fixture
+def denoiser(pipeline: Pipeline) -> Denoiser:
+    assert isinstance(pipeline.denoiser, Denoiser)
+    return pipeline.denoiser
+
+
+def sampler_of(pipeline: Pipeline, interval: int = 1) -> Sampler:
+    return pipeline.sampler(pipeline.sampling(schedule=Schedule.fora(STEPS, interval)))
+
+
+def latents(sampler: Sampler, guidance: Guidance | float) -> Tensor:
     given = conditioning_of_classes(sampler.denoiser.manifest, LABELS)
-    return sampler(Schedule.static(STEPS, interval), given, [0, 1], guidance).latents
+    return sampler(given, [0, 1], guidance).latents
 
 
-def by_hand(bundle: Bundle, sampler: Sampler, guidance: Guidance, full_steps: set[int]) -> torch.Tensor:
+def by_hand(pipeline: Pipeline, guidance: Guidance, full_steps: set[int]) -> Tensor:
     """The same trajectory with every half computed by itself, and features kept for each half."""
-    denoiser = sampler.denoiser
-    assert isinstance(denoiser, Denoiser)
+    scheduler_step = pipeline.sampling(schedule="none").scheduler_step
+    scheduler_step.begin(pipeline.manifest.latents.shape, [0, 1], torch.device("cpu"))
+    plan = [FULL_STEP if step in full_steps else REUSE_STEP for step in range(STEPS)]
+    labels = {null: {"class_labels": torch.tensor([1000, 1000] if null else LABELS)} for null in (False, True)}
     halves = {
-        null: load(bundle, schedule=denoiser.schedule, backend=denoiser.backend, device="cpu") for null in (False, True)
+        null: load(pipeline.bundle, schedule="none", backend=pipeline.backend.name, device="cpu") for null in labels
     }
-    update = sampler.update
-    update.begin(denoiser.manifest.latents.shape, [0, 1], torch.device("cpu"))
+    runs = {null: halves[null].begin(plan, scheduler_step.timesteps, labels[null], [2]) for null in labels}
     for step in range(STEPS):
-        now, time = update.model_input(), update.timestep()
+        now, time = scheduler_step.model_input(), scheduler_step.timestep()
         noise = {}
         for null in (False, True):
-            labels = torch.tensor([1000, 1000] if null else LABELS)
             if null and not guidance.guides(step):
                 continue
-            halves[null].prepare(2)
-            noise[null] = (
-                halves[null].predict(int(step not in full_steps), now, time, class_labels=labels)[:, :4].clone()
-            )
+            ready = runs[null].at(step, 2)
+            noise[null] = ready.predict(int(step not in full_steps), now, time, **labels[null])[:, :4].clone()
         guided = noise[False]
         if True in noise:
             guided = noise[True] + guidance.scale * (noise[False] - noise[True])
-        update.advance(guided)
-    return update.latents.clone()
+        scheduler_step.advance(guided)
+    return scheduler_step.latents.clone()
 
 
 @pytest.mark.parametrize(
@@ -72,22 +81,25 @@ def by_hand(bundle: Bundle, sampler: Sampler, guidance: Guidance, full_steps: se
     ],
 )
 def test_guidance_of_some_steps_is_what_each_half_alone_gives(
-    guidance: Guidance, interval: int, full: set[int], sampler: Sampler, exported: Bundle
+    guidance: Guidance, interval: int, full: set[int], pipeline: Pipeline
 ) -> None:
-    expected = by_hand(exported, sampler, guidance, full)
-    assert (latents(sampler, guidance, interval) - expected).abs().max() < 1e-4
-    assert (latents(sampler, guidance, interval) - expected).abs().max() < 1e-4, "again, on the same memory"
+    sampler, expected = sampler_of(pipeline, interval), by_hand(pipeline, guidance, full)
+    assert (latents(sampler, guidance) - expected).abs().max() < 1e-4
+    assert (latents(sampler, guidance) - expected).abs().max() < 1e-4, "again, on the same memory"
 
 
-def test_steps_without_guidance_run_the_conditional_half_alone(sampler: Sampler) -> None:
+def test_steps_without_guidance_run_the_conditional_half_alone(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches = []
-    predict = sampler.denoiser.predict
+    predict = EngineStep.predict
 
-    def counted(place: int, given: torch.Tensor, *args: object, **more: torch.Tensor) -> torch.Tensor:
-        batches.append(len(given))
-        return predict(place, given, *args, **more)  # type: ignore[arg-type]
+    def counted(step: EngineStep, offset: int, latents: Tensor, timestep: Tensor | float, **given: Tensor) -> Tensor:
+        batches.append(len(latents))
+        return predict(step, offset, latents, timestep, **given)
 
-    sampler.denoiser.predict = counted  # type: ignore[assignment, method-assign]
+    monkeypatch.setattr(EngineStep, "predict", counted)
+    sampler = sampler_of(pipeline)
     latents(sampler, Guidance(2.0, 4, 9))
     assert batches == [2] * 4 + [4] * 5 + [2] * 3
     batches.clear()
@@ -100,33 +112,38 @@ def test_steps_without_guidance_run_the_conditional_half_alone(sampler: Sampler)
     [(Guidance(2.0), [4]), (Guidance(1.0), [2]), (Guidance(2.0, 0, 6), [4, 2, 4, 2])],
 )
 def test_engines_are_bound_to_no_batch_that_no_step_has(
-    guidance: Guidance, batches: list[int], sampler: Sampler
+    guidance: Guidance, batches: list[int], pipeline: Pipeline, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plans may admit no smaller batch, and a batch that is bound again is captured again."""
-    assert isinstance(sampler.denoiser, Denoiser)
     bound = []
-    bind = sampler.denoiser.full.bind
+    bind = denoiser.engines["full"].bind
 
-    def noted(tensors: Mapping[str, torch.Tensor]) -> Launch:
+    def noted(tensors: Mapping[str, Tensor]) -> Launch:
         bound.append(len(tensors["latents"]))
         return bind(tensors)
 
-    sampler.denoiser.full.bind = noted  # type: ignore[method-assign]
+    monkeypatch.setattr(denoiser.engines["full"], "bind", noted)
+    sampler = sampler_of(pipeline)
     latents(sampler, guidance)
     assert bound == batches
     latents(sampler, guidance)
     assert bound == (batches if len(batches) == 1 else [*batches, 4, 2, 4, 2])
 
 
-def test_a_smaller_batch_uses_the_first_rows_of_the_same_memory(sampler: Sampler) -> None:
-    denoiser = sampler.denoiser
-    assert isinstance(denoiser, Denoiser)
-    token = denoiser.prepare(4)
-    assert denoiser.prepare(4) is token
-    addresses = {name: tensor.data_ptr() for name, tensor in denoiser.buffers.items()}
-    assert denoiser.prepare(2) is not token, "its launches are others, and what was captured of the first is void"
-    assert {name: tensor.data_ptr() for name, tensor in denoiser.buffers.items()} == addresses
-    assert denoiser.prepare(5) is not token
+def test_a_smaller_batch_uses_the_first_rows_of_the_same_memory(denoiser: Denoiser) -> None:
+    def generation(batch: int) -> object:
+        return denoiser.begin([FULL_STEP], torch.zeros(1), {}, [batch]).generation
+
+    def addresses() -> dict[str, int]:
+        assert denoiser.window is not None
+        return {name: tensor.data_ptr() for name, tensor in denoiser.window.buffers.tensors.items()}
+
+    of_four = generation(4)
+    assert generation(4) == of_four
+    before = addresses()
+    assert generation(2) != of_four, "its launches are others, and what was captured of the first is invalid"
+    assert addresses() == before
+    assert generation(5) != of_four
 
 
 def test_only_the_first_channels_are_guided() -> None:
@@ -140,9 +157,7 @@ def test_the_command_takes_a_range_of_steps(exported: Bundle, tmp_path: Path) ->
     made = CliRunner().invoke(main, [*command, "--guidance-interval", "4:9", "-o", str(tmp_path / "a.png")])
     assert made.exit_code == 0, made.output
     assert '"full_steps": 6' in made.stdout
-    with pytest.raises(InputError, match="guidance needs an unconditional half"):
-        given = conditioning_of_classes(exported.manifest, [1])
-        denoiser = load(exported, schedule=Schedule.static(2, 1), backend="onnxruntime", device="cpu")
-        scheduler = scheduler_from_config(exported.scheduler_config, None, learned_sigma=True)
-        bare = type(given)(1, given.conditional, None)
-        Sampler(denoiser, update_from_scheduler(scheduler, 2))(Schedule.static(2, 1), bare, [0], 2.0)
+    pipeline = Pipeline(exported, steps=2, backend="onnxruntime", device="cpu")
+    bare = replace(conditioning_of_classes(exported.manifest, [1]), unconditional=None)
+    with pytest.raises(InputError, match="guidance needs unconditional inputs; none were given for tiny"):
+        pipeline.sampler(pipeline.sampling(schedule="none"))(bare, [0], 2.0)

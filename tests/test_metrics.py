@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.train_digit_classifier import accuracy_of, digits_split
+from fora_trt import metrics
 from fora_trt.errors import InputError
-from fora_trt.evaluate import metrics
 from fora_trt.evaluate.digit_classifier import WEIGHTS, digit_classifier, pixels_of
 from fora_trt.evaluate.features import INCEPTION_SHAPES, Digits, Inception, reference_pictures
 
@@ -115,28 +115,36 @@ def test_the_frechet_distance_is_that_of_numpy() -> None:
     assert few == pytest.approx(frechet_by_numpy(one[:5], other[:5]), rel=1e-4), "fewer images than features"
 
 
+def precision_and_recall(features: torch.Tensor, plain: torch.Tensor) -> tuple[float | None, float | None]:
+    """The two metrics of sets, as a report has them."""
+    found = metrics.PictureSet(features=features, plain=plain)
+    precision, recall = (metrics.METRICS[name].of_set for name in ("precision", "recall"))
+    assert precision is not None and recall is not None
+    return precision(found), recall(found)
+
+
 def test_precision_and_recall_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "DISTANCES_AT_ONCE", 700)  # a few rows at once
     random = np.random.default_rng(0)
     one, other = random.normal(size=(90, 4)), 0.7 * random.normal(size=(120, 4)) + 0.5
-    precision, recall = metrics.precision_and_recall(torch.from_numpy(one), torch.from_numpy(other))
+    precision, recall = precision_and_recall(torch.from_numpy(one), torch.from_numpy(other))
     assert precision == pytest.approx(precision_by_numpy(one, other))
     assert recall == pytest.approx(precision_by_numpy(other, one))
-    assert 0 < precision < 1
-    assert 0 < recall < 1
+    assert 0 < (precision or 0) < 1
+    assert 0 < (recall or 0) < 1
 
 
 def test_precision_and_recall_of_one_mode_out_of_two() -> None:
     modes = torch.cat([torch.randn(50, 3), torch.randn(50, 3) + 100])
-    assert metrics.precision_and_recall(modes[:50], modes) == (1.0, 0.5)
-    assert metrics.precision_and_recall(modes, modes) == (1.0, 1.0)
-    assert metrics.precision_and_recall(modes[:2], modes[:2]) == (1.0, 1.0), "fewer than the neighbours that are asked"
+    assert precision_and_recall(modes[:50], modes) == (1.0, 0.5)
+    assert precision_and_recall(modes, modes) == (1.0, 1.0)
+    assert precision_and_recall(modes[:2], modes[:2]) == (1.0, 1.0), "fewer than the neighbours that are asked"
 
 
 def test_lpips_says_why_it_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert metrics.lpips_problem((8, 8, 1)) == "the pictures have fewer than 32 pixels a side"
-    assert metrics.lpips_problem(None) == "nobody knows how large the pictures will be"
+    assert metrics.lpips_problem(None) == "the manifest has no image size"
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     assert metrics.lpips_problem((64, 64, 3)) == "torchvision is not installed"
     models = types.ModuleType("torchvision.models")
@@ -246,11 +254,14 @@ class Evil:
 def test_weights_of_the_wrong_kind_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "w.pth"
     cases: list[tuple[object, str]] = [
-        ({**weights(), "fc.weight": torch.zeros(1000, 2048)}, r"fc.weight is \[1000, 2048\] and not \[1008, 2048\]"),
-        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "does not hold the weights of InceptionV3 .* is missing"),
+        (
+            {**weights(), "fc.weight": torch.zeros(1000, 2048)},
+            r"fc.weight has shape \[1000, 2048\], expected \[1008, 2048\]",
+        ),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "does not contain the InceptionV3 weights .* is missing"),
         ({**weights(), "unknown": torch.zeros(1)}, "does not fit the InceptionV3 of torch-fidelity"),
-        ({**weights(), "run": Evil()}, "holds more than tensors"),
-        ([1, 2], "holds list where a dictionary of tensors was expected"),
+        ({**weights(), "run": Evil()}, "contains objects other than tensors"),
+        ([1, 2], "contains an object of type list; a dictionary of tensors was expected"),
     ]
     for content, message in cases:
         torch.save(content, path)
@@ -277,13 +288,13 @@ def test_a_reference_is_in_the_layout_of_adm(tmp_path: Path) -> None:
     for content, message in (
         (
             {"arr_0": pictures(1, 6, 8, 8, 3)},
-            r"holds uint8 of shape \[6, 8, 8, 3\]; .* uint8 of shape \[images, 8, 8, 1\]",
+            r"is uint8 with shape \[6, 8, 8, 3\]; .* uint8 with shape \[images, 8, 8, 1\]",
         ),
-        ({"arr_0": given.astype(np.float32)}, "holds float32 of shape"),
-        ({"arr_0": given[:1]}, "of at least 2 images"),
+        ({"arr_0": given.astype(np.float32)}, "is float32 with shape"),
+        ({"arr_0": given[:1]}, "and at least 2 images"),
         ({"arr_0": given[0]}, r"shape \[8, 8, 1\]"),
-        ({"mu": np.zeros(3)}, "cannot be read as pictures: .*arr_0"),
-        ({"arr_0": np.array([Evil()])}, "cannot be read as pictures"),
+        ({"mu": np.zeros(3)}, "cannot be read as reference images: .*arr_0"),
+        ({"arr_0": np.array([Evil()])}, "cannot be read as reference images"),
     ):
         np.savez(path, **content)
         with pytest.raises(InputError, match=message):
@@ -291,5 +302,5 @@ def test_a_reference_is_in_the_layout_of_adm(tmp_path: Path) -> None:
     np.save(tmp_path / "r.npy", given)
     path.write_bytes(path.read_bytes()[:50])
     for wrong in (path, tmp_path / "r.npy", tmp_path / "none.npz", tmp_path):
-        with pytest.raises(InputError, match="cannot be read as pictures"):
+        with pytest.raises(InputError, match="cannot be read as reference images"):
             reference_pictures(wrong, (8, 8, 1))

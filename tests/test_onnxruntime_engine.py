@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from fora_trt.bundle import Bundle
-from fora_trt.engines.backends import BACKENDS, installed_version, onnxruntime_too_old
+from fora_trt.doctor import findings
+from fora_trt.engines.backends import BACKENDS
 from fora_trt.engines.base import Engine
 from fora_trt.engines.cuda_graphs import Replay
-from fora_trt.engines.onnxruntime_engine import engines_from_bundle
+from fora_trt.engines.onnxruntime import onnxruntime_too_old
+from fora_trt.engines.onnxruntime.engine import engines_from_bundle
 from fora_trt.errors import BackendError
-from fora_trt.evaluate.doctor import findings
 from fora_trt.models.examples import example_inputs
 from tests.onnxruntime_standin import NO_FALLBACK, OnGpu, Sessions
 from tests.tensorrt_standin import Cuda, Recorder
@@ -98,7 +99,7 @@ def test_the_caller_waits_for_what_a_failed_run_launched(
         raise RuntimeError("CUDA failure 2: out of memory")
 
     monkeypatch.setattr("tests.onnxruntime_standin.Session.run_with_iobinding", failing)
-    with pytest.raises(BackendError, match="onnxruntime failed: CUDA failure 2: out of memory"):
+    with pytest.raises(BackendError, match="onnxruntime could not run a step: CUDA failure 2: out of memory"):
         launch()
     assert rig.since(0)[-1] == (f"Stream {CALLER}", "Stream.wait_stream", OWN)
 
@@ -113,14 +114,14 @@ def test_a_launch_is_never_captured(rig: Rig, exported: Bundle) -> None:
     assert len(rig.recorder.named("run")) == 3
     assert not rig.recorder.named("torch.cuda.graph")
     rig.cuda.capturing = True
-    with pytest.raises(BackendError, match="a CUDA graph is being captured, and onnxruntime cannot become a part"):
+    with pytest.raises(BackendError, match="onnxruntime cannot be captured in a CUDA graph; run the step outside"):
         launch()
     assert len(rig.recorder.named("run")) == 3
 
 
 def test_nodes_that_would_run_on_the_cpu_are_named(rig: Rig, exported: Bundle) -> None:
     rig.sessions.on_cpu = True
-    message = r"onnxruntime 1\.31\.1 would run .*Attention, .*MatMul, .* of .*full\.onnx on the CPU, with a copy"
+    message = r"onnxruntime 1\.31\.1 would run .*Attention, .*MatMul, .* of .*full\.onnx on the CPU and copy tensors"
     with pytest.raises(BackendError, match=message):
         engines_from_bundle(exported, GPU)
 
@@ -146,7 +147,7 @@ def test_an_old_release_is_refused_where_it_is_too_old(
     assert (onnxruntime_too_old("cpu") is None) == (oldest == "cuda")
     remedy = "onnxruntime-gpu>=1.31', or give --device cpu" if oldest == "cuda" else "onnxruntime>=1.23'"
     with pytest.raises(BackendError, match=f"onnxruntime {version} is too old.*; pip install -U '{remedy}"):
-        engines_from_bundle(exported, torch.device(oldest))
+        BACKENDS["onnxruntime"].engines(exported, torch.device(oldest))
 
 
 def install(folder: Path, *distributions: str, version: str = "1.31.1") -> Path:
@@ -170,7 +171,7 @@ def use_path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def found(name: str) -> ModuleSpec | None:
             return PathFinder.find_spec(name, path)
 
-        monkeypatch.setattr("fora_trt.engines.backends.find_spec", found)
+        monkeypatch.setattr("fora_trt.engines.onnxruntime.find_spec", found)
         monkeypatch.setattr(sys, "path", path)
 
     return use
@@ -189,10 +190,9 @@ def test_of_distributions_in_two_folders_the_first_is_used(tmp_path: Path, use_p
     site = install(tmp_path / "site", "onnxruntime", version="1.30.0")
     use_path(wheels, site)
     assert BACKENDS["onnxruntime"].problem() is None
-    assert installed_version("onnxruntime-gpu") == "1.31.1"
-    assert installed_version("onnxruntime") is None, "it is shadowed"
+    assert BACKENDS["onnxruntime"].versions() == {"onnxruntime-gpu": "1.31.1"}, "the other is shadowed"
     use_path(site, wheels)
-    assert (installed_version("onnxruntime"), installed_version("onnxruntime-gpu")) == ("1.30.0", None)
+    assert BACKENDS["onnxruntime"].versions() == {"onnxruntime": "1.30.0"}
 
 
 def test_a_folder_that_an_uninstallation_left_is_no_installation(tmp_path: Path, use_path: Callable[..., None]) -> None:
@@ -210,7 +210,7 @@ def doctor_on_onnxruntime() -> tuple[str, str]:
 
 def test_doctor_names_the_distribution_that_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpu = install(tmp_path / "wheels", "onnxruntime-gpu")
-    monkeypatch.setattr("fora_trt.engines.backends._folder_of_onnxruntime", lambda: gpu)
+    monkeypatch.setattr("fora_trt.engines.onnxruntime._folder_of_onnxruntime", lambda: gpu)
     monkeypatch.setattr(
         "onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
@@ -220,5 +220,5 @@ def test_doctor_names_the_distribution_that_is_imported(monkeypatch: pytest.Monk
     assert not remedy
     monkeypatch.setattr("onnxruntime.__version__", "1.30.0")
     assert "pip install -U 'onnxruntime-gpu>=1.31'" in doctor_on_onnxruntime()[1]
-    monkeypatch.setattr("fora_trt.engines.backends._folder_of_onnxruntime", lambda: tmp_path)
+    monkeypatch.setattr("fora_trt.engines.onnxruntime._folder_of_onnxruntime", lambda: tmp_path)
     assert doctor_on_onnxruntime()[0].startswith("installed under another name on CUDA, CPU")

@@ -7,32 +7,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx.parser
 import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import DiTPipeline
-from onnx_ir.passes.common import ShapeInferencePass
 from torch import Tensor, nn
 
-from fora_trt import InputSpec, ModelSpec, Schedule, TensorSpec, load
-from fora_trt.bundle import Bundle, GraphError
+from fora_trt import Denoiser, InputSpec, ModelSpec, Schedule, TensorSpec, load
+from fora_trt.bundle import Bundle, GraphError, GraphRecord
 from fora_trt.cli import main
+from fora_trt.contract import OPTIMIZATIONS, Optimization, Role
 from fora_trt.evaluate.verify import compare_with_pytorch
-from fora_trt.export.hoist import GraphWriter, Numbering, early_part
+from fora_trt.export.traced import TracedModel
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
-from fora_trt.runtime import table
-from fora_trt.runtime.conditioning import conditioning_of_classes, example_conditioning
-from fora_trt.runtime.denoiser import Denoiser
-from fora_trt.runtime.sampling import Guidance, Sampler
-from fora_trt.runtime.schedulers import scheduler_from_config
-from fora_trt.runtime.updates import update_from_scheduler
+from fora_trt.pipeline import Pipeline
+from fora_trt.sampling.conditioning import conditioning_of_classes, example_conditioning
+from fora_trt.sampling.guidance import Guidance
+from fora_trt.sampling.loop import Sampler
+from fora_trt.sampling.schedulers import scheduler_from_config
+from tests.shared import traced_once
 from tests.test_denoiser import noting
 
-CPU = torch.device("cpu")
-LEVELS = ("conditioning", "fold")
+LEVELS: tuple[Optimization, ...] = ("conditioning", "fold")
 LABELS = [3, 999, 3]
 
 
@@ -41,15 +39,28 @@ def bundles(exported: Bundle, optimized: dict[str, Bundle]) -> dict[str, Bundle]
     return {"none": exported, **optimized}
 
 
-def sampler_of(bundle: Bundle, steps: int, scheduler: str | None = None) -> Sampler:
-    denoiser = load(bundle, cache_interval=1, backend="onnxruntime", device="cpu")
-    chosen = scheduler_from_config(bundle.scheduler_config, scheduler, bundle.manifest.latents.learned_sigma)
-    return Sampler(denoiser, update_from_scheduler(chosen, steps))
+def pipeline_of(
+    bundle: Bundle, steps: int = 50, scheduler: str | None = None, backend: str = "onnxruntime"
+) -> Pipeline:
+    return Pipeline(bundle, steps=steps, scheduler=scheduler, backend=backend, device="cpu")
 
 
-def latents(sampler: Sampler, schedule: Schedule, guidance: Guidance | float = 2.0) -> Tensor:
+def denoiser_of(pipeline: Pipeline) -> Denoiser:
+    assert isinstance(pipeline.denoiser, Denoiser)
+    return pipeline.denoiser
+
+
+def sampler_of(pipeline: Pipeline, schedule: Schedule | str) -> Sampler:
+    return pipeline.sampler(pipeline.sampling(schedule=schedule))
+
+
+def latents_by(sampler: Sampler, guidance: Guidance | float = 2.0) -> Tensor:
     given = conditioning_of_classes(sampler.denoiser.manifest, LABELS)
-    return sampler(schedule, given, range(len(LABELS)), guidance).latents
+    return sampler(given, range(len(LABELS)), guidance).latents
+
+
+def latents(pipeline: Pipeline, schedule: Schedule | str, guidance: Guidance | float = 2.0) -> Tensor:
+    return latents_by(sampler_of(pipeline, schedule), guidance)
 
 
 def graph_of(bundle: Bundle, name: str) -> ir.Graph:
@@ -75,6 +86,27 @@ def test_what_the_timestep_decides_is_computed_before_the_loop(optimized: dict[s
             assert len(graphs[name].outputs) <= 3, "equal shapes with equal readers are stacked"
         passed = {one.name for one in graphs["conditioning"].outputs}
         assert {one.name for one in graphs["full_conditioning"].inputs} < passed
+
+
+def test_the_manifest_says_what_every_tensor_is(bundles: dict[str, Bundle]) -> None:
+    def roles_of(graph: GraphRecord) -> list[list[Role]]:
+        return [[one.role for one in edges] for edges in (graph.inputs, graph.outputs)]
+
+    roles = {
+        level: {name: roles_of(graph) for name, graph in bundle.manifest.graphs.items()}
+        for level, bundle in bundles.items()
+    }
+    given, predicted, features = ["latents", "timestep", "conditioning"], ["prediction"], ["feature"] * 6
+    assert roles["none"] == {"full": [given, predicted + features], "reuse": [given + features, predicted]}
+    assert roles["conditioning"]["conditioning"][0] == roles["fold"]["conditioning"][0] == given[1:]
+    for level in LEVELS:
+        passed = [role for name in ("conditioning", "full_conditioning") for role in roles[level][name][1]]
+        assert {*passed, *roles[level]["full_conditioning"][0]} == {"hoisted"}
+    assert roles["conditioning"]["full"][1] == predicted + features
+    assert {*roles["conditioning"]["reuse"][0]} == {"latents", "feature", "hoisted"}
+    assert {*roles["fold"]["full"][0]} == {"latents", "hoisted"}
+    assert roles["fold"]["full"][1] == ["prediction", "sum"]
+    assert roles["fold"]["reuse"] == [["latents", "sum", "hoisted"], predicted]
 
 
 def test_no_weight_is_in_two_graphs(optimized: dict[str, Bundle], exported: Bundle) -> None:
@@ -104,23 +136,23 @@ def test_the_sum_of_the_features_is_all_that_a_folded_reuse_step_reads(optimized
 
 @pytest.mark.parametrize("interval", [2, 3, 5])
 def test_all_levels_give_the_same_latents(interval: int, bundles: dict[str, Bundle]) -> None:
-    plain = latents(sampler_of(bundles["none"], 50), Schedule.static(50, interval))
+    plain = latents(pipeline_of(bundles["none"]), f"fora:{interval}")
     for level in LEVELS:
-        got = latents(sampler_of(bundles[level], 50), Schedule.static(50, interval))
+        got = latents(pipeline_of(bundles[level]), f"fora:{interval}")
         assert GraphError.between(got, plain).relative < 1e-5
-    assert GraphError.between(latents(sampler_of(bundles["none"], 50), Schedule.static(50, 1)), plain).relative > 1e-3
+    assert GraphError.between(latents(pipeline_of(bundles["none"]), "none"), plain).relative > 1e-3
 
 
 @pytest.mark.slow
 def test_digits_are_the_same_at_every_level(tmp_path: Path) -> None:
     model = model_from_source("digits")
-    made = {level: bundle_from_model(model, tmp_path / level, optimization=level) for level in ("none", *LEVELS)}
+    made = {level: bundle_from_model(model, tmp_path / level, optimization=level) for level in OPTIMIZATIONS}
     assert [bundle.manifest.optimization for bundle in made.values()] == ["none", *LEVELS]
-    samplers = {level: sampler_of(bundle, 50) for level, bundle in made.items()}
+    pipelines = {level: pipeline_of(bundle) for level, bundle in made.items()}
     given = example_conditioning(made["none"].manifest, 4)
     for interval in (2, 3, 5):
-        schedule = Schedule.static(50, interval)
-        ended = {level: sampler(schedule, given, range(4), 1.5).latents for level, sampler in samplers.items()}
+        samplers = {level: sampler_of(pipeline, f"fora:{interval}") for level, pipeline in pipelines.items()}
+        ended = {level: sampler(given, range(4), 1.5).latents for level, sampler in samplers.items()}
         for level in LEVELS:
             error = (ended[level] - ended["none"]).abs().max().item()
             print(f"{level} at interval {interval}: {error:.1e}")
@@ -129,106 +161,73 @@ def test_digits_are_the_same_at_every_level(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "heun", "pndm"])
 def test_schedulers_with_other_timesteps_and_more_calls(scheduler: str, bundles: dict[str, Bundle]) -> None:
-    samplers = {level: sampler_of(bundle, 12, scheduler) for level, bundle in bundles.items()}
-    schedule = Schedule.static(samplers["none"].update.calls, 3)
-    plain = latents(samplers["none"], schedule)
+    pipelines = {level: pipeline_of(bundle, 12, scheduler) for level, bundle in bundles.items()}
+    schedule = Schedule.fora(pipelines["none"].sampling(schedule="none").nfe, 3)
+    plain = latents(pipelines["none"], schedule)
     for level in LEVELS:
-        assert GraphError.between(latents(samplers[level], schedule), plain).relative < 1e-5
+        assert GraphError.between(latents(pipelines[level], schedule), plain).relative < 1e-5
 
 
 @pytest.mark.parametrize("guidance", [1.0, Guidance(2.0, 0, 6), Guidance(2.0, 4, 9), Guidance(2.0, 2, None)])
 def test_guidance_on_some_steps_changes_the_batch_within_windows(
     guidance: Guidance | float, bundles: dict[str, Bundle]
 ) -> None:
-    schedule = Schedule.static(12, 4)
-    plain = latents(sampler_of(bundles["none"], 12), schedule, guidance)
+    plain = latents(pipeline_of(bundles["none"], 12), "fora:4", guidance)
     for level in LEVELS:
-        sampler = sampler_of(bundles[level], 12)
-        latents(sampler, Schedule.static(12, 6), 2.0)  # leaves other tensors behind
-        assert GraphError.between(latents(sampler, schedule, guidance), plain).relative < 1e-5
+        pipeline = pipeline_of(bundles[level], 12)
+        sampler = sampler_of(pipeline, "fora:4")
+        for other in (sampler_of(pipeline, "fora:6"), sampler):
+            latents_by(other, 2.0)  # leaves other tensors behind
+        assert GraphError.between(latents_by(sampler, guidance), plain).relative < 1e-5
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_verify_compares_every_graph(level: str, optimized: dict[str, Bundle]) -> None:
     for backend in ("onnxruntime", "torch"):
-        for comparison in compare_with_pytorch(optimized[level], backend, CPU, 10, (1, 3)):
+        pipeline = pipeline_of(optimized[level], 10, backend=backend)
+        for comparison in compare_with_pytorch(pipeline, ["none", "fora:3"]):
             assert comparison.error.relative < 1e-5, comparison
 
 
-def test_what_is_equal_is_computed_once_for_all_steps(
-    optimized: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sampler = sampler_of(optimized["fold"], 20)
-    assert isinstance(sampler.denoiser, Denoiser)
-    computed = sampler.denoiser.table
-    assert computed is not None
-    whole = latents(sampler, Schedule.static(20, 4))
-    assert computed.distinct == 3, "two classes and the null class, of six samples"
-    assert [engine for engine, _ in computed.launches] == [computed.engine, computed.full_engine]
-    rows = {name: len(one) for name, one in computed.rows.items()}
-    assert {rows.pop(name) for name in computed.of_full_steps} == {6 * 3}
-    assert set(rows.values()) == {20 * 3}
-
-    monkeypatch.setattr(table, "MOST_BYTES", 1)
-    sampler = sampler_of(optimized["fold"], 20)
-    assert isinstance(sampler.denoiser, Denoiser)
-    assert torch.equal(latents(sampler, Schedule.static(20, 4)), whole), "a window at a time"
-    computed = sampler.denoiser.table
-    assert computed is not None
-    assert len(computed.launches) == 2 * (20 // 4 + 1)
-    computed.engine.most_rows = 2
-    assert computed.full_engine is not None
-    computed.full_engine.most_rows = 2
-    assert torch.equal(latents(sampler, Schedule.static(20, 4)), whole), "two rows at a time"
-
-
-def test_launches_of_a_trajectory_can_be_run_again(
-    optimized: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A benchmark times engines by running them again; a launch knows addresses, not tensors."""
-    monkeypatch.setattr(table, "MOST_BYTES", 1)
-    sampler = sampler_of(optimized["fold"], 20)
-    denoiser = sampler.denoiser
-    assert isinstance(denoiser, Denoiser) and denoiser.table is not None
-    for interval in (2, 4):  # the longer window needs more rows
-        latents(sampler, Schedule.static(20, interval))
-    wanted = {name: rows.clone() for name, rows in denoiser.table.rows.items()}
-    shapes = {name: tensor.sized(12) for name, tensor in denoiser.table.engine.inputs.items()}
-    reused = [torch.full(shape, 2**40) for shape in shapes.values() for _ in range(1000)]  # takes freed memory
-    for rows in denoiser.table.rows.values():
-        rows.zero_()
-    for _, launch in denoiser.table.launches:
-        launch()
-    for launch in denoiser.engine_launches().values():
-        launch()
-    assert all(torch.equal(rows, wanted[name]) for name, rows in denoiser.table.rows.items())
-    assert reused[0][0] == 2**40, "launches wrote to tensors of others"
-
-
 def test_tensors_stay_where_they_are_from_trajectory_to_trajectory(optimized: dict[str, Bundle]) -> None:
-    sampler = sampler_of(optimized["fold"], 12)
-    denoiser = sampler.denoiser
-    assert isinstance(denoiser, Denoiser)
-    first = latents(sampler, Schedule.static(12, 4))
-    memory, addresses = denoiser.prepare(6), {name: one.data_ptr() for name, one in denoiser.buffers.items()}
-    assert torch.equal(latents(sampler, Schedule.static(12, 4)), first)
-    assert denoiser.prepare(6) is memory, "what was captured stays valid"
-    assert {name: one.data_ptr() for name, one in denoiser.buffers.items()} == addresses
-    for interval in (1, 3):
-        latents(sampler, Schedule.static(12, interval))
-        assert denoiser.prepare(6) is not memory, "another window is bound in other shapes"
-    assert torch.equal(latents(sampler, Schedule.static(12, 4)), first), (
-        "a longer one again, in the memory that is there"
-    )
+    pipeline = pipeline_of(optimized["fold"], 12)
+    given = conditioning_of_classes(pipeline.manifest, LABELS)
+
+    def generation(schedule: str) -> object:
+        return sampler_of(pipeline, schedule).begin(given, range(len(LABELS)), Guidance(2.0)).run.generation
+
+    def addresses() -> dict[str, int]:
+        window = denoiser_of(pipeline).window
+        assert window is not None
+        return {name: one.data_ptr() for name, one in window.buffers.tensors.items()}
+
+    first = latents(pipeline, "fora:4")
+    captured, before = generation("fora:4"), addresses()
+    assert torch.equal(latents(pipeline, "fora:4"), first)
+    assert generation("fora:4") == captured, "what was captured stays valid"
+    assert addresses() == before
+    for schedule in ("none", "fora:3"):
+        latents(pipeline, schedule)
+        assert generation(schedule) != captured, "another window is bound in other shapes"
+        assert not {*addresses().values()} & {*before.values()}, "and has memory of its own"
+    assert torch.equal(latents(pipeline, "fora:4"), first), "a longer one again, in the memory that is there"
+    assert addresses() == before
+
+    each = {schedule: generation(schedule) for schedule in ("none", "fora:3", "fora:4")}
+    assert len({*each.values()}) == 3
+    for schedule, known in each.items():
+        latents(pipeline, schedule)
+        assert generation(schedule) == known, "of a length that was there before, what was captured stays valid"
 
 
 def test_memory_for_features_is_the_length_of_the_window(bundles: dict[str, Bundle]) -> None:
     def kept(level: str) -> dict[str, tuple[int, ...]]:
-        sampler = sampler_of(bundles[level], 9)
-        latents(sampler, Schedule.static(9, 3))
-        assert isinstance(sampler.denoiser, Denoiser)
-        outputs = sampler.denoiser.full.outputs
-        return {name: tuple(sampler.denoiser.buffers[name].shape) for name in outputs if name != "noise_prediction"}
+        pipeline = pipeline_of(bundles[level], 9)
+        latents(pipeline, "fora:3")
+        window = denoiser_of(pipeline).window
+        assert window is not None
+        outputs = [name for name in window.full.outputs if name != "noise_prediction"]
+        return {name: tuple(window.buffers.tensors[name].shape) for name in outputs}
 
     assert len(kept("none")) == 6
     assert kept("fold") == {"window.folded.0": (2, 6, 16, 16)}
@@ -237,23 +236,23 @@ def test_memory_for_features_is_the_length_of_the_window(bundles: dict[str, Bund
 def test_longer_windows_than_engines_admit_become_full_steps(
     optimized: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampler = sampler_of(optimized["fold"], 12)
-    assert isinstance(sampler.denoiser, Denoiser)
-    flags = tuple(k % 4 in (0, 3) for k in range(12))
-    wanted = latents(sampler, Schedule(flags))
-    sampler.denoiser.full.longest_window = 2
-    with pytest.warns(UserWarning, match="windows of more than 2 reuse steps .* 6 of 12 steps are full instead of 3"):
-        got = latents(sampler, Schedule(tuple(k % 4 == 0 for k in range(12))))
+    pipeline = pipeline_of(optimized["fold"], 12)
+    wanted = latents(pipeline, Schedule.from_flags(k % 4 in (0, 3) for k in range(12)))
+    denoiser_of(pipeline).engines["full"].longest_window = 2
+    message = "the plans support at most 2 reuse steps per window: 6 of 12 steps run in full instead of 3"
+    with pytest.warns(UserWarning, match=message):
+        got = latents(pipeline, Schedule.from_flags(k % 4 == 0 for k in range(12)))
     assert torch.equal(got, wanted)
 
-    schedule = Schedule(tuple(k % 4 == 0 for k in range(8)))
+    schedule = Schedule.from_flags(k % 4 == 0 for k in range(8))
     denoiser = load(optimized["fold"], schedule=schedule, backend="onnxruntime", device="cpu")
-    denoiser.full.longest_window = 2
+    denoiser.engines["full"].longest_window = 2
     ran: list[str] = []
-    for name, engine in (("full", denoiser.full), ("reuse", denoiser.reuse)):
+    for name in ("full", "reuse"):
+        engine = denoiser.engines[name]
         monkeypatch.setattr(engine, "bind", noting(ran, name, engine.bind))
     denoiser.reset(timesteps=torch.linspace(900, 100, 8))
-    with pytest.warns(UserWarning, match="4 of 8 steps are full instead of 2"):
+    with pytest.warns(UserWarning, match="4 of 8 steps run in full instead of 2"):
         for t in torch.linspace(900, 100, 8):
             denoiser(torch.randn(1, 4, 8, 8), t, class_labels=torch.tensor([1]))
     assert ran == ["full", "reuse", "reuse", "full"] * 2
@@ -272,7 +271,7 @@ def stepped(
 
 @pytest.mark.filterwarnings("error")
 def test_called_step_by_step_with_timesteps_that_were_said(bundles: dict[str, Bundle]) -> None:
-    schedule = Schedule.static(7, 3)
+    schedule = Schedule.fora(7, 3)
     plain = stepped(bundles["none"], schedule, lambda k: LABELS, None)
     for level, timesteps in (("conditioning", None), ("fold", torch.linspace(900, 100, 7))):
         got = stepped(bundles[level], schedule, lambda k: LABELS, timesteps)
@@ -280,15 +279,17 @@ def test_called_step_by_step_with_timesteps_that_were_said(bundles: dict[str, Bu
 
 
 def test_steps_that_were_not_foreseen_are_full_and_say_so(bundles: dict[str, Bundle]) -> None:
-    schedule, uncached = Schedule.static(7, 3), Schedule.static(7, 1)
-    with pytest.warns(UserWarning, match="a full step is taken in place of a reuse step"):
+    schedule, uncached = Schedule.fora(7, 3), Schedule.fora(7, 1)
+    with pytest.warns(
+        UserWarning, match="running a full step instead of a reuse step: this timestep was not announced"
+    ):
         got = stepped(bundles["fold"], schedule, lambda k: LABELS, None)
     torch.testing.assert_close(got, stepped(bundles["none"], uncached, lambda k: LABELS, None), rtol=1e-5, atol=1e-5)
 
     def changing(k: int) -> list[int]:
         return LABELS if k < 2 else [1, 2, 4]  # within a window
 
-    flags = Schedule(tuple(full or k == 2 for k, full in enumerate(schedule.full)))
+    flags = Schedule.from_flags(full or k == 2 for k, full in enumerate(schedule.full))
     with pytest.warns(UserWarning, match="keep the conditioning"):
         got = stepped(bundles["fold"], schedule, changing, torch.linspace(900, 100, 7))
     torch.testing.assert_close(got, stepped(bundles["none"], flags, changing, None), rtol=1e-5, atol=1e-5)
@@ -304,7 +305,7 @@ def test_samples_may_have_timesteps_of_their_own(bundles: dict[str, Bundle]) -> 
         torch.testing.assert_close(got, results[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("error:a full step")
+@pytest.mark.filterwarnings("error:running a full step")
 def test_a_pipeline_says_its_timesteps(bundles: dict[str, Bundle], pipeline_folder: Path) -> None:
     pictures = []
     for bundle in bundles.values():
@@ -320,7 +321,7 @@ def test_a_pipeline_says_its_timesteps(bundles: dict[str, Bundle], pipeline_fold
         torch.testing.assert_close(picture, pictures[0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("error:a full step")
+@pytest.mark.filterwarnings("error:running a full step")
 @pytest.mark.parametrize("name", ["ddim", "heun"])
 def test_with_the_scheduler_at_hand_a_copy_of_a_timestep_is_enough(name: str, optimized: dict[str, Bundle]) -> None:
     """What some pipelines pass on a GPU; Heun has timesteps that come twice."""
@@ -340,6 +341,7 @@ def test_with_the_scheduler_at_hand_a_copy_of_a_timestep_is_enough(name: str, op
     torch.testing.assert_close(results[:half], results[half:])
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_the_command_says_how_far_it_went(pipeline_folder: Path, tmp_path: Path) -> None:
     command = ["export", str(pipeline_folder), "--out", str(tmp_path), "--name", "tiny", "--force"]
     read, kept = {}, {}
@@ -352,14 +354,14 @@ def test_the_command_says_how_far_it_went(pipeline_folder: Path, tmp_path: Path)
     assert kept["fold"]["kept_bytes_per_sample"] == 2 * 16 * 16 * 4
     assert kept["none"]["kept_bytes_per_sample"] == 6 * 16 * 16 * 4
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "tiny")]).stdout
-    assert "optimized: fold" in shown
+    assert "optimization: fold" in shown
     wrong = CliRunner().invoke(main, [*command, "--optimize", "all"])
     assert wrong.exit_code == 2
     assert "'none', 'conditioning', 'fold'" in wrong.stderr
 
 
 class Mixed(nn.Module):
-    """Two layers on tokens; `how` the timestep acts on what they put out, and whether the first is read again."""
+    """Two layers on tokens; `how` the timestep acts on their output, and whether the first is read again."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -410,67 +412,32 @@ def test_a_network_never_seen_goes_as_far_as_it_can(
     model = model_from_source(f"net_{how}:make")
     bundle = bundle_from_model(model, tmp_path / "own", report=told.append)
     assert bundle.manifest.optimization == reached
-    assert (f"Mixed admits no more than --optimize {reached}" in told) == (reached != "fold")
+    assert (f"Mixed supports --optimize {reached} at most" in told) == (reached != "fold")
     if folded is not None:
         assert [one.shape for one in bundle.manifest.graphs["full"].outputs[1:]] == folded
-    for comparison in compare_with_pytorch(bundle, "onnxruntime", CPU):
+    for comparison in compare_with_pytorch(pipeline_of(bundle), ["fora:2", "fora:3", "fora:5"]):
         assert comparison.error.relative < 1e-5, comparison
 
 
 def test_graphs_that_compute_something_else_are_not_kept(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    errors = iter([1e-3, math.inf, 1e-7])
+    """Lower levels are made from the same trace."""
+    errors, traces = iter([1e-3, math.inf, 1e-7]), list[TracedModel]()
+
+    def trace(*given: Any) -> TracedModel:
+        traces.append(traced_once(*given))
+        return traces[-1]
 
     def measured(*_: object) -> dict[str, GraphError]:
         return {"full": GraphError(1.0, next(errors)), "reuse": GraphError(0.0, 0.0)}
 
+    monkeypatch.setattr("fora_trt.export.write.traced_from_model", trace)
     monkeypatch.setattr("fora_trt.export.write.measure_errors", measured)
     told: list[str] = []
     bundle = bundle_from_model(model_from_source(str(pipeline_folder)), tmp_path / "b", report=told.append)
+    assert len(traces) == 1
     assert bundle.manifest.optimization == "none"
     assert sorted(path.name for path in bundle.folder.glob("*.onnx")) == ["full.onnx", "reuse.onnx"]
     assert "the optimized graphs differ from PyTorch by 1.0e-03; trying conditioning instead" in told
     Bundle.open(bundle.folder)
-
-
-# What is early, on a graph written by hand: `late` arrives late.
-
-
-SMALL = """
-<ir_version: 10, opset_import: ["" : 20]>
-small (float[batch, 4] late, float[batch, 4] early) => (float[batch, 4] result)
-<int64[1] one = {1}, int64[3] fifty = {1, 50, 1}, float[1] two = {2.0}>
-{
-    doubled = Mul(early, two)
-    again = Mul(early, two)
-    standing = Unsqueeze(doubled, one)
-    wide = Expand(standing, fifty)
-    sum = Add(late, wide)
-    mean = ReduceMean <keepdims: int = 0> (sum, one)
-    added = Add(mean, again)
-    sizes = Shape(early)
-    result = Reshape(added, sizes)
-}
-"""
-
-
-def small_graph() -> ir.Graph:
-    model: ir.Model = ir.from_proto(onnx.parser.parse_model(SMALL))
-    ShapeInferencePass()(model)
-    return model.graph
-
-
-def test_what_is_small_and_has_a_row_for_every_sample_is_early() -> None:
-    graph = small_graph()
-    part = early_part(graph, {"late"})
-    assert [node.op_type for node in part.nodes] == ["Mul", "Mul", "Unsqueeze"], "neither Expand nor Shape"
-    assert sorted(len(value.shape or ()) for value in part.boundary) == [2, 3]
-
-
-def test_equal_values_of_several_graphs_are_computed_once() -> None:
-    numbering = Numbering()
-    writer = GraphWriter(numbering)
-    for graph in (small_graph(), small_graph()):
-        writer.add(early_part(graph, {"late"}).nodes)
-    assert [node.op_type for node in writer.nodes] == ["Mul", "Unsqueeze"]

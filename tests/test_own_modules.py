@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from fora_trt import InputSpec, ModelSpec, Schedule, TensorSpec, load
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
-from fora_trt.errors import ExportError
+from fora_trt.contract import TextSpec
+from fora_trt.errors import ExportError, ModelError
 from fora_trt.evaluate.verify import compare_with_pytorch
 from fora_trt.export.split import check_sites
+from fora_trt.models.custom import completed
 from fora_trt.models.options import SourceOptions
-
-CPU = torch.device("cpu")
+from fora_trt.pipeline import Pipeline
 
 CODE = '''
 import torch
@@ -196,11 +197,12 @@ def test_a_factory_and_two_patterns_give_eager_fora(package: str, tmp_path: Path
     assert sites["blocks.0.attn"] == ["feature.blocks.0.attn.0"], "the weights, which nobody reads, are no feature"
     assert sites["blocks.1.mlp"] == ["feature.blocks.1.mlp"]
     for backend in ("onnxruntime", "torch"):
-        for comparison in compare_with_pytorch(bundle, backend, torch.device("cpu"), 10, (1, 3)):
+        pipeline = Pipeline(bundle, steps=10, backend=backend, device="cpu")
+        for comparison in compare_with_pytorch(pipeline, ["none", "fora:3"]):
             assert comparison.error.relative < 1e-4, comparison
 
     module, spec = sys.modules[package].make()
-    schedule = Schedule.static(9, 3)
+    schedule = Schedule.fora(9, 3)
     latents, labels = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 4])
     denoiser = load(bundle, schedule=schedule, backend="onnxruntime", device="cpu")
     with torch.no_grad():
@@ -222,7 +224,7 @@ def test_a_recipe_says_the_inputs_of_a_module_without_a_spec(package: str, tmp_p
     assert "there is no class 5" in fora("run", tmp_path / "own", "--class-labels", "5").stderr
     assert "--guidance-scale 1" in fora("run", tmp_path / "own", "--class-labels", "1", "--guidance-scale", 2).stderr
     pictures = fora("run", tmp_path / "own", "--class-labels", "1", "-o", "a.png").stderr
-    assert "has no VAE to decode them; name one with --vae FOLDER, or give --latents-out FILE.npy" in pictures
+    assert "has none; name one with --vae FOLDER; or write the latents with --latents-out FILE.npy" in pictures
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -236,7 +238,9 @@ def test_tables_in_fp32_and_pytorchs_own_attention_fit_any_precision(
     assert made.exit_code == 0, made.output
     bundle = Bundle.open(tmp_path / "own")
     admitted = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 5e-2}[precision]
-    for comparison in compare_with_pytorch(bundle, "torch" if precision == "bf16" else "onnxruntime", CPU, 10, (1, 3)):
+    backend = "torch" if precision == "bf16" else "onnxruntime"
+    pipeline = Pipeline(bundle, steps=10, backend=backend, device="cpu")
+    for comparison in compare_with_pytorch(pipeline, ["none", "fora:3"]):
         assert comparison.error.relative < admitted, comparison
     if precision != "fp32":
         assert bundle.manifest.trajectory_error is not None
@@ -255,7 +259,8 @@ def test_a_module_with_compiled_functions_needs_no_compiler_and_may_print(
     assert json.loads(made.stdout)["bundle"] == str(tmp_path / "own"), "nothing else is on this output"
     assert "a word of its own" in made.stderr
     bundle = Bundle.open(tmp_path / "own")
-    for comparison in compare_with_pytorch(bundle, "onnxruntime", CPU, 10, (1, 3)):
+    pipeline = Pipeline(bundle, steps=10, backend="onnxruntime", device="cpu")
+    for comparison in compare_with_pytorch(pipeline, ["none", "fora:3"]):
         assert comparison.error.relative < 1e-4, comparison
 
 
@@ -264,28 +269,32 @@ def test_sites_nobody_reads_are_passed_over_with_a_word(package: str, tmp_path: 
         "export", f"{package}:make", "--cache", "*.attn,blocks.*.attn,spare.mlp", "--name", "own", "--out", tmp_path
     )
     assert made.exit_code == 0, made.output
-    assert "passing over 2 cache sites whose output no reuse step reads, spare.attn first" in made.stderr
+    assert "ignoring 2 cache sites whose output no reuse step reads, such as spare.attn" in made.stderr
 
 
 @pytest.mark.parametrize(
     ("source", "cache", "message"),
     [
-        ("nowhere.at:all", "a", "cannot be imported: there is no module 'nowhere' in this folder or installed"),
+        (
+            "nowhere.at:all",
+            "a",
+            "cannot be imported: there is no module 'nowhere' in the current folder or among the installed packages",
+        ),
         ("{}:none", "a", "has no attribute 'none'"),
-        ("{}:number", "a", "is an object of type int, which cannot be called"),
+        ("{}:number", "a", "is an object of type int, which is not callable"),
         ("{}:text", "a", "returned an object of type str; a factory returns a torch.nn.Module"),
         ("{}:broken", "a", "failed: RuntimeError: no such file: weights.bin"),
         ("{}:leaving", "a", "failed: SystemExit: 3"),
-        ("{}:net", "a", "nothing says which inputs"),
+        ("{}:net", "a", "are unknown; a factory returns"),
         (
             "{}:make",
             "layers.*",
             "the cache pattern 'layers.*' matches no module of Net; give a pattern such as blocks.*.attn",
         ),
-        ("{}:make", "", "nothing to cache was named for Net"),
-        ("{}:make", "blocks.*,blocks.*.attn", "the cache site blocks.0.attn lies in the cache site blocks.0"),
-        ("{}:make", "blocks.*", "nothing in the reuse graph depends on the latents with blocks.0, blocks.1 cached"),
-        ("{}:make", "spare.attn", "the model reads the output of none of the cache sites, spare.attn first"),
+        ("{}:make", "", "no cache sites are given for Net"),
+        ("{}:make", "blocks.*,blocks.*.attn", "the cache site blocks.0.attn is inside the cache site blocks.0"),
+        ("{}:make", "blocks.*", "the reuse graph does not depend on the latents if blocks.0, blocks.1 are cached"),
+        ("{}:make", "spare.attn", "does not read the output of any cache site (such as spare.attn)"),
     ],
 )
 def test_what_cannot_be_exported_is_named(source: str, cache: str, message: str, package: str, tmp_path: Path) -> None:
@@ -303,9 +312,9 @@ def test_inputs_that_the_module_does_not_take_are_named(package: str, tmp_path: 
         return fora("export", "own.toml", "--out", tmp_path).stderr
 
     wrong = refused("shape = [6, 16]", "shape = [6, 15]")
-    assert "cannot be called with the inputs that were said, latents [2, 6, 15] float32, timestep [2] float32" in wrong
-    assert "lack 'latents' or 'timestep'" in refused("timestep = {}", "time = {}")
-    assert "takes whole numbers, and nothing says how many" in refused(", below = 5", "")
+    assert "cannot be called with the inputs latents [2, 6, 15] float32, timestep [2] float32" in wrong
+    assert "'latents' and 'timestep' are needed" in refused("timestep = {}", "time = {}")
+    assert "has no upper bound; give `below` in the recipe" in refused(", below = 5", "")
     assert "is not float32 or int64" in refused('"int64"', '"int8"')
     assert "cannot be called" in refused("timestep = {}", "timestep = {}\nmore = {}")
 
@@ -350,11 +359,19 @@ class Wayward(nn.Module):
     ("way", "message"),
     [
         ("twice", "site is called more than once in one step"),
-        ("counts", "site puts out something else at every call: it keeps state or draws random numbers"),
-        ("draws", "site puts out something else at every call"),
-        ("selects", r"the output of the cache site site has shape \[2, \d+\], and for .* only the first size"),
-        ("in_place", "site does more than its output shows"),
-        ("whole", r"the output of the cache site site has shape \[1, 9\] for a batch of 2; its first size must"),
+        (
+            "counts",
+            "output of the cache site site differs between calls with the same inputs "
+            r"\(the module keeps state or draws random numbers\)",
+        ),
+        ("draws", "output of the cache site site differs between calls with the same inputs"),
+        ("selects", r"the output of the cache site site has shape \[2, \d+\], but .* for .*; only the first dimension"),
+        ("in_place", "site has side effects"),
+        (
+            "whole",
+            r"the output of the cache site site has shape \[1, 9\] for a batch of 2; "
+            "the first dimension of a cached output must be the batch",
+        ),
     ],
 )
 def test_a_site_that_cannot_be_cached_is_found_and_named(way: str, message: str) -> None:
@@ -362,6 +379,27 @@ def test_a_site_that_cannot_be_cached_is_found_and_named(way: str, message: str)
     spec = ModelSpec(inputs=inputs, conditioning={"latents": InputSpec()})
     with pytest.raises(ExportError, match=message):
         check_sites(Wayward(way), spec, ["site"])
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "usual"), [(None, False, 1.5), (None, True, 4.5), (7, True, 7.0), (0, False, 0)]
+)
+def test_the_usual_guidance_scale_is_the_specs_or_that_of_classes_or_text(
+    given: float | None, text: bool, usual: float
+) -> None:
+    inputs = (TensorSpec("latents", "float32", ("batch", 9)), TensorSpec("timestep", "float32", ("batch",)))
+    told = TextSpec(8, "PixArtSigmaPipeline", None) if text else None
+    spec = ModelSpec(inputs, call=lambda module, given: given["latents"] * 2, text=told, guidance_scale=given)
+    assert completed(nn.Identity(), spec, "here:make").guidance_scale == usual
+
+
+@pytest.mark.parametrize("scale", [float("nan"), -1.0, "much"])
+def test_a_guidance_scale_that_is_none_is_named(scale: Any) -> None:
+    inputs = (TensorSpec("latents", "float32", ("batch", 9)), TensorSpec("timestep", "float32", ("batch",)))
+    with pytest.raises(
+        ModelError, match=r"the guidance_scale of 'here:make' is .*; a finite number of at least 0 is needed"
+    ):
+        completed(nn.Identity(), ModelSpec(inputs, guidance_scale=scale), "here:make")
 
 
 def test_options_of_a_source_survive_a_manifest() -> None:

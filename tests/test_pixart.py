@@ -2,6 +2,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from fora_trt.evaluate.verify import compare_with_pytorch
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.sources import model_from_source
-from fora_trt.runtime.conditioning import conditioning_from_file
-from fora_trt.runtime.prompts import conditioning_of_prompts
+from fora_trt.pipeline import Pipeline
+from fora_trt.sampling.conditioning import conditioning_from_file
+from fora_trt.sampling.prompts import conditioning_of_prompts
 from tests.checkpoints import pixart_pipeline
+from tests.shared import bundle_once, made_once
 
 TOKENS = 12
 CLASSES = {"alpha": PixArtAlphaPipeline, "sigma": PixArtSigmaPipeline}
@@ -32,20 +35,16 @@ KINDS = pytest.mark.parametrize("kind", ["alpha", "sigma"])
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = tmp_path_factory.mktemp("checkpoints")
-    return {kind: pixart_pipeline(made / f"pixart-{kind}", kind) for kind in CLASSES}
+def folders(run_folder: Path) -> dict[str, Path]:
+    made = run_folder / "checkpoints"
+    return {kind: made_once(made / f"pixart-{kind}", partial(pixart_pipeline, kind=kind)) for kind in CLASSES}
 
 
 @pytest.fixture(scope="module")
-def bundles(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    made = tmp_path_factory.mktemp("export")
-    return {
-        kind: bundle_from_model(
-            model_from_source(SourceOptions(source=str(folder), text_length=TOKENS)), made / f"pixart-{kind}"
-        )
-        for kind, folder in folders.items()
-    }
+def bundles(folders: dict[str, Path], run_folder: Path) -> dict[str, Bundle]:
+    made = run_folder / "export"
+    options = {kind: SourceOptions(source=str(folder), text_length=TOKENS) for kind, folder in folders.items()}
+    return {kind: bundle_once(made / f"pixart-{kind}", partial(model_from_source, options[kind])) for kind in CLASSES}
 
 
 def fora(*arguments: Any) -> Result:
@@ -82,7 +81,8 @@ def test_projections_of_the_text_are_joined_for_each_block(kind: str, bundles: d
 @KINDS
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_graphs_and_trajectories_equal_pytorch(kind: str, backend: str, bundles: dict[str, Bundle]) -> None:
-    for comparison in compare_with_pytorch(bundles[kind], backend, torch.device("cpu")):
+    pipeline = Pipeline(bundles[kind], steps=50, backend=backend, device="cpu")
+    for comparison in compare_with_pytorch(pipeline, ["fora:2", "fora:3", "fora:5"]):
         assert comparison.error.relative < 1e-4, comparison
 
 
@@ -114,9 +114,15 @@ def test_a_pipeline_makes_the_same_pictures_with_any_number_of_steps(
     assert denoiser.schedule.full == (True, False, True, False, False, True, False, False, True), "FORA's rule, at 9"
     images(4)
     assert denoiser.schedule.steps == 4
-    with pytest.raises(InputError, match=r"latents of \[4, \d+, \d+\], and pixart-.* was exported for"):
+    with pytest.raises(
+        InputError,
+        match=r"latents have shape \[4, 4, \d+, \d+\]; pixart-.* takes \[4, 4, \d+, \d+\]; call the pipeline with",
+    ):
         images(2, height=64, width=64)
-    with pytest.raises(InputError, match=r"'encoder_hidden_states' as \[2, 7, 12\].*max_sequence_length"):
+    with pytest.raises(
+        InputError,
+        match=r"'encoder_hidden_states' has shape \[2, 7, 12\]; pixart-.* takes \[2, 12, 12\]; .*max_sequence_length",
+    ):
         pipe("a dog", num_inference_steps=2, use_resolution_binning=False, clean_caption=False, max_sequence_length=7)
 
 
@@ -161,7 +167,7 @@ def test_quality_takes_prompts_in_turn(bundles: dict[str, Bundle], tmp_path: Pat
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert (found["guidance_scale"], found["features"]) == (4.5, None)
-    with np.load(out / "quality" / "dpmsolvermultistep-4-steps-interval-2.npz") as content:
+    with np.load(out / "quality" / "dpmsolvermultistep-4-steps-fora-2.npz") as content:
         assert content.files == ["arr_0"], "no classes"
         pictures = content["arr_0"]
     fora("run", bundles["sigma"].folder, *said, "--cache-interval", 2, "-o", tmp_path / "images")
@@ -173,19 +179,19 @@ def test_quality_takes_prompts_in_turn(bundles: dict[str, Bundle], tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing says what pixart-sigma is to make; give --prompt, or --prompt-embeds FILE"),
-        (["--prompt", "a " * 40], "has 81 tokens, and pixart-sigma was exported for 12; shorten it, or export again"),
-        (["--prompt", "a", "--class-labels", "1"], "--class-labels and --prompt say the same thing in two ways"),
+        ([], "pixart-sigma needs conditioning inputs; give --prompt, or --prompt-embeds FILE"),
+        (["--prompt", "a " * 40], "has 81 tokens; pixart-sigma was exported for at most 12; shorten the prompt, or"),
+        (["--prompt", "a", "--class-labels", "1"], "--class-labels and --prompt exclude each other; give one of them"),
         (["--class-labels", "1"], "pixart-sigma has no classes; it takes encoder_hidden_states"),
         (
             ["--prompt", "a", "--height", "32"],
-            "exported for images of 16 x 16 (height x width); for 32x16 export it again",
+            "exported for images of 16x16 (height x width), not 32x16; export it again",
         ),
         (["--prompt-embeds", "none.npz"], "none.npz cannot be read"),
         (["--prompt-embeds", "none.txt"], "none.txt is neither a .npz nor a .safetensors file"),
-        (["--prompt", "a", "--guidance-interval", "3"], "'3' is not two whole numbers such as 5:30"),
-        (["--prompt", "a", "--guidance-interval", "4:9"], "no step is guided: the interval is 4:9"),
-        (["--prompt-embeds", "a.npz", "--num-images", "2"], "--num-images does not go with --prompt-embeds"),
+        (["--prompt", "a", "--guidance-interval", "3"], "'3' is not a range of two integers such as 5:30"),
+        (["--prompt", "a", "--guidance-interval", "4:9"], "no step is guided: the guidance interval is 4:9"),
+        (["--prompt-embeds", "a.npz", "--num-images", "2"], "--prompt-embeds already determines the number of images"),
     ],
 )
 def test_wrong_input_gets_a_sentence(arguments: list[str], message: str, bundles: dict[str, Bundle]) -> None:
@@ -203,16 +209,20 @@ def test_embeddings_of_another_length_or_without_a_negative_half(bundles: dict[s
     half = ["run", bundles["sigma"].folder, "--prompt-embeds", tmp_path / "half.npz", "--steps", 4]
     half += ["-o", tmp_path / "a.png"]
     assert fora(*half).exit_code == 0, "without guidance"
-    assert "guidance needs an unconditional half" in fora(*half, "--guidance-scale", 3).stderr
+    assert (
+        "guidance needs unconditional inputs; none were given for pixart-sigma"
+        in fora(*half, "--guidance-scale", 3).stderr
+    )
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_a_transformer_alone_takes_embeddings_and_says_why_no_prompt(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["sigma"] / "transformer", tmp_path / "bare")
     options = SourceOptions(source=str(tmp_path / "bare"), text_length=TOKENS)
     bundle = bundle_from_model(model_from_source(options), tmp_path / "export" / "bare")
     assert bundle.manifest.text is not None
     assert bundle.manifest.text.encoder is None
-    with pytest.raises(InputError, match=r"exported without a text encoder at hand.*give --prompt-embeds FILE"):
+    with pytest.raises(InputError, match=r"exported without access to a text encoder.*give --prompt-embeds FILE"):
         conditioning_of_prompts(bundle.manifest, ["a"], "", torch.device("cpu"))
 
 
@@ -220,9 +230,9 @@ def test_a_prompt_without_transformers_says_what_to_install(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    monkeypatch.setattr("fora_trt.runtime.prompts.find_spec", lambda name: None)
+    monkeypatch.setattr("fora_trt.sampling.prompts.find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match=r"a prompt needs transformers and sentencepiece; pip install 'fora-trt\[text\]'"
+        InputError, match=r"--prompt needs transformers and sentencepiece; pip install 'fora-trt\[text\]'"
     ):
         conditioning_of_prompts(bundles["sigma"].manifest, ["a"], "", torch.device("cpu"))
 
@@ -234,7 +244,7 @@ def test_an_oblong_image_is_exported_and_run(folders: dict[str, Path], tmp_path:
     bundle = Bundle.open(tmp_path / "wide")
     assert bundle.manifest.conditioning["aspect_ratio"].default == (0.5,)
     assert bundle.manifest.latents.shape == (4, 128, 256)
-    for comparison in compare_with_pytorch(bundle, "onnxruntime", torch.device("cpu"), 4, (2,)):
+    for comparison in compare_with_pytorch(Pipeline(bundle, steps=4, backend="onnxruntime", device="cpu"), ["fora:2"]):
         assert comparison.error.relative < 1e-4, comparison
     assert "give a multiple of 32" in fora(*source[:3], "255x512").stderr
     assert "250 x 512 does not fit" in fora(*source[:3], "250x512").stderr

@@ -20,11 +20,12 @@ from click.testing import CliRunner, Result
 
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
-from fora_trt.engines.plan_builder import PlanOptions, Profile, plan_from_onnx
-from fora_trt.engines.plan_store import (
+from fora_trt.engines.options import EngineOptions
+from fora_trt.engines.tensorrt.library import TENSORRT, TENSORRT_RTX, Gpu, Library, library_from_name
+from fora_trt.engines.tensorrt.plan_builder import PlanOptions, Profile, plan_from_onnx
+from fora_trt.engines.tensorrt.plan_store import (
     PORTABLE,
     PlanSet,
-    PlanSource,
     Target,
     build_plans,
     default_profile,
@@ -32,10 +33,10 @@ from fora_trt.engines.plan_store import (
     plans_for,
     target_of,
 )
-from fora_trt.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Gpu, Library, library_from_name
 from fora_trt.errors import BackendError, BundleError, PlanError
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
+from tests.conftest import BundleAt
 from tests.damage import flip_a_byte, replace_by_link, rewrite
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'fora-trt[rtx]'")
@@ -54,11 +55,10 @@ def target(library: Library) -> Target:
     return target_of(library, None, ("8.9",))
 
 
-@pytest.fixture(scope="module")
-def half(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+@pytest.fixture
+def half(bundle_at: BundleAt) -> Bundle:
     """The small DiT in fp16; its head size of 8 is too small for a fused kernel."""
-    model = model_from_source(str(pipeline_folder), precision="fp16")
-    return bundle_from_model(model, tmp_path_factory.mktemp("export") / "half")
+    return bundle_at("fold", "fp16")
 
 
 def options(*profiles: tuple[int, int, int]) -> PlanOptions:
@@ -155,13 +155,13 @@ def test_targets(library: Library) -> None:
     assert target_of(library, Gpu("RTX 2080", "7.5")).compute_capabilities == ("7.5",)
     with pytest.raises(PlanError, match=r"does not support GPUs of compute capability 9\.0 .* --backend tensorrt"):
         target_of(library, HOPPER)
-    with pytest.raises(PlanError, match=r"does not build for compute capability '9\.0'; it knows 7\.5, 8\.0"):
+    with pytest.raises(PlanError, match=r"does not support compute capability '9\.0'; choose from 7\.5, 8\.0"):
         target_of(library, None, ("8.9", "9.0"))
     full = Library(TENSORRT, library.module)
     assert target_of(full, HOPPER) == Target(full, ("9.0",), HOPPER.name)
-    with pytest.raises(PlanError, match=r"on the GPU that will run them, and there is none here"):
+    with pytest.raises(PlanError, match=r"on the GPU that will run them, and torch finds no GPU"):
         target_of(full, None)
-    with pytest.raises(PlanError, match="leave --compute-capability out, or use tensorrt-rtx"):
+    with pytest.raises(PlanError, match="leave --compute-capability out, or give --backend tensorrt-rtx"):
         target_of(full, HOPPER, ("9.0",))
 
 
@@ -171,9 +171,9 @@ def test_profiles_by_default() -> None:
     assert str(default_profile(20)) == "1:20:32"
 
 
-def test_bf16_is_refused_where_the_gpu_has_none(pipeline_folder: Path, library: Library, tmp_path: Path) -> None:
-    bundle = bundle_from_model(model_from_source(str(pipeline_folder), precision="bf16"), tmp_path / "export" / "b")
-    with pytest.raises(PlanError, match=r"7\.5 has no bfloat16 and .* export with --precision fp16"):
+def test_bf16_is_refused_where_the_gpu_has_none(bundle_at: BundleAt, library: Library, tmp_path: Path) -> None:
+    bundle = bundle_at("fold", "bf16")
+    with pytest.raises(PlanError, match=r"7\.5 does not support the bf16 of .* export with --precision fp16"):
         build_plans(bundle, target_of(library, None, ("8.9", "7.5")), options(), tmp_path / "engines")
     assert not (tmp_path / "engines").exists()
 
@@ -181,7 +181,7 @@ def test_bf16_is_refused_where_the_gpu_has_none(pipeline_folder: Path, library: 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped byte in a plan": (lambda f: flip_a_byte(f / "full.plan"), "full.plan was altered"),
     "a flipped byte in the other": (lambda f: flip_a_byte(f / "reuse.plan", 0), "reuse.plan was altered"),
-    "a shorter plan": (lambda f: os.truncate(f / "full.plan", 9), "full.plan has 9 bytes where the manifest says"),
+    "a shorter plan": (lambda f: os.truncate(f / "full.plan", 9), "full.plan has 9 bytes; the manifest records"),
     "a missing plan": (lambda f: (f / "reuse.plan").unlink(), "reuse.plan is missing"),
     "a link": (lambda f: replace_by_link(f / "full.plan"), "full.plan is a link"),
     "a flipped byte in the manifest": (
@@ -189,7 +189,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "manifest.json was altered",
     ),
     "no manifest": (lambda f: (f / "manifest.json").write_text(""), "is not the manifest of a set of plans"),
-    "a lost plan": (lambda f: rewrite(f, lambda m: m["plans"].pop("reuse")), "does not hold a plan for each graph"),
+    "a lost plan": (lambda f: rewrite(f, lambda m: m["plans"].pop("reuse")), "does not contain a plan for each graph"),
     "an unknown key": (lambda f: rewrite(f, lambda m: m.update(plugin="x.so")), "is damaged at plugin"),
 }
 
@@ -198,7 +198,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_damaged_set_is_refused_by_name(damage: str, built: PlanSet, exported: Bundle, library: Library) -> None:
     harm, message = DAMAGE[damage]
     harm(built.folder)
-    for source in (PlanSource(built.folder.parents[1]), PlanSource(built.folder)):
+    for source in (EngineOptions(built.folder.parents[1]), EngineOptions(built.folder)):
         with pytest.raises(PlanError) as raised:
             plans_for(exported, library, ADA, source)
         assert message in str(raised.value)
@@ -212,23 +212,23 @@ def test_a_damaged_set_is_refused_by_name(damage: str, built: PlanSet, exported:
 MISFIT: dict[str, tuple[Callable[[Path], object], Gpu, int, str]] = {
     "another version": (
         lambda f: rewrite(f, lambda m: m.update(version="1.6.1.120")),
-        ADA, 2, "was built with tensorrt-rtx 1.6.1.120, and here is tensorrt-rtx 1.",
+        ADA, 2, "was built with tensorrt-rtx 1.6.1.120; tensorrt-rtx 1.",
     ),
     "another library": (
         lambda f: rewrite(f, lambda m: m.update(backend="tensorrt")), ADA, 2, "was built with tensorrt 1."
     ),
     "another GPU": (
-        lambda f: None, HOPPER, 2, "was built for compute capability 8.9, and NVIDIA H100 80GB HBM3 has 9.0"
+        lambda f: None, HOPPER, 2, "was built for compute capability 8.9; NVIDIA H100 80GB HBM3 has 9.0"
     ),
     "another model of GPU": (
         lambda f: rewrite(f, lambda m: m.update(gpu="NVIDIA L4")),
-        ADA, 2, "was built on NVIDIA L4, and this GPU is NVIDIA GeForce RTX 4090",
+        ADA, 2, "was built on NVIDIA L4; this GPU is NVIDIA GeForce RTX 4090",
     ),
     "another bundle": (
         lambda f: rewrite(f, lambda m: m["bundle_files"].update({"full.onnx": "0" * 64})),
-        ADA, 2, "was built from another export than",
+        ADA, 2, "was built from other graphs than",
     ),
-    "a larger batch": (lambda f: None, ADA, 9, "was built for batches of 1:2:4 (least:best:most), and a batch of 9"),
+    "a larger batch": (lambda f: None, ADA, 9, "was built for batches of 1:2:4 (min:opt:max); a batch of 9"),
 }  # fmt: skip
 
 
@@ -239,13 +239,15 @@ def test_a_set_that_does_not_fit_is_never_used(
     change, gpu, batch, message = MISFIT[misfit]
     change(built.folder)
     with pytest.raises(PlanError) as raised:
-        plans_for(exported, library, gpu, PlanSource(built.folder, batch))
+        plans_for(exported, library, gpu, EngineOptions(built.folder, batch))
     assert message in str(raised.value)
     assert f"fora-trt build {exported.folder} --backend tensorrt-rtx" in str(raised.value)
     # among other sets it is passed over, with a word, and one that fits is built
     said: list[str] = []
-    monkeypatch.setattr("fora_trt.engines.plan_store.target_of", lambda library, gpu: Target(library, ("8.9",), None))
-    found = plans_for(exported, library, gpu, PlanSource(built.folder.parents[1], batch, said.append))
+    monkeypatch.setattr(
+        "fora_trt.engines.tensorrt.plan_store.target_of", lambda library, gpu: Target(library, ("8.9",), None)
+    )
+    found = plans_for(exported, library, gpu, EngineOptions(built.folder.parents[1], batch, said.append))
     assert found.folder != built.folder
     assert message in said[0]
     assert "building the full plan" in said[1]
@@ -254,11 +256,11 @@ def test_a_set_that_does_not_fit_is_never_used(
 def test_the_newest_set_that_fits_is_used(
     built: PlanSet, exported: Bundle, library: Library, target: Target, tmp_path: Path
 ) -> None:
-    source = PlanSource(built.folder.parents[1])
+    source = EngineOptions(built.folder.parents[1])
     assert plans_for(exported, library, ADA, source).folder == built.folder
     newer, _ = build_plans(exported, target, options((2, 2, 2)), source.folder)
     assert plans_for(exported, library, ADA, source).folder == newer.folder
-    assert plans_for(exported, library, ADA, PlanSource(source.folder, batch=3)).folder == built.folder
+    assert plans_for(exported, library, ADA, EngineOptions(source.folder, batch=3)).folder == built.folder
 
 
 def test_a_damaged_bundle_never_reaches_the_parser(
@@ -267,7 +269,7 @@ def test_a_damaged_bundle_never_reaches_the_parser(
     """TensorRT's parser follows a link where the others refuse it."""
     bundle = Bundle.open(bundle_copy)
     build_plans(bundle, target, options(), tmp_path / "engines")
-    monkeypatch.setattr("fora_trt.engines.plan_store.plan_from_onnx", lambda *_: pytest.fail("parsed"))
+    monkeypatch.setattr("fora_trt.engines.tensorrt.plan_store.plan_from_onnx", lambda *_: pytest.fail("parsed"))
     replace_by_link(bundle_copy / "full.onnx.data")
     with pytest.raises(BundleError, match=r"full\.onnx\.data is a link"):
         build_plans(bundle, target, options((2, 2, 2)), tmp_path / "engines")
@@ -365,16 +367,16 @@ def test_ctrl_c_cancels_and_leaves_nothing(half: Bundle, tmp_path: Path) -> None
     shown = process.communicate(timeout=30)[1]
     assert process.returncode != 0
     assert "Traceback" not in shown
-    assert list((tmp_path / "engines" / "half").iterdir()) == []
+    assert list((tmp_path / "engines" / "tiny").iterdir()) == []
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such backend": (["--backend", "onnxruntime"], "'onnxruntime' is not one of 'auto', 'tensorrt', 'tensorrt-rtx'"),
     "tensorrt without it": (["--backend", "tensorrt"], "tensorrt is not installed; pip install 'fora-trt[gpu]'"),
-    "not a batch": (["--batch", "16"], "'16' is not three whole numbers such as 1:2:16"),
-    "a falling batch": (["--batch", "4:2:8"], "'4:2:8' must rise from 1 on"),
+    "not a batch": (["--batch", "16"], "'16' is not a profile of three integers min:opt:max such as 1:2:16"),
+    "a falling batch": (["--batch", "4:2:8"], "'4:2:8' is not a valid profile; expected 1 <= min <= opt <= max"),
     "a level too high": (["--optimization-level", "9"], "9 is not in the range 0<=x<=5"),
-    "Hopper": (["--backend", "tensorrt-rtx", "--compute-capability", "9.0"], "does not build for compute capability"),
+    "Hopper": (["--backend", "tensorrt-rtx", "--compute-capability", "9.0"], "does not support compute capability"),
     "no capability": (["--backend", "tensorrt-rtx", "--compute-capability", "ada"], "compute capability 'ada'"),
 }
 
@@ -412,7 +414,7 @@ def test_run_says_that_no_gpu_is_there(exported: Bundle) -> None:
         pytest.skip("there is a GPU")
     shown = fora("run", exported.folder, "--class-labels", "1", "--backend", "tensorrt-rtx")
     assert shown.exit_code == 1
-    assert "tensorrt-rtx runs on NVIDIA GPUs, and there is none here that torch can use" in shown.output
+    assert "tensorrt-rtx needs an NVIDIA GPU, and torch finds none; it can build plans on this machine" in shown.output
 
 
 @pytest.mark.slow

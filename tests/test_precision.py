@@ -1,6 +1,9 @@
 """Half precision in the cache sites and fp32 between them; and what is said when it is not enough."""
 
 import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,26 +14,24 @@ from click.testing import CliRunner
 from diffusers import DiTPipeline
 
 from fora_trt import Schedule, load
-from fora_trt.bundle import Bundle
+from fora_trt.bundle import Bundle, GraphError, TrajectoryError
 from fora_trt.cli import main
-from fora_trt.errors import BackendError
-from fora_trt.evaluate.verify import compare_with_pytorch, with_measured_trajectory
-from fora_trt.export.statistics import bytes_kept_for_sums
+from fora_trt.contract import BATCH, WINDOW
+from fora_trt.errors import BackendError, ExportError, InputError
+from fora_trt.evaluate.verify import compare_with_pytorch, measured_trajectories
+from fora_trt.export.nodes import nodes_behind
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import Model
-from fora_trt.runtime.conditioning import conditioning_of_classes
-from fora_trt.runtime.sampling import Sampler
-from fora_trt.runtime.schedulers import scheduler_from_config
-from fora_trt.runtime.updates import update_from_scheduler
+from fora_trt.pipeline import Pipeline
+from tests.conftest import BundleAt
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def half(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    model = model_from_source(str(pipeline_folder), "fp16")
-    return bundle_from_model(model, tmp_path_factory.mktemp("export") / "half", optimization="none")
+@pytest.fixture
+def half(bundle_at: BundleAt) -> Bundle:
+    return bundle_at("none", "fp16")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
@@ -83,57 +84,160 @@ def test_the_graph_adds_and_normalises_in_fp32(half: Bundle) -> None:
     assert str(total.dtype) == "FLOAT", "the residual sum"
 
 
-def test_fp16_is_close_to_fp32_and_the_manifest_says_how_close(half: Bundle, tmp_path: Path) -> None:
-    for comparison in compare_with_pytorch(half, "torch", CPU, 10, (3,)):
+def test_fp16_is_close_to_fp32_and_the_manifest_says_how_close(half: Bundle) -> None:
+    for comparison in compare_with_pytorch(Pipeline(half, steps=10, backend="torch", device="cpu"), ["fora:3"]):
         assert comparison.error.relative < 2e-3, comparison
     assert half.manifest.trajectory_error is None
-    measured = with_measured_trajectory(half, "torch", CPU, within_seconds=600)
-    found = Bundle.open(half.folder).manifest.trajectory_error
+    found = measured_trajectories(half, "torch", CPU, within_seconds=600)
     assert found is not None
-    assert found == measured.manifest.trajectory_error
-    assert (found.steps, found.backend, list(found.errors)) == (50, "torch", [1, 3])
+    assert (found.steps, found.backend, list(found.errors)) == (50, "torch", ["none", "fora:3"])
     assert all(0 < error.relative < 1e-2 for error in found.errors.values())
-    assert with_measured_trajectory(half, "torch", CPU, within_seconds=0).manifest == half.manifest
+    assert measured_trajectories(half, "torch", CPU, within_seconds=0) is None
 
 
-def test_folded_sums_read_features_in_the_precision_of_the_bundle(
-    pipeline_folder: Path, optimized: dict[str, Bundle], tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("one_trace")
+def test_a_bundle_is_measured_before_it_is_sealed(pipeline_folder: Path, tmp_path: Path) -> None:
+    """Whole but for its manifest, and in a folder of its own until then."""
+    wanted = TrajectoryError(50, "torch", {"none": GraphError(1e-3, 1e-4)})
+    seen: list[list[str]] = []
+
+    def measure(staged: Bundle) -> TrajectoryError:
+        assert staged.manifest.trajectory_error is None
+        assert not (tmp_path / "half").exists()
+        seen.append(sorted(path.name for path in staged.folder.iterdir()))
+        return wanted
+
+    made = bundle_from_model(model_from_source(str(pipeline_folder), "fp16"), tmp_path / "half", measure=measure)
+    assert seen == [sorted(made.manifest.files)]
+    assert made.manifest.trajectory_error == wanted
+    assert Bundle.open(tmp_path / "half").manifest == made.manifest
+
+
+def bytes_kept_for_sums(graph: ir.Graph, batch: int, window: int = 1, *, postponed: bool = True) -> int:
+    """Bytes that a full graph keeps for the sums of its window, beyond the last feature that they read.
+
+    `postponed` counts an engine that takes all sums at the end, as TensorRT does: everything that they read from the
+    step is kept. Else nodes run in their order, and what sums have begun and not ended is kept too. The first output
+    of the graph is the prediction; what it needs is the step.
+    """
+    sizes = {BATCH: batch, WINDOW: window}
+    order = {node: k for k, node in enumerate(graph)}
+    step = nodes_behind([graph.outputs[0]])
+    read = dict.fromkeys(
+        value for node in graph if node not in step for value in node.inputs if value is not None and value.producer()
+    )
+    features = [value for value in read if value.producer() in step]
+    if postponed or not features:
+        return sum(_bytes(value, sizes) for value in features)
+    last = max(order[node] for value in features if (node := value.producer()) is not None)
+    sums = _nodes_from(features) - step
+    kept = [
+        value
+        for value in read
+        if (value in features or value.producer() in sums)
+        and (node := value.producer()) is not None
+        and order[node] < last <= max(order[reader] for reader in value.consumers() if reader not in step)
+    ]
+    return sum(_bytes(value, sizes) for value in kept)
+
+
+def _nodes_from(values: Sequence[ir.Value]) -> set[ir.Node]:
+    """All nodes that need one of some values."""
+    found, todo = set[ir.Node](), [*values]
+    while todo:
+        for node in todo.pop().consumers():
+            if node not in found:
+                found.add(node)
+                todo += node.outputs
+    return found
+
+
+def _bytes(value: ir.Value, named: Mapping[str, int]) -> int:
+    assert value.dtype is not None and value.shape is not None
+    sizes = [size if isinstance(size, int) else named[str(size.value)] for size in value.shape]
+    return math.prod(sizes) * int(value.dtype.itemsize)
+
+
+def test_folded_sums_read_features_in_the_precision_of_the_bundle(bundle_at: BundleAt) -> None:
     """Six features of 16 tokens and 16 channels, at a batch of 2 and with 3 steps in the window."""
-    bundle = bundle_from_model(model_from_source(str(pipeline_folder), "fp16"), tmp_path / "half")
+    bundle = bundle_at("fold", "fp16")
     assert bundle.manifest.optimization == "fold"
-    full, plain = (ir.load(one.graph_path("full")).graph for one in (bundle, optimized["fold"]))
+    full, plain = (ir.load(one.graph_path("full")).graph for one in (bundle, bundle_at("fold", "fp32")))
     feature, summed = 2 * 16 * 16, 3 * 2 * 16 * 16 * 4
     assert bytes_kept_for_sums(plain, 2, 3) == 6 * feature * 4
     assert bytes_kept_for_sums(full, 2, 3) == 6 * feature * 2
     assert bytes_kept_for_sums(plain, 2, 3, postponed=False) == 5 * feature * 4, "in fp32 a group is added up at once"
     assert bytes_kept_for_sums(full, 2, 3, postponed=False) == summed, "what has been added up so far"
-    for comparison in compare_with_pytorch(bundle, "onnxruntime", CPU, 10, (3,)):
+    for comparison in compare_with_pytorch(Pipeline(bundle, steps=10, backend="onnxruntime", device="cpu"), ["fora:3"]):
         assert comparison.error.relative < 2e-3, comparison
 
 
-def test_a_measurement_that_cannot_be_written_leaves_the_bundle(half: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("one_trace")
+def test_a_manifest_that_cannot_be_written_leaves_the_old_bundle(
+    half: Bundle, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full_disk(path: Path, target: Path) -> Path:
         raise OSError(28, "No space left on device")
 
-    before = {path.name: path.read_bytes() for path in half.folder.iterdir()}
+    old = Path(shutil.copytree(half.folder, tmp_path / "export" / "half"))
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full_disk)
-        with pytest.raises(BackendError, match="cannot be written: No space left on device"):
-            with_measured_trajectory(half, "torch", CPU, within_seconds=600)
-    assert {path.name: path.read_bytes() for path in half.folder.iterdir()} == before
+        with pytest.raises(ExportError, match=r"half failed \(No space left on device\); nothing was changed"):
+            bundle_from_model(model_from_source(str(pipeline_folder), "fp16"), old, force=True)
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    assert [path.name for path in old.parent.iterdir()] == ["half"]
 
 
+@pytest.mark.usefixtures("one_trace")
+@pytest.mark.parametrize("failure", [BackendError, InputError, RuntimeError])
+def test_a_measurement_that_fails_costs_a_bundle_only_where_it_was_asked_for(
+    failure: type[Exception], pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(bundle: Bundle, *_: object) -> None:
+        raise failure(f"{bundle.folder} does not fit the memory")
+
+    monkeypatch.setattr("fora_trt.evaluate.verify.measured_trajectories", fail)
+    command = ["export", str(pipeline_folder), "--precision", "fp16", "--out", str(tmp_path), "--name", "half"]
+    failed = CliRunner().invoke(main, [*command, "--measure-trajectory"])
+    assert failed.exit_code == 1
+    assert [*tmp_path.iterdir()] == [], "nothing half-written"
+    if failure is not RuntimeError:
+        assert (
+            f"the trajectory error could not be measured, so no bundle was written: "
+            f"{tmp_path}/half does not fit the memory; --no-measure-trajectory exports without measuring"
+        ) in failed.stderr
+    kept = CliRunner().invoke(main, command)
+    assert kept.exit_code == 0
+    assert f"the trajectory error could not be measured: {tmp_path}/half does not fit the memory" in kept.stderr
+    assert Bundle.open(tmp_path / "half").manifest.trajectory_error is None
+
+
+@pytest.mark.usefixtures("one_trace")
+def test_a_measurement_that_would_take_long_is_left_out_with_a_word(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fora_trt.evaluate.verify._seconds_of_trajectories", lambda *_: 121.0)
+    command = ["export", str(pipeline_folder), "--precision", "fp16", "--out", str(tmp_path), "--name", "half"]
+    told = CliRunner().invoke(main, command)
+    assert "it would take over two minutes; --measure-trajectory measures it anyway" in told.stderr
+    assert Bundle.open(tmp_path / "half").manifest.trajectory_error is None
+
+
+@pytest.mark.usefixtures("one_trace")
 def test_export_measures_trajectories_of_small_models(pipeline_folder: Path, tmp_path: Path) -> None:
     command = ["export", str(pipeline_folder), "--precision", "bf16", "--out", str(tmp_path), "--name"]
     made = CliRunner().invoke(main, [*command, "a"])
     assert "error of 50 steps relative to fp32, on torch: " in made.stdout
+    errors = Bundle.open(tmp_path / "a").manifest.trajectory_error
+    assert errors is not None
+    assert f"{errors.errors['fora:3'].relative:.1e} (fora:3)" in made.stdout
     without = CliRunner().invoke(main, [*command, "b", "--no-measure-trajectory", "--json"])
     assert json.loads(without.stdout)["trajectory_error"] is None
 
 
 def overflowing(pipeline_folder: Path, precision: str) -> Model:
-    """A model whose second block puts out more than fp16 holds."""
+    """A model whose second block outputs more than fp16 holds."""
     model = model_from_source(str(pipeline_folder), precision)
     with torch.no_grad():
         model.module.get_submodule("transformer_blocks.1.ff.net.2").bias.fill_(6e4)  # type: ignore[operator]
@@ -141,25 +245,25 @@ def overflowing(pipeline_folder: Path, precision: str) -> Model:
     return model
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_overflow_names_the_first_tensor_that_is_not_finite(pipeline_folder: Path, tmp_path: Path) -> None:
     bundle = bundle_from_model(overflowing(pipeline_folder, "fp16"), tmp_path / "export" / "over", optimization="none")
-    schedule = Schedule.static(6, 2)
-    denoiser = load(bundle, schedule=schedule, backend="onnxruntime", device="cpu")
-    scheduler = scheduler_from_config(bundle.scheduler_config, None, learned_sigma=True)
-    sampler = Sampler(denoiser, update_from_scheduler(scheduler, 6))
+    denoiser = load(bundle, schedule=Schedule.fora(6, 2), backend="onnxruntime", device="cpu")
+    pipeline = Pipeline(bundle, predictor=denoiser, steps=6, schedule=denoiser.schedule, guidance_scale=1.5)
     with pytest.raises(BackendError) as raised:
-        sampler(schedule, conditioning_of_classes(bundle.manifest, [1]), [0], 1.5)
-    assert "first tensor that is not is feature.transformer_blocks.1.ff, at step 0 of 6, a full step" in str(
+        pipeline(class_labels=[1])
+    assert "first tensor with such values is feature.transformer_blocks.1.ff, at step 0 of 6, a full step" in str(
         raised.value
     )
     assert "--precision bf16 or fp32" in str(raised.value)
 
     pipe = DiTPipeline.from_pretrained(pipeline_folder)
     pipe.transformer = denoiser.as_transformer()
-    with pytest.raises(BackendError, match=r"not finite in fp16, first in feature\.transformer_blocks\.1\.ff"):
+    with pytest.raises(BackendError, match=r"not finite in fp16, first in tensor feature\.transformer_blocks\.1\.ff"):
         pipe(class_labels=[1], num_inference_steps=6)
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_an_export_that_is_not_finite_says_so(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +272,7 @@ def test_an_export_that_is_not_finite_says_so(
     command = ["export", str(pipeline_folder), "--precision", "fp16", "--no-measure-trajectory", "--out", str(tmp_path)]
     command += ["--optimize", "none"]
     shown = CliRunner().invoke(main, command)
-    assert "the graphs put out what is not finite in fp16" in shown.stderr
+    assert "outputs of the graphs are not finite in fp16" in shown.stderr
     assert "export it with --precision bf16 or fp32" in shown.stderr
 
 
@@ -183,14 +287,14 @@ def test_the_sum_of_the_stream_does_not_overflow(pipeline_folder: Path, tmp_path
     bundle = bundle_from_model(model, tmp_path / "export" / "large")
     assert bundle.manifest.measured_error is not None
     assert bundle.manifest.measured_error["full"].relative < 1e-2
-    denoiser = load(bundle, schedule=Schedule.static(1, 1), backend="onnxruntime", device="cpu")
+    denoiser = load(bundle, schedule=Schedule.fora(1, 1), backend="onnxruntime", device="cpu")
     out = denoiser(torch.randn(1, 4, 8, 8), 3, class_labels=torch.tensor([1]))
     assert out.isfinite().all()
 
 
 def test_a_vae_that_overflows_is_no_black_picture(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     from fora_trt.errors import InputError
-    from fora_trt.runtime.images import Decoder
+    from fora_trt.images.decode import Decoder
 
-    with pytest.raises(InputError, match=r"the pictures of tiny are not finite, though the latents were: its VAE"):
+    with pytest.raises(InputError, match=r"the decoded images of tiny are not finite, though the latents are: the VAE"):
         Decoder(exported.manifest).images(torch.full((1, 4, 8, 8), float(np.finfo(np.float32).max)), CPU)

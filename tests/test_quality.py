@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +22,35 @@ from sklearn.datasets import load_digits
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.errors import ForaError, InputError
-from fora_trt.evaluate.candidates import candidates_of, controls_of, file_name_of, with_controls
+from fora_trt.evaluate.candidates import candidates_of, file_name_of
 from fora_trt.evaluate.digit_classifier import makes_digits
 from fora_trt.evaluate.features import Digits
 from fora_trt.evaluate.quality import QualityOptions, measure_quality
-from fora_trt.evaluate.report import read_report
-from fora_trt.evaluate.results import Quality, Setting
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
-from fora_trt.runtime.conditioning import conditioning_of_classes
-from fora_trt.runtime.images import Decoder
-from fora_trt.runtime.sampling import Sampler
-from fora_trt.runtime.updates import SchedulerUpdate, update_from_scheduler
+from fora_trt.pipeline import Pipeline
+from fora_trt.report.page import read_report
+from fora_trt.report.results import Quality, Setting
+from fora_trt.sampling.conditioning import conditioning_of_classes
+from fora_trt.sampling.scheduler_step import CalledScheduler
 from tests.conftest import TINY
+from tests.shared import bundle_once, made_once
 from tests.test_cli import fora
 from tests.test_metrics import frechet_by_numpy, precision_by_numpy, psnr_by_numpy
 
 CPU = torch.device("cpu")
 SHARE = 0.1
-SETTINGS = ["no cache", "interval 2", "interval 3", "5 steps, no cache", "4 steps, no cache"]
+SETTINGS = ["no cache", "fora:2", "fora:3", "5 steps, no cache", "4 steps, no cache"]
 
 
 @pytest.fixture(scope="module")
-def pixels(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def pixels(run_folder: Path) -> Bundle:
     """A small DiT of 8 x 8 grey pixels and ten classes, so that the reader of digits takes it for one of digits."""
-    folder = tmp_path_factory.mktemp("pixels")
+    folder = made_once(run_folder / "checkpoints" / "pixels", _save_pixels)
+    return bundle_once(run_folder / "export" / "pixels", lambda: model_from_source(str(folder)))
+
+
+def _save_pixels(folder: Path) -> None:
     torch.manual_seed(0)
     sizes = {"in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": 10}
     transformer = DiTTransformer2DModel(**{**TINY, **sizes})
@@ -54,7 +60,6 @@ def pixels(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
     index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], "vae": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    return bundle_from_model(model_from_source(str(folder)), folder / "export" / "pixels")
 
 
 @pytest.fixture
@@ -64,14 +69,16 @@ def pilot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(**given: Any) -> QualityOptions:
-    small = {"images": 10, "steps": (8,), "cache_intervals": (2, 3), "batch_size": 4, "seed": 7, "guidance_scale": 1.5}
+    small = {"images": 10, "steps": (8,), "schedules": ("fora:2", "fora:3"), "seed": 7}
     return QualityOptions.model_validate({**small, **given})
 
 
 def measure(bundle: Bundle, folder: Path, given: QualityOptions | None = None, **more: Any) -> Quality:
-    chosen = {"backend": "onnxruntime", "device": CPU, **more}
-    conditioning = chosen.pop("conditioning", None) or conditioning_of_classes(bundle.manifest, [0, 3, 7])
-    return measure_quality(bundle, given or options(), conditioning, folder, **chosen)
+    own = {"backend": "onnxruntime", "batch_size": 4}
+    settings = {name: more.pop(name, value) for name, value in own.items()}
+    pipeline = Pipeline(bundle, device="cpu", guidance_scale=1.5, **settings)
+    conditioning = more.pop("conditioning", None) or conditioning_of_classes(bundle.manifest, [0, 3, 7])
+    return measure_quality(pipeline, given or options(), conditioning, folder, **more)
 
 
 def saved(folder: Path, setting: Setting) -> dict[str, NDArray[Any]]:
@@ -111,7 +118,7 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
     np.savez(tmp_path / "real.npz", arr_0=np.round(digits.images[:90] * 255 / 16).astype(np.uint8)[..., None])
     found = measure(pixels, tmp_path / "out", reference=tmp_path / "real.npz")
     assert [row.setting.label for row in found.rows] == SETTINGS
-    assert [row.setting.control_of for row in found.rows] == [None, None, None, 2, 3]
+    assert [row.setting.control_of for row in found.rows] == [None, None, None, "fora:2", "fora:3"]
     assert (found.backend, found.device, found.images, found.features) == ("onnxruntime", "cpu", 10, "digit classifier")
     reader = Digits()
 
@@ -129,21 +136,22 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
         each = psnr_by_numpy(images, plain["arr_0"])
         if row is found.rows[0]:
             assert row.psnr is None
-            assert row.ssim == 1
+            assert row.metrics["ssim"] == 1
         else:
             assert row.psnr == pytest.approx(each[np.isfinite(each)].mean(), rel=1e-7)
-            assert row.ssim < 1
+            assert (row.metrics["ssim"] or 0) < 1
         here, there = features(images), features(plain["arr_0"])
-        assert row.frechet_distance == pytest.approx(frechet_by_numpy(here, there), rel=1e-3, abs=1e-4)
-        assert row.to_reference == pytest.approx(frechet_by_numpy(here, real), rel=1e-3)
-        assert row.precision == precision_by_numpy(here, there)
-        assert row.recall == precision_by_numpy(there, here)
+        assert row.metrics["frechet_distance"] == pytest.approx(frechet_by_numpy(here, there), rel=1e-3, abs=1e-4)
+        assert row.metrics["to_reference"] == pytest.approx(frechet_by_numpy(here, real), rel=1e-3)
+        assert row.metrics["precision"] == precision_by_numpy(here, there)
+        assert row.metrics["recall"] == precision_by_numpy(there, here)
         read = reader.classes(torch.from_numpy(images)).numpy()
-        assert row.as_asked == (read == plain["arr_1"]).mean()
-        assert row.lpips is None
-    assert any(set(same[1:]) == {"0"} or f"below the first: {', '.join(same[1:])}" in note for note in found.notes)
+        assert row.metrics["as_asked"] == (read == plain["arr_1"]).mean()
+        assert "lpips" not in row.metrics
+    counts = f"from the second row on: {', '.join(same[1:])}"
+    assert any(set(same[1:]) == {"0"} or counts in note for note in found.notes)
     assert any("10 images are too few for 64 features" in note for note in found.notes)
-    assert any("of a full one: 10.0% at interval 2, 10.0% at interval 3" in note for note in found.notes)
+    assert any("of a full step: 10.0% with fora:2, 10.0% with fora:3" in note for note in found.notes)
     grid = Image.open(tmp_path / "out" / found.grid)
     assert grid.height == 5 * 68 + 4
     assert grid.width > 8 * 68
@@ -152,13 +160,13 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
 
 @pytest.mark.usefixtures("pilot")
 def test_latent_errors_are_those_of_plain_loops(pixels: Bundle, tmp_path: Path) -> None:
-    found = measure(pixels, tmp_path / "out", options(images=2, batch_size=2))
+    found = measure(pixels, tmp_path / "out", options(images=2), batch_size=2)
     for row in found.rows[:3]:
-        schedule = Schedule.static(8, row.setting.cache_interval)
+        schedule = Schedule.from_text(row.setting.schedule, 8)
         each = []
         for image, label in enumerate((0, 3)):
             steps = trajectory(pixels, schedule, label, 7 + image)
-            plain = trajectory(pixels, Schedule.static(8, 1), label, 7 + image)
+            plain = trajectory(pixels, Schedule.fora(8, 1), label, 7 + image)
             each.append([float((a - b).norm() / b.norm()) for a, b in zip(steps, plain, strict=True)])
         np.testing.assert_allclose(row.latent_errors, np.mean(each, axis=0), rtol=1e-3, atol=1e-6)
         assert len(row.latent_errors) == 8
@@ -171,90 +179,55 @@ def test_latent_errors_are_those_of_plain_loops(pixels: Bundle, tmp_path: Path) 
 
 @pytest.mark.usefixtures("pilot")
 def test_pictures_of_a_vae_without_features(exported: Bundle, tmp_path: Path) -> None:
-    found = measure(exported, tmp_path / "out", options(images=3, batch_size=2, cache_intervals=(2,)))
+    found = measure(exported, tmp_path / "out", options(images=3, schedules=("fora:2",)), batch_size=2)
     plain, cached, control = found.rows
     images = saved(tmp_path / "out", cached.setting)["arr_0"]
     assert images.shape == (3, 16, 16, 3)
     assert cached.psnr == pytest.approx(psnr_by_numpy(images, saved(tmp_path / "out", plain.setting)["arr_0"]).mean())
-    assert (control.frechet_distance, control.precision, control.as_asked, found.features) == (None, None, None, None)
-    assert any("tiny does not make the digits" in note and "--inception-weights" in note for note in found.notes)
+    assert ({*control.metrics}, found.features) == ({"psnr", "ssim"}, None)
+    assert any(
+        "digits only, which tiny does not make" in note and "--inception-weights" in note for note in found.notes
+    )
     assert any(note.startswith("no LPIPS: ") for note in found.notes)
 
-    denoiser = load(exported, schedule=Schedule.static(8, 2), backend="onnxruntime", device="cpu")
-    sampler = Sampler(denoiser, update_from_scheduler(DDIMScheduler.from_config(exported.scheduler_config), 8))
-    wanted = conditioning_of_classes(exported.manifest, [0, 3])
-    latents = sampler(Schedule.static(8, 2), wanted, [7, 8], 1.5).latents
-    shown = [np.asarray(one) for one in Decoder(exported.manifest).images(latents, CPU)]
+    pipeline = Pipeline(exported, cache_interval=2, steps=8, guidance_scale=1.5, backend="onnxruntime", device="cpu")
+    shown = [np.asarray(one) for one in pipeline(class_labels=[0, 3], seed=7).images]
     assert np.array_equal(images[:2], shown), "the images that run makes of the same seeds"
+
+
+def first(count: int, steps: Iterable[Any]) -> Iterator[Any]:
+    return islice(steps, count)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "unipc"])
 def test_watching_the_latents_changes_nothing(exported: Bundle, scheduler: str) -> None:
-    (candidate, cached) = candidates_of(exported, [scheduler], [10], [3])
-    assert isinstance(candidate.update, SchedulerUpdate) == (scheduler == "unipc")
-    denoiser = load(exported, schedule=cached.schedule, backend="onnxruntime", device="cpu")
-    sampler, wanted = Sampler(denoiser, cached.update), conditioning_of_classes(exported.manifest, [1, 2])
+    pipeline = Pipeline(exported, backend="onnxruntime", device="cpu")
+    (candidate, cached) = candidates_of(pipeline, [scheduler], [10], ["fora:3"])
+    assert isinstance(candidate.sampling.scheduler_step, CalledScheduler) == (scheduler == "unipc")
+    sampler, wanted = pipeline.sampler(cached.sampling), conditioning_of_classes(exported.manifest, [1, 2])
     seen: list[torch.Tensor] = []
-    watched = sampler(cached.schedule, wanted, [0, 1], 1.5, observe=lambda latents: seen.append(latents.clone()))
-    assert torch.equal(watched.latents, sampler(cached.schedule, wanted, [0, 1], 1.5).latents)
+    watched = sampler(wanted, [0, 1], 1.5, observe=lambda latents: seen.append(latents.clone()))
+    assert torch.equal(watched.latents, sampler(wanted, [0, 1], 1.5).latents)
     assert len(seen) == 10
     assert torch.equal(seen[-1], watched.latents)
     for steps in (1, 4):
-        few = sampler(cached.schedule, wanted, [0, 1], 1.5, watch=lambda kinds, steps=steps: kinds[:steps])
+        few = sampler(wanted, [0, 1], 1.5, watch=partial(first, steps))
         assert torch.equal(seen[steps - 1], few.latents)
-
-
-def test_candidates_are_all_products_each_once(exported: Bundle) -> None:
-    found = candidates_of(exported, [None, "DDIMScheduler", "heun"], [8, 12, 8], [1, 2, 3, 2])
-    settings = [one.setting for one in found]
-    assert [(one.scheduler, one.steps, one.cache_interval) for one in settings] == [
-        (name, steps, interval)
-        for name in ("DDIMScheduler", "HeunDiscreteScheduler")
-        for steps in (8, 12)
-        for interval in (1, 2, 3)
-    ]
-    everything = with_controls(found, controls_of(found, dict.fromkeys((2, 3), SHARE)))
-    assert len({file_name_of(one.setting) for one in everything}) == len(everything) == 20
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "steps", "interval", "share", "expected"),
-    [
-        ("ddim", 50, 3, 0.0, 18),
-        ("ddim", 50, 3, 0.12, round(18 + 32 * 0.12)),
-        ("ddim", 50, 3, 1.0, 50),
-        ("ddim", 2, 2, 0.0, 2),
-        ("heun", 50, 3, 0.0, 17),  # 99 calls, 34 of them full; 17 steps make 33 calls
-        ("pndm", 20, 5, 0.0, 4),  # fewer it does not admit
-    ],
-)
-def test_a_control_takes_as_long(
-    exported: Bundle, scheduler: str, steps: int, interval: int, share: float, expected: int
-) -> None:
-    plain, cached = candidates_of(exported, [scheduler], [steps], [interval])
-    assert controls_of([plain, cached], {interval: share}) == [0, expected]
-    control = with_controls([plain, cached], [0, expected])[-1]
-    assert control.setting.control_of == interval
-    assert control.setting.full_steps == control.update.calls
-    setting = cached.setting
-    assert (setting.calls is None) == (cached.update.calls == steps)
 
 
 def test_the_pilot_measures_what_the_controls_follow(pixels: Bundle, tmp_path: Path) -> None:
     found = measure(pixels, tmp_path / "out", options(images=2))
-    (note,) = (note for note in found.notes if "in a pilot" in note)
+    (note,) = (note for note in found.notes if "from a pilot" in note)
     for interval, row in zip((2, 3), found.rows[-2:], strict=True):
-        share = float(note.split(f"% at interval {interval}")[0].split()[-1]) / 100
+        share = float(note.split(f"% with fora:{interval}")[0].split()[-1]) / 100
         assert 0 < share <= 1
-        full = Schedule.static(8, interval).full_steps
+        full = Schedule.fora(8, interval).full_steps
         assert abs(row.setting.steps - (full + (8 - full) * share)) <= 0.51
 
 
 @pytest.mark.usefixtures("pilot")
 def test_no_caching_alone_has_no_controls(pixels: Bundle, tmp_path: Path) -> None:
-    given = options(
-        images=2, cache_intervals=(1,), schedulers=("ddim", "dpm-solver++"), steps=(4, 6), keep_images=False
-    )
+    given = options(images=2, schedules=("none",), schedulers=("ddim", "dpm-solver++"), steps=(4, 6), keep_images=False)
     found = measure(pixels, tmp_path / "out", given)
     assert [(row.setting.scheduler, row.setting.steps) for row in found.rows] == [
         (name, steps) for name in ("DDIMScheduler", "DPMSolverMultistepScheduler") for steps in (4, 6)
@@ -285,9 +258,9 @@ def test_stopped_anywhere_and_resumed_it_finds_the_same(
         monkeypatch.setattr("fora_trt.evaluate.rounds.reuse_share_of", lambda *_: pytest.fail("one pilot is enough"))
     parts = [path.name for path in sorted((tmp_path / "parts" / "quality" / "parts").iterdir())]
     assert parts[:1] == ["000000.npz"]
-    with pytest.raises(InputError, match="give --resume to go on with it"):
+    with pytest.raises(InputError, match="give --resume to continue it"):
         measure(pixels, tmp_path / "parts")
-    with pytest.raises(InputError, match=r"was made with seed 7 and not 8; resume it with the settings"):
+    with pytest.raises(InputError, match=r"was made with seed 7; 8 was given; resume it with its original settings"):
         measure(pixels, tmp_path / "parts", options(seed=8), resume=True)
     with pytest.raises(InputError, match="was made with conditioning '"):
         other = conditioning_of_classes(pixels.manifest, [0, 3, 8])
@@ -301,7 +274,7 @@ def test_stopped_anywhere_and_resumed_it_finds_the_same(
         one, other_ = saved(tmp_path / "whole", row.setting), saved(tmp_path / "parts", row.setting)
         assert all(np.array_equal(one[name], other_[name]) for name in ("arr_0", "arr_1"))
 
-    monkeypatch.setattr("fora_trt.evaluate.quality.load", lambda *_, **__: pytest.fail("it is complete"))
+    monkeypatch.setattr(Pipeline, "start", lambda *_, **__: pytest.fail("it is complete"))
     assert measure(pixels, tmp_path / "parts", resume=True) == resumed
 
 
@@ -314,6 +287,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pilot")
 def test_killed_at_random_and_resumed_it_finds_the_same(pixels: Bundle, tmp_path: Path) -> None:
     command = ["quality", str(pixels.folder), "--num-images", "24", "--steps", "12", "--cache-intervals", "3"]
@@ -333,7 +307,7 @@ def test_killed_at_random_and_resumed_it_finds_the_same(pixels: Bundle, tmp_path
         for row in quality["rows"]:
             row.pop("seconds_per_image")
     assert found["parts"] == found["whole"]
-    for name in ("ddim-12-steps-no-cache", "ddim-12-steps-interval-3"):
+    for name in ("ddim-12-steps-no-cache", "ddim-12-steps-fora-3"):
         one, other = (np.load(tmp_path / run / "quality" / f"{name}.npz")["arr_0"] for run in found)
         assert np.array_equal(one, other)
 
@@ -345,7 +319,7 @@ def test_the_command_writes_a_report_and_a_table(pixels: Bundle, tmp_path: Path)
     small = ["--num-images", 12, "--steps", 6, "--cache-intervals", 3, "--out", out]
     shown = fora("quality", pixels.folder, *small)
     assert shown.exit_code == 0, shown.output
-    for text in ("12 images on onnxruntime (cpu)", "interval 3", "Fréchet", "as asked", " dB"):
+    for text in ("12 images on onnxruntime (cpu)", "fora:3", "Fréchet", "as asked", " dB"):
         assert text in shown.stdout
     assert "no LPIPS: the pictures have fewer" in shown.stdout
     assert shown.stdout.count("LPIPS") == 1, "a column without figures"
@@ -374,13 +348,13 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "interval over the steps": (["--steps", "4"], 1, "the cache interval 5 is larger than the number of steps 4"),
     "no interval": (["--cache-intervals", "0"], 1, "the cache interval is 0"),
     "no steps": (["--steps", "0"], 1, "the number of steps is 0"),
-    "more steps than noise levels": (["--steps", "1001"], 1, "does not admit 1001"),
+    "more steps than noise levels": (["--steps", "1001"], 1, "does not support 1001"),
     "unknown scheduler": (["--schedulers", "ddim,x"], 1, "there is no scheduler 'x'"),
     "one image": (["--num-images", "1"], 2, "1 is not in the range x>=2"),
     "no weights": (["--inception-weights", "none.pth"], 1, "torch-fidelity"),
-    "no reference": (["--reference", "none.npz"], 1, "none.npz cannot be read as pictures"),
+    "no reference": (["--reference", "none.npz"], 1, "none.npz cannot be read as reference images"),
     "a prompt": (["--prompt", "a cat"], 1, "takes no prompt"),
-    "unknown backend": (["--backend", "mxnet"], 1, "no backend 'mxnet'"),
+    "unknown backend": (["--backend", "mxnet"], 1, "unknown backend 'mxnet'"),
     "two ways": (["--prompt", "a", "--conditioning", "b.npz"], 1, "give one of them"),
 }
 
@@ -404,23 +378,23 @@ def test_folders_that_are_not_taken(pixels: Bundle, tmp_path: Path) -> None:
         measure(pixels, tmp_path / "thesis.doc")
     (tmp_path / "out" / "quality").mkdir(parents=True)
     (tmp_path / "out" / "quality" / "mine.npz").touch()
-    with pytest.raises(InputError, match=r"holds mine.npz already; give --resume"):
+    with pytest.raises(InputError, match=r"already contains mine.npz; give --resume"):
         measure(pixels, tmp_path / "out")
-    with pytest.raises(InputError, match="nothing to resume"):
+    with pytest.raises(InputError, match=r"has no settings.json, so it cannot be resumed"):
         measure(pixels, tmp_path / "out", resume=True)
 
 
 def test_what_cannot_be_compared_is_a_sentence(pixels: Bundle, exported: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the number of images is 1; at least 2"):
+    with pytest.raises(InputError, match=r"the number of images is 1; .* needs at least 2"):
         measure(pixels, tmp_path / "out", options(images=1))
     np.savez(tmp_path / "r.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
-    with pytest.raises(InputError, match="a reference is compared by features, and tiny does not make the digits"):
+    with pytest.raises(InputError, match=r"--reference needs image features, .* digits only, which tiny does not make"):
         measure(exported, tmp_path / "out", reference=tmp_path / "r.npz")
-    with pytest.raises(InputError, match=r"a reference for this bundle is uint8 of shape \[images, 8, 8, 1\]"):
+    with pytest.raises(InputError, match=r"a reference for this bundle must be uint8 with shape \[images, 8, 8, 1\]"):
         measure(pixels, tmp_path / "out", reference=tmp_path / "r.npz")
     record = exported.manifest.model.model_copy(update={"vae": None})
     bare = Bundle(exported.folder, exported.manifest.model_copy(update={"model": record}))
-    with pytest.raises(InputError, match=r"has no VAE to decode them; name one with --vae FOLDER$"):
+    with pytest.raises(InputError, match=r"has none; name one with --vae FOLDER$"):
         measure(bare, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ForaError):
@@ -443,15 +417,15 @@ def test_the_error_of_digits_grows_with_the_interval(tmp_path: Path) -> None:
     assert report is not None
     assert report.quality is not None
     rows = {
-        row.setting.label if row.setting.control_of is None else row.setting.control_of: row
+        row.setting.label if row.setting.control_of is None else f"control of {row.setting.control_of}": row
         for row in report.quality.rows
     }
-    cached = [rows[f"interval {interval}"] for interval in (2, 3, 5)]
+    cached = [rows[f"fora:{interval}"] for interval in (2, 3, 5)]
     plain, reader = saved(tmp_path / "out", rows["no cache"].setting), Digits()
     assert plain["arr_0"].shape == (300, 8, 8, 1)
     assert np.bincount(plain["arr_1"]).tolist() == [30] * 10
     last = [row.latent_errors[-1] for row in cached]
-    distances = [row.frechet_distance or 0.0 for row in cached]
+    distances = [row.metrics["frechet_distance"] or 0.0 for row in cached]
     ratios = [row.psnr or math.inf for row in cached]
     assert sorted(last) == last
     assert sorted(distances) == distances
@@ -462,8 +436,16 @@ def test_the_error_of_digits_grows_with_the_interval(tmp_path: Path) -> None:
         each = psnr_by_numpy(images, plain["arr_0"])
         assert row.psnr == pytest.approx(each[np.isfinite(each)].mean(), rel=1e-6)
         here = reader.features(torch.from_numpy(images)).double().numpy()
-        assert row.frechet_distance == pytest.approx(frechet_by_numpy(here, there), rel=1e-4)
-        assert row.precision == pytest.approx(precision_by_numpy(here, there))
-        assert row.recall == pytest.approx(precision_by_numpy(there, here))
-        assert row.as_asked is not None
-        assert row.as_asked > 0.97
+        assert row.metrics["frechet_distance"] == pytest.approx(frechet_by_numpy(here, there), rel=1e-4)
+        assert row.metrics["precision"] == pytest.approx(precision_by_numpy(here, there))
+        assert row.metrics["recall"] == pytest.approx(precision_by_numpy(there, here))
+        assert (row.metrics["as_asked"] or 0) > 0.97
+
+
+def test_a_schedule_that_reuses_nothing_is_a_setting_all_the_same(pixels: Bundle, tmp_path: Path) -> None:
+    """FORA at two steps and interval 2: both steps are full."""
+    found = measure(pixels, tmp_path / "out", options(images=2, steps=(2,), schedules=("fora:2",)))
+    assert [(row.setting.label, row.setting.full_steps) for row in found.rows] == [
+        ("no cache", 2), ("fora:2", 2), ("2 steps, no cache", 2),
+    ]  # fmt: skip
+    assert [row.psnr for row in found.rows] == [None, None, None]

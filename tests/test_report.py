@@ -17,10 +17,10 @@ from PIL import Image
 
 from fora_trt.bundle import Bundle
 from fora_trt.errors import InputError
-from fora_trt.evaluate import report as report_module
-from fora_trt.evaluate.advice import recommendation
-from fora_trt.evaluate.plots import PLOTS, pareto_front, plots_of
-from fora_trt.evaluate.report import (
+from fora_trt.files import sealed
+from fora_trt.report import page as report_module
+from fora_trt.report.advice import recommendation
+from fora_trt.report.page import (
     CSV,
     HTML,
     JSON,
@@ -31,7 +31,8 @@ from fora_trt.evaluate.report import (
     read_report,
     write_report,
 )
-from fora_trt.evaluate.results import (
+from fora_trt.report.plots import PLOTS, pareto_front, plots_of
+from fora_trt.report.results import (
     About,
     Absent,
     Bench,
@@ -42,9 +43,8 @@ from fora_trt.evaluate.results import (
     Report,
     Setting,
 )
-from fora_trt.evaluate.tables import bench_tables, circumstances_table, quality_table, seconds
-from fora_trt.folders import sealed
-from fora_trt.schedule import Schedule
+from fora_trt.report.tables import bench_tables, environment_table, quality_table, seconds
+from fora_trt.schedule import Schedule, fora_text
 from tests.chromium import browser
 
 ABOUT = About(
@@ -62,9 +62,10 @@ MACHINE = {
 
 
 def setting(interval: int, steps: int = 50, control_of: int | None = None, scheduler: str = "DDIMScheduler") -> Setting:
-    full = Schedule.static(steps, interval).full_steps
+    schedule = Schedule.fora(steps, interval)
     return Setting(
-        scheduler=scheduler, steps=steps, full_steps=full, cache_interval=interval, control_of=control_of
+        scheduler=scheduler, steps=steps, nfe=steps, full_steps=schedule.full_steps, schedule=schedule.text,
+        control_of=None if control_of is None else fora_text(control_of),
     )  # fmt: skip
 
 
@@ -74,8 +75,8 @@ def latency(images: int, one: Setting, backend: str = "onnxruntime") -> BenchRow
     time = (0.08 * one.full_steps + 0.004 * reuses) * images
     return BenchRow(
         backend=backend, images=images, setting=one, seconds=time, fastest=0.9 * time, slowest=1.2 * time,
-        full_step_seconds=0.08 * images, reuse_step_seconds=0.004 * images if reuses else None, outside=0.05,
-        speedup=4 * images / time, ideal_speedup=50 / one.full_steps, floor_seconds=0.5 * time,
+        full_step_seconds=0.08 * images, reuse_step_seconds=0.004 * images if reuses else None, overhead=0.05,
+        speedup=4 * images / time, ideal_speedup=50 / one.full_steps, roofline_seconds=0.5 * time,
         peak_memory_bytes=3 * 2**28,
     )  # fmt: skip
 
@@ -91,13 +92,9 @@ def bench(images: tuple[int, ...] = (1, 4)) -> Bench:
 
 
 def likeness(one: Setting, seconds_per_image: float, psnr: float | None, **more: Any) -> QualityRow:
-    known: dict[str, Any] = dict.fromkeys(
-        ("lpips", "frechet_distance", "precision", "recall", "to_reference", "as_asked")
-    )
-    errors = tuple(0.001 * k * (one.cache_interval - 1) for k in range(one.steps))
-    return QualityRow(
-        setting=one, seconds_per_image=seconds_per_image, psnr=psnr, ssim=0.9, latent_errors=errors, **known | more
-    )  # fmt: skip
+    errors = tuple(0.001 * k * (one.nfe / one.full_steps - 1) for k in range(one.steps))
+    metrics = {"psnr": psnr, "ssim": 0.9, **more}
+    return QualityRow(setting=one, seconds_per_image=seconds_per_image, metrics=metrics, latent_errors=errors)
 
 
 def quality(*rows: QualityRow) -> Quality:
@@ -114,7 +111,7 @@ def quality(*rows: QualityRow) -> Quality:
 
 
 def report_of(**parts: Any) -> Report:
-    return Report(format_version=1, about=ABOUT, measured_on={}, **parts)
+    return Report(format_version=2, about=ABOUT, measured_on={}, **parts)
 
 
 @pytest.fixture
@@ -134,14 +131,14 @@ def test_all_files_are_written_and_hold_the_figures(tmp_path: Path) -> None:
 
     content = json.loads((folder / JSON).read_text())
     assert content["bench"]["rows"][1]["seconds"] == pytest.approx(26 * 0.08 + 24 * 0.004)
-    assert content["quality"]["rows"][2]["psnr"] == 31.5
-    assert "--cache-interval 3" in content["recommendation"]
+    assert content["quality"]["rows"][2]["metrics"]["psnr"] == 31.5
+    assert "--schedule fora:3" in content["recommendation"]
 
     rows = list(csv.DictReader(io.StringIO((folder / CSV).read_text())))
     assert [row["part"] for row in rows] == ["bench"] * 8 + ["quality"] * 5
     assert float(rows[5]["seconds_per_image"]) == pytest.approx(26 * 0.08 + 24 * 0.004)
     assert float(rows[3]["ideal_speedup"]) == 2.5  # of a control: 20 full steps and not 50
-    assert (rows[10]["psnr"], rows[10]["lpips"], rows[10]["cache_interval"]) == ("31.5", "", "3")
+    assert (rows[10]["psnr"], rows[10]["frechet_distance"], rows[10]["schedule"]) == ("31.5", "", "fora:3")
 
     page, text = html.unescape((folder / HTML).read_text()), as_markdown(written)
     for figure in (
@@ -177,22 +174,22 @@ def test_a_page_asks_for_nothing_and_hostile_names_stay_text(tmp_path: Path) -> 
     assert re.findall(r'\ssrc="(?!data:)', page) == re.findall(r"\shref=", page) == []
     assert page.count('src="data:') == len(PLOTS)  # the grid is not in this folder, so it is not shown
     assert "<script" not in as_markdown(written)
-    assert "fora-trt run 'export/a b; rm' --steps 50 --cache-interval 3" in written.recommendation
+    assert "fora-trt run 'export/a b; rm' --steps 50 --schedule fora:3" in written.recommendation
     assert "--scheduler '$\\frac{$'" in written.recommendation
 
 
 def test_the_fastest_within_the_loss_is_recommended() -> None:
     both = report_of(bench=bench(), quality=quality())
     assert recommendation(both, 30) == (
-        "The fastest setting that keeps 30 dB of PSNR is interval 3 (2.50 times as fast as no caching, 31.5 dB): "
-        "fora-trt run export/digits --steps 50 --cache-interval 3 --guidance-scale 1.5 --backend onnxruntime "
+        "The fastest setting that keeps 30 dB of PSNR is fora:3 (2.50 times as fast as no caching, 31.5 dB): "
+        "fora-trt run export/digits --steps 50 --schedule fora:3 --guidance-scale 1.5 --backend onnxruntime "
         "--class-labels 0\n"
         "Fewer steps without caching are as good a choice: "
         "20 steps, no cache (2.38 times as fast as no caching, 33.0 dB)."
     )
-    assert "interval 5 (4.00 times" in recommendation(both, 25)
+    assert "fora:5 (4.00 times" in recommendation(both, 25)
     assert "Fewer steps" not in recommendation(both, 25)
-    assert "interval 2 (1.82 times" in recommendation(both, 35)
+    assert "fora:2 (1.82 times" in recommendation(both, 35)
     assert quality_table(quality(), setting(3)).chosen == 2
 
 
@@ -201,29 +198,31 @@ def test_a_control_that_is_faster_is_said_to_be() -> None:
     slower = likeness(setting(3), 0.04, 31.5)
     sentence = recommendation(report_of(bench=bench(), quality=quality(slower, control)), 30)
     assert "is 18 steps, no cache (2.78 times as fast as no caching, 32.0 dB), so caching does not pay here" in sentence
-    assert "the best with caching is interval 3 (2.50 times" in sentence
-    assert "--steps 18 --cache-interval 1 " in sentence
+    assert "the best with caching is fora:3 (2.50 times" in sentence
+    assert "--steps 18 --schedule none " in sentence
     alone = recommendation(report_of(bench=bench(), quality=quality(control)), 30)
-    assert "nothing cached keeps as much" in alone
+    assert "no cached setting keeps it" in alone
 
 
 def test_where_nothing_is_to_be_recommended_that_is_said() -> None:
     strict = recommendation(report_of(bench=bench(), quality=quality()), 45)
     assert strict == (
-        "No setting keeps 45 dB of PSNR; the closest is interval 2 (1.82 times as fast as no caching, 38.0 dB)."
+        "No setting keeps 45 dB of PSNR; the closest is fora:2 (1.82 times as fast as no caching, 38.0 dB)."
     )
     slow = quality(likeness(setting(2), 0.11, None))
-    assert recommendation(report_of(bench=bench(), quality=slow), 30).startswith("Nothing that keeps 30 dB")
+    assert recommendation(report_of(bench=bench(), quality=slow), 30).startswith("No setting that keeps 30 dB")
     plain = quality().model_copy(update={"rows": quality().rows[:1]})
-    assert recommendation(report_of(bench=bench(), quality=plain), 30) == "Nothing but no caching was measured."
+    assert (
+        recommendation(report_of(bench=bench(), quality=plain), 30) == "Only the setting without caching was measured."
+    )
 
 
 def test_one_part_alone_says_what_the_other_would_add() -> None:
     time_alone = recommendation(report_of(bench=bench()), 30)
-    assert time_alone.startswith("Caching gains most with interval 3 on onnxruntime: 2.55 times as fast")
+    assert time_alone.startswith("The largest speed-up is that of fora:3 on onnxruntime: 2.55 times as fast")
     assert "fora-trt quality export/digits" in time_alone
     empty = bench().model_copy(update={"rows": ()})
-    assert recommendation(report_of(bench=empty), 30).startswith("Nothing with caching was measured.")
+    assert recommendation(report_of(bench=empty), 30).startswith("No schedule with caching was measured.")
     assert "fora-trt bench export/digits" in recommendation(report_of(quality=quality()), 30)
 
 
@@ -237,9 +236,9 @@ def test_a_part_replaces_itself_and_lets_the_other_stand(tmp_path: Path) -> None
     assert merged.quality == quality()
     assert merged.min_psnr == 35
     assert "keeps 35 dB" in merged.recommendation
-    assert circumstances_table(merged).header == ("", "quality", "bench")
+    assert environment_table(merged).header == ("", "quality", "bench")
     same = merged.model_copy(update={"measured_on": {"bench": MACHINE, "quality": MACHINE}})
-    assert circumstances_table(same).header == ("", "both")
+    assert environment_table(same).header == ("", "both")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -253,7 +252,8 @@ def test_a_damaged_or_newer_report_is_refused_in_a_sentence(tmp_path: Path) -> N
         (whole[:100], "is not the manifest of a report"),
         ("[]", "is not the manifest of a report"),
         (whole.replace("1.5", "1.6", 1), "was altered"),
-        (sealed({**content, "format_version": 2}), "has format version 2; this fora-trt reads up to 1"),
+        (sealed({**content, "format_version": 1}), "has format version 1 of an older fora-trt"),
+        (sealed({**content, "format_version": 3}), "has format version 3; this fora-trt reads up to 2"),
         (sealed({**content, "bench": {}}), "is damaged at bench"),
     ):
         path.write_text(text)
@@ -280,15 +280,15 @@ def test_a_folder_is_refused_before_the_work(tmp_path: Path) -> None:
     write_report(out, ABOUT, MACHINE, bench=bench())
     (out / "quality").mkdir()
     check_report_folder(out, "quality", ABOUT)
-    with pytest.raises(InputError, match="holds a bench of digits already; give --force"):
+    with pytest.raises(InputError, match="already contains the bench part of a report of digits; give --force"):
         check_report_folder(out, "bench", ABOUT)
     check_report_folder(out, "bench", ABOUT, replace=True)
     other = ABOUT.model_copy(update={"name": "other", "sha256": "cd" * 32})
     parts: tuple[Part, ...] = ("bench", "quality")
     for part in parts:
-        with pytest.raises(InputError, match=r"a report of digits .* and not of this other"):
+        with pytest.raises(InputError, match=r"a report of digits .* not of this other"):
             check_report_folder(out, part, other, replace=True)
-    with pytest.raises(InputError, match="and not of this other"):
+    with pytest.raises(InputError, match="not of this other"):
         write_report(out, other, MACHINE, quality=quality())
     write_report(out, ABOUT, MACHINE, quality=quality())
     with pytest.raises(InputError, match="give --resume"):
@@ -297,7 +297,7 @@ def test_a_folder_is_refused_before_the_work(tmp_path: Path) -> None:
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "thesis.tex").write_text("")
-    with pytest.raises(InputError, match=r"holds thesis\.tex, which is not of a report"):
+    with pytest.raises(InputError, match=r"contains thesis\.tex, which is not a file of a report"):
         check_report_folder(strange, "bench", ABOUT)
 
 
@@ -329,17 +329,17 @@ def test_tables() -> None:
     assert "LPIPS" not in table.header
     assert [row[0] for row in table.rows] == [
         "no cache",
-        "interval 2",
-        "interval 3",
-        "interval 5",
+        "fora:2",
+        "fora:3",
+        "fora:5",
         "20 steps, no cache",
     ]
     mixed = quality(
         likeness(setting(3, 20), 0.02, 30.0), likeness(setting(3, scheduler="UniPCMultistepScheduler"), 0.04, 30.0)
     )
     assert [row[0] for row in quality_table(mixed).rows][1:] == [
-        "interval 3, 20 steps, ddim",
-        "interval 3, 50 steps, unipc",
+        "fora:3, 20 steps, ddim",
+        "fora:3, 50 steps, unipc",
     ]
     assert replace(table, chosen=1).chosen == 1
     assert [seconds(value) for value in (0.00123, 0.0456, 0.789, 0.9999, 12.3, 123.4)] == [
@@ -366,8 +366,8 @@ def test_plots_of_little_or_much_are_drawn() -> None:
     assert list(plots_of(report_of(bench=plain))) == ["time-split.png"]
     crowd = quality(*(likeness(setting(2, 50 + k), 0.05, 30.0) for k in range(12)))
     assert set(plots_of(report_of(quality=crowd))) == {"latency-quality.png", "error-over-steps.png"}
-    front = [row.setting.cache_interval for row in pareto_front(quality().rows[1:])]
-    assert front == [5, 3, 1, 2]
+    front = [row.setting.schedule for row in pareto_front(quality().rows[1:])]
+    assert front == ["fora:5", "fora:3", "none", "fora:2"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +14,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.errors import InputError
-from fora_trt.evaluate.sample_set import SampleSet, SampleSettings
-from fora_trt.runtime.conditioning import balanced_labels, conditioning_of_classes, drawn_labels
-from fora_trt.runtime.images import Decoder
-from fora_trt.runtime.sampling import Guidance, Sampler, Step, TimedStep
-from fora_trt.runtime.schedulers import scheduler_from_config
-from fora_trt.runtime.updates import update_from_scheduler
+from fora_trt.evaluate.sample_set import Layout, SampleSet
+from fora_trt.pipeline import Pipeline
+from fora_trt.sampling.conditioning import balanced_labels, conditioning_of_classes, drawn_labels
+from fora_trt.sampling.loop import BegunTrajectory, TimedStep
 from tests.test_cli import fora
 
 STEPS, IMAGES = 4, 7
 
 
-def sample_set(bundle: Bundle, folder: Path, **changed: Any) -> SampleSet:
+def sample_set(bundle: Bundle, folder: Path, steps: int = STEPS, seed: int = 5, layout: Layout = "npz") -> SampleSet:
+    pipeline = Pipeline(
+        bundle, cache_interval=2, steps=steps, guidance_scale=1.5, batch_size=3, backend="torch", device="cpu"
+    )
     given = conditioning_of_classes(bundle.manifest, balanced_labels(bundle.manifest, IMAGES))
-    settings = SampleSettings.model_validate(
-        {
-            "bundle": "0" * 64, "num_images": IMAGES, "conditioning": given.digest(), "seed": 5,
-            "scheduler": "DDIMScheduler", "timestep_spacing": None, "steps": STEPS, "cache_interval": 2,
-            "guidance_scale": 1.5,
-            "guidance_interval": None, "batch_size": 3, "backend": "torch", "device": "cpu", "vae": None,
-            "layout": "npz", "versions": {},
-        }
-        | changed
-    )  # fmt: skip
-    schedule = Schedule.static(STEPS, settings.cache_interval)
-    sampler = Sampler(load(bundle, schedule=schedule, backend="torch", device="cpu"), updates(bundle))
-    return SampleSet(folder, settings, sampler, Decoder(bundle.manifest), schedule, Guidance(1.5), given)
-
-
-def updates(bundle: Bundle) -> Any:
-    return update_from_scheduler(scheduler_from_config(bundle.scheduler_config, None, False), STEPS)
+    return SampleSet.of(folder, pipeline, given, IMAGES, seed, layout)
 
 
 class StoppedError(Exception):
@@ -85,19 +69,21 @@ def test_every_image_is_what_run_makes_of_its_seed_and_class(exported: Bundle, t
 
 
 @pytest.mark.parametrize("layout", ["npz", "png"])
-def test_stopped_and_resumed_it_is_the_same_to_the_bit(exported: Bundle, tmp_path: Path, layout: str) -> None:
+def test_stopped_and_resumed_it_is_the_same_to_the_bit(
+    exported: Bundle, tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, folder = sample_set(exported, tmp_path / "whole", layout=layout).make(), tmp_path / "parts"
     for resume, batches in ((False, 0), (True, 1), (True, 1)):  # before the first, and after the first twice
         with pytest.raises(StoppedError):
             sample_set(exported, folder, layout=layout).make(resume, stopping_after(batches))
     again = sample_set(exported, folder, layout=layout)
-    launched, launch = [], again.sampler.launch
+    launched, launch = [], BegunTrajectory.launch
 
-    def counted(first: int, steps: Sequence[Step]) -> list[TimedStep]:
+    def counted(begun: BegunTrajectory, first: int, count: int) -> list[TimedStep]:
         launched.append(first)
-        return launch(first, steps)
+        return launch(begun, first, count)
 
-    again.sampler.launch = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(BegunTrajectory, "launch", counted)
     resumed = again.make(resume=True)
     assert len(launched) == STEPS * 2, "the batch that was there is not made again"
     assert contents(resumed) == contents(whole)
@@ -116,17 +102,21 @@ def test_a_folder_is_resumed_with_the_same_settings_only(exported: Bundle, tmp_p
     with pytest.raises(StoppedError):
         sample_set(exported, tmp_path / "set").make(watch=stopping_after(1))
     before = {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=r"set holds parts already; give --resume"):
+    with pytest.raises(InputError, match=r"set already contains parts; give --resume"):
         sample_set(exported, tmp_path / "set").make()
-    for changed, named in (({"seed": 6}, "seed 5 and not 6"), ({"steps": 5}, "steps 4 and not 5")):
+    changed = {
+        "seed 5; 6 was given": sample_set(exported, tmp_path / "set", seed=6),
+        "steps 4; 5 was given": sample_set(exported, tmp_path / "set", steps=5),
+    }
+    for named, other in changed.items():
         with pytest.raises(InputError, match=f"was made with {named}"):
-            sample_set(exported, tmp_path / "set", **changed).make(resume=True)
+            other.make(resume=True)
     assert {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()} == before
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").touch()
     for resume in (False, True):
-        with pytest.raises(InputError, match=r"other (holds thesis\.tex already|has no settings\.json)"):
+        with pytest.raises(InputError, match=r"other (already contains thesis\.tex|has no settings\.json)"):
             sample_set(exported, tmp_path / "other").make(resume)
 
 
@@ -157,7 +147,7 @@ def test_the_command_says_what_it_made(exported: Bundle, tmp_path: Path) -> None
     [
         (["--cache-interval", 9, "--steps", 4], "the cache interval 9 is larger than the number of steps 4"),
         (["--prompts", "none.txt"], "none.txt cannot be read as text"),
-        (["--prompts", "empty.txt"], "empty.txt holds no prompt; write one a line"),
+        (["--prompts", "empty.txt"], "empty.txt contains no prompt; write one per line"),
         (["--prompts", "prompts.txt"], "takes no prompt; give --class-labels"),
         (["--scheduler", "dance"], "there is no scheduler 'dance'"),
         (["--num-images", 0], "0 is not in the range"),

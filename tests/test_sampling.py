@@ -11,17 +11,21 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.base import Launch
 from fora_trt.errors import BackendError, InputError
 from fora_trt.evaluate.eager_fora import EagerFora
-from fora_trt.models import dit
-from fora_trt.runtime.conditioning import Conditioning, conditioning_of_classes
-from fora_trt.runtime.images import Decoder, grid, square_grid
-from fora_trt.runtime.sampling import Sampler, Trajectory, mix_guidance, sample_in_batches
-from fora_trt.runtime.schedulers import SHORT_NAMES, scheduler_from_config
-from fora_trt.runtime.updates import takes_variance, update_from_scheduler
+from fora_trt.images.decode import Decoder
+from fora_trt.images.grid import grid, square_grid
+from fora_trt.models.spec import DEFAULT_SCHEDULER
+from fora_trt.pipeline import Pipeline
+from fora_trt.sampling.conditioning import Conditioning, conditioning_of_classes
+from fora_trt.sampling.guidance import mix_guidance
+from fora_trt.sampling.loop import Trajectory
+from fora_trt.sampling.scheduler_step import takes_variance
+from fora_trt.sampling.schedulers import SHORT_NAMES, scheduler_from_config
+from fora_trt.schedule import FULL_STEP
 
 
 @pytest.fixture(scope="module")
 def denoiser(exported: Bundle) -> Denoiser:
-    return load(exported, schedule=Schedule.static(1, 1), backend="onnxruntime", device="cpu")
+    return load(exported, schedule="none", backend="onnxruntime", device="cpu")
 
 
 def run(
@@ -36,11 +40,11 @@ def run(
     guidance: float = 1.5,
     batch_size: int = 64,
 ) -> Trajectory:
-    chosen = scheduler_from_config(bundle.scheduler_config, scheduler, bundle.manifest.latents.learned_sigma)
-    sampler = Sampler(denoiser, update_from_scheduler(chosen, steps))
-    schedule = Schedule.static(sampler.update.calls, interval)
-    wanted = conditioning_of_classes(bundle.manifest, labels)
-    return sample_in_batches(sampler, schedule, wanted, seed, guidance, batch_size)
+    pipeline = Pipeline(
+        bundle, predictor=denoiser, cache_interval=interval, scheduler=scheduler, steps=steps, guidance_scale=guidance,
+        batch_size=batch_size,
+    )  # fmt: skip
+    return pipeline(class_labels=labels, seed=seed).trajectory
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm-solver++", "euler-ancestral"])
@@ -63,7 +67,7 @@ def test_every_scheduler_runs_and_caching_matters(denoiser: Denoiser, exported: 
     assert not torch.equal(cached.latents, plain.latents)
     assert len(plain.reuse_seconds) == 0 < len(cached.reuse_seconds)
     calls = len(plain.full_seconds)
-    assert len(cached.full_seconds) == Schedule.static(calls, 3).full_steps
+    assert len(cached.full_seconds) == Schedule.fora(calls, 3).full_steps
     assert calls >= 6  # Heun and PNDM call the model more often than there are steps
 
 
@@ -78,10 +82,10 @@ def test_diffusers_class_names_are_taken_and_others_refused(exported: Bundle) ->
 
 def test_timesteps_can_be_spaced_as_the_dit_authors_space_them() -> None:
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    scheduler = scheduler_from_config(dit.SCHEDULER, "ddpm", True, "linspace")
+    scheduler = scheduler_from_config(DEFAULT_SCHEDULER, "ddpm", True, "linspace")
     scheduler.set_timesteps(20)
     assert scheduler.timesteps.tolist() == [round(k * 999 / 19) for k in reversed(range(20))]
-    with pytest.raises(ValueError, match="has no choice of timesteps; leave --timestep-spacing out"):
+    with pytest.raises(ValueError, match="has a fixed timestep spacing; leave --timestep-spacing out"):
         scheduler_from_config(flow, None, False, "linspace")
 
 
@@ -110,23 +114,27 @@ def test_the_loop_equals_diffusers_own_for_ddpm_with_learned_variance(denoiser: 
 
 
 def test_guidance_up_to_one_runs_the_conditional_half_alone(denoiser: Denoiser, exported: Bundle) -> None:
-    scheduler = scheduler_from_config(exported.scheduler_config, None, True)
-    sampler = Sampler(denoiser, update_from_scheduler(scheduler, 4))
+    pipeline = Pipeline(exported, predictor=denoiser, steps=4)
+    sampler = pipeline.sampler(pipeline.sampling(schedule="fora:2"))
     wanted = conditioning_of_classes(exported.manifest, [1, 2, 3])
-    sampler(Schedule.static(4, 2), wanted, [0, 1, 2], guidance=1.0)
-    assert len(denoiser.buffers["latents"]) == 3
-    sampler(Schedule.static(4, 2), wanted, [0, 1, 2], guidance=1.1)
-    assert len(denoiser.buffers["latents"]) == 6
+    for guidance, batch in ((1.0, 3), (1.1, 6)):
+        sampler(wanted, [0, 1, 2], guidance)
+        assert denoiser.window is not None
+        assert len(denoiser.window.buffers.tensors["latents"]) == batch
 
 
 def test_guidance_without_an_unconditional_half_is_refused(denoiser: Denoiser, exported: Bundle) -> None:
-    scheduler = scheduler_from_config(exported.scheduler_config, None, True)
-    sampler = Sampler(denoiser, update_from_scheduler(scheduler, 2))
+    pipeline = Pipeline(exported, predictor=denoiser, steps=2)
+    sampler = pipeline.sampler(pipeline.sampling(schedule="none"))
     given = conditioning_of_classes(exported.manifest, [1])
     alone = Conditioning(given.images, given.conditional, None)
-    with pytest.raises(InputError, match="guidance needs an unconditional half, and tiny was given none"):
-        sampler(Schedule.static(2, 1), alone, [0], guidance=1.5)
-    assert sampler(Schedule.static(2, 1), alone, [0], guidance=1.0).latents.isfinite().all()
+    message = (
+        "classifier-free guidance needs unconditional inputs; none were given for tiny; "
+        "add them, or turn guidance off with --guidance-scale 1"
+    )
+    with pytest.raises(InputError, match=message):
+        sampler(alone, [0], guidance=1.5)
+    assert sampler(alone, [0], guidance=1.0).latents.isfinite().all()
 
 
 def test_guidance_mixes_the_noise_and_keeps_the_variance() -> None:
@@ -173,10 +181,12 @@ def test_latents_that_are_not_finite_are_an_error_and_no_black_picture(
 
         return launch
 
-    denoiser.prepare(9)  # another batch, so that engines are bound again
-    monkeypatch.setattr(denoiser.full, "bind", bind)
-    message = "images of tiny are not finite in fp32: the first tensor that is not is noise_prediction, at step 0 of 2"
+    denoiser.begin([FULL_STEP], torch.zeros(1), {}, [9])  # another batch, so that engines are bound again
+    monkeypatch.setattr(denoiser.engines["full"], "bind", bind)
+    message = (
+        "latents of tiny are not finite in fp32; the first tensor with such values is noise_prediction, at step 0 of 2"
+    )
     with pytest.raises(BackendError, match=message):
         run(denoiser, exported, [1], steps=2, interval=1)
     monkeypatch.undo()
-    denoiser.prepare(9)
+    denoiser.begin([FULL_STEP], torch.zeros(1), {}, [9])

@@ -1,7 +1,14 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from fora_trt.contract import REUSE
 from fora_trt.errors import ScheduleError
-from fora_trt.schedule import Schedule, places_in_windows
+from fora_trt.schedule import FULL_STEP, KINDS, OPEN_STEPS, REUSE_STEP, Schedule, ScheduleKind, Step, offsets_in_windows
 
 BY_HAND = [  # steps, interval, F for full and r for reuse
     (1, 1, "F"),
@@ -17,29 +24,44 @@ BY_HAND = [  # steps, interval, F for full and r for reuse
 
 
 @pytest.mark.parametrize(("steps", "interval", "expected"), BY_HAND)
-def test_static_schedule_is_the_authors_rule(steps: int, interval: int, expected: str) -> None:
-    schedule = Schedule.static(steps, interval)
+def test_the_schedule_of_fora_is_the_authors_rule(steps: int, interval: int, expected: str) -> None:
+    schedule = Schedule.fora(steps, interval)
     assert "".join("F" if full else "r" for full in schedule.full) == expected
     assert schedule.steps == steps
     assert schedule.full_steps == expected.count("F")
+    assert schedule.caches == ("r" in expected)
+    assert schedule.plan == tuple(FULL_STEP if letter == "F" else REUSE_STEP for letter in expected)
 
 
-def test_a_schedule_remembers_its_interval() -> None:
-    assert Schedule.static(7, 3).cache_interval == 3
-    assert Schedule((True, False)).cache_interval is None
+def test_a_schedule_remembers_what_it_was_made_from() -> None:
+    assert Schedule.fora(7, 3).text == "fora:3"
+    assert Schedule.fora(7, 1).text == Schedule.none(7).text == "none"
+    assert Schedule.from_flags((True, False)).text == "steps"
+    assert Schedule.fora(5, 2) == Schedule.from_flags((True, False, True, False, True)), "its text makes no difference"
 
 
-def test_from_the_first_step_on_a_schedule_can_be_cut_anywhere() -> None:
-    assert "".join("F" if full else "r" for full in Schedule.from_first(8, 3).full) == "FrrFrrFr"
-    assert Schedule.from_first(8, 3).full == Schedule.from_first(1000, 3).full[:8]
-    assert Schedule.from_first(5, 1).full_steps == 5
-    assert Schedule.from_first(2, 5).full == (True, False)
+def test_without_a_number_of_steps_a_schedule_is_counted_from_the_first() -> None:
+    assert "".join("F" if full else "r" for full in Schedule.open("fora:3").full[:8]) == "FrrFrrFr"
+    assert Schedule.open("fora:3").steps == OPEN_STEPS == 1000
+    assert Schedule.open("fora:3").text == "fora:3"
+    assert Schedule.open("none").full_steps == Schedule.open("fora:1").full_steps == 1000
+    assert Schedule.open("fora:5").full[:2] == (True, False)
     with pytest.raises(ScheduleError, match="cache interval is 0"):
-        Schedule.from_first(5, 0)
+        Schedule.open("fora:0")
+
+
+def test_an_open_schedule_admits_fewer_steps_than_its_interval() -> None:
+    assert Schedule.open("fora:3", 8) == Schedule.fora(8, 3)
+    assert Schedule.open("fora:5", 2) == Schedule.fora(2, 2)
+    assert Schedule.open("none", 5) == Schedule.none(5)
+    with pytest.raises(ScheduleError, match="cache interval 5 is larger than the number of steps 2"):
+        Schedule.from_text("fora:5", 2)
+    with pytest.raises(ScheduleError, match="cache interval is 0"):
+        Schedule.open("fora:0", 5)
 
 
 def test_fifty_steps_at_interval_three_has_the_full_steps_of_the_design() -> None:
-    schedule = Schedule.static(50, 3)
+    schedule = Schedule.fora(50, 3)
     numbers = [49 - k for k, full in enumerate(schedule.full) if full]
     assert numbers == [49, 48, 45, 42, 39, 36, 33, 30, 27, 24, 21, 18, 15, 12, 9, 6, 3, 0]
     assert schedule.ideal_speedup == pytest.approx(50 / 18)
@@ -57,16 +79,230 @@ def test_fifty_steps_at_interval_three_has_the_full_steps_of_the_design() -> Non
 )
 def test_impossible_schedules_are_refused(steps: int, interval: int, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
-        Schedule.static(steps, interval)
+        Schedule.fora(steps, interval)
 
 
 def test_a_schedule_cannot_begin_with_reuse() -> None:
     with pytest.raises(ScheduleError, match="begin with a full step"):
-        Schedule((False, True))
+        Schedule.from_flags((False, True))
     with pytest.raises(ScheduleError, match="begin with a full step"):
         Schedule(())
 
 
-def test_places_in_windows_are_counted_from_the_full_step() -> None:
-    assert places_in_windows(Schedule.static(8, 3).full) == [0, 0, 1, 2, 0, 1, 2, 0]
-    assert places_in_windows([False, False, True, False]) == [1, 2, 0, 1]
+def test_offsets_in_windows_are_counted_from_the_full_step() -> None:
+    assert offsets_in_windows(Schedule.fora(8, 3).plan) == [0, 0, 1, 2, 0, 1, 2, 0]
+    assert offsets_in_windows([REUSE_STEP, REUSE_STEP, FULL_STEP, REUSE_STEP]) == [1, 2, 0, 1]
+    assert offsets_in_windows([REUSE_STEP] * 4, longest=2) == [1, 2, 0, 1], "a longer window gets a full step"
+
+
+# -- the text form ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("none", Schedule.none(8)), ("fora:1", Schedule.none(8)), ("fora:3", Schedule.fora(8, 3))],
+)
+def test_a_text_is_the_schedule_that_it_names(text: str, expected: Schedule) -> None:
+    schedule = Schedule.from_text(text, 8)
+    assert schedule == expected
+    assert schedule.text == expected.text
+    assert Schedule.from_text(schedule.text, 8) == schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"^there is no schedule ''; give none, fora:N, or a \.json file$"),
+        ("forra:3", r"^there is no schedule 'forra:3'; give none, fora:N, or a \.json file$"),
+        ("FORA:3", "^there is no schedule 'FORA:3'"),
+        ("fora", "^the cache interval of 'fora:' is ''; give an integer$"),
+        ("fora:three", "^the cache interval of 'fora:three' is 'three'; give an integer$"),
+        ("fora:2:3", "^the cache interval of 'fora:2:3' is '2:3'; give an integer$"),
+        ("fora:0", r"^the cache interval is 0; it must be at least 1 \(no caching\)$"),
+        ("fora:9", "^the cache interval 9 is larger than the number of steps 8; choose an interval from 1 to 8$"),
+        ("none:3", "^the schedule 'none' takes no argument; remove ':3'$"),
+        ("missing.json", r"^the schedule missing\.json cannot be read \(No such file or directory\)$"),
+    ],
+)
+def test_a_text_that_names_no_schedule_is_refused(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ScheduleError, match=message):
+        Schedule.from_text(text, 8)
+
+
+def test_another_kind_of_schedule_can_be_registered() -> None:
+    def make(steps: int, arguments: str) -> Schedule:
+        return Schedule.from_flags((number < int(arguments) for number in range(steps)), f"first:{arguments}")
+
+    KINDS.register(ScheduleKind("first", "first:K", make))
+    try:
+        assert Schedule.from_text("first:2", 4) == Schedule.from_flags((True, True, False, False))
+        assert Schedule.open("first:2", 3) == Schedule.from_flags((True, True, False))
+        with pytest.raises(
+            ScheduleError, match=r"^the schedule 'first:2' needs the number of steps; give Schedule.from_text"
+        ):
+            Schedule.open("first:2")
+        with pytest.raises(ScheduleError, match="give none, fora:N, first:K, or a"):
+            Schedule.from_text("last:2", 4)
+    finally:
+        KINDS.unregister("first")
+    with pytest.raises(ScheduleError, match="there is no schedule 'first:2'"):
+        Schedule.from_text("first:2", 4)
+
+
+# -- the file form ---------------------------------------------------------------------------------------------------
+
+OF_TWO = Step(REUSE, (1.5, -0.5))
+"""A step that reads two full steps before it."""
+
+
+def test_a_schedule_in_a_file_is_the_one_that_was_written(tmp_path: Path) -> None:
+    path, made_from = tmp_path / "own.json", {"rule": "by hand", "threshold": 0.25}
+    Schedule((FULL_STEP, FULL_STEP, OF_TWO, REUSE_STEP), made_from=made_from).to_file(path)
+    assert json.loads(path.read_text()) == {
+        "format_version": 1,
+        "steps": ["full", "full", [1.5, -0.5], [1.0]],
+        "made_from": made_from,
+    }
+    for schedule in (Schedule.from_file(path), Schedule.from_text(str(path), 4), Schedule.open(str(path), 4)):
+        assert schedule.plan == (FULL_STEP, FULL_STEP, OF_TWO, REUSE_STEP)
+        assert schedule.text == str(path)
+        assert schedule.made_from == made_from
+
+
+def test_a_schedule_in_a_file_is_for_its_number_of_steps(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    Schedule.fora(4, 2).to_file(path)
+    message = (
+        r"own\.json is for 4 model evaluations, but this trajectory has 5; "
+        r"change the number of steps to match, or give another schedule$"
+    )
+    for read in (Schedule.from_text, Schedule.open):
+        with pytest.raises(ScheduleError, match=message):
+            read(str(path), 5)
+    schedule = Schedule.from_file(path)
+    assert schedule.checked(4) is schedule
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "a list": ([], "expected an object with the keys format_version, steps and made_from"),
+    "an unknown key": (
+        {"format_version": 1, "steps": ["full"], "stesp": []},
+        "expected an object with the keys format_version, steps and made_from",
+    ),
+    "no version": ({"steps": ["full"]}, "format_version is None; this version of fora-trt reads 1"),
+    "a later version": (
+        {"format_version": 2, "steps": ["full"]}, "format_version is 2; this version of fora-trt reads 1"
+    ),
+    "no steps": ({"format_version": 1}, "'steps' must be a list and 'made_from' an object"),
+    "an origin in words": (
+        {"format_version": 1, "steps": ["full"], "made_from": "hand"},
+        "'steps' must be a list and 'made_from' an object",
+    ),
+    "a misspelt step": (
+        {"format_version": 1, "steps": ["full", "reuse"]},
+        "step 1 is 'reuse'; expected 'full' or a list of weights such as [1.0]",
+    ),
+    "a weight in words": (
+        {"format_version": 1, "steps": ["full", ["1"]]},
+        "step 1 is ['1']; expected 'full' or a list of weights such as [1.0]",
+    ),
+    "a weight that is a flag": (
+        {"format_version": 1, "steps": ["full", [True]]},
+        "step 1 is [True]; expected 'full' or a list of weights such as [1.0]",
+    ),
+    "no step": ({"format_version": 1, "steps": []}, "a schedule must begin with a full step"),
+    "reuse first": ({"format_version": 1, "steps": [[1.0], "full"]}, "a schedule must begin with a full step"),
+    "a huge weight": (
+        {"format_version": 1, "steps": ["full", [10**400]]}, "step 1 has the weights [inf]; give finite numbers"
+    ),
+    "no weight": ({"format_version": 1, "steps": ["full", []]}, "step 1 has the weights []; give finite numbers"),
+    "too many weights": (
+        {"format_version": 1, "steps": ["full", [1, 1]]},
+        "step 1 has 2 weights; the number of full steps before it is 1",
+    ),
+    "a weight that is no number": (
+        {"format_version": 1, "steps": ["full", [float("nan")]]}, "step 1 has the weights [nan]; give finite numbers"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_file_that_is_no_schedule_is_refused(mistake: str, tmp_path: Path) -> None:
+    content, message = WRONG[mistake]
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ScheduleError) as raised:
+        Schedule.from_text(str(path), 2)
+    assert str(raised.value).startswith(f"the schedule {path} is invalid: {message}")
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    broken, folder = tmp_path / "broken.json", tmp_path / "folder.json"
+    broken.write_text('{"steps": ')
+    folder.mkdir()
+    with pytest.raises(ScheduleError, match=r"broken\.json is not JSON: "):
+        Schedule.from_file(broken)
+    broken.write_bytes(b"\xff")
+    with pytest.raises(ScheduleError, match=r"broken\.json is not JSON: "):
+        Schedule.from_file(broken)
+    with pytest.raises(ScheduleError, match=r"folder\.json cannot be read \(Is a directory\)"):
+        Schedule.from_file(folder)
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((), r"step 2 has the weights \[\]; give finite numbers"),
+        ((1.0, float("inf")), r"step 2 has the weights \[1\.0, inf\]; give finite numbers"),
+        ((1.0, 0.0, 0.0), "step 2 has 3 weights; the number of full steps before it is 2"),
+    ],
+)
+def test_weights_belong_to_full_steps_before_a_reuse_step(weights: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        Schedule((FULL_STEP, FULL_STEP, Step(REUSE, weights)))
+
+
+def test_weights_are_a_part_of_the_schedule() -> None:
+    one, other = (Schedule((FULL_STEP, FULL_STEP, step)) for step in (OF_TWO, REUSE_STEP))
+    assert one.full == other.full == (True, True, False)
+    assert one != other
+
+
+def test_readers_of_a_full_step_are_the_reuse_steps_whose_weights_reach_it() -> None:
+    schedule = Schedule.fora(8, 3)  # FFrrFrrF
+    assert schedule.readers() == {0: [], 1: [2, 3], 4: [5, 6], 7: []}
+    assert schedule.longest_window == 2
+    schedule = Schedule((FULL_STEP, REUSE_STEP, FULL_STEP, OF_TWO, FULL_STEP, REUSE_STEP, OF_TWO))
+    assert schedule.readers() == {0: [1, 3], 2: [3, 6], 4: [5, 6]}
+    assert schedule.longest_window == 4
+    assert Schedule.none(5).longest_window == 0
+
+
+def test_weights_that_no_denoiser_can_read_yet_are_refused() -> None:
+    for weights in ((0.5,), (2.0, -1.0)):
+        with pytest.raises(ScheduleError, match=r"step 2 of .* has the weights \[.*; the only supported weights are"):
+            offsets_in_windows((FULL_STEP, FULL_STEP, Step(REUSE, weights)))
+
+
+def test_a_file_is_a_schedule_for_any_caller_of_its_number_of_steps(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    Schedule.from_flags([True, False, True]).to_file(path)
+    assert Schedule.open(str(path)).full == Schedule.open(str(path), 3).full == (True, False, True)
+    with pytest.raises(ScheduleError, match="is for 3 model evaluations, but this trajectory has 4"):
+        Schedule.open(str(path), 4)
+
+
+def test_a_digest_tells_plans_apart() -> None:
+    assert Schedule.fora(6, 3).digest() == Schedule.from_flags(Schedule.fora(6, 3).full, "other").digest()
+    assert len({Schedule.fora(6, 3).digest(), Schedule.fora(6, 2).digest(), Schedule.none(6).digest()}) == 3
+
+
+def test_no_steps_are_named_before_the_interval() -> None:
+    with pytest.raises(ScheduleError, match="the number of steps is 0"):
+        Schedule.open("fora:3", 0)

@@ -2,18 +2,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fora_trt.contract import TensorSpec
 from fora_trt.errors import ExportError
 from fora_trt.export.split import steps_of_module
-from fora_trt.models import dit
+from fora_trt.models.architectures import ARCHITECTURES, PipelineParts
 from fora_trt.models.examples import example_inputs
+from fora_trt.models.options import SourceOptions
 from fora_trt.models.sites import find_sites
-from fora_trt.models.spec import ModelSpec, TensorSpec
+from fora_trt.models.spec import ModelSpec
 from tests.conftest import TINY
 
 
 @pytest.fixture
 def spec() -> ModelSpec:
-    return dit.spec_from_config(TINY, sample_size=8, scale=1.0, pixels=False)
+    return ARCHITECTURES["DiT"].described(TINY, SourceOptions(source="tiny"), PipelineParts())
 
 
 def test_kinds_and_patterns_name_the_same_sites(module: nn.Module, spec: ModelSpec) -> None:
@@ -40,7 +42,9 @@ def test_a_pattern_that_matches_nothing_is_answered_with_patterns_that_do() -> N
 
     embedder = nn.ModuleDict({f"part{k}": nn.Linear(4, 4) for k in range(20)})
     network = nn.ModuleDict({"embedder": embedder, "layers": nn.ModuleList([layer(), layer()])})
-    with pytest.raises(ExportError, match=r"such as layers\.\*\.self_attention, in .* has layers\.\*\.norm, layers"):
+    with pytest.raises(
+        ExportError, match=r"such as layers\.\*\.self_attention, in .* contains layers\.\*\.norm, layers"
+    ):
         find_sites(network, {}, ["blocks.*.attn"])
 
 
@@ -110,8 +114,8 @@ TWICE = ModelSpec(inputs=(TensorSpec("latents", "float32", ("batch", 4)),))
     ("site", "message"),
     [
         ("twice", "twice is called more than once"),
-        ("wrapped", "wrapped puts out slice; only tensors, alone or in tuples"),
-        ("bare", "bare puts out no tensor"),
+        ("wrapped", "wrapped outputs an object of type slice; only tensors, alone or in tuples"),
+        ("bare", "bare outputs no tensor"),
     ],
 )
 def test_a_site_that_cannot_be_cached_is_named(site: str, message: str) -> None:

@@ -28,24 +28,24 @@ import pytest
 import torch
 
 from fora_trt.bundle import Bundle
-from fora_trt.engines import tensorrt_engine
 from fora_trt.engines.base import Engine, Launch
-from fora_trt.engines.plan_builder import PlanOptions, Profile, plan_from_onnx
-from fora_trt.engines.plan_store import PlanSource, build_plans, target_of
-from fora_trt.engines.tensorrt_library import TENSORRT, TENSORRT_RTX, Gpu, Library
+from fora_trt.engines.options import EngineOptions
+from fora_trt.engines.tensorrt import engine as tensorrt_engine
+from fora_trt.engines.tensorrt.library import TENSORRT, TENSORRT_RTX, Gpu, Library
+from fora_trt.engines.tensorrt.plan_builder import PlanOptions, Profile, plan_from_onnx
+from fora_trt.engines.tensorrt.plan_store import build_plans, target_of
 from fora_trt.errors import BackendError, InputError, PlanError
-from fora_trt.runtime.conditioning import conditioning_of_classes
+from fora_trt.pipeline import Pipeline
 from fora_trt.runtime.denoiser import Denoiser
-from fora_trt.runtime.sampling import Sampler
-from fora_trt.runtime.schedulers import scheduler_from_config
-from fora_trt.runtime.updates import update_from_scheduler
-from fora_trt.schedule import Schedule
+from fora_trt.sampling.conditioning import conditioning_of_classes
+from fora_trt.schedule import FULL_STEP, REUSE_STEP, Schedule
 from tests.tensorrt_bindings import Bindings, NoBindings, names_of, names_of_installed
 from tests.tensorrt_standin import ENUM, GET, MILLISECONDS, SET, Cuda, Recorder, declared
 
 ENGINES = Path(tensorrt_engine.__file__).parent
-SOURCES = [ENGINES / name for name in ("plan_builder.py", "tensorrt_engine.py", "tensorrt_library.py")]
+SOURCES = [ENGINES / name for name in ("plan_builder.py", "engine.py", "library.py")]
 DEVICE, GPU = torch.device("cuda:0"), Gpu("Stand-in", "8.9")
+LATENTS, LABELS = torch.zeros(2, 4, 8, 8), {"class_labels": torch.tensor([1, 2])}
 EXECUTE, MEMORY = "IExecutionContext.execute_async_v3", "IExecutionContext.set_device_memory"
 SCRATCH = "IExecutionContext.update_device_memory_size_for_shapes"
 
@@ -58,7 +58,7 @@ class Rig:
     cuda: Cuda
     library: Library
     bundle: Bundle
-    source: PlanSource
+    source: EngineOptions
 
     def start(self) -> dict[str, Engine]:
         return tensorrt_engine.engines_from_bundle(self.bundle, DEVICE, self.source, self.library.backend)
@@ -68,7 +68,10 @@ class Rig:
         build_plans(self.bundle, target_of(self.library, GPU), PlanOptions(profiles=profiles), self.source.folder)
 
     def denoiser(self) -> Denoiser:
-        return Denoiser(self.start(), self.bundle.manifest, Schedule((True, False)), self.library.backend)
+        return Denoiser(self.start(), self.bundle.manifest, self.library.backend)
+
+    def pipeline(self) -> Pipeline:
+        return Pipeline(self.bundle, predictor=self.denoiser())
 
     def mark(self) -> int:
         return len(self.recorder.calls)
@@ -83,7 +86,7 @@ def rig_for(exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         recorder = Recorder(rtx=backend == TENSORRT_RTX)
         library = Library(backend, recorder.module)
         monkeypatch.setattr(tensorrt_engine, "library_from_name", lambda name: library)
-        return Rig(recorder, Cuda(recorder, monkeypatch), library, exported, PlanSource(tmp_path / "engines"))
+        return Rig(recorder, Cuda(recorder, monkeypatch), library, exported, EngineOptions(tmp_path / "engines"))
 
     return make
 
@@ -191,7 +194,9 @@ def test_a_launch_is_captured_by_others_only_after_it_ran(rig_for: Callable[[str
     for before in ("its first run", "a run on the scratch that grew"):
         assert not full.can_capture(launch), before
         rig.cuda.capturing, executed = True, len(rig.recorder.named(EXECUTE))
-        with pytest.raises(BackendError, match="captured before it ran at this batch; run it once outside the capture"):
+        with pytest.raises(
+            BackendError, match="captured before its first run at this batch; run it once outside the capture"
+        ):
             launch()
         assert len(rig.recorder.named(EXECUTE)) == executed, "a graph would hold it"
         rig.cuda.capturing = False
@@ -233,7 +238,7 @@ def test_the_context_of_a_freed_launch_serves_the_next_one(rig: Rig) -> None:
 def test_scratch_of_no_size_is_an_error_unless_the_plan_needs_none(rig: Rig) -> None:
     engine = rig.start()["full"]
     rig.recorder.fail(SCRATCH, 0, "Error Code 3: API Usage Error")
-    message = "^tensorrt could not tell how much scratch memory a batch of 2 needs: Error Code 3: API Usage Error$"
+    message = "^tensorrt could not determine the scratch memory for a batch of 2: Error Code 3: API Usage Error$"
     for ask in (lambda: engine.scratch_bytes(2), lambda: step(engine)):
         with pytest.raises(BackendError, match=message):
             ask()
@@ -255,10 +260,9 @@ def test_features_and_scratch_are_shared_at_the_larger_size(rig: Rig) -> None:
     sizes = {"IExecutionContext 1": 4096, "IExecutionContext 2": 8192}
     rig.recorder.results[SCRATCH] = lambda context: sizes[context.label]
     denoiser = rig.denoiser()
-    inputs = {"latents": torch.zeros(2, 4, 8, 8), "timestep": 3, "class_labels": torch.tensor([1, 2])}
-    for place in (0, 1):
-        denoiser.prepare(2)
-        denoiser.predict(place, **inputs)  # type: ignore[arg-type] # values of several types
+    run = denoiser.begin((FULL_STEP, REUSE_STEP), torch.zeros(2), LABELS, [2])
+    for step, offset in enumerate(run.offsets):
+        run.at(step, 2).predict(offset, LATENTS, 3, **LABELS)
     calls = rig.recorder.since(0)
     bound = [
         dict(call.arguments for call in calls if call.owner == owner and call.name.endswith("set_tensor_address"))
@@ -294,15 +298,14 @@ def test_scratch_that_grows_is_told_to_an_engine_that_was_captured(rig: Rig) -> 
 def test_a_window_is_one_launch_once_it_was_captured(rig: Rig, level: str, optimized: dict[str, Bundle]) -> None:
     """Windows of 2, 4, 3 and 1 steps; `EXECUTE` is counted where an engine really runs, once also in a capture."""
     rig.bundle = optimized.get(level, rig.bundle)
-    denoiser = rig.denoiser()
-    scheduler = scheduler_from_config(rig.bundle.scheduler_config, None, rig.bundle.manifest.latents.learned_sigma)
-    sampler = Sampler(denoiser, update_from_scheduler(scheduler, 10))
+    pipeline = rig.pipeline()
+    schedule = Schedule.from_flags((True, False, True, False, False, False, True, False, False, True))
+    sampler = pipeline.sampler(pipeline.sampling(10, schedule))
     given = conditioning_of_classes(rig.bundle.manifest, [1, 2])
-    schedule = Schedule((True, False, True, False, False, False, True, False, False, True))
     launched = []
     for _ in range(4):
         mark = rig.mark()
-        done = sampler(schedule, given, [0, 1], 1.5)
+        done = sampler(given, [0, 1], 1.5)
         names = rig.names_since(mark)
         launched.append((names.count("torch.cuda.graph"), names.count("CUDAGraph.replay"), names.count(EXECUTE)))
         assert done.full_seconds == [MILLISECONDS / 1e3] * 4
@@ -311,46 +314,55 @@ def test_a_window_is_one_launch_once_it_was_captured(rig: Rig, level: str, optim
     assert launched[1:] == [(4, 4, 10 + before), (0, 4, before), (0, 4, before)], "the first one warms up"
 
     seen = list[int]()
-    sampler(schedule, given, [0, 1], 1.5, observe=lambda latents: seen.append(len(latents)))
+    sampler(given, [0, 1], 1.5, observe=lambda latents: seen.append(len(latents)))
     assert seen == [2] * 10, "who watches the latents sees all"
+
+
+def test_schedules_alternate_and_each_keeps_what_it_captured(rig: Rig, optimized: dict[str, Bundle]) -> None:
+    """Each length of windows has tensors of its own. Here are windows of 1, 2, 2, 1 and of 2, 3, 1 steps."""
+    rig.bundle = optimized["fold"]
+    pipeline = rig.pipeline()
+    samplers = [pipeline.sampler(pipeline.sampling(6, schedule)) for schedule in ("fora:2", "fora:3")]
+    given = conditioning_of_classes(rig.bundle.manifest, [1, 2])
+    launched = []
+    for _ in range(4):
+        for sampler in samplers:
+            mark = rig.mark()
+            sampler(given, [0, 1], 1.5)
+            names = rig.names_since(mark)
+            launched.append((names.count("torch.cuda.graph"), names.count("CUDAGraph.replay")))
+    assert launched[3:] == [(3, 3), *[(0, 4), (0, 3)] * 2], "the trajectories before warm up"
 
 
 @pytest.mark.parametrize("level", ["none", "fold"])
 def test_only_a_window_whose_launches_all_ran_is_captured(rig: Rig, level: str, optimized: dict[str, Bundle]) -> None:
     rig.bundle = optimized.get(level, rig.bundle)
     denoiser = rig.denoiser()
-    inputs = {"latents": torch.zeros(2, 4, 8, 8), "timestep": 3, "class_labels": torch.tensor([1, 2])}
-    given = {"class_labels": torch.tensor([1, 2])}
-    assert not denoiser.is_capturable(), "no step is known"
-    full = [True, False, False, True]
-    places = denoiser.begin(torch.tensor([900.0, 700, 500, 300]), full, given, batch=2)
-    memory = denoiser.prepare(2)
-    captured = []
-    for step, place in enumerate(places[:3]):
-        denoiser.turn_to(0)
-        captured.append(denoiser.is_capturable())
-        denoiser.turn_to(3)
-        assert denoiser.is_capturable() == (step > 0), "its window has the full step alone"
-        denoiser.turn_to(step)
-        denoiser.predict(place, **inputs)  # type: ignore[arg-type] # values of several types
-    denoiser.turn_to(0)
-    assert [*captured, denoiser.is_capturable()] == [False, False, level == "none", True]
+    assert denoiser.window is None, "no step is known"
+    plan, timesteps = Schedule.from_flags((True, False, False, True)).plan, torch.tensor([900.0, 700, 500, 300])
+    run = denoiser.begin(plan, timesteps, LABELS, [2])
+    memory, captured = run.generation, []
+    for step, offset in enumerate(run.offsets[:3]):
+        captured.append(run.at(0, 2).is_capturable())
+        assert run.at(3, 2).is_capturable() == (step > 0), "its window has the full step alone"
+        run.at(step, 2).predict(offset, LATENTS, 3, **LABELS)
+    assert [*captured, run.at(0, 2).is_capturable()] == [False, False, level == "none", True]
 
-    assert denoiser.prepare(2) is memory
-    denoiser.prepare(1)
-    assert denoiser.prepare(2) is not memory, "captured steps would go on with launches that are no more"
-    assert not denoiser.is_capturable(), "it was bound anew"
+    assert run.generation == memory
+    run.at(0, 1)
+    ready = run.at(0, 2)
+    assert run.generation != memory, "captured steps would go on with launches that are no more"
+    assert not ready.is_capturable(), "it was bound anew"
 
 
 def test_a_trajectory_of_another_batch_in_between_is_followed_by_a_first_run(rig: Rig) -> None:
-    denoiser = rig.denoiser()
-    scheduler = scheduler_from_config(rig.bundle.scheduler_config, None, rig.bundle.manifest.latents.learned_sigma)
-    sampler, other = (Sampler(denoiser, update_from_scheduler(scheduler, 2)) for _ in range(2))
-    both = conditioning_of_classes(rig.bundle.manifest, [1, 2])
-    schedule, captures = Schedule((True, False)), []
+    pipeline = rig.pipeline()
+    schedule = Schedule.from_flags((True, False))
+    sampler, other = (pipeline.sampler(pipeline.sampling(2, schedule)) for _ in range(2))
+    both, captures = conditioning_of_classes(rig.bundle.manifest, [1, 2]), []
     for one, given in ((sampler, both), (other, both.at([0])), (sampler, both), (sampler, both), (sampler, both)):
         mark = rig.mark()
-        one(schedule, given, range(given.images), 1.5)
+        one(given, range(given.images), 1.5)
         captures.append(rig.names_since(mark).count("torch.cuda.graph"))
     assert captures == [0, 0, 0, 1, 0]
 
@@ -358,21 +370,17 @@ def test_a_trajectory_of_another_batch_in_between_is_followed_by_a_first_run(rig
 def test_the_reuse_engine_reads_its_step_of_the_sums_where_it_is(rig: Rig, optimized: dict[str, Bundle]) -> None:
     rig.bundle = optimized["fold"]
     denoiser = rig.denoiser()
-    given = {"class_labels": torch.tensor([1, 2])}
-    places = denoiser.begin(torch.tensor([900.0, 700, 500]), [True, False, False], given, batch=2)
-    denoiser.prepare(2)
-    inputs = {"latents": torch.zeros(2, 4, 8, 8), "timestep": 3, **given}
+    run = denoiser.begin((FULL_STEP, REUSE_STEP, REUSE_STEP), torch.tensor([900.0, 700, 500]), LABELS, [2])
     read = []
-    for step, place in enumerate(places):
-        denoiser.turn_to(step)
-        mark = rig.mark()
-        denoiser.predict(place, **inputs)  # type: ignore[arg-type] # values of several types
+    for step, offset in enumerate(run.offsets):
+        ready, mark = run.at(step, 2), rig.mark()
+        ready.predict(offset, LATENTS, 3, **LABELS)
         told = [call.arguments for call in rig.recorder.since(mark) if call.name.endswith("set_tensor_address")]
         read.append(dict(told).get("folded.0"))
-    sums = denoiser.buffers["window.folded.0"]
+    sums = run.window.buffers.tensors["window.folded.0"]
     assert sums.shape == (2, 2, 16, 16)
     assert read == [None, None, sums[1].data_ptr()], "the first was bound before its step"
-    assert "folded.0" not in denoiser.buffers
+    assert "folded.0" not in run.window.buffers.tensors
 
 
 @pytest.mark.parametrize(
@@ -400,7 +408,7 @@ def test_a_refused_profile_and_a_shape_that_cannot_be_inferred_are_named(rig: Ri
     with pytest.raises(BackendError, match="cannot infer the shape of latents, timestep"):
         step(engine)
     rig.recorder.results["IExecutionContext.set_optimization_profile_async"] = False
-    with pytest.raises(BackendError, match="could not use profile 0: it gave no reason"):
+    with pytest.raises(BackendError, match="could not use profile 0: no error was logged"):
         step(engine)
 
 
@@ -427,18 +435,20 @@ def test_a_batch_too_large_for_the_gpu_names_one_that_fits(rig: Rig) -> None:
     rig.recorder.results[SCRATCH] = lambda context: rig.recorder.named(shape)[-1][1][0] * 2**30
     denoiser = rig.denoiser()
     rig.cuda.free = 3 * 2**30 + 2**29
-    message = r"a batch of 8 .* needs 8\.00 GiB on cuda:0, where 3\.50 GiB are free; a batch of 3 would fit"
+    message = r"a batch of 8 .* needs 8\.00 GiB on cuda:0, but only 3\.50 GiB are free; a batch of 3 fits"
     with pytest.raises(InputError, match=message):
-        denoiser.prepare(8)
+        denoiser.begin((FULL_STEP, REUSE_STEP), torch.zeros(2), LABELS, [8])
     rig.cuda.free = 2**20
-    with pytest.raises(InputError, match="not even a batch of 1 would fit"):
-        denoiser.prepare(8)
+    with pytest.raises(InputError, match="not even a batch of 1 fits"):
+        denoiser.begin((FULL_STEP, REUSE_STEP), torch.zeros(2), LABELS, [8])
 
 
 def test_weights_that_do_not_fit_are_not_loaded(rig: Rig) -> None:
     rig.profiles((1, 2, 4))
     rig.cuda.free = 7  # two plans of four bytes
-    with pytest.raises(BackendError, match=r"the weights of .* cuda:0 has 0\.00 GiB free; end what else uses the GPU"):
+    with pytest.raises(
+        BackendError, match=r"the weights of .* cuda:0 has 0\.00 GiB free; end other programs on the GPU"
+    ):
         rig.start()
     assert not rig.recorder.named("Runtime.deserialize_cuda_engine")
 
@@ -554,7 +564,7 @@ def test_a_timing_cache_that_does_not_fit_is_left_aside_and_written_anew(rig: Ri
     [
         ("Builder.build_serialized_network_to_stream", False, "could not build .*: out of tactics"),
         ("OnnxParser.parse_from_file", False, "cannot read .*: out of tactics"),
-        ("IBuilderConfig.clear_flag", None, "does not accept these options: out of tactics"),
+        ("IBuilderConfig.clear_flag", None, "does not accept the build options: out of tactics"),
         ("IBuilderConfig.add_optimization_profile", -1, "does not accept the batch profile 1:2:4: out of tactics"),
     ],
 )
@@ -647,8 +657,8 @@ def defined_in(tree: ast.Module) -> Iterator[str]:
 
 def unknown_names(source: str) -> set[str]:
     """Attribute names that neither the stand-ins nor the project nor anything else used there defines."""
-    package = ENGINES.parent
-    files = [*ENGINES.glob("*.py"), package / "bundle.py", package / "folders.py", package / "models" / "spec.py"]
+    package = ENGINES.parents[1]
+    files = [*ENGINES.parent.rglob("*.py"), package / "bundle.py", package / "files.py", package / "contract.py"]
     known = {name for file in files for name in defined_in(ast.parse(file.read_text()))}
     known |= {name for rtx in (False, True) for members in declared(rtx).values() for name in members}
     known |= {name for rtx in (False, True) for name in declared(rtx)}
@@ -669,10 +679,10 @@ def test_every_attribute_in_the_sources_is_known(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "name", "misspelt"),
     [
-        ("tensorrt_engine.py", "set_tensor_address", "set_tensor_adress"),
-        ("tensorrt_engine.py", "EAGER", "EAGERLY"),
+        ("engine.py", "set_tensor_address", "set_tensor_adress"),
+        ("engine.py", "EAGER", "EAGERLY"),
         ("plan_builder.py", "max_aux_streams", "max_auxiliary_streams"),
-        ("tensorrt_library.py", "ILogger.ERROR", "ILogger.ERRORS"),
+        ("library.py", "ILogger.ERROR", "ILogger.ERRORS"),
     ],
 )
 def test_a_misspelt_name_is_found_in_the_sources(file: str, name: str, misspelt: str) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from fora_trt.engines.torch_graph import TorchGraph
-from fora_trt.engines.torch_operators import OPERATORS
+from fora_trt.engines.torch.graph import TorchGraph
+from fora_trt.engines.torch.operators import OPERATORS
 
 DTYPES = (numpy.float64, numpy.float32, numpy.float16, numpy.int64, numpy.int32, numpy.bool_)
 OLDEST_OPSET = 12  # before it many sizes and axes were attributes

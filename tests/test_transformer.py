@@ -25,7 +25,7 @@ def images(pipe: DiTPipeline, steps: int = 10) -> np.ndarray:
 
 def test_a_pipeline_makes_the_same_pictures_at_interval_one(pipe: DiTPipeline, exported: Bundle) -> None:
     before = images(pipe)
-    denoiser = load(exported, schedule=Schedule.static(10, 1), device="cpu")
+    denoiser = load(exported, schedule=Schedule.fora(10, 1), device="cpu")
     pipe.transformer = denoiser.as_transformer()
     assert np.abs(images(pipe) - before).max() < 1 / 255
     assert np.abs(images(pipe) - before).max() < 1 / 255, "a second call starts anew"
@@ -44,7 +44,7 @@ def test_a_pipeline_caches_as_eager_fora_does(pipe: DiTPipeline, exported: Bundl
             return kept[path]
 
         module.get_submodule(path).forward = cached
-    schedule = Schedule(tuple(step in full for step in range(10)))
+    schedule = Schedule.from_flags(tuple(step in full for step in range(10)))
     module.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     expected = images(pipe)
     pipe.transformer = load(exported, schedule=schedule, device="cpu").as_transformer()
@@ -52,7 +52,7 @@ def test_a_pipeline_caches_as_eager_fora_does(pipe: DiTPipeline, exported: Bundl
 
 
 def test_an_interrupted_trajectory_does_not_shift_the_next(pipe: DiTPipeline, exported: Bundle) -> None:
-    transformer = load(exported, schedule=Schedule.static(10, 3), device="cpu").as_transformer()
+    transformer = load(exported, schedule=Schedule.fora(10, 3), device="cpu").as_transformer()
     pipe.transformer = transformer
     first = images(pipe)
     transformer(torch.randn(4, 4, 8, 8), torch.full((4,), 900), class_labels=torch.tensor([1, 2, 3, 4]))
@@ -63,7 +63,7 @@ def test_an_interrupted_trajectory_does_not_shift_the_next(pipe: DiTPipeline, ex
 def test_a_scheduler_that_repeats_timesteps_keeps_its_place(pipe: DiTPipeline, exported: Bundle) -> None:
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     before = images(pipe, steps=5)
-    pipe.transformer = load(exported, schedule=Schedule.static(9, 1), device="cpu").as_transformer()
+    pipe.transformer = load(exported, schedule=Schedule.fora(9, 1), device="cpu").as_transformer()
     assert np.abs(images(pipe, steps=5) - before).max() < 1 / 255
 
 
@@ -71,19 +71,26 @@ def test_a_pipeline_may_take_any_number_of_steps(pipe: DiTPipeline, exported: Bu
     transformer = load(exported, cache_interval=3, device="cpu").as_transformer()
     expected = {}
     for steps in (10, 7, 2):
-        pipe.transformer = load(exported, schedule=Schedule.static(steps, min(steps, 3)), device="cpu").as_transformer()
+        pipe.transformer = load(exported, schedule=Schedule.fora(steps, min(steps, 3)), device="cpu").as_transformer()
         expected[steps] = images(pipe, steps)
     pipe.transformer = transformer
     for steps in (10, 7, 2, 10):
         np.testing.assert_array_equal(images(pipe, steps), expected[steps])
-        assert transformer.denoiser.schedule == Schedule.static(steps, min(steps, 3))
+        assert transformer.denoiser.schedule == Schedule.fora(steps, min(steps, 3))
         assert transformer.denoiser.finished
 
 
 def test_a_schedule_of_ones_own_is_for_its_number_of_steps(pipe: DiTPipeline, exported: Bundle) -> None:
-    schedule = Schedule((True, False, True, False))
+    schedule = Schedule.from_flags((True, False, True, False))
     pipe.transformer = load(exported, schedule=schedule, device="cpu").as_transformer()
     images(pipe, steps=4)
-    message = r"the pipeline takes 5 steps, and the schedule that was given is for 4; .* cache_interval=N"
+    message = r"the pipeline takes 5 steps, but the schedule has 4; .* cache_interval=N"
     with pytest.raises(ScheduleError, match=message):
         images(pipe, steps=5)
+
+
+def test_an_argument_that_is_none_does_not_hide_a_nested_one(exported: Bundle) -> None:
+    transformer = load(exported, schedule=Schedule.none(1), backend="torch", device="cpu").as_transformer()
+    latents, labels = torch.randn(1, 4, 8, 8), torch.tensor([3])
+    nested = transformer(latents, 500.0, class_labels=None, added_cond_kwargs={"class_labels": labels}).sample.clone()
+    assert torch.equal(transformer(latents, 500.0, class_labels=labels).sample, nested)

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 import fora_trt
 from fora_trt import Schedule
 from fora_trt.bundle import Bundle
-from fora_trt.engines.weighted_sum import FuseWeightedSumsPass, kernel_library
-from fora_trt.evaluate.doctor import findings
+from fora_trt.doctor import findings
+from fora_trt.engines.onnxruntime.weighted_sum import FuseWeightedSumsPass, kernel_library
 
 
 def sums(
@@ -106,7 +106,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def latents_of(bundle: Bundle) -> torch.Tensor:
-    denoiser = fora_trt.load(bundle, schedule=Schedule.static(8, 3), backend="onnxruntime", device="cpu")
+    denoiser = fora_trt.load(bundle, schedule=Schedule.fora(8, 3), backend="onnxruntime", device="cpu")
     latents, labels = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 7])
     times = torch.arange(700, 0, -100)[:8].float()
     times = torch.cat([times, torch.zeros(8 - len(times))])

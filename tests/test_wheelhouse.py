@@ -102,7 +102,7 @@ def test_the_script_installs_without_an_index_and_runs_the_doctor(house: Path, t
     assert shown.stdout == "tiny_need is here\n"
     assert not (tmp_path / "venv" / "wheels").exists()
     again = install(house, sys.executable, tmp_path / "venv")
-    assert again.returncode == 1 and "exists already" in again.stderr and again.stderr.count("\n") == 1
+    assert again.returncode == 1 and "exists or cannot be created" in again.stderr and again.stderr.count("\n") == 1
     assert (tmp_path / "venv" / "bin" / "fora-trt").exists()
 
 
@@ -143,7 +143,7 @@ def test_what_is_no_pip_list_is_refused(content: str, tmp_path: Path) -> None:
     path.write_text(content)
     result = CliRunner().invoke(main, ["--have", str(path), "--out", str(tmp_path / "new")])
     assert result.exit_code == 1 and result.output.count("\n") == 1
-    assert f"make it on that machine with: python -m pip list >{path.name}" in result.output
+    assert f"create it on that machine with: python -m pip list >{path.name}" in result.output
     assert not (tmp_path / "new").exists()
 
 
@@ -189,19 +189,19 @@ HAVE = {
         {"pip": "25.0", "big-torch": "2.11.0+cu130", "other": "1.0"},
         {"fora_trt-1.0", "pipeline-2.0", "hub-2.0"},
         {"pip": "25.0", "big-torch": "2.11.0+cu130"},
-        "fetching 3 of 5",
+        "downloading 3 of 5",
     ),
     "a version that is too old is collected, as it was tested": (
         {"pip": "25.0", "big-torch": "2.4.0", "hub": "2.5"},
         {"fora_trt-1.0", "pipeline-2.0", "big_torch-2.13.0", "cuda_of_torch-13.0"},
         {"hub": "2.5", "pip": "25.0"},
-        "big-torch 2.4.0 is installed but not admitted: 2.13.0 is collected",
+        "big-torch 2.4.0 is installed but not supported: collecting 2.13.0",
     ),
     "what is there decides over the tested versions": (
         {"pip": "25.0", "big-torch": "2.11.0", "hub": "1.2"},
         {"fora_trt-1.0", "pipeline-1.0", "old_hub-1.0"},
         {"big-torch": "2.11.0", "hub": "1.2", "pip": "25.0"},
-        "versions of constraints.txt conflict with installed ones: other versions are admitted",
+        "versions in constraints.txt conflict with installed ones: allowing other versions",
     ),
 }
 
@@ -245,7 +245,7 @@ def test_a_wheelhouse_for_a_machine_is_installed_beside_what_is_there(index: Pat
     other = machine_with(tmp_path / "other", made_wheel(tmp_path, "big_torch", version="2.10.0"))
     refused = install(out, other, tmp_path / "another")
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1
-    assert "collected for big-torch 2.11.0+cu130 (there is 2.10.0): give another Python" in refused.stderr
+    assert "collected for big-torch 2.11.0+cu130 (installed: 2.10.0): give another Python" in refused.stderr
     assert not (tmp_path / "another").exists()
 
 
@@ -312,11 +312,11 @@ def test_an_interpreter_is_found_by_version_command_or_path() -> None:
 def test_errors_are_one_sentence_and_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
     for option, value, said in (
-        ("--python", "3.99", "no Python 3.99 runs here"),
-        ("--python", "nope", "no Python nope runs here"),
+        ("--python", "3.99", "no Python 3.99 is installed"),
+        ("--python", "nope", "no Python nope is installed"),
         ("--out", str(tmp_path), "is not a wheelhouse"),
         ("--out", str(tmp_path / "mine"), "is not a wheelhouse"),
-        ("--out", "/proc/wheelhouse", "the wheelhouse cannot be made: "),
+        ("--out", "/proc/wheelhouse", "the wheelhouse cannot be written: "),
     ):
         result = CliRunner().invoke(main, ["--out", str(tmp_path / "new"), option, value])
         assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
@@ -328,7 +328,7 @@ def test_errors_are_one_sentence_and_leave_nothing(tmp_path: Path) -> None:
 def test_the_real_wheelhouse_installs_without_an_index(tmp_path: Path) -> None:
     house, command = tmp_path / "house", [sys.executable, "-m", "tools.wheelhouse", "--out", str(tmp_path / "house")]
     unknown = subprocess.run([*command, "--extras", "cpux"], capture_output=True, text=True, cwd=ROOT)
-    assert unknown.returncode == 1 and "there is no extra cpux; there are cpu, " in unknown.stderr
+    assert unknown.returncode == 1 and "unknown extras cpux; choose from cpu, " in unknown.stderr
     house.mkdir()
     shown = subprocess.run([*command, "--extras", "cpu"], capture_output=True, text=True, cwd=ROOT)
     assert shown.returncode == 0, shown.stderr

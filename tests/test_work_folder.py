@@ -10,7 +10,7 @@ import pytest
 
 from fora_trt.errors import InputError
 from fora_trt.evaluate.work_folder import LOCK, PARTS, SETTINGS, WorkFolder, work_folder
-from fora_trt.folders import Record
+from fora_trt.files import Record
 
 
 class Settings(Record):
@@ -53,12 +53,12 @@ def test_resuming_what_does_not_exist_begins_it(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_wants_resume(tmp_path: Path) -> None:
     filled(tmp_path)
-    refused = rf"{tmp_path} holds parts already; give --resume to go on with it, or another folder"
+    refused = rf"{tmp_path} already contains parts; give --resume to continue it, or another folder"
     with pytest.raises(InputError, match=refused), work_folder(tmp_path, Settings(), resume=False):
         pass
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.doc").touch()
-    refused = rf"other has no {SETTINGS}, so there is nothing to resume"
+    refused = rf"other has no {SETTINGS}, so it cannot be resumed"
     with pytest.raises(InputError, match=refused), work_folder(tmp_path / "other", Settings(), resume=True):
         pass
     with work_folder(tmp_path / "other", Settings(), resume=False, beside=("thesis.doc",)) as work:
@@ -69,14 +69,14 @@ def test_a_folder_in_use_wants_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"images": 11}, "images 10 and not 11"),
-        ({"steps": (20, 50)}, r"steps \[50\] and not \[20, 50\]"),
-        ({"name": "x"}, "name None and not 'x'"),
+        ({"images": 11}, "images 10; 11 was given"),
+        ({"steps": (20, 50)}, r"steps \[50\]; \[20, 50\] was given"),
+        ({"name": "x"}, "name None; 'x' was given"),
     ],
 )
 def test_other_settings_are_named(given: dict[str, object], message: str, tmp_path: Path) -> None:
     filled(tmp_path)
-    refused = f"was made with {message}; resume it with the settings it was made with"
+    refused = f"was made with {message}; resume it with its original settings"
     with pytest.raises(InputError, match=refused), work_folder(tmp_path, Settings.model_validate(given), resume=True):
         pass
     with work_folder(tmp_path, Settings(), resume=True) as work:  # nothing was changed, nothing is locked
@@ -87,7 +87,7 @@ def test_other_settings_are_named(given: dict[str, object], message: str, tmp_pa
 def test_damaged_settings_are_a_sentence(text: str, tmp_path: Path) -> None:
     filled(tmp_path)
     (tmp_path / SETTINGS).write_bytes(text.encode("latin1"))
-    refused = f"{SETTINGS} cannot be read, so nothing can be resumed"
+    refused = f"{SETTINGS} cannot be read, so the folder cannot be resumed"
     with pytest.raises(InputError, match=refused), work_folder(tmp_path, Settings(), resume=True):
         pass
 
@@ -110,7 +110,7 @@ def test_a_damaged_part_is_a_sentence(keep: int, tmp_path: Path) -> None:
     path = tmp_path / PARTS / "000001.npz"
     path.write_bytes(path.read_bytes()[:keep])
     with work_folder(tmp_path, Settings(), resume=True) as work:
-        with pytest.raises(InputError, match=r"000001.npz cannot be read .* remove it and go on with --resume"):
+        with pytest.raises(InputError, match=r"000001.npz cannot be read .* remove it and continue with --resume"):
             work.read(1)
         assert work.read(0)["number"] == [0]
 

@@ -1,4 +1,7 @@
-"""The commands: options, one call, one print. The only place that turns errors into exit codes and knows a terminal."""
+"""The commands: each parses options, makes one call and prints the result.
+
+No other package turns errors into exit codes or writes to the terminal.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,21 @@ from typing import Any
 import click
 
 from fora_trt import __version__
-from fora_trt.cli.bundles import build, export, inspect
-from fora_trt.cli.images import run, sample
-from fora_trt.cli.measuring import bench, quality, verify
-from fora_trt.cli.start import demo, doctor
+from fora_trt.cli.bench import bench
+from fora_trt.cli.build import build
+from fora_trt.cli.demo import demo
+from fora_trt.cli.doctor import doctor
+from fora_trt.cli.export import export
+from fora_trt.cli.inspect import inspect
+from fora_trt.cli.quality import quality
+from fora_trt.cli.run import run
+from fora_trt.cli.sample import sample
+from fora_trt.cli.verify import verify
 from fora_trt.errors import ForaError
 
 
 class Commands(click.Group):
-    """Prints the sentence of a user's mistake and exits with 1; anything else is a defect and shows its traceback."""
+    """Prints the message of a `ForaError` and exits with 1; any other exception is a bug and shows its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -30,7 +39,7 @@ class Commands(click.Group):
 )
 @click.version_option(__version__)
 def main() -> None:
-    """FORA caching for diffusion transformers: two graphs, two engines, one runtime that alternates them.
+    """FORA caching for diffusion transformers: exports a full and a reuse graph and alternates their engines.
 
     \b
     Examples:

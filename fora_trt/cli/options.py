@@ -1,21 +1,30 @@
-"""Options and arguments that several commands have, and the types of what is given to them."""
+"""Options and arguments that several commands share, and the types that parse their values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from fora_trt.cli.terminal import bar, say
+from fora_trt.errors import InputError
+from fora_trt.schedule import DEFAULT_INTERVAL, fora_text
+
+if TYPE_CHECKING:
+    from fora_trt.pipeline import Pipeline
+
 
 class Numbers(click.ParamType["tuple[int, ...]"]):
-    """Whole numbers between separators; here any number of them, between commas."""
+    """A list of integers; the base class takes any number of them, comma-separated."""
 
     name = "N,N,..."
     separator = ","
-    counts: tuple[int, ...] = ()  # how many there may be; any number without one
-    refusal = "is not a list of whole numbers such as 3,7,7"
+    counts: tuple[int, ...] = ()  # valid lengths of the list; empty: any length
+    refusal = "is not a list of integers such as 3,7,7"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
@@ -31,27 +40,27 @@ class Numbers(click.ParamType["tuple[int, ...]"]):
         return numbers
 
     def problem_of(self, numbers: tuple[int, ...]) -> str | None:
-        """What is wrong with numbers of the right count."""
+        """The problem with a list of valid length; None if there is none."""
         return None
 
 
 class BatchProfile(Numbers):
-    """Least, best and most of a batch, between colons."""
+    """An optimization profile: smallest, tuned-for and largest batch size, separated by colons."""
 
     name, separator, counts = "MIN:OPT:MAX", ":", (3,)
-    refusal = "is not three whole numbers such as 1:2:16"
+    refusal = "is not a profile of three integers min:opt:max such as 1:2:16"
 
     def problem_of(self, numbers: tuple[int, ...]) -> str | None:
-        least, best, most = numbers
-        rises = 1 <= least <= best <= most
-        return None if rises else "must rise from 1 on: the least batch, the one to tune for, the most"
+        minimum, optimum, maximum = numbers
+        rises = 1 <= minimum <= optimum <= maximum
+        return None if rises else "is not a valid profile; expected 1 <= min <= opt <= max, such as 1:2:16"
 
 
 class ImageSize(Numbers):
-    """One whole number for a square, or height and width."""
+    """One integer for a square image, or height and width."""
 
     name, separator, counts = "N|HxW", "x", (1, 2)
-    refusal = "is no image size such as 512, or 512x768 for height and width"
+    refusal = "is not an image size such as 512, or 512x768 for height and width"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         sides = super().convert(value, param, ctx)
@@ -62,18 +71,18 @@ class ImageSize(Numbers):
 
 
 class StepRange(Numbers):
-    """First step and the one after the last, between colons."""
+    """A range of steps: the first step and the step after the last, separated by a colon."""
 
     name, separator, counts = "FIRST:LAST", ":", (2,)
-    refusal = "is not two whole numbers such as 5:30"
+    refusal = "is not a range of two integers such as 5:30"
 
     def problem_of(self, numbers: tuple[int, ...]) -> str | None:
         first, last = numbers
-        return None if 0 <= first < last else "must rise, from 0 for the first step"
+        return None if 0 <= first < last else "is not a valid range; expected 0 <= first < last, such as 5:30"
 
 
 class Words(click.ParamType[tuple[str, ...]]):
-    """Words between commas."""
+    """A comma-separated list of words."""
 
     name = "A,B,..."
 
@@ -89,24 +98,30 @@ ENGINES = click.option(
     "--engines",
     type=click.Path(path_type=Path),
     default="engines",
-    help="Where TensorRT plans are and are built if missing; or one set of plans, used as it is.",
+    help="Folder of TensorRT plans; missing plans are built there. Or one set of plans, which is used as it is.",
 )
-NEGATIVE_PROMPT = click.option("--negative-prompt", default="", help="What not to show.")
+SCHEDULES = click.option(
+    "--schedule",
+    "schedules",
+    multiple=True,
+    help="Schedule in addition to the cache intervals: a text form (fora:3) or a .json file. Repeatable.",
+)
+NEGATIVE_PROMPT = click.option("--negative-prompt", default="", help="Prompt of the unconditional half of guidance.")
 CONDITIONING = click.option(
     "--prompt-embeds",
     "--conditioning",
-    "conditioning_file",
+    "conditioning",
     type=click.Path(path_type=Path),
-    help="Inputs of the model by name, .npz or .safetensors; names with negative_ are the unconditional half.",
+    help="File of model inputs by name, .npz or .safetensors; negative_ NAMES are the unconditional half.",
 )
 GUIDANCE_SCALE = click.option(
     "--guidance-scale",
     type=click.FloatRange(min=0),
-    help="Classifier-free guidance; up to 1: none.  [default: 1.5 for classes, 4.5 for prompts]",
+    help="Classifier-free guidance scale; 0 to 1: none.  [default: 1.5 for classes, 4.5 for prompts]",
     show_default=False,
 )
 SEED = click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the first image; the k-th after it adds k."
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of image 0; image k has this seed plus k."
 )
 BATCH_SIZE = click.option(
     "--batch-size", type=click.IntRange(min=1), default=64, help="Images that are denoised together."
@@ -119,13 +134,13 @@ SCHEDULER = click.option(
 TIMESTEP_SPACING = click.option(
     "--timestep-spacing",
     type=click.Choice(["leading", "linspace", "trailing"]),
-    help="Which timesteps the scheduler takes.  [default: the scheduler's own]",
+    help="How the scheduler spaces its timesteps.  [default: the scheduler's own]",
     show_default=False,
 )
 GUIDANCE_INTERVAL = click.option(
     "--guidance-interval",
     type=StepRange(),
-    help="Steps that are guided, from 0.  [default: all]",
+    help="Guided steps, counted from 0; LAST is excluded.  [default: all]",
     show_default=False,
 )
 VAE = click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
@@ -133,27 +148,92 @@ VAE = click.option("--vae", help="Folder or hub id of the VAE.  [default: the mo
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The sampling options: one command-line option and one field of `PipelineConfig` each."""
+
+    schedule: str
+    steps: int
+    guidance_scale: float | None
+    guidance_interval: tuple[int, int] | None
+    scheduler: str | None
+    timestep_spacing: str | None
+    batch_size: int
+    backend: str
+    device: str
+    engines: Path
+    vae: str | None
+
+    def pipeline(self, bundle: Path, quiet: bool) -> Pipeline:
+        """The pipeline of a bundle with these settings; it prints a line before each long operation."""
+        return pipeline_of(bundle, quiet, **vars(self))
+
+
+def pipeline_of(bundle: Path, quiet: bool, **settings: Any) -> Pipeline:
+    """A pipeline that prints a line before each long operation and shows a progress bar while plans are built."""
+    from fora_trt.pipeline import Pipeline
+
+    context = click.get_current_context()
+    progress = context.with_resource(bar(quiet))
+    return Pipeline(bundle, report=lambda line: say(quiet, line), progress=progress, **settings)
+
+
+def schedule_of(cache_interval: int | None, schedule: str | None) -> str:
+    """The text form of the schedule given by --cache-interval or --schedule."""
+    if cache_interval is not None and schedule is not None:
+        raise InputError("--cache-interval and --schedule exclude each other; give one of them")
+    return schedule or fora_text(cache_interval or DEFAULT_INTERVAL)
+
+
+def schedules_of(cache_intervals: Sequence[int], schedules: Sequence[str]) -> list[str]:
+    """The text forms of all schedules given by --cache-intervals and --schedule, without duplicates."""
+    return list(dict.fromkeys([*map(fora_text, cache_intervals), *schedules]))
+
+
+def grouped(name: str, *options: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that adds options to a command and passes their values to it as one dictionary `name`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def taking(**given: Any) -> Any:
+            own = {key: given.pop(key) for key in keys}
+            return command(**given, **{name: own})
+
+        decorated: Callable[..., Any] = taking
+        for option in reversed(options):  # the order in which stacked decorators apply
+            decorated = option(decorated)
+        keys = [parameter.name for parameter in decorated.__click_params__[-len(options) :]]  # type: ignore[attr-defined] # of click
+        return decorated
+
+    return decorate
+
+
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """All that says how images are made, whatever they are to be."""
-    options = (
+    """Add the options of `SamplingOptions` to a command and pass them to it as its parameter `sampling`."""
+
+    @wraps(command)
+    def taking(sampling: dict[str, Any], **given: Any) -> Any:
+        schedule = schedule_of(sampling.pop("cache_interval"), sampling.pop("schedule"))
+        return command(sampling=SamplingOptions(schedule=schedule, **sampling), **given)
+
+    decorated: Callable[..., Any] = grouped(
+        "sampling",
         click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps."),
         click.option(
             "--cache-interval",
             type=click.IntRange(min=1),
-            default=3,
-            help="Full step every N steps; 1: no caching.",
+            help=f"A full step every N steps; 1: no caching.  [default: {DEFAULT_INTERVAL}]",
+            show_default=False,
         ),
+        click.option("--schedule", help="Schedule instead of --cache-interval: fora:3, none, or a .json file."),
         GUIDANCE_SCALE,
         GUIDANCE_INTERVAL,
         SCHEDULER,
         TIMESTEP_SPACING,
-        SEED,
         BATCH_SIZE,
         BACKEND,
         DEVICE,
         ENGINES,
         VAE,
-    )
-    for option in reversed(options):  # as decorators in this order would
-        command = option(command)
-    return command
+    )(taking)
+    return decorated

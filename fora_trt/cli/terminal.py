@@ -1,4 +1,4 @@
-"""What is said on a terminal: stages, bars and tables."""
+"""Terminal output: progress lines, progress bars and tables."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fora_trt.engines.plan_store import PlanSource
-    from fora_trt.evaluate.tables import Table as Found
+    from fora_trt.engines.options import EngineOptions
+    from fora_trt.report.tables import Table as Found
 
 
 WIDTH = 120
-"""Of tables that do not go to a terminal."""
+"""Columns of a table that is not printed to a terminal."""
 
 
 def say(as_json: bool, stage: str) -> None:
-    """Tell how far a command is, on the side where it is in nobody's way."""
+    """Print the current stage of a command to standard error; nothing with --json."""
     if not as_json:
         click.echo(f"{stage} ...", err=True)
 
 
 def watched(what: str, quiet: bool) -> Callable[[Iterable[Any]], Iterator[Any]]:
-    """A progress bar around an iteration, on a terminal only."""
+    """A function that wraps an iterable in a progress bar, on a terminal only."""
 
     def watch(items: Iterable[Any]) -> Iterator[Any]:
         if quiet or not sys.stderr.isatty():
@@ -44,7 +44,7 @@ def watched(what: str, quiet: bool) -> Callable[[Iterable[Any]], Iterator[Any]]:
 
 @contextmanager
 def status(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """One line that says what is going on, on a terminal only."""
+    """A status line that shows the current stage, on a terminal only."""
     if quiet or not sys.stderr.isatty():
         yield lambda stage: None
         return
@@ -56,29 +56,39 @@ def status(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def bar(quiet: bool) -> Iterator[Callable[[float, str], None]]:
-    """A bar that shows a fraction and a phase, on a terminal only."""
+    """A progress bar with a fraction and a phase, on a terminal only; shown from the first call until fraction 1."""
     if quiet or not sys.stderr.isatty():
         yield lambda fraction, phase: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("building", total=1.0)
-        yield lambda fraction, phase: progress.update(task, completed=fraction, description=phase)
+    progress = Progress(console=Console(stderr=True), transient=True)
+    task = progress.add_task("building", total=1.0)
+
+    def show(fraction: float, phase: str) -> None:
+        progress.start()
+        progress.update(task, completed=fraction, description=phase)
+        if fraction >= 1:
+            progress.stop()
+
+    try:
+        yield show
+    finally:
+        progress.stop()
 
 
 @contextmanager
-def plan_source(engines: Path, batch: int, quiet: bool) -> Iterator[PlanSource]:
-    """Where plans come from, with a word and a bar when some must be built."""
-    from fora_trt.engines.plan_store import PlanSource
+def plan_source(engines: Path, batch: int, quiet: bool) -> Iterator[EngineOptions]:
+    """Engine options with this folder of plans; building missing plans prints a line and shows a progress bar."""
+    from fora_trt.engines.options import EngineOptions
 
     with bar(quiet) as progress:
-        yield PlanSource(engines, batch, lambda line: say(quiet, line), progress)
+        yield EngineOptions(engines, batch, lambda line: say(quiet, line), progress)
 
 
 def new_table(title: str, *columns: str, texts: int = 1) -> Table:
-    """An empty table; the first `texts` columns are words, all others are figures, to the right."""
+    """An empty table; the first `texts` columns are text (aligned left), all others are numbers (aligned right)."""
     from rich import box
     from rich.table import Table
 
@@ -89,7 +99,7 @@ def new_table(title: str, *columns: str, texts: int = 1) -> Table:
 
 
 def print_found(found: Found) -> None:
-    """A table of a report, or as much of it as fits a line; the report has all."""
+    """Print a table of a report; columns that do not fit the line are left out (the report has all)."""
     from rich.console import Console
 
     found = found.fitting(Console().width if sys.stdout.isatty() else WIDTH)
@@ -100,7 +110,7 @@ def print_found(found: Found) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print on standard output, as wide as the terminal or `WIDTH`."""
+    """Print a table to standard output, with the width of the terminal or `WIDTH`."""
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else WIDTH, markup=False).print(table)

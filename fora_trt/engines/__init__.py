@@ -1,1 +1,1 @@
-"""Fourth stage: something that runs one graph on tensors that the caller owns, for each backend."""
+"""Fourth stage: for each backend, engines that run one graph on tensors that the caller owns."""

@@ -1,4 +1,4 @@
-"""The `Engine` interface, which every backend implements; the runtime knows nothing else of a backend."""
+"""The `Engine` interface, which every backend implements and through which the runtime uses it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fora_trt.models.spec import TensorSpec
+from fora_trt.contract import TensorSpec
 
 Launch = Callable[[], None]
-"""Runs a graph on tensors that were bound, on the current stream; may return before it is done.
+"""Runs a graph on its bound tensors, on the current stream; may return before the work is finished.
 
-A launch may have a method `is_capturable` of its own, which then takes precedence over that of its engine.
+A launch may define a method `is_capturable`, which takes precedence over that of its engine.
 """
 
 
 class Engine(ABC):
     """Runs one graph on tensors that the caller owns.
 
-    `inputs` and `outputs` map a tensor's name to its dtype and symbolic shape.
+    `inputs` and `outputs` map the name of a tensor to its spec.
     """
 
     longest_window: int | None = None
-    """The most reuse steps that tensors of a window can be bound for; None for any number."""
+    """Largest number of reuse steps in window tensors that can be bound; None for no limit."""
 
     shortest_window: int = 0
-    """The fewest reuse steps that tensors of a window must have room for; 1 where a runtime takes no empty tensors."""
+    """Smallest number of reuse steps in window tensors; 1 for a runtime that does not support empty tensors."""
 
     most_rows: int | None = None
-    """The largest batch of a conditioning engine; None for any."""
+    """Largest batch of a conditioning engine; None for no limit."""
 
     def __init__(self, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], device: torch.device) -> None:
         self.inputs: Mapping[str, TensorSpec] = {tensor.name: tensor for tensor in inputs}
@@ -39,28 +39,28 @@ class Engine(ABC):
 
     @abstractmethod
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
-        """Take the addresses of `tensors` by name, once for many steps; names of other engines are passed over.
+        """Bind the graph's inputs and outputs to `tensors` by name, once for many steps; unknown names are ignored.
 
-        What is returned runs the graph on them, and the caller keeps them in place as long as it does. An engine can
-        be bound to several sets of tensors, and run on them in turn.
+        The returned launch runs the graph on these tensors; the caller must not free or move them while it uses the
+        launch. An engine can be bound to several sets of tensors and run on them alternately.
         """
 
     def is_capturable(self) -> bool:
-        """Whether a launch on the current stream, once it has been done, can become a part of a CUDA graph."""
+        """Whether launches of this engine can be captured in a CUDA graph after a first run outside a capture."""
         return False
 
     def can_capture(self, launch: Launch) -> bool:
-        """Whether this launch of the engine, on the current stream, can become a part of a CUDA graph now."""
+        """Whether this launch can be captured in a CUDA graph on the current stream now."""
         return bool(getattr(launch, "is_capturable", self.is_capturable)())
 
     def scratch_address(self) -> int:
-        """Where the memory is that it uses beside bound tensors; a graph that was captured at another is void."""
+        """Address of the scratch memory; a CUDA graph that was captured at another address is invalid."""
         return 0
 
     def scratch_bytes(self, batch: int, window: int = 0) -> int:
-        """Device memory that binding this batch allocates beside the bound tensors, as far as it is known.
+        """Device memory in bytes that binding this batch allocates in addition to the bound tensors, as far as known.
 
-        `window` is the number of reuse steps in tensors of a window.
-        Raises `InputError` for a batch that the engine does not admit.
+        `window` is the number of reuse steps in window tensors. Raises `InputError` for a batch that the engine does
+        not support.
         """
         return 0

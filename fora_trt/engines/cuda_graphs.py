@@ -1,4 +1,4 @@
-"""Work on fixed addresses, captured once as a CUDA graph and replayed. Where there is no GPU it just runs."""
+"""Capture work on fixed addresses once as a CUDA graph and replay it; on a CPU the work runs directly."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from fora_trt.errors import BackendError, ForaError, first_line
 
 
 class Replay:
-    """Calls `work`: the first time as it is, the second time while capturing it, from then on as a CUDA graph.
+    """Runs `work` directly in the first call, captures it as a CUDA graph in the second, and replays it from then on.
 
-    The first call is the warm-up that libraries want before a capture. Nothing runs twice, so `work` may have effects.
-    Every tensor that `work` touches must stay where it is; call `forget` when one moves. Inside a capture of someone
-    else's `work` becomes a part of that larger graph. `capturable` is asked before the capture.
+    The first call is the warm-up that libraries need before a capture. Each call runs `work` once, so `work` may have
+    side effects. All tensors that `work` uses must keep their addresses; call `forget` when an address changes. If the
+    caller is capturing a CUDA graph, `work` becomes part of that graph. `capturable` is called before a capture; while
+    it returns False, `work` runs directly.
 
-    A capture that fails raises `BackendError`, or what `work` raised if that is a `ForaError` or a lack of memory. The
-    caller's stream is current then, nothing of the capture is kept, and the next call is a first one.
+    A failed capture raises `BackendError`, or the exception of `work` if that is a `ForaError` or an out-of-memory
+    error. Then the caller's stream is current again, the capture is discarded, and the next call counts as the first.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Replay:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was captured; the next call is a first one."""
+        """Discard the captured graph; the next call counts as the first."""
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
 
@@ -44,11 +45,12 @@ class Replay:
             if self._graph is not None:
                 self._graph.replay()
             else:
-                self._run_beside()
+                self._run_on_side_stream()
 
-    def _run_beside(self) -> None:
-        """Run on a stream of its own, in the order of the caller's; the default stream can neither be captured nor
-        used without waiting for all others.
+    def _run_on_side_stream(self) -> None:
+        """Run on a separate stream, ordered with the caller's stream.
+
+        The default stream cannot be captured, and work on it waits for all other streams.
         """
         caller = torch.cuda.current_stream(self._device)
         self._stream = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # torch does not
@@ -59,7 +61,7 @@ class Replay:
         self._warm = True
 
     def _capture(self) -> None:
-        # the outer context makes the caller's stream current again: torch leaves that of a failed capture
+        # the outer context restores the caller's stream, which torch does not do after a failed capture
         with torch.cuda.stream(self._stream):
             if not self._capturable():
                 return
@@ -73,7 +75,7 @@ class Replay:
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph, failure = torch.cuda.CUDAGraph(), None
         try:
-            # other threads may go on with what a capture forbids, such as allocating
+            # thread_local: other threads may still do what a capture forbids, such as allocating memory
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 try:
                     self._work()
@@ -81,10 +83,11 @@ class Replay:
                     failure = error
                     raise
         except BaseException as error:
-            reason = failure or error  # ending a capture that failed fails too, with less to say
+            reason = failure or error  # ending a failed capture raises another, less informative error
             if isinstance(reason, ForaError | torch.cuda.OutOfMemoryError) or not isinstance(reason, Exception):
                 raise reason from None
             raise BackendError(
-                f"capturing a CUDA graph failed ({type(reason).__name__}: {first_line(reason)}); nothing of it was run"
+                f"capturing a CUDA graph failed ({type(reason).__name__}: {first_line(reason)}); the captured work did "
+                "not run; use another --backend"
             ) from reason
         return graph

@@ -1,4 +1,4 @@
-"""fp32 that is fp32 on a GPU: PyTorch's convolutions round to TF32 (10 bits) unless told otherwise."""
+"""Full fp32 precision on a GPU: by default, PyTorch's convolutions round to TF32, which has 10 mantissa bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
-    """Compute products of matrices and convolutions in full fp32; what was set before holds again afterwards."""
+    """Compute matrix products and convolutions in full fp32 within the block; then restore the previous settings."""
     if device.type != "cuda":
         yield
         return

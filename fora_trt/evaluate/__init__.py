@@ -1,1 +1,1 @@
-"""Last stage: what caching saves and what it costs, and whether the graphs still compute what the module did."""
+"""Last stage: measures latency and image quality with caching, and compares the graphs with the PyTorch module."""

@@ -1,4 +1,8 @@
-"""What `quality` compares: schedulers, numbers of steps and cache intervals, and fewer steps in the same time."""
+"""Settings to compare: schedulers, numbers of steps and schedules, each with an equal-time control.
+
+The control of a cached setting uses the same scheduler without caching and with fewer steps, chosen to take the same
+time.
+"""
 
 from __future__ import annotations
 
@@ -6,124 +10,122 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from diffusers import SchedulerMixin
-
-from fora_trt.bundle import Bundle
 from fora_trt.errors import InputError
-from fora_trt.evaluate.results import Setting
-from fora_trt.runtime.conditioning import Conditioning
-from fora_trt.runtime.sampling import Guidance, Sampler, Steps
-from fora_trt.runtime.schedulers import scheduler_from_config
-from fora_trt.runtime.updates import Update, timesteps_of, update_from_scheduler
-from fora_trt.schedule import Schedule
+from fora_trt.pipeline import Pipeline, Sampling
+from fora_trt.report.results import Setting
+from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.sampling.guidance import Guidance
+from fora_trt.sampling.scheduler_step import timesteps_of
+from fora_trt.schedule import NONE, Schedule
 
 PILOT_WINDOWS, PILOT_REPEATS = 3, 3
-LONGEST_PILOT = 8  # cache interval; a longer one is timed as this
+LONGEST_PILOT = 8  # longest window in a pilot run, in steps; it stands for longer windows too
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting, ready to be run. Those of one scheduler and number of steps share an update."""
+    """A setting, and the scheduler and schedule that implement it."""
 
     setting: Setting
-    scheduler: SchedulerMixin
-    update: Update
-    schedule: Schedule
+    sampling: Sampling
 
     @classmethod
-    def of(
-        cls,
-        scheduler: SchedulerMixin,
-        steps: int,
-        cache_interval: int,
-        update: Update | None = None,
-        control_of: int | None = None,
-    ) -> Candidate:
-        """Raises `InputError` or `ScheduleError` for steps that the scheduler or the interval does not admit."""
-        update = update or update_from_scheduler(scheduler, steps)
-        schedule = Schedule.static(update.calls, cache_interval)
+    def of(cls, sampling: Sampling, control_of: str | None = None) -> Candidate:
+        """The candidate of a scheduler and schedule; with `control_of` it is the control of that schedule."""
         setting = Setting(
-            scheduler=type(scheduler).__name__,
-            steps=steps,
-            calls=None if update.calls == steps else update.calls,
-            full_steps=schedule.full_steps,
-            cache_interval=cache_interval,
+            scheduler=type(sampling.scheduler).__name__,
+            steps=sampling.steps,
+            nfe=sampling.nfe,
+            full_steps=sampling.schedule.full_steps,
+            schedule=sampling.schedule.text,
             control_of=control_of,
         )
-        return cls(setting, scheduler, update, schedule)
+        return cls(setting, sampling)
 
     @property
-    def caches(self) -> bool:
-        """Whether any step reuses what another computed."""
-        return self.setting.cache_interval > 1
+    def group(self) -> tuple[str, int]:
+        """Scheduler and number of steps; the candidate without caching is the reference of its group."""
+        return self.setting.scheduler, self.setting.steps
 
 
 def candidates_of(
-    bundle: Bundle, schedulers: Sequence[str | None], steps: Sequence[int], cache_intervals: Sequence[int]
+    pipeline: Pipeline, schedulers: Sequence[str | None], steps: Sequence[int], schedules: Sequence[str]
 ) -> list[Candidate]:
-    """Every scheduler at every number of steps: first without caching, then at each cache interval.
+    """Every scheduler at every number of steps: first without caching, then with each schedule.
 
-    None is the scheduler of the model's own. What is named twice is there once. Raises `InputError` for an unknown
-    scheduler, `ScheduleError` for an interval over the steps.
+    None is the model's own scheduler. Duplicates are dropped. Raises `InputError` for an unknown scheduler,
+    `ScheduleError` for a schedule that does not fit the steps.
     """
-    learned = bundle.manifest.latents.learned_sigma
-    found = [scheduler_from_config(bundle.scheduler_config, name, learned) for name in schedulers]
+    found = {type(one).__name__: one for one in map(pipeline.scheduler_named, schedulers)}
     candidates: list[Candidate] = []
-    for scheduler in {type(one).__name__: one for one in found}.values():
+    for scheduler in found.values():
         for number in dict.fromkeys(steps):
-            plain = Candidate.of(scheduler, number, 1)
-            cached = [interval for interval in dict.fromkeys(cache_intervals) if interval != 1]
-            candidates += [plain, *(Candidate.of(scheduler, number, one, plain.update) for one in cached)]
+            plain = Sampling.of(scheduler, number)
+            cached = [text for text in dict.fromkeys(schedules) if text != NONE]
+            candidates += [Candidate.of(plain), *(Candidate.of(plain.with_schedule(text)) for text in cached)]
     return candidates
 
 
-def controls_of(candidates: Sequence[Candidate], reuse_shares: Mapping[int, float]) -> list[int]:
-    """For each candidate the number of steps that takes as long without caching; 0 for one that caches nothing.
+def control_of(candidate: Candidate, steps: int) -> Candidate:
+    """The control of a cached candidate, with this number of steps."""
+    return Candidate.of(Sampling.of(candidate.sampling.scheduler, steps), candidate.setting.schedule)
 
-    `reuse_shares` is the time of a reuse step as a part of a full one, by cache interval. A scheduler that calls the
-    model more often than it takes steps is given as many calls as come nearest.
+
+def steps_at_equal_time(candidate: Candidate, full_steps: float) -> int:
+    """The number of steps without caching that takes about as long as `full_steps` full steps.
+
+    It is at most the candidate's own number. Among the numbers that the scheduler supports, it is the one whose NFE is
+    nearest to `full_steps`.
     """
-    return [_steps_in_time_of(one, reuse_shares[one.setting.cache_interval]) if one.caches else 0 for one in candidates]
+    supported: dict[int, float] = {}
+    for steps in range(1, candidate.setting.steps + 1):
+        try:
+            supported[steps] = abs(timesteps_of(candidate.sampling.scheduler, steps) - full_steps)
+        except InputError:  # noqa: PERF203 # each number may be one that the scheduler does not support
+            continue
+    return min(supported, key=lambda steps: supported[steps])
+
+
+def controls_of(candidates: Sequence[Candidate], reuse_shares: Mapping[str, float]) -> list[int]:
+    """The number of steps of each candidate's control; 0 for a candidate without caching.
+
+    `reuse_shares` has, by schedule, the time of a reuse step divided by the time of a full step.
+    """
+    steps = []
+    for one in candidates:
+        setting = one.setting
+        time = setting.full_steps + (setting.nfe - setting.full_steps) * reuse_shares.get(setting.schedule, 1.0)
+        steps.append(steps_at_equal_time(one, time) if setting.caches else 0)
+    return steps
 
 
 def with_controls(candidates: Sequence[Candidate], steps: Sequence[int]) -> list[Candidate]:
-    """The candidates, those of one scheduler and number of steps followed by their controls in so many `steps`."""
-    groups: dict[Update, list[Candidate]] = {}
-    controls: dict[Update, list[Candidate]] = {}
+    """The candidates by group, each group followed by its controls; `steps` has the steps of each control."""
+    groups: dict[tuple[str, int], list[Candidate]] = {}
+    controls: dict[tuple[str, int], list[Candidate]] = {}
     for one, number in zip(candidates, steps, strict=True):
-        groups.setdefault(one.update, []).append(one)
+        groups.setdefault(one.group, []).append(one)
         if number:
-            control = Candidate.of(one.scheduler, number, 1, control_of=one.setting.cache_interval)
-            controls.setdefault(one.update, []).append(control)
-    return [one for update, group in groups.items() for one in (*group, *controls.get(update, []))]
+            controls.setdefault(one.group, []).append(control_of(one, number))
+    return [one for key, group in groups.items() for one in (*group, *controls.get(key, []))]
 
 
-def _steps_in_time_of(candidate: Candidate, reuse_share: float) -> int:
-    full = candidate.setting.full_steps
-    calls = full + (candidate.schedule.steps - full) * reuse_share
-    admitted: dict[int, float] = {}
-    for steps in range(1, candidate.setting.steps + 1):
-        try:
-            admitted[steps] = abs(timesteps_of(candidate.scheduler, steps) - calls)
-        except InputError:  # noqa: PERF203 # each number may be one that the scheduler does not admit
-            continue
-    return min(admitted, key=lambda steps: admitted[steps])
+def reuse_share_of(pipeline: Pipeline, candidate: Candidate, conditioning: Conditioning, guidance: Guidance) -> float:
+    """Time of a reuse step divided by the time of a full step, from a few short trajectories after a warm-up.
 
-
-def reuse_share_of(
-    denoiser: Steps, scheduler: SchedulerMixin, cache_interval: int, conditioning: Conditioning, guidance: Guidance
-) -> float:
-    """Time of a reuse step as a part of that of a full step, from a few short trajectories after a warm-up.
-
-    A reuse step that follows a full one takes longer than the next, so they are timed at their interval, a window of
-    them at once; medians over the windows.
+    The first reuse step of a window takes longer than the next ones. So the pilot uses windows as long as the
+    candidate's longest (at most `LONGEST_PILOT`), and takes medians over the windows. A schedule
+    without reuse steps has 1.
     """
-    interval = min(cache_interval, LONGEST_PILOT)
-    sampler = Sampler(denoiser, update_from_scheduler(scheduler, interval * PILOT_WINDOWS))
-    schedule = Schedule.from_first(sampler.update.calls, interval)
+    if not candidate.sampling.schedule.caches:
+        return 1.0
+    length = min(candidate.sampling.schedule.longest_window + 1, LONGEST_PILOT)
+    plain = Sampling.of(candidate.sampling.scheduler, length * PILOT_WINDOWS)
+    flags = [number % length == 0 for number in range(plain.nfe)]
+    sampler = pipeline.sampler(plain.with_schedule(Schedule.from_flags(flags)))
     seeds = range(conditioning.images)
-    done = [sampler(schedule, conditioning, seeds, guidance) for _ in range(1 + PILOT_REPEATS)][1:]
-    reuse = interval - 1
+    done = [sampler(conditioning, seeds, guidance) for _ in range(1 + PILOT_REPEATS)][1:]
+    reuse = length - 1
     windows = [
         sum(one.reuse_seconds[start : start + reuse]) / reuse
         for one in done
@@ -134,8 +136,13 @@ def reuse_share_of(
 
 
 def file_name_of(setting: Setting) -> str:
-    """A file name without suffix, another for each setting."""
+    """A file name without suffix, unique for each setting."""
     scheduler = setting.scheduler.removesuffix("Scheduler").lower()
-    caching = "no-cache" if setting.cache_interval == 1 else f"interval-{setting.cache_interval}"
-    control = "" if setting.control_of is None else f"-for-interval-{setting.control_of}"
+    control = "" if setting.control_of is None else f"-for-{_in_a_name(setting.control_of)}"
+    caching = _in_a_name(setting.schedule) if setting.caches else "no-cache"
     return f"{scheduler}-{setting.steps}-steps-{caching}{control}"
+
+
+def _in_a_name(schedule: str) -> str:
+    """The text of a schedule with all characters but letters, digits, dots and hyphens replaced by hyphens."""
+    return "".join(sign if sign.isalnum() or sign in ".-" else "-" for sign in schedule)

@@ -1,6 +1,7 @@
-"""Plain PyTorch under `torch.compile`, as a user would run it: the module itself, not the graphs of the bundle.
+"""The reference `PyTorch compiled`: the original module under `torch.compile`, not the graphs of the bundle.
 
-For FORA it is split at its cache sites into two steps, each traced and compiled whole. Nothing is hoisted or folded.
+For FORA the module is split at its cache sites into a full and a reuse step; each is traced and compiled as a whole.
+Nothing is hoisted or folded.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle
+from fora_trt.contract import FULL, REUSE, TensorSpec
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.cuda_graphs import Replay
-from fora_trt.engines.torch_engine import Step, compiled, run_compiled
+from fora_trt.engines.torch.engine import Step, compiled, run_compiled
 from fora_trt.evaluate.source_module import model_from_bundle
-from fora_trt.export.graphs import TRACED_BATCH, program_from_step
 from fora_trt.export.split import Split, steps_of_module
+from fora_trt.export.traced import TRACED_BATCH, program_from_step
 from fora_trt.models.examples import example_inputs
-from fora_trt.models.spec import FULL, REUSE, TensorSpec
 
 
 class CompiledStep(Engine):
@@ -29,7 +30,7 @@ class CompiledStep(Engine):
         self, step: Split, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], device: torch.device
     ) -> None:
         super().__init__(inputs, outputs, device)
-        self._names = step.names  # a module takes all inputs, also those it ignores
+        self._names = step.names  # all inputs of the module, including unused ones
         of_model = {tensor.name for tensor in step.spec.inputs}
         given = example_inputs(step.spec.inputs, step.spec.conditioning, TRACED_BATCH)
         given |= example_inputs((one for one in inputs if one.name not in of_model), {}, TRACED_BATCH)
@@ -48,9 +49,9 @@ class CompiledStep(Engine):
 
 
 def _into_targets(step: Callable[..., Sequence[Tensor]]) -> Step:
-    """A step that writes its results where they are wanted, so that it is compiled with that.
+    """A step that copies its results to output tensors, so that the copies are compiled with it.
 
-    Its code object is its own: the limit of `torch.compile` counts on those, over everything that shares one.
+    Each step gets its own code object, because `torch.compile` limits the number of recompilations per code object.
     """
 
     def run(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
@@ -62,7 +63,10 @@ def _into_targets(step: Callable[..., Sequence[Tensor]]) -> Step:
 
 
 def compiled_engines(bundle: Bundle, device: torch.device) -> dict[str, Engine]:
-    """Both steps of the module that a bundle was exported from, over one copy of it. Raises `BackendError`."""
+    """The compiled full and reuse step of the module that a bundle was exported from; they share its weights.
+
+    Raises `BackendError`.
+    """
     model, manifest = model_from_bundle(bundle), bundle.manifest
     features, prediction = manifest.features(), manifest.graphs[FULL].outputs[:1]
     sites, names = [site.module for site in manifest.cache_sites], [feature.name for feature in features]

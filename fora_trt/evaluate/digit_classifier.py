@@ -1,6 +1,7 @@
-"""A small network that reads 8 x 8 digits: its penultimate layer is to the digits model what Inception is to others.
+"""A small classifier of 8 x 8 digits; its penultimate layer provides the image features of the digits model.
 
-It is trained by `benchmarks/train_digit_classifier.py`; its weights come with fora-trt. Shapes: B images, D features.
+It replaces Inception, which needs larger images. `benchmarks/train_digit_classifier.py` trains it; its weights come
+with fora-trt. Shapes: B images, D features.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ SHAPE, CLASSES = (1, 8, 8), 10
 
 
 class DigitClassifier(nn.Module):
-    """From pixels in [-1, 1] to features and, by one linear layer, to logits. No feature is cut off at zero.
+    """From pixels in [-1, 1] to features and, by one linear layer, to logits.
 
-    A feature that was zero for all images would leave a covariance without an inverse.
+    It uses SiLU instead of ReLU: a feature that is zero for all images would make the covariance singular.
     """
 
     features = 64
@@ -49,14 +50,14 @@ class DigitClassifier(nn.Module):
 
 
 def digit_classifier() -> DigitClassifier:
-    """The network that comes with fora-trt, on the CPU."""
+    """The trained network that comes with fora-trt, on the CPU."""
     model = DigitClassifier()
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
     return model.eval().requires_grad_(False)
 
 
 def makes_digits(manifest: Manifest) -> bool:
-    """Whether a bundle makes what the classifier reads: grey pixels, 8 x 8, of ten classes."""
+    """Whether a bundle makes images that the classifier can read: 8 x 8 grey pixels, ten classes."""
     classes = manifest.guidance.num_classes if manifest.guidance is not None else 0
     return manifest.latents.pixels and manifest.latents.shape == SHAPE and classes == CLASSES
 

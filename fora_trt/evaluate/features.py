@@ -1,6 +1,6 @@
-"""What turns pictures into features: the built-in reader of digits, or Inception from a local file.
+"""Extractors of image features: the built-in digit classifier, or Inception from a local file.
 
-Shapes: B pictures (B, H, W, C) of whole levels from 0 to 255; features (B, D).
+Shapes: B pictures (B, H, W, C), integers from 0 to 255; features (B, D).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from fora_trt.bundle import Manifest
 from fora_trt.errors import InputError, ModelError, first_line
 from fora_trt.evaluate.digit_classifier import digit_classifier, makes_digits, pixels_of
-from fora_trt.folders import sha256_of
+from fora_trt.files import sha256_of
 from fora_trt.models.checkpoint import tensors_from_file
 
 INCEPTION_LAYER = "2048"
@@ -31,13 +31,13 @@ INCEPTION_SHAPES = {
     "Mixed_7c.branch_pool.conv.weight": (192, 2048, 1, 1),
     "fc.weight": (1008, 2048),
 }
-"""What tells the network of the Fréchet inception distance from others, torchvision's of 1,000 classes among them."""
+"""Shapes that distinguish the InceptionV3 of the Fréchet inception distance from others, such as torchvision's."""
 
-AT_ONCE = 32  # pictures that Inception sees together
+AT_ONCE = 32  # pictures in one batch of Inception
 
 
 class Extractor(ABC):
-    """`name` says what it is, `digest` tells its weights from others."""
+    """Computes image features. `name` is its name in reports, `digest` identifies its weights."""
 
     name: str
     dimensions: int
@@ -48,12 +48,12 @@ class Extractor(ABC):
         """Features (B, D) in fp32, on the CPU."""
 
     def classes(self, pictures: Tensor) -> Tensor | None:
-        """The class that each picture is read as, (B,); None for an extractor that does not know the classes."""
+        """The class that the extractor assigns to each picture, (B,); None for an extractor that is no classifier."""
         return None
 
 
 class Digits(Extractor):
-    """The classifier of digits that comes with fora-trt: its penultimate layer, and what it reads."""
+    """The digit classifier that comes with fora-trt: features of its penultimate layer, and its classes."""
 
     name, digest = "digit classifier", "built in"
 
@@ -73,36 +73,36 @@ class Digits(Extractor):
 
 
 class Inception(Extractor):
-    """The InceptionV3 of torch-fidelity, of which the Fréchet inception distance takes the last pooling layer."""
+    """The InceptionV3 of torch-fidelity; features are its last pooling layer, as for the Fréchet inception distance."""
 
     name, dimensions = "InceptionV3", int(INCEPTION_LAYER)
 
     def __init__(self, weights: Path, device: torch.device) -> None:
-        """Read a file of the weights. Raises `InputError` for another kind, or where torch-fidelity is missing."""
+        """Load a file of weights. Raises `InputError` for other weights, and if torch-fidelity is missing."""
         network = _network_of_inception()
         tensors = _inception_tensors(weights)
         self.digest, self._device = sha256_of(weights), device
         try:
             with tempfile.TemporaryDirectory() as folder:
-                ours = Path(folder, "inception.pth")  # torch-fidelity would run the code that a file brings along
+                ours = Path(folder, "inception.pth")  # a safe copy: torch-fidelity would run code in a pickle file
                 torch.save(tensors, ours)
                 self._model = network(
                     "inception-v3-compat", [INCEPTION_LAYER], feature_extractor_weights_path=str(ours)
                 )
         except RuntimeError as error:
-            told = " ".join(str(error).split())[:200]
-            raise InputError(f"{weights} does not fit the InceptionV3 of torch-fidelity: {told}") from error
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{weights} does not fit the InceptionV3 of torch-fidelity: {reason}") from error
         self._model.to(device)
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
-        channels_first = pictures.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)  # grey three times
+        channels_first = pictures.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)  # grey to RGB
         parts = torch.split(channels_first, AT_ONCE)
         return torch.cat([self._model(part.contiguous().to(self._device))[0].float().cpu() for part in parts])
 
 
 def extractor_for(manifest: Manifest, inception_weights: Path | None, device: torch.device) -> Extractor | None:
-    """Inception where its weights are given, else the reader of digits for a bundle that makes digits, else none."""
+    """Inception if its weights are given, else the digit classifier if the bundle makes digits, else None."""
     if inception_weights is not None:
         return Inception(inception_weights, device)
     return Digits() if makes_digits(manifest) else None
@@ -111,7 +111,7 @@ def extractor_for(manifest: Manifest, inception_weights: Path | None, device: to
 def _network_of_inception() -> Any:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except (ImportError, RuntimeError) as error:  # the latter for a torchvision that does not fit torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError if torchvision does not match the installed torch
         raise InputError(
             f"--inception-weights needs torch-fidelity, which cannot be imported here: {first_line(error)}; "
             "pip install torch-fidelity"
@@ -120,7 +120,7 @@ def _network_of_inception() -> Any:
 
 
 def _inception_tensors(path: Path) -> dict[str, Tensor]:
-    """The weights in a file, read without running any code of it. Raises `InputError` for those of another network."""
+    """The weights in a file, read without running code from it. Raises `InputError` for another network's weights."""
     try:
         tensors: Mapping[str, Tensor] = tensors_from_file(path)
     except ModelError as error:
@@ -129,12 +129,12 @@ def _inception_tensors(path: Path) -> dict[str, Tensor]:
     if wrong:
         name = wrong[0]
         found = (
-            f"is {list(tensors[name].shape)} and not {list(INCEPTION_SHAPES[name])}"
+            f"has shape {list(tensors[name].shape)}, expected {list(INCEPTION_SHAPES[name])}"
             if name in tensors
             else "is missing"
         )
         raise InputError(
-            f"{path} does not hold the weights of InceptionV3 that the Fréchet inception distance is defined by: "
+            f"{path} does not contain the InceptionV3 weights that define the Fréchet inception distance: "
             f"{name} {found}; give the file "
             "weights-inception-2015-12-05-6726825d.pth that torch-fidelity publishes"
         )
@@ -142,9 +142,9 @@ def _inception_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def reference_pictures(path: Path, shape: tuple[int, ...] | None) -> NDArray[numpy.uint8]:
-    """Pictures (N, H, W, C) of a .npz file in the layout of the ADM evaluator, `arr_0`.
+    """Pictures (N, H, W, C) from `arr_0` of a .npz file in the layout of the ADM evaluator.
 
-    Raises `InputError` unless they have the `shape` (H, W, C) of those that they are compared with, if that is known.
+    Raises `InputError` unless they have the `shape` (H, W, C) of the bundle's pictures, if that is known.
     """
     try:
         with numpy.load(path, allow_pickle=False) as content:
@@ -160,14 +160,14 @@ def reference_pictures(path: Path, shape: tuple[int, ...] | None) -> NDArray[num
         zlib.error,
     ) as error:
         raise InputError(
-            f"{path} cannot be read as pictures: {first_line(error)}; a reference is a .npz file with arr_0, "
+            f"{path} cannot be read as reference images: {first_line(error)}; give a .npz file with the array arr_0 in "
             "uint8, (images, height, width, channels)"
         ) from error
     fits = pictures.dtype == numpy.uint8 and pictures.ndim == 4 and len(pictures) > 1
     if not fits or (shape is not None and pictures.shape[1:] != shape):
         wanted = ", ".join(map(str, shape or ("height", "width", "channels")))
         raise InputError(
-            f"{path} holds {pictures.dtype} of shape {list(pictures.shape)}; a reference for this bundle is uint8 of "
-            f"shape [images, {wanted}], of at least 2 images"
+            f"arr_0 of {path} is {pictures.dtype} with shape {list(pictures.shape)}; a reference for this bundle must "
+            f"be uint8 with shape [images, {wanted}] and at least 2 images"
         )
     return pictures

@@ -1,51 +1,44 @@
-"""How much memory a trajectory needs at its peak: of a block of work, and of a backend in a process of its own.
+"""Measures peak memory: of any block of code, or of a backend that denoises in a separate process.
 
-`PeakMemory` is for any block. `peak_memory` starts this module as a process that does nothing but denoise.
+`PeakMemory` is a context manager for a block. `peak_memory` runs this module as a process that only denoises.
 """
 
 from __future__ import annotations
 
 import gc
-import json
+import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
-from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from fora_trt.bundle import Bundle
-from fora_trt.engines.plan_store import PlanSource
+from fora_trt.engines.options import EngineOptions
 from fora_trt.errors import BackendError, ForaError, InputError, first_line
-from fora_trt.folders import Record
-from fora_trt.runtime.conditioning import Conditioning, conditioning_of_tensors
-from fora_trt.runtime.schedulers import scheduler_from_config
-from fora_trt.runtime.updates import Update, update_from_scheduler
+from fora_trt.evaluate.targets import predictor_of
+from fora_trt.pipeline import Pipeline, PipelineConfig, Sampling
+from fora_trt.sampling.conditioning import Conditioning, conditioning_of_tensors
+from fora_trt.schedule import NONE, Schedule
 
-STEPS, CACHE_INTERVAL = 4, 3
-"""Of the trajectory that is taken: a full step, two reuse steps and a full one."""
+STEPS = 4
+"""Steps of the measured trajectory: with `fora:3` a full step, two reuse steps and a full step."""
 
 SAMPLED_EVERY = 0.002
 """Seconds between two samples of a GPU's free memory."""
 
 
 class PeakMemory:
-    """Memory that a block of work needs at its peak, in `bytes` once the block is left.
+    """Context manager that measures the peak memory of a block; the result is in `bytes` after the block.
 
-    On a GPU: free memory before the block minus the least free memory during it, so allocations of torch, TensorRT,
-    ONNX Runtime and the driver count alike. A thread samples every few milliseconds; shorter peaks of torch's allocator
-    are counted too. No other process may use that GPU. Time nothing in the block, for the thread disturbs it, and
-    capture with `capture_error_mode="thread_local"`, as `Replay` does.
+    On a GPU: free memory before the block minus the smallest free memory during it, which includes allocations of
+    torch, TensorRT, ONNX Runtime and the driver. A thread samples free memory every 2 ms; shorter peaks are seen only
+    in torch's allocator. No other process may use that GPU. Do not time anything in the block, because the thread
+    disturbs it, and capture CUDA graphs with `capture_error_mode="thread_local"`, as `Replay` does.
     On the CPU: the peak of the whole process since it began.
     """
 
@@ -70,7 +63,7 @@ class PeakMemory:
             return
         self._done.set()
         self._sampler.join()
-        with suppress(RuntimeError):  # after an error of CUDA nothing can be asked any more
+        with suppress(RuntimeError):  # after a CUDA error every further CUDA call fails
             self._lowest = min(self._lowest, self._free())
             by_torch = torch.cuda.max_memory_reserved(self._device) - self._reserved
             self.bytes = max(0, self._before - self._lowest, by_torch)
@@ -85,9 +78,9 @@ class PeakMemory:
 
 
 def process_peak() -> int:
-    """Bytes that this process held at its peak.
+    """Peak memory of this process in bytes.
 
-    From /proc where there is one: `getrusage` also counts the process that this one was started by.
+    It is read from /proc if that exists, because `getrusage` can include the memory of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -98,122 +91,82 @@ def process_peak() -> int:
 
 
 def release(device: torch.device) -> None:
-    """Give back what torch keeps of a GPU for later, so that other libraries and processes find it free."""
+    """Free the GPU memory that torch's allocator caches, for other libraries and processes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
 
-class Request(Record):
-    """What the process is to do; conditioning comes in a file beside it."""
+def peak_memory(config: PipelineConfig, given: Conditioning) -> int:
+    """Peak memory of a short trajectory in bytes: of the process on the CPU, of the device on a GPU.
 
-    bundle: str
-    backend: str
-    device: str
-    engines: str
-    images: int
-    cache_interval: int
-    steps: int
-    scheduler: dict[str, Any]
-    guidance_scale: float
-
-
-def peak_memory(
-    bundle: Bundle,
-    backend: str,
-    device: str,
-    cached: bool,
-    plans: PlanSource,
-    given: Conditioning,
-    scheduler: SchedulerMixin,
-    steps: int,
-    guidance_scale: float,
-) -> int:
-    """Bytes at the peak of a short trajectory, of the process on the CPU and of the device on a GPU.
-
-    Conditioning, scheduler and guidance are those of the trajectories that are timed; of their `steps` it takes
-    `STEPS`, or as many more as the scheduler needs. Raises `BackendError` with the reason where that fails.
+    `config` has the settings of the timed trajectories; the number of steps is reduced to `STEPS`, or to the next
+    larger number that the scheduler supports. `config.backend` may also be a reference (`EAGER`, `COMPILED`). Raises
+    `BackendError` with the reason if the process fails.
     """
-    request = Request(
-        bundle=str(bundle.folder),
-        backend=backend,
-        device=device,
-        engines=str(plans.folder),
-        images=given.images,
-        cache_interval=CACHE_INTERVAL if cached else 1,
-        steps=steps,
-        scheduler=json.loads(scheduler.to_json_string()),
-        guidance_scale=guidance_scale,
-    )
-    release(torch.device(device))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "conditioning.safetensors"
-        _write(given, path)
-        command = [sys.executable, "-m", "fora_trt.evaluate.peak_memory", str(path)]
-        done = subprocess.run(command, input=json.dumps(request.model_dump()), capture_output=True, text=True)
+    release(torch.device(config.device))
+    command = [sys.executable, "-m", "fora_trt.evaluate.peak_memory"]
+    done = subprocess.run(command, input=pickle.dumps((config, _contiguous(given))), capture_output=True)
     if done.returncode:
         raise BackendError(_reason(done))
     return int(done.stdout.splitlines()[-1])
 
 
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
+def _contiguous(given: Conditioning) -> Conditioning:
+    """A copy on the CPU in separate memory: pickling a view would also pickle the rest of its storage."""
+    halves = [
+        None
+        if half is None
+        else {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in half.items()}
+        for half in (given.conditional, given.unconditional)
+    ]
+    return Conditioning(given.images, halves[0] or {}, halves[1])
+
+
+def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
     if done.returncode < 0:
-        ended = f"the process was ended by {signal.Signals(-done.returncode).name}"
-        return f"{ended}, as by a system that runs out of memory" if done.returncode == -signal.SIGKILL else ended
-    lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"the process ended with {done.returncode} and said nothing"
+        ended = f"the process was killed by {signal.Signals(-done.returncode).name}"
+        return f"{ended}, probably because memory ran out" if done.returncode == -signal.SIGKILL else ended
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"the process exited with {done.returncode} and printed nothing"
 
 
-def _write(given: Conditioning, path: Path) -> None:
-    halves = {"conditional": given.conditional, "unconditional": given.unconditional or {}}
-    named = {f"{half}.{name}": tensor for half, tensors in halves.items() for name, tensor in tensors.items()}
-    form = torch.contiguous_format  # expanded tensors, and those that share memory, are refused
-    save_file({name: tensor.cpu().clone(memory_format=form) for name, tensor in named.items()}, path)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    halves: dict[str, dict[str, Tensor]] = {"conditional": {}, "unconditional": {}}
-    for key, tensor in load_file(path).items():
-        half, _, name = key.partition(".")
-        halves[half][name] = tensor
-    return halves["conditional"], halves["unconditional"]
-
-
-def _update(config: Mapping[str, Any], steps: int) -> Update:
-    """Of the shortest trajectory from `STEPS` to `steps` steps that the scheduler admits."""
-    scheduler = scheduler_from_config(config, None, str(config.get("variance_type")).startswith("learned"))
-    for fewer in range(min(STEPS, steps), steps):
-        with suppress(InputError):
-            return update_from_scheduler(scheduler, fewer)
-    return update_from_scheduler(scheduler, steps)
-
-
-def measure(request: Request, conditional: Mapping[str, Tensor], unconditional: Mapping[str, Tensor]) -> int:
-    """Take the trajectory in this process; returns its peak. Raises `ForaError` for what the bundle does not take."""
-    from fora_trt.evaluate.entrants import steps_of
-    from fora_trt.runtime.sampling import Sampler
-    from fora_trt.schedule import Schedule
-
-    bundle, device = Bundle.read(request.bundle), torch.device(request.device)
-    given = conditioning_of_tensors(bundle.manifest, request.images, conditional, unconditional or None)
+def measure(config: PipelineConfig, given: Conditioning) -> int:
+    """Run the trajectory in this process; return its peak memory. Raises `ForaError` for unsupported inputs."""
+    bundle, device = Bundle.read(config.bundle), torch.device(config.device)
+    given = conditioning_of_tensors(bundle.manifest, given.images, given.conditional, given.unconditional)
     with PeakMemory(device) as peak:
-        steps = steps_of(bundle, request.backend, device, PlanSource(Path(request.engines), batch=2 * request.images))
-        update = _update(request.scheduler, request.steps)
-        schedule = Schedule.static(update.calls, min(request.cache_interval, update.calls))
-        Sampler(steps, update)(schedule, given, range(given.images), request.guidance_scale)
+        plans = EngineOptions(Path(config.engines), batch=2 * given.images)
+        pipeline = Pipeline(config, opened=bundle, predictor=predictor_of(bundle, config.backend, device, plans))
+        sampling = _shortest(pipeline)
+        pipeline.sampler(sampling)(given, range(given.images), pipeline.guidance(given, sampling))
     return peak.bytes
 
 
-def main(path: str) -> None:
-    """Do what standard input asks for, and print the peak as a whole number on a line of its own."""
+def _shortest(pipeline: Pipeline) -> Sampling:
+    """The shortest trajectory of at least `STEPS` steps that the scheduler supports, at most the configured steps."""
+    steps, text = pipeline.config.steps, pipeline.config.schedule
+    assert isinstance(text, str)
+    for fewer in range(min(STEPS, steps), steps):
+        with suppress(InputError):
+            return _open(pipeline.sampling(fewer, NONE), text)
+    return _open(pipeline.sampling(steps, NONE), text)
+
+
+def _open(sampling: Sampling, schedule: str) -> Sampling:
+    return sampling.with_schedule(Schedule.open(schedule, sampling.nfe))
+
+
+def main() -> None:
+    """Read a configuration and conditioning from standard input, measure, and print the peak in bytes on one line."""
     try:
-        print(measure(Request.model_validate(json.loads(sys.stdin.read())), *_read(Path(path))))
-    except (ForaError, ValidationError) as error:
+        print(measure(*pickle.load(sys.stdin.buffer)))  # noqa: S301 # written by `peak_memory`, this process's parent
+    except ForaError as error:
         sys.exit(" ".join(str(error).split()))
     except Exception as error:
         sys.exit(f"{type(error).__name__}: {first_line(error)}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,4 +1,4 @@
-"""What a machine does at best, and what the arithmetic and the bytes of a graph would take at that."""
+"""Measures the peak rates of a machine, and computes the roofline: the time that graphs take at these rates."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import torch
 from numpy.typing import NDArray
 
 from fora_trt.bundle import Bundle
+from fora_trt.contract import CONDITIONING, FULL, FULL_CONDITIONING, PRECISIONS, REUSE
 from fora_trt.engines.memory import bytes_of, free_bytes
-from fora_trt.evaluate.results import PeakRates
 from fora_trt.export.statistics import graph_statistics
-from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, PRECISIONS, REUSE
+from fora_trt.report.results import PeakRates
 from fora_trt.schedule import Schedule
 
 MATRIX = {"cpu": 1536, "cuda": 8192}
 """Side of the matrices that are multiplied, by type of device."""
 
 COPIED = {"cpu": 2**28, "cuda": 2**31}
-"""Bytes that are read and copied, by type of device: caches of 50 MiB and more must not hold a part that matters."""
+"""Bytes that are read and copied, by type of device: much more than fits in caches of 50 MiB and larger."""
 
 REPEATS = {"cpu": 3, "cuda": 10}
 """Timed runs after the warm-up, by type of device."""
 
 
 def measure_peaks(device: torch.device, precision: str) -> PeakRates:
-    """The best of several products of large matrices, and of several readings and copies of a large tensor.
+    """Peak FLOP/s of large matrix products and peak bytes per second of large reads and copies, best of several runs.
 
-    The numbers are random: a GPU that multiplies ones draws less power and reaches a rate that no model reaches.
-    On a GPU the matrices are in the bundle's precision. On a CPU they are in fp32, because its kernels widen half
-    precision, and ONNX Runtime multiplies them too: which of the two libraries is faster depends on the processor.
+    The data are random: with constant data a GPU draws less power and reaches a rate that no model reaches. On a GPU
+    the matrices have the bundle's precision. On a CPU they are in fp32, because its kernels convert half precision to
+    fp32. There both torch and ONNX Runtime are measured: which is faster depends on the processor.
     """
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, PRECISIONS[precision])
     side = MATRIX[device.type]
@@ -55,7 +55,7 @@ def measure_peaks(device: torch.device, precision: str) -> PeakRates:
 
 
 def copied_bytes(device: torch.device) -> int:
-    """`COPIED`, or a quarter of what is free where that is less: source and target then fit, with room to spare."""
+    """`COPIED`, but at most a quarter of the free memory, so that source and target fit easily."""
     return min(COPIED[device.type], free_bytes(device) // 4 // 4 * 4)
 
 
@@ -72,7 +72,7 @@ def _product_by_onnxruntime(left: NDArray[numpy.float32], right: NDArray[numpy.f
 
 
 def best_of(one: PeakRates | None, other: PeakRates) -> PeakRates:
-    """The higher of both rates."""
+    """The higher value of each rate."""
     if one is None:
         return other
     return PeakRates(flops=max(one.flops, other.flops), bytes=max(one.bytes, other.bytes))
@@ -84,7 +84,7 @@ def _fastest(work: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Time of one call; on a GPU by events on the current stream, which tell of the device and not of the host."""
+    """Time of one call; on a GPU the device's time, measured by events on the current stream."""
     if device.type != "cuda":
         began = time.perf_counter()
         work()
@@ -99,11 +99,12 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
         return float(first.elapsed_time(last) / 1e3)
 
 
-class Floor:
-    """The least time that the graphs of a bundle could take: their operations, or their weights and edges in bytes.
+class Roofline:
+    """A lower bound for the time of a bundle's graphs at the peak rates of a machine.
 
-    What passes between steps counts as written by a full step and read by a reuse step; conditioning graphs run once,
-    for one sample at every step that reads them. Everything within a graph counts as free.
+    The time of a graph is the larger of two: its operations at peak FLOP/s, and the bytes of its weights, inputs and
+    outputs at peak bandwidth. Features or sums count twice: written by a full step and read by a reuse step. Tensors
+    within a graph count as free. Conditioning graphs run once per step that reads them, for one sample.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -112,13 +113,13 @@ class Floor:
         self._edges = {name: (*graph.inputs, *graph.outputs) for name, graph in graphs.items()}
 
     def seconds(self, schedule: Schedule, batch: int, peaks: PeakRates) -> float:
-        """Of a trajectory, for this batch of the graphs (twice the images under guidance)."""
+        """Roofline time of a trajectory; `batch` is the batch of the graphs (twice the images under guidance)."""
 
         def of(graph: str, batch: int, window: float = 0.0) -> float:
-            found, edges = self._statistics[graph], self._edges[graph]
+            statistics, edges = self._statistics[graph], self._edges[graph]
             step, more = bytes_of(edges, batch), bytes_of(edges, batch, 1) - bytes_of(edges, batch)
-            moved = found.weight_bytes + step + window * more
-            return max(batch * found.flops / peaks.flops, moved / peaks.bytes)
+            moved = statistics.weight_bytes + step + window * more
+            return max(batch * statistics.flops / peaks.flops, moved / peaks.bytes)
 
         reuse_steps = schedule.steps - schedule.full_steps
         seconds = schedule.full_steps * of(FULL, batch, reuse_steps / schedule.full_steps)

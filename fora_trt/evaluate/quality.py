@@ -1,6 +1,7 @@
-"""What caching costs: pictures and latents of every setting against those without caching, from the same noise.
+"""Image quality with caching: compares the pictures and latents of every setting with those without caching.
 
-Puts together what `rounds.py` made of each batch. Shapes: N images, D features, S steps.
+All settings start from the same noise. This module combines the batches that `rounds.py` computes. Shapes: N images,
+D features, S steps.
 """
 
 from __future__ import annotations
@@ -15,64 +16,60 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from fora_trt.bundle import Bundle, Manifest
-from fora_trt.engines.plan_store import PlanSource
+from fora_trt import metrics
+from fora_trt.bundle import Manifest
 from fora_trt.errors import InputError
-from fora_trt.evaluate import metrics
 from fora_trt.evaluate.candidates import candidates_of, file_name_of
 from fora_trt.evaluate.features import Extractor, extractor_for, reference_pictures
-from fora_trt.evaluate.report import GRID, WORK
-from fora_trt.evaluate.results import About, Quality, QualityRow, Setting
-from fora_trt.evaluate.rounds import Arrays, Rounds, Watch
-from fora_trt.evaluate.tables import labels
+from fora_trt.evaluate.rounds import Arrays, Rounds
 from fora_trt.evaluate.work_folder import WorkFolder, work_folder
-from fora_trt.folders import Record, sha256_of
-from fora_trt.runtime.conditioning import Conditioning
-from fora_trt.runtime.denoiser import load
-from fora_trt.runtime.images import Decoder, grid
-from fora_trt.runtime.outputs import save_image, write_whole
-from fora_trt.runtime.sampling import Guidance
-from fora_trt.schedule import Schedule
+from fora_trt.files import Record, sha256_of, write_whole
+from fora_trt.images.grid import grid
+from fora_trt.images.save import save_image
+from fora_trt.pipeline import Pipeline
+from fora_trt.report.page import GRID, WORK
+from fora_trt.report.results import About, Quality, QualityRow, Setting
+from fora_trt.report.tables import labels
+from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.sampling.loop import Watch
 
 FINISHED = "quality.json"
 IN_GRID = 8  # images
 
 
 class QualityOptions(Record):
-    """What is compared, and on how many images. A scheduler that is None is the model's own."""
+    """The settings to compare, and the number of images. The scheduler None is the model's own."""
 
     images: int
     schedulers: tuple[str | None, ...] = (None,)
     steps: tuple[int, ...] = (50,)
-    cache_intervals: tuple[int, ...] = (2, 3, 5)
-    guidance_scale: float = 1.0
+    schedules: tuple[str, ...] = ("fora:2", "fora:3", "fora:5")
     seed: int = 0
-    batch_size: int = 64
     keep_images: bool = True
-    vae: str | None = None
 
 
 class _Settings(QualityOptions):
-    """All that decides what a work folder holds: what was compared is there by digest, what compares it by name."""
+    """All settings that determine the content of a work folder; inputs and weights are recorded by digest."""
 
     bundle: str
+    guidance_scale: float
+    batch_size: int
     backend: str
     device: str
+    vae: str | None
     conditioning: str
     features: str | None
     reference: str | None
-    lpips: bool
+    metrics: tuple[str, ...]
+    plans: tuple[str, ...]
 
 
 def measure_quality(
-    bundle: Bundle,
+    pipeline: Pipeline,
     options: QualityOptions,
     conditioning: Conditioning,
     folder: Path,
     *,
-    backend: str,
-    device: torch.device,
-    plans: PlanSource | None = None,
     inception_weights: Path | None = None,
     reference: Path | None = None,
     resume: bool = False,
@@ -80,48 +77,53 @@ def measure_quality(
 ) -> Quality:
     """Compare every setting with no caching on `options.images` images; image k has the seed `options.seed` + k.
 
-    The images take the rows of `conditioning` in turn. The parts and then the pictures of every setting, each a .npz
-    in the layout of the ADM evaluator, go to `folder`/quality, the grid beside it. `reference` is such a file too.
-    With `resume` it goes on where it was stopped; complete, it returns what was found.
-    Raises `InputError` or `ScheduleError` for options that do not fit, for a folder that is in use or was made with
-    others, and for files of the wrong kind; `BackendError` where the backend does not work.
+    `pipeline` has the bundle, guidance, backend and batch size. The images cycle through the rows of `conditioning`.
+    `folder`/quality gets the intermediate parts and then the pictures of every setting, one .npz file per setting in
+    the layout of the ADM evaluator; the image grid is written to `folder`. `reference` is a .npz file in the same
+    layout. With `resume` an interrupted measurement continues; a finished one returns its result.
+    Raises `InputError` or `ScheduleError` for invalid options, for a folder that is in use or was made with other
+    options, and for invalid files; `BackendError` if the backend does not work here.
     """
-    manifest, shape = bundle.manifest, _picture_shape(bundle.manifest)
+    manifest, shape = pipeline.manifest, _picture_shape(pipeline.manifest)
     metrics.check_torchmetrics()
     _check(options)
-    decoder = Decoder(manifest, options.vae, or_latents=False)
-    candidates = candidates_of(bundle, options.schedulers, options.steps, options.cache_intervals)
-    extractor = extractor_for(manifest, inception_weights, device)
+    pipeline.decoder  # noqa: B018 # raises for a missing VAE before anything is computed
+    candidates = candidates_of(pipeline, options.schedulers, options.steps, options.schedules)
+    guidance = pipeline.guidance(conditioning, candidates[0].sampling)
+    extractor = extractor_for(manifest, inception_weights, pipeline.device)
     pictures = None if reference is None else reference_pictures(reference, shape)
     if pictures is not None and extractor is None:
-        raise InputError(f"a reference is compared by features, and {_why_no_features(manifest)}")
-    no_lpips = metrics.lpips_problem(shape)
+        raise InputError(f"--reference needs image features, but {_why_no_features(manifest)}")
     settings = _Settings(
         **dict(options),
-        bundle=About.of(bundle).sha256,
-        backend=backend,
-        device=str(device),
+        bundle=About.of(pipeline.bundle).sha256,
+        guidance_scale=guidance.scale,
+        batch_size=min(pipeline.config.batch_size, options.images),
+        backend=pipeline.backend.name,
+        device=str(pipeline.device),
+        vae=pipeline.config.vae,
         conditioning=conditioning.digest(),
         features=None if extractor is None else f"{extractor.name}, {extractor.digest}",
         reference=None if reference is None else sha256_of(reference),
-        lpips=no_lpips is None,
+        metrics=tuple(metrics.measured_each(shape)),
+        plans=tuple(one.sampling.schedule.digest() for one in candidates),
     )
     with work_folder(folder / WORK, settings, resume) as work:
         _remove_halves(work.folder)
         if (work.folder / FINISHED).is_file():
-            work.clear()  # unless it was stopped there
+            work.clear()  # parts are still there if the run was interrupted at this point
             return _read(work.folder / FINISHED)
+        pipeline.start(options.images, guidance)
         rounds = Rounds(
-            load(bundle, schedule=Schedule.static(1, 1), backend=backend, device=device, plans=plans),
+            pipeline,
             candidates,
             conditioning,
-            Guidance(options.guidance_scale),
-            decoder,
+            guidance,
             images=options.images,
-            batch_size=options.batch_size,
+            batch_size=settings.batch_size,
             seed=options.seed,
             extractor=extractor,
-            lpips=no_lpips is None,
+            shape=shape,
         )
         shares = rounds.plan(work)
         rounds.run(work, watch)
@@ -129,12 +131,12 @@ def measure_quality(
         rows, same = _rows(rounds, work, compared, folder, options.keep_images)
         fewest = options.images if compared is None else min(options.images, len(compared))
         found = Quality(
-            backend=backend,
-            device=str(device),
+            backend=settings.backend,
+            device=settings.device,
             images=options.images,
-            guidance_scale=options.guidance_scale,
+            guidance_scale=guidance.scale,
             features=None if extractor is None else extractor.name,
-            notes=_notes(manifest, shares, same, no_lpips, extractor, fewest),
+            notes=_notes(manifest, shares, same, shape, extractor, fewest),
             rows=rows,
             grid=GRID,
         )
@@ -145,11 +147,11 @@ def measure_quality(
 
 def _check(options: QualityOptions) -> None:
     if options.images < 2:
-        raise InputError(f"the number of images is {options.images}; at least 2 are needed to compare sets of them")
+        raise InputError(f"the number of images is {options.images}; a comparison of image sets needs at least 2")
 
 
 def _remove_halves(folder: Path) -> None:
-    """Remove what a process that was killed had not written to its end."""
+    """Remove incomplete files of a killed process."""
     for half in (*folder.glob(".*.npz.*"), *folder.glob(".*.json.*")):
         half.unlink()
 
@@ -163,11 +165,11 @@ def _read(path: Path) -> Quality:
     try:
         return Quality.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
-        raise InputError(f"{path} cannot be read, so there is nothing to resume; give another folder") from error
+        raise InputError(f"{path} cannot be read, so the result is lost; give another folder") from error
 
 
 def _picture_shape(manifest: Manifest) -> tuple[int, ...] | None:
-    """Height, width and channels of what the bundle makes; None where only the VAE knows."""
+    """Height, width and channels of the bundle's pictures; None if the manifest has no image size."""
     if manifest.latents.pixels:
         return (*manifest.latents.shape[1:], manifest.latents.shape[0])
     return None if manifest.model.image_size is None else (*manifest.model.image_size, 3)
@@ -176,9 +178,9 @@ def _picture_shape(manifest: Manifest) -> tuple[int, ...] | None:
 def _rows(
     rounds: Rounds, work: WorkFolder, compared: Tensor | None, folder: Path, keep_images: bool
 ) -> tuple[tuple[QualityRow, ...], list[int]]:
-    """A row for each setting, and how many of its pictures are those without caching.
+    """One row per setting, and how many of its pictures are identical to those without caching.
 
-    Writes the pictures, and the first of all settings in a grid.
+    Also writes the pictures of every setting, and a grid of the first `IN_GRID` of each.
     """
     rows: list[QualityRow] = []
     same: list[int] = []
@@ -201,26 +203,34 @@ def _rows(
 
 
 def _row(setting: Setting, arrays: Arrays, rounds: Rounds, plain: Tensor | None, compared: Tensor | None) -> QualityRow:
-    features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
-    distance = precision = recall = to_reference = None
-    if features is not None and plain is not None:
-        distance = metrics.frechet_distance(features, plain)
-        precision, recall = metrics.precision_and_recall(features, plain)
-        to_reference = None if compared is None else metrics.frechet_distance(features, compared)
-    whole = len(rounds.batches) - (len(rounds.batches[-1]) < len(rounds.batches[0]))  # a smaller one is captured anew
+    # a smaller last batch is not timed: its CUDA graphs are captured again
+    whole = len(rounds.batches) - (len(rounds.batches[-1]) < len(rounds.batches[0]))
     return QualityRow(
         setting=setting,
         seconds_per_image=statistics.median(arrays["seconds"][:whole].tolist()),
-        psnr=metrics.mean_psnr(torch.from_numpy(arrays["psnr"])),
-        ssim=float(arrays["ssim"].mean()),
-        lpips=float(arrays["lpips"].mean()) if "lpips" in arrays else None,
+        metrics=_metrics(arrays, rounds, plain, compared),
         latent_errors=tuple(arrays["latent_errors"].mean(0).tolist()) if "latent_errors" in arrays else (),
-        frechet_distance=distance,
-        precision=precision,
-        recall=recall,
-        to_reference=to_reference,
-        as_asked=float((arrays["classes"] == rounds.labels()).mean()) if "classes" in arrays else None,
     )
+
+
+def _metrics(arrays: Arrays, rounds: Rounds, plain: Tensor | None, compared: Tensor | None) -> dict[str, float | None]:
+    """All measured metrics: the summaries of per-picture metrics, and the set metrics."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    labels = rounds.labels()
+    found = metrics.PictureSet(
+        features=tensors.get("features"),
+        plain=plain,
+        reference=compared,
+        classes=tensors.get("classes"),
+        labels=None if labels is None else torch.from_numpy(labels),
+    )
+    values: dict[str, float | None] = {}
+    for name, metric in metrics.METRICS.items():
+        if name in rounds.metrics:
+            values[name] = metric.summary(tensors[name])
+        elif metric.of_set is not None and (value := metric.of_set(found)) is not None:
+            values[name] = value
+    return values
 
 
 def _save_arrays(arrays: Arrays, path: Path) -> None:
@@ -229,31 +239,39 @@ def _save_arrays(arrays: Arrays, path: Path) -> None:
 
 def _notes(
     manifest: Manifest,
-    shares: Mapping[int, float],
+    shares: Mapping[str, float],
     same: Sequence[int],
-    no_lpips: str | None,
+    shape: tuple[int, ...] | None,
     extractor: Extractor | None,
     fewest: int,
 ) -> tuple[str, ...]:
-    """What was left out and why, and what must be known to read the figures."""
+    """Notes for the report: metrics that were not measured and why, and remarks on those that were."""
     notes = []
     if shares:
-        told = ", ".join(f"{share:.1%} at interval {interval}" for interval, share in shares.items())
-        notes.append(f"fewer steps at equal time: in a pilot a reuse step took this part of a full one: {told}")
+        by_schedule = ", ".join(f"{share:.1%} with {schedule}" for schedule, share in shares.items())
+        notes.append(
+            f"equal-time controls: their numbers of steps follow from a pilot run, in which a reuse step took this "
+            f"fraction of the time of a full step: {by_schedule}"
+        )
     if any(same[1:]):
         counts = ", ".join(map(str, same[1:]))
-        notes.append(f"PSNR is of the images that differ; those that do not, row by row below the first: {counts}")
-    if no_lpips is not None:
-        notes.append(f"no LPIPS: {no_lpips}")
+        notes.append(
+            f"PSNR is the mean over images that differ; identical images per row, from the second row on: {counts}"
+        )
+    problems = {one.column: one.problem(shape) for one in metrics.METRICS.values()}
+    notes += [f"no {column}: {problem}" for column, problem in problems.items() if problem is not None]
     if extractor is None:
         notes.append(f"no Fréchet distance, precision and recall: {_why_no_features(manifest)}")
     elif fewest <= extractor.dimensions:
         notes.append(
-            f"{fewest} images are too few for {extractor.dimensions} features: the covariances under the Fréchet "
-            "distances have not full rank, so compare them with those of as many images alone"
+            f"{fewest} images are too few for {extractor.dimensions} features: the covariances of the Fréchet distance "
+            "do not have full rank; compare it only with distances from the same number of images"
         )
     return tuple(notes)
 
 
 def _why_no_features(manifest: Manifest) -> str:
-    return f"{manifest.name} does not make the digits that the built-in classifier reads; give --inception-weights FILE"
+    return (
+        f"the built-in classifier reads 8 x 8 digits only, which {manifest.name} does not make; give "
+        "--inception-weights FILE"
+    )

@@ -1,12 +1,13 @@
-"""The work of `quality`: batch by batch, every setting in turn from the same noise; a part of a work folder for each.
+"""The computation of `quality`: for each batch, every setting in turn from the same noise.
 
-Shapes: B images of a batch, S steps, C, H, W latents; pictures are (B, H, W, channels), levels from 0 to 255.
+Each batch becomes one part of a work folder. Shapes: B images of a batch, S steps; C, H, W are channels, height and
+width of the latents; pictures are (B, H, W, channels), integers from 0 to 255.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
 
@@ -15,66 +16,68 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fora_trt.evaluate import metrics
+from fora_trt import metrics
+from fora_trt.contract import CLASS_LABELS
 from fora_trt.evaluate.candidates import Candidate, controls_of, reuse_share_of, with_controls
 from fora_trt.evaluate.features import Extractor
 from fora_trt.evaluate.work_folder import WorkFolder
-from fora_trt.models.spec import CLASS_LABELS
-from fora_trt.runtime.conditioning import Conditioning
-from fora_trt.runtime.images import Decoder
-from fora_trt.runtime.sampling import Guidance, Sampler, Steps, Trajectory
-from fora_trt.runtime.updates import Update
+from fora_trt.pipeline import Pipeline
+from fora_trt.report.results import Setting
+from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.sampling.guidance import Guidance
+from fora_trt.sampling.loop import Sampler, Trajectory, Watch
 
-PILOT, FIRST_BATCH = 0, 1  # parts; those of the reference come after the last batch
+PILOT, FIRST_BATCH = 0, 1  # numbers of parts; the parts of the reference images follow those of the batches
 REFERENCE_AT_ONCE = 256  # images
 
 Arrays = dict[str, NDArray[Any]]
-Watch = Callable[[Iterable[Any]], Iterator[Any]]
 
 
 class Rounds:
-    """Image k is made from the seed `seed` + k, as the conditioning's rows say in turn, whatever the setting."""
+    """Computes all batches. In every setting image k has the seed `seed` + k; images cycle through the conditioning."""
 
     def __init__(
         self,
-        denoiser: Steps,
+        pipeline: Pipeline,
         candidates: Sequence[Candidate],
         conditioning: Conditioning,
         guidance: Guidance,
-        decoder: Decoder,
         *,
         images: int,
         batch_size: int,
         seed: int,
         extractor: Extractor | None,
-        lpips: bool,
+        shape: tuple[int, ...] | None,
     ) -> None:
         self.candidates, self.extractor, self.batch_size = list(candidates), extractor, batch_size
         self.batches = [range(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
-        self._denoiser, self._conditioning, self._guidance, self._seed = denoiser, conditioning, guidance, seed
-        self._decoder = decoder
-        self._lpips = metrics.lpips(denoiser.device) if lpips else None
-        self._samplers: dict[Update, Sampler] = {}
+        self._pipeline, self._conditioning, self._guidance, self._seed = pipeline, conditioning, guidance, seed
+        self.metrics = metrics.measured_each(shape)
+        self._each = {name: one.each(pipeline.device) for name, one in self.metrics.items() if one.each is not None}
+        self._samplers: dict[Setting, Sampler] = {}
 
-    def plan(self, work: WorkFolder) -> dict[int, float]:
-        """Add the controls, in as many steps as the first pilot found; return the time of a reuse step in full ones.
+    def plan(self, work: WorkFolder) -> dict[str, float]:
+        """Add the equal-time controls; return, by schedule, the time of a reuse step divided by that of a full step.
 
-        By cache interval; nothing where nothing is cached.
+        The times are from a pilot run, whose result is kept in the work folder for `--resume`. Empty without caching.
         """
-        intervals = sorted({one.setting.cache_interval for one in self.candidates if one.caches})
-        if not intervals:
+        pilots: dict[str, Candidate] = {}
+        for one in self.candidates:
+            if one.setting.caches:
+                pilots.setdefault(one.setting.schedule, one)
+        if not pilots:
             return {}
         if not work.has(PILOT):
-            given, scheduler = self._given(self.batches[0]), self.candidates[0].scheduler
-            shares = {n: reuse_share_of(self._denoiser, scheduler, n, given, self._guidance) for n in intervals}
+            given = self._given(self.batches[0])
+            shares = {n: reuse_share_of(self._pipeline, one, given, self._guidance) for n, one in pilots.items()}
             steps = controls_of(self.candidates, shares)
             work.write(PILOT, {"shares": numpy.array([*shares.values()]), "steps": numpy.array(steps)})
         found = work.read(PILOT)
         self.candidates = with_controls(self.candidates, found["steps"].tolist())
-        return dict(zip(intervals, found["shares"].tolist(), strict=True))
+        return dict(zip(pilots, found["shares"].tolist(), strict=True))
 
     def run(self, work: WorkFolder, watch: Watch = iter) -> None:
-        """Make every batch that is not there yet; `watch` wraps the turns of the settings, for a progress bar."""
+        """Compute every batch that is missing; `watch` wraps (batch, setting) pairs, for a progress bar."""
         missing = [number for number in range(len(self.batches)) if not work.has(FIRST_BATCH + number)]
         if missing:
             self._warm_up()
@@ -83,15 +86,15 @@ class Rounds:
             work.write(FIRST_BATCH + number, self._compared(self.batches[number], (turn for _, turn in of_batch)))
 
     def read(self, work: WorkFolder, turn: int) -> Arrays:
-        """What all batches gave for one setting, by name; images in order."""
-        names = {f"{turn}.{name}": name for name in ARRAYS}
+        """The arrays of one setting by name, concatenated over all batches."""
+        names = {f"{turn}.{name}": name for name in (*ARRAYS, *self.metrics)}
         parts = [work.read(FIRST_BATCH + number, names) for number in range(len(self.batches))]
         return {
             name: numpy.concatenate([part[key] for part in parts]) for key, name in names.items() if key in parts[0]
         }
 
     def reference_features(self, pictures: NDArray[numpy.uint8], work: WorkFolder, watch: Watch = iter) -> Tensor:
-        """Features (N, D) of the pictures of a reference (N, H, W, channels)."""
+        """Features (N, D) of reference pictures (N, H, W, channels); computed parts are kept for `--resume`."""
         assert self.extractor is not None
         first = FIRST_BATCH + len(self.batches)
         chunks = list(enumerate(range(0, len(pictures), REFERENCE_AT_ONCE), start=first))
@@ -102,7 +105,7 @@ class Rounds:
         return torch.cat([torch.from_numpy(work.read(part)["features"]) for part, _ in chunks])
 
     def labels(self) -> NDArray[numpy.int64] | None:
-        """The class that was asked for of each image; None for a model without classes."""
+        """The requested class of each image; None for a model without classes."""
         labels = self._conditioning.conditional.get(CLASS_LABELS)
         if labels is None:
             return None
@@ -110,32 +113,24 @@ class Rounds:
         return numpy.asarray(labels.numpy()[images % len(labels)])
 
     def _compared(self, images: range, turns: Iterable[int]) -> Arrays:
-        """What every setting gave for these images, each array under the number of the setting and a name."""
+        """Results of every setting for these images; the key of an array is `SETTING_NUMBER.NAME`."""
         given, arrays = self._given(images), {}
-        plain: dict[Update, Tensor] = {}  # (S, B, C, H, W) without caching
+        plain: dict[tuple[str, int], Tensor] = {}  # (S, B, C, H, W) without caching
         reference = None
         for turn in turns:
             candidate = self.candidates[turn]
             done, steps = self._observed(candidate, given, images)
-            pictures = self._decoder.levels(done.latents, self._denoiser.device)
+            pictures = self._pipeline.decoder.levels(done.latents, self._pipeline.device)
             reference = pictures if reference is None else reference
             each = self._figures(pictures, reference)
             if candidate.setting.control_of is None:
-                each["latent_errors"] = metrics.relative_errors(
-                    steps, plain.setdefault(candidate.update, steps)
-                ).numpy()
+                each["latent_errors"] = metrics.relative_errors(steps, plain.setdefault(candidate.group, steps)).numpy()
             each["seconds"] = numpy.array([done.seconds / len(images)])
             arrays.update({f"{turn}.{name}": array for name, array in each.items()})
         return arrays
 
     def _figures(self, pictures: Tensor, reference: Tensor) -> Arrays:
-        each = {
-            "pictures": pictures,
-            "psnr": metrics.psnr(pictures, reference),
-            "ssim": metrics.ssim(pictures, reference),
-        }
-        if self._lpips is not None:
-            each["lpips"] = self._lpips(pictures, reference)
+        each = {"pictures": pictures} | {name: of(pictures, reference) for name, of in self._each.items()}
         if self.extractor is not None:
             each["features"] = self.extractor.features(pictures)
             if (classes := self.extractor.classes(pictures)) is not None:
@@ -143,10 +138,9 @@ class Rounds:
         return {name: tensor.numpy() for name, tensor in each.items()}
 
     def _observed(self, candidate: Candidate, given: Conditioning, images: range) -> tuple[Trajectory, Tensor]:
-        """A trajectory and its latents after each step, (S, B, C, H, W) on the CPU; copied when all are done."""
+        """A trajectory and its latents after each step, (S, B, C, H, W), copied to the CPU after the last step."""
         steps: list[Tensor] = []
         done = self._sampler(candidate)(
-            candidate.schedule,
             given,
             self._seeds(images),
             self._guidance,
@@ -155,17 +149,17 @@ class Rounds:
         return done, torch.stack(steps).cpu()
 
     def _warm_up(self) -> None:
-        """A few steps of every setting, of both kinds: allocations and captures are none of its time."""
+        """Run a few full and reuse steps of every setting, so that its times exclude allocation and graph capture."""
         images = self.batches[0]
         given = self._given(images)
         for one in self.candidates:
-            few = slice(2 * one.setting.cache_interval + 2)
-            self._sampler(one)(
-                one.schedule, given, self._seeds(images), self._guidance, lambda steps, few=few: steps[few]
-            )
+            few = 2 * (one.sampling.schedule.longest_window + 1) + 2
+            self._sampler(one)(given, self._seeds(images), self._guidance, _first(few))
 
     def _sampler(self, candidate: Candidate) -> Sampler:
-        return self._samplers.setdefault(candidate.update, Sampler(self._denoiser, candidate.update))
+        if candidate.setting not in self._samplers:
+            self._samplers[candidate.setting] = self._pipeline.sampler(candidate.sampling)
+        return self._samplers[candidate.setting]
 
     def _given(self, images: range) -> Conditioning:
         return self._conditioning.at([image % self._conditioning.images for image in images])
@@ -174,5 +168,10 @@ class Rounds:
         return range(self._seed + images.start, self._seed + images.stop)
 
 
-ARRAYS = ("pictures", "psnr", "ssim", "lpips", "features", "classes", "latent_errors", "seconds")
-"""What is kept of each image, and the seconds an image took in each batch."""
+def _first(count: int) -> Watch:
+    """A watch that stops the loop after `count` steps."""
+    return lambda steps: islice(steps, count)
+
+
+ARRAYS = ("pictures", "features", "classes", "latent_errors", "seconds")
+"""Names of the arrays in a part, in addition to the metrics: per image, and `seconds` per image of the batch."""

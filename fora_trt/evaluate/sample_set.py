@@ -1,12 +1,12 @@
-"""A large set of images for evaluation, as this field does it: an archive in the layout of the ADM evaluator, or PNGs.
+"""Makes a large set of images for evaluation: an archive in the layout of the ADM evaluator, or PNG files.
 
-Image k has the seed `seed` + k, whatever batch it is in; batches are the same however often the work was interrupted.
+Image k has the seed `seed` + k. Interruptions do not change which images are in which batch.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -16,20 +16,26 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
+from fora_trt.contract import CLASS_LABELS
 from fora_trt.evaluate.work_folder import WorkFolder, work_folder
-from fora_trt.folders import Record
-from fora_trt.models.spec import CLASS_LABELS
-from fora_trt.runtime.conditioning import Conditioning
-from fora_trt.runtime.images import Decoder
-from fora_trt.runtime.outputs import save_image, write_whole
-from fora_trt.runtime.sampling import Guidance, Sampler
-from fora_trt.schedule import Schedule
+from fora_trt.files import Record, write_whole
+from fora_trt.images.save import save_image
+from fora_trt.pipeline import Pipeline
+from fora_trt.report.environment import versions
+from fora_trt.report.results import About
+from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.sampling.guidance import Guidance
+from fora_trt.sampling.loop import Sampler, Watch
+
+Layout = Literal["npz", "png"]
+"""One archive, or one file per image."""
 
 
 class SampleSettings(Record):
-    """All that decides what the images are; a folder is resumed with the same or not at all.
+    """All settings that determine the images; a folder can only be resumed with the same settings.
 
-    `bundle` and `conditioning` are digests, `steps` are the scheduler's, `versions` those of what computes.
+    `bundle` and `conditioning` are digests, `steps` is the scheduler's number of steps, `versions` has package
+    versions.
     """
 
     bundle: str
@@ -39,37 +45,67 @@ class SampleSettings(Record):
     scheduler: str
     timestep_spacing: str | None
     steps: int
-    cache_interval: int
+    schedule: str
+    plan: str
     guidance_scale: float
     guidance_interval: tuple[int, int] | None
     batch_size: int
     backend: str
     device: str
     vae: str | None
-    layout: Literal["npz", "png"]
+    layout: Layout
     versions: dict[str, str]
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Makes the set; `given` says what the images are to be, and is taken in turn where it is for fewer of them."""
+    """Makes the set; if the conditioning `given` has fewer rows than there are images, the images cycle through it."""
 
     folder: Path
     settings: SampleSettings
+    pipeline: Pipeline
     sampler: Sampler
-    decoder: Decoder
-    schedule: Schedule
     guidance: Guidance
     given: Conditioning
 
-    def make(self, resume: bool = False, watch: Callable[[Any], Iterator[Any]] = iter) -> Path:
-        """Make what is missing; return the archive, or the folder of PNGs.
+    @classmethod
+    def of(
+        cls, folder: Path, pipeline: Pipeline, given: Conditioning, num_images: int, seed: int, layout: Layout
+    ) -> SampleSet:
+        """The set of a pipeline; starts its engines. Raises `InputError` if it has no VAE to decode latents."""
+        pipeline.decoder  # noqa: B018 # raises for a missing VAE before anything is computed
+        config, sampling = pipeline.config, pipeline.sampling()
+        guidance = pipeline.guidance(given, sampling)
+        settings = SampleSettings(
+            bundle=About.of(pipeline.bundle).sha256,
+            num_images=num_images,
+            conditioning=given.digest(),
+            seed=seed,
+            scheduler=type(sampling.scheduler).__name__,
+            timestep_spacing=config.timestep_spacing,
+            steps=sampling.steps,
+            schedule=sampling.schedule.text,
+            plan=sampling.schedule.digest(),
+            guidance_scale=guidance.scale,
+            guidance_interval=config.guidance_interval,
+            batch_size=min(config.batch_size, num_images),
+            backend=pipeline.backend.name,
+            device=pipeline.device.type,
+            vae=config.vae,
+            layout=layout,
+            versions=versions(),
+        )
+        pipeline.start(num_images, guidance)
+        return cls(folder, settings, pipeline, pipeline.sampler(sampling), guidance, given)
 
-        Raises `InputError` for a folder that is not empty, or that cannot be resumed with these settings.
+    def make(self, resume: bool = False, watch: Watch = iter) -> Path:
+        """Make the images that are missing; return the path of the archive, or of the folder of PNG files.
+
+        Raises `InputError` for a folder that is not empty (without `resume`) or was made with other settings.
         """
         with work_folder(self.folder, self.settings, resume) as work:
             for left in (*self.folder.glob(".*.png.*"), *self.folder.glob(f".{self.archive.name}.*")):
-                left.unlink()  # half a file, of a process that was killed
+                left.unlink()  # an incomplete file of a killed process
             if not self.archive.is_file():
                 batches = self._batches()
                 for number, images in watch(batches):
@@ -82,24 +118,24 @@ class SampleSet:
 
     @property
     def archive(self) -> Path:
-        """The file that a set in this layout becomes."""
+        """Path of the archive."""
         return self.folder / "samples.npz"
 
     def _batches(self) -> list[tuple[int, range]]:
-        """Number and images of each batch."""
+        """Number and image indices of each batch."""
         count, size = self.settings.num_images, self.settings.batch_size
         return [(k, range(at, min(at + size, count))) for k, at in enumerate(range(0, count, size))]
 
     def _pictures(self, images: range) -> NDArray[numpy.uint8]:
-        """(B, H, W, 3); a grey picture becomes three equal channels."""
+        """The pictures of a batch, (B, H, W, 3); a grey picture gets three equal channels."""
         wanted, seeds = self.given.at(self._rows(images)), [self.settings.seed + k for k in images]
-        latents = self.sampler(self.schedule, wanted, seeds, self.guidance).latents
-        levels = self.decoder.levels(latents, self.sampler.denoiser.device)
+        latents = self.sampler(wanted, seeds, self.guidance).latents
+        levels = self.pipeline.decoder.levels(latents, self.pipeline.device)
         pictures: NDArray[numpy.uint8] = levels.expand(*levels.shape[:-1], 3).contiguous().numpy()
         return pictures
 
     def _rows(self, images: range) -> list[int]:
-        """Which of what was given each image is to be."""
+        """The row of the conditioning for each image."""
         return [k % self.given.images for k in images]
 
     def _picture_path(self, image: int) -> Path:
@@ -118,9 +154,9 @@ class SampleSet:
                 save_image(Image.fromarray(picture), self._picture_path(k))
 
     def _write_archive(self, file: IO[bytes], work: WorkFolder, parts: int) -> None:
-        """What `numpy.savez` would write of all parts joined, with one of them in memory at a time.
+        """Write the same file as `numpy.savez` with all parts concatenated, but with one part in memory at a time.
 
-        `arr_0` holds the pictures (N, H, W, 3) in uint8, `arr_1` the labels (N,) in int64 where there are classes.
+        `arr_0` has the pictures (N, H, W, 3) in uint8, `arr_1` the labels (N,) in int64 if the model has classes.
         """
         first = work.read(0)["pictures"]
         with zipfile.ZipFile(file, "w") as archive:

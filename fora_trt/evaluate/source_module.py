@@ -1,4 +1,4 @@
-"""The module that a bundle was exported from, loaded again: plain PyTorch, with which everything is compared."""
+"""Loads the module that a bundle was exported from: the PyTorch reference of all comparisons."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fora_trt.models.spec import Model
 
 
 def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
-    """Load the module that a bundle was exported from, and make sure that it is the same.
+    """Load the module that a bundle was exported from, and check that its weights are the same.
 
-    In another `precision` than the bundle's the weights are others too, and are not compared. Raises `SourceError`
-    if the source is no longer there, `BackendError` if it has other weights.
+    With a `precision` other than the bundle's, the weights are not checked, because they are rounded differently.
+    Raises `SourceError` if the source cannot be loaded, `BackendError` if its weights differ.
     """
     record, sites = bundle.manifest.model, [site.module for site in bundle.manifest.cache_sites]
     source = record.options.source
@@ -21,12 +21,12 @@ def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
         model = model_from_source(record.options, precision or bundle.manifest.precision, sites)
     except (ModelError, ExportError) as error:
         raise SourceError(
-            f"plain PyTorch needs the checkpoint that {bundle.folder} was exported from, "
-            f"and {source!r} cannot be loaded: {error}"
+            f"the PyTorch reference needs the checkpoint that {bundle.folder} was exported from, "
+            f"but {source!r} cannot be loaded: {error}"
         ) from error
     if model.precision == bundle.manifest.precision and weights_digest(model.module) != record.weights_sha256:
         raise BackendError(
-            f"{source!r} has other weights than those {bundle.folder} was exported from; "
+            f"the weights of {source!r} differ from those that {bundle.folder} was exported from; "
             f"export it again: fora-trt export {source} --name {bundle.manifest.name} --force"
         )
     return model

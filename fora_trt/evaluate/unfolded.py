@@ -1,7 +1,7 @@
-"""FORA on the full graph of a bundle alone: the reference where the module that it was exported from is not at hand.
+"""FORA on the full graph of a bundle: the reference if the module that it was exported from is not available.
 
-Nothing is computed before the loop or folded, and the reuse graph is not used: a reuse step computes the full graph
-once more, with the features of the last full step in the place of its own. All of it is computed in fp32.
+Nothing is precomputed or folded, and the reuse graph is not used: a reuse step runs the full graph with the features of
+the last full step as inputs in place of its own. Everything is computed in fp32.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle
+from fora_trt.contract import CONDITIONING, FULL, FULL_CONDITIONING, LATENTS, NOISE_PREDICTION, TIMESTEP
 from fora_trt.engines.tf32 import without_tf32
-from fora_trt.engines.torch_graph import TorchGraph
+from fora_trt.engines.torch.graph import TorchGraph
 from fora_trt.errors import BackendError, SourceError
-from fora_trt.evaluate.eager_fora import EagerFora, PlainSteps
-from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, LATENTS, NOISE_PREDICTION, TIMESTEP
-from fora_trt.runtime.sampling import Steps
+from fora_trt.evaluate.eager_fora import EagerFora, PlainPredictor
+from fora_trt.runtime.interface import Predictor
 
 
-def reference_from_bundle(bundle: Bundle, device: torch.device) -> tuple[Steps, str]:
-    """FORA in fp32 to compare with, and what it is in words: the module with hooks, or the unfolded graph without it.
+def reference_from_bundle(bundle: Bundle, device: torch.device) -> tuple[Predictor, str]:
+    """The fp32 reference of a bundle, and its name for messages: the module with hooks, or else the unfolded graph.
 
-    Raises `BackendError` if the source is there and has other weights than the bundle.
+    Raises `BackendError` if the source exists but its weights differ from the bundle's.
     """
     try:
         return EagerFora(bundle, device), "PyTorch"
     except SourceError:
-        return UnfoldedFora(bundle, device), "the unfolded full graph (the checkpoint is not at hand)"
+        return UnfoldedFora(bundle, device), "the unfolded full graph (the checkpoint is not available)"
 
 
-class UnfoldedFora(PlainSteps):
-    """Takes steps like a `Denoiser`, by PyTorch, from the graphs that a full step needs."""
+class UnfoldedFora(PlainPredictor):
+    """Runs the conditioning and full graphs in PyTorch."""
 
     def __init__(self, bundle: Bundle, device: torch.device) -> None:
         self.manifest, self.device = bundle.manifest, device
@@ -41,12 +41,14 @@ class UnfoldedFora(PlainSteps):
         self._graph = TorchGraph(bundle.graph_path(FULL), device, widened=True)
         self._features = [feature.name for feature in bundle.manifest.features()]
         if missing := [name for name in self._features if name not in self._graph.values]:
-            raise BackendError(f"the full graph of {bundle.folder} does not show {missing[0]!r}; export it again")
+            raise BackendError(
+                f"the full graph of {bundle.folder} has no tensor {missing[0]!r}, a feature of its manifest; "
+                "export it again"
+            )
         self._kept: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def predict(self, place: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
-        """Compute every layer, or with the features of the last full step what follows from them."""
+    def predict(self, offset: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
         batch = len(latents)
         given: dict[str, Tensor] = {LATENTS: latents, TIMESTEP: torch.as_tensor(timestep, device=self.device)}
         given = {name: one.expand(batch, *one.shape[1:]) for name, one in {**given, **conditioning}.items()}
@@ -54,8 +56,8 @@ class UnfoldedFora(PlainSteps):
             for name, graph in self._before.items():
                 outputs = [one.name for one in self.manifest.graphs[name].outputs]
                 given |= zip(outputs, _computed(graph, given, outputs, self._inputs_of(name)), strict=True)
-            read = [one for one in self._inputs_of(FULL) if one in given]  # without those of the steps of a window
-            if place:
+            read = [one for one in self._inputs_of(FULL) if one in given]  # without inputs of the folded sums
+            if offset:
                 (prediction,) = _computed(self._graph, given | self._kept, [NOISE_PREDICTION], [*read, *self._kept])
                 return prediction
             prediction, *features = _computed(self._graph, given, [NOISE_PREDICTION, *self._features], read)
@@ -73,7 +75,7 @@ class UnfoldedFora(PlainSteps):
 def _computed(
     graph: TorchGraph, given: Mapping[str, Tensor], outputs: Sequence[str], inputs: Sequence[str]
 ) -> Sequence[Tensor]:
-    """These outputs of a graph, of what is given of its values."""
+    """Compute `outputs` of a graph; `inputs` names the tensors of `given` to start from, which may be inner values."""
     tensors = [given[name].to(graph.dtype_of(graph.values[name])) for name in inputs]
     shapes = {name: tuple(one.shape) for name, one in zip(inputs, tensors, strict=True)}
     results: Sequence[Tensor] = graph.module(shapes, outputs)(*tensors)

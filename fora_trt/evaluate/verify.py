@@ -1,4 +1,4 @@
-"""Compare a bundle on a backend with PyTorch: each graph once, then whole cached trajectories."""
+"""Compares a bundle on a backend with PyTorch: single steps of both graphs, then whole cached trajectories."""
 
 from __future__ import annotations
 
@@ -10,35 +10,32 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle, GraphError, TrajectoryError
-from fora_trt.engines.plan_store import PlanSource
-from fora_trt.errors import BackendError
+from fora_trt.contract import FULL, LATENTS, REUSE, TIMESTEP
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.evaluate.unfolded import reference_from_bundle
 from fora_trt.export.check import GRAPH_TOLERANCE
 from fora_trt.export.statistics import graph_statistics
-from fora_trt.folders import write_manifest
 from fora_trt.models.examples import example_inputs
-from fora_trt.models.spec import FULL, LATENTS, REUSE, TIMESTEP
-from fora_trt.runtime.conditioning import example_conditioning
-from fora_trt.runtime.denoiser import Denoiser, load
-from fora_trt.runtime.sampling import Sampler, Steps
-from fora_trt.runtime.schedulers import scheduler_from_config
-from fora_trt.runtime.updates import update_from_scheduler
-from fora_trt.schedule import Schedule
+from fora_trt.pipeline import Pipeline
+from fora_trt.runtime.denoiser import Denoiser
+from fora_trt.runtime.interface import Predictor
+from fora_trt.sampling.conditioning import example_conditioning
+from fora_trt.sampling.guidance import Guidance
+from fora_trt.schedule import FULL_STEP, NONE, REUSE_STEP, Schedule
 
-MEASURED_STEPS, MEASURED_INTERVALS = 50, (1, 3)
-"""Of the trajectories whose error a manifest keeps."""
+MEASURED_STEPS, MEASURED_SCHEDULES = 50, (NONE, "fora:3")
+"""Steps and schedules of the trajectories whose error is recorded in the manifest."""
 
 GUIDANCE_SCALE = 1.5
-"""Of the trajectories that are compared."""
+"""Guidance scale of the compared trajectories."""
 
 TRAJECTORY_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-1, "bf16": 5e-1}
-"""Largest admitted error relative to PyTorch's largest value, by precision; the reference computes in fp32."""
+"""Tolerance by precision: largest error divided by the largest value of the reference, which computes in fp32."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One thing compared, its error, and the relative error that is admitted."""
+    """One comparison: its name, its error, and the tolerance for the relative error."""
 
     what: str
     error: GraphError
@@ -46,50 +43,48 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is admitted; one that is not a number is not."""
+        """Whether the error is within the tolerance; NaN is not."""
         return self.error.relative <= self.tolerance
 
 
 def compare_with_pytorch(
-    bundle: Bundle,
-    backend: str,
-    device: torch.device,
-    steps: int = 50,
-    cache_intervals: Sequence[int] = (2, 3, 5),
-    plans: PlanSource | None = None,
-    reference: Steps | None = None,
+    pipeline: Pipeline, schedules: Sequence[str], reference: Predictor | None = None
 ) -> Iterator[Comparison]:
     """Compare a full and a reuse step on seeded inputs, then trajectories of two images, with eager FORA in fp32.
 
-    Trajectories are guided where the model has an unconditional half. The reuse graph runs on other latents and
-    timesteps than the features were made from, as it does in a trajectory. `reference` is what it is compared with, if
-    that was made before: without one `reference_from_bundle` makes it. Raises `BackendError`.
+    Trajectories have the configuration's number of steps and each of the schedules; they are guided if the model has
+    unconditional inputs. As in a trajectory, the reuse step has other latents and another timestep than the full step
+    that computed its features. `reference` defaults to that of `reference_from_bundle`. Raises `BackendError`.
     """
-    precision = bundle.manifest.precision
-    denoiser = load(bundle, schedule=Schedule.static(steps, 1), backend=backend, device=device, plans=plans)
-    reference = reference or reference_from_bundle(bundle, device)[0]
+    bundle, precision = pipeline.bundle, pipeline.manifest.precision
+    denoiser = pipeline.start(2, Guidance(GUIDANCE_SCALE))
+    assert isinstance(denoiser, Denoiser)
+    reference = reference or reference_from_bundle(bundle, pipeline.device)[0]
     for graph, error in graph_errors(denoiser, reference, batch=2):
         yield Comparison(f"{graph} graph", error, GRAPH_TOLERANCE[precision])
-    for interval, error in trajectory_errors(bundle, denoiser, reference, steps, cache_intervals):
-        yield Comparison(f"{steps} steps, cache interval {interval}", error, TRAJECTORY_TOLERANCE[precision])
+    for schedule, error in trajectory_errors(pipeline, pipeline.over(reference), schedules):
+        named = f"{pipeline.config.steps} steps, {schedule}"
+        yield Comparison(named, error, TRAJECTORY_TOLERANCE[precision])
 
 
 def trajectory_errors(
-    bundle: Bundle, denoiser: Denoiser, reference: Steps, steps: int, cache_intervals: Sequence[int]
-) -> Iterator[tuple[int, GraphError]]:
-    """Cache interval and error of the last latents, from the same noise and the same scheduler."""
-    scheduler = scheduler_from_config(bundle.scheduler_config, None, bundle.manifest.latents.learned_sigma)
-    samplers = [Sampler(one, update_from_scheduler(scheduler, steps)) for one in (denoiser, reference)]
-    given = example_conditioning(bundle.manifest, 2)
+    pipeline: Pipeline, reference: Pipeline, schedules: Sequence[str]
+) -> Iterator[tuple[str, GraphError]]:
+    """For each schedule the error of the final latents, with the same noise and scheduler as the reference."""
+    given = example_conditioning(pipeline.manifest, 2)
     scale = 1.0 if given.unconditional is None else GUIDANCE_SCALE
-    for interval in cache_intervals:
-        schedule = Schedule.static(samplers[0].update.calls, interval)
-        latents = [sampler(schedule, given, [0, 1], scale).latents for sampler in samplers]
-        yield interval, GraphError.between(*latents)
+    plain = pipeline.sampling(schedule=NONE)
+    for schedule in schedules:
+        samplings = plain.with_schedule(schedule), reference.sampling(plain.steps, schedule)
+        latents = [
+            one.sampler(sampling)(given, [0, 1], scale).latents
+            for one, sampling in zip((pipeline, reference), samplings, strict=True)
+        ]
+        yield schedule, GraphError.between(*latents)
 
 
-def graph_errors(denoiser: Denoiser, reference: Steps, batch: int) -> Iterator[tuple[str, GraphError]]:
-    """The error of a full and then of a reuse step, on seeded inputs: other latents and another timestep."""
+def graph_errors(denoiser: Denoiser, reference: Predictor, batch: int) -> Iterator[tuple[str, GraphError]]:
+    """The error of a full step and of a reuse step after it; both have seeded inputs, the latter different ones."""
     manifest, device = denoiser.manifest, denoiser.device
     latents: list[Tensor] = []
     timesteps: list[Tensor] = []
@@ -99,42 +94,31 @@ def graph_errors(denoiser: Denoiser, reference: Steps, batch: int) -> Iterator[t
         latents.insert(0, conditioning.pop(LATENTS).to(device))
         timesteps.insert(0, conditioning.pop(TIMESTEP, torch.zeros(1))[:1].to(device))
     given = {name: value.to(device) for name, value in conditioning.items()}
-    denoiser.begin(torch.cat(timesteps), [True, False], given, batch)
-    denoiser.prepare(batch)
-    for place, graph in enumerate((FULL, REUSE)):
-        denoiser.turn_to(place)
+    plan = (FULL_STEP, REUSE_STEP)
+    runs = [one.begin(plan, torch.cat(timesteps), given, [batch]) for one in (denoiser, reference)]
+    for step, graph in enumerate((FULL, REUSE)):
         with torch.inference_mode():
-            predictions = [
-                one.predict(place, latents[place], timesteps[place], **given) for one in (denoiser, reference)
-            ]
+            predictions = [run.at(step, batch).predict(step, latents[step], timesteps[step], **given) for run in runs]
             error = GraphError.between(*predictions)
         yield graph, error
 
 
-def with_measured_trajectory(
-    bundle: Bundle, backend: str, device: torch.device, within_seconds: float, plans: PlanSource | None = None
-) -> Bundle:
-    """Measure a bundle of half precision over whole trajectories against fp32, and write that into its manifest.
+def measured_trajectories(
+    bundle: Bundle, backend: str, device: torch.device, within_seconds: float
+) -> TrajectoryError | None:
+    """Error of whole trajectories of a bundle in half precision against PyTorch in fp32.
 
-    Nothing is measured if the arithmetic of it would not be done `within_seconds` on this device.
+    None if its arithmetic would take longer than `within_seconds` on this device. Raises `BackendError`.
     """
     if _seconds_of_trajectories(bundle, device) > within_seconds:
-        return bundle
-    reference = EagerFora(bundle, device)
-    schedule = Schedule.static(MEASURED_STEPS, 1)
-    denoiser = load(bundle, schedule=schedule, backend=backend, device=device, plans=plans)
-    errors = dict(trajectory_errors(bundle, denoiser, reference, MEASURED_STEPS, MEASURED_INTERVALS))
-    measured = TrajectoryError(MEASURED_STEPS, denoiser.backend, errors)
-    manifest = bundle.manifest.model_copy(update={"trajectory_error": measured})
-    try:
-        write_manifest(bundle.folder, manifest)
-    except OSError as error:
-        raise BackendError(f"the manifest of {bundle.folder} cannot be written: {error.strerror or error}") from error
-    return Bundle(bundle.folder, manifest)
+        return None
+    pipeline = Pipeline(bundle, steps=MEASURED_STEPS, backend=backend, device=str(device))
+    reference = pipeline.over(EagerFora(bundle, device))
+    return TrajectoryError(MEASURED_STEPS, backend, dict(trajectory_errors(pipeline, reference, MEASURED_SCHEDULES)))
 
 
 def _seconds_of_trajectories(bundle: Bundle, device: torch.device) -> float:
-    """About how long `with_measured_trajectory` computes, if all of it were as fast as a large fp32 matrix product."""
+    """Estimated time of `measured_trajectories`, at the rate of a large fp32 matrix product on this device."""
     size = 1024
     matrix, seconds = torch.ones(size, size, device=device), []
     for _ in range(4):  # the first warms up
@@ -142,6 +126,6 @@ def _seconds_of_trajectories(bundle: Bundle, device: torch.device) -> float:
         (matrix @ matrix).sum().item()  # waits for the device
         seconds.append(time.perf_counter() - began)
     rate = 2 * size**3 / min(seconds[1:])
-    full_steps = sum(Schedule.static(MEASURED_STEPS, interval).full_steps for interval in MEASURED_INTERVALS)
+    full_steps = sum(Schedule.from_text(text, MEASURED_STEPS).full_steps for text in MEASURED_SCHEDULES)
     guided_images, runs = 4, 2
     return graph_statistics(bundle.graph_path(FULL)).flops * guided_images * full_steps * runs / rate

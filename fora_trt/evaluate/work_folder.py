@@ -1,7 +1,7 @@
-"""A folder that long work fills part by part, so that it can be stopped at any moment and goes on where it was.
+"""A work folder for long computations, which write it part by part; they can be interrupted at any moment and resumed.
 
-Every part is a file that is there whole or not at all. What the parts were made with is written down first: work is
-resumed with the same settings or not at all.
+Parts are files that are written atomically. The settings are written first: work can only be resumed with the same
+settings.
 """
 
 from __future__ import annotations
@@ -19,38 +19,37 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from fora_trt.errors import InputError
-from fora_trt.folders import Record
-from fora_trt.runtime.outputs import write_whole
+from fora_trt.files import Record, write_whole
 
 SETTINGS, PARTS, LOCK = "settings.json", "parts", ".lock"
 
 
 class WorkFolder:
-    """Parts by number, each a dictionary of arrays."""
+    """Stores parts by number; a part is a dictionary of arrays."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._parts = folder / PARTS
 
     def has(self, part: int) -> bool:
-        """Whether this part is done."""
+        """Whether this part has been written."""
         return self._path(part).is_file()
 
     def write(self, part: int, arrays: Mapping[str, NDArray[numpy.generic]]) -> None:
-        """Keep a part that is done. Raises `InputError` where the folder cannot be written."""
+        """Write a part. Raises `InputError` if the folder cannot be written."""
         write_whole(self._path(part), lambda file: numpy.savez(file, **arrays))  # type: ignore[arg-type] # of the stubs
 
     def read(self, part: int, names: Container[str] | None = None) -> dict[str, NDArray[numpy.generic]]:
-        """A part that is done, or its arrays of these names alone. Raises `InputError` for one that is damaged."""
+        """Read a part, or only its arrays with these names. Raises `InputError` for a damaged part."""
         path = self._path(part)
         try:
             with numpy.load(path, allow_pickle=False) as content:
                 return {name: content[name] for name in content.files if names is None or name in names}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{path} cannot be read ({error}); remove it and go on with --resume") from error
+            raise InputError(f"{path} cannot be read ({error}); remove it and continue with --resume") from error
 
     def clear(self) -> None:
-        """Remove the parts, when what they were for is there."""
+        """Remove the parts, after the final result has been written."""
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def _path(self, part: int) -> Path:
@@ -59,20 +58,21 @@ class WorkFolder:
 
 @contextmanager
 def work_folder(folder: Path, settings: Record, resume: bool, beside: tuple[str, ...] = ()) -> Iterator[WorkFolder]:
-    """Make or resume the folder for the length of a block, in which nobody else uses it.
+    """Create or resume a work folder and lock it for the duration of a block.
 
-    A new one must be empty but for what is named in `beside`, and is so again if the block fails before anything was
-    done. Raises `InputError` for one that is not, that was made with other settings, that somebody else is working
-    in, or that cannot be written.
+    A new folder must be empty except for the names in `beside`. If the block fails before the first part is written,
+    the new files are removed again. Raises `InputError` for a folder that is not empty, was made with other settings,
+    is in use by another process, or cannot be written.
     """
     path = folder / SETTINGS
     found = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
     stood_there = {folder / name for name in found}
-    strange = [name for name in found if name not in beside and not name.startswith(".")]  # a lock, what a kill left
+    # names with a dot are the lock and incomplete files of a killed process
+    strange = [name for name in found if name not in beside and not name.startswith(".")]
     if strange and not resume:
-        raise InputError(f"{folder} holds {strange[0]} already; give --resume to go on with it, or another folder")
+        raise InputError(f"{folder} already contains {strange[0]}; give --resume to continue it, or another folder")
     if strange and not path.is_file():
-        raise InputError(f"{folder} has no {SETTINGS}, so there is nothing to resume; give another folder")
+        raise InputError(f"{folder} has no {SETTINGS}, so it cannot be resumed; give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK, timeout=0)
@@ -88,7 +88,7 @@ def work_folder(folder: Path, settings: Record, resume: bool, beside: tuple[str,
             text = settings.model_dump_json(indent=2) + "\n"
             write_whole(path, lambda file: file.write(text.encode()))
         (folder / PARTS).mkdir(exist_ok=True)
-        for left in (folder / PARTS).glob(".*"):  # half a part, of a process that was killed
+        for left in (folder / PARTS).glob(".*"):  # an incomplete part of a killed process
             left.unlink()
         yield WorkFolder(folder)
     except BaseException:
@@ -102,15 +102,15 @@ def work_folder(folder: Path, settings: Record, resume: bool, beside: tuple[str,
 
 
 def _check_settings(path: Path, settings: Record) -> None:
-    """Raise `InputError` that names the first setting which is not what the folder was made with."""
+    """Raise `InputError` if a setting differs from those that the folder was made with; it names the first one."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         given = json.loads(settings.model_dump_json())
         differing = next((key for key in {**before, **given} if before.get(key) != given.get(key)), None)
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} cannot be read, so nothing can be resumed: {error}; give another folder") from error
+        raise InputError(f"{path} cannot be read, so the folder cannot be resumed: {error}; give another") from error
     if differing is not None:
         raise InputError(
-            f"{path.parent} was made with {differing} {before.get(differing)!r} and not {given.get(differing)!r}; "
-            "resume it with the settings it was made with, or give another folder"
+            f"{path.parent} was made with {differing} {before.get(differing)!r}; {given.get(differing)!r} was given; "
+            "resume it with its original settings, or give another folder"
         )

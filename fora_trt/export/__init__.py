@@ -1,1 +1,1 @@
-"""Second stage: a module is split at its cache sites and traced, and the graph cut into a full and a reuse graph."""
+"""Second stage: trace a module that is split at its cache sites, and write a full and a reuse graph."""

@@ -1,4 +1,4 @@
-"""Measure exported graphs against the PyTorch module that they were traced from."""
+"""Measure the error of exported graphs against the PyTorch module from which they were traced."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fora_trt.bundle import GraphError
+from fora_trt.bundle import GraphError, GraphRecord
+from fora_trt.contract import CONDITIONING, FULL, FULL_CONDITIONING, REUSE, CacheSite, of_window, out_of_window
 from fora_trt.errors import ExportError
 from fora_trt.export.split import steps_of_module
 from fora_trt.models.examples import example_inputs
-from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, REUSE, CacheSite, Model, of_window
+from fora_trt.models.spec import Model
 
 GRAPH_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""Largest admitted error of a graph relative to PyTorch's largest value, by precision; PyTorch computes in fp32."""
+"""Tolerance by precision: the largest error of a graph relative to PyTorch's largest value. PyTorch runs in fp32."""
 
 MEASURED_BATCH = 1
-"""Another than the graphs were traced with, so that a batch that became a constant shows."""
+"""Differs from the batch size of the trace, so that a batch dimension traced as a constant is detected."""
 
 
 @torch.no_grad()
-def measure_errors(model: Model, sites: Sequence[CacheSite], paths: Mapping[str, Path]) -> dict[str, GraphError] | None:
-    """Error of the full graph (worst over its outputs) and of the reuse graph, on seeded inputs.
+def measure_errors(
+    model: Model, sites: Sequence[CacheSite], folder: Path, graphs: Mapping[str, GraphRecord]
+) -> dict[str, GraphError] | None:
+    """Error of the full graph (maximum over its outputs) and of the reuse graph in `folder`, on seeded inputs.
 
-    What optimized graphs take from each other is computed by them: the errors are those of all that came before.
-    The reference is the module computing in fp32 with the weights of its precision. ONNX Runtime runs the graphs on
-    the CPU; the result is None where it is not installed, or where it has no kernels (bfloat16).
+    Each optimized graph reads the tensors that the earlier graphs computed, so errors accumulate as in a real run.
+    The reference is the module in fp32 arithmetic with the weights of its precision. ONNX Runtime runs the graphs on
+    the CPU; the result is None if it is not installed or has no kernels for the precision (bfloat16).
     """
     if model.precision == "bf16" or find_spec("onnxruntime") is None:
         return None
+    paths = {name: folder / record.file for name, record in graphs.items()}
     spec, kept = model.spec, [feature for site in sites for feature in site.features]
     full, reuse = steps_of_module(model.module, spec, [site.module for site in sites])
     first, second = (example_inputs(spec.inputs, spec.conditioning, MEASURED_BATCH, seed) for seed in (1, 2))
@@ -52,9 +56,11 @@ def measure_errors(model: Model, sites: Sequence[CacheSite], paths: Mapping[str,
         second |= {name: after for name, (_, after) in rows.items()}
         ahead = {of_window(name): after[None] for name, (_, after) in rows.items()}
     got = _outputs(paths[FULL], first | conditioned | ahead)
-    for name, value in got.items():
-        in_front = of_window("")
-        stale[name.removeprefix(in_front)] = value[0] if name.startswith(in_front) else value
+    for one in graphs[FULL].outputs:
+        if one.is_of_window:
+            stale[out_of_window(one).name] = got[one.name][0]
+        else:
+            stale[one.name] = got[one.name]
     stale |= {one.name: expected[one.name].to(getattr(torch, one.dtype)) for one in kept}
     worst = [GraphError.between(value, expected[name]) for name, value in got.items() if name in expected]
     again = _outputs(paths[REUSE], stale | second)
@@ -65,13 +71,13 @@ def measure_errors(model: Model, sites: Sequence[CacheSite], paths: Mapping[str,
 
 
 def is_rounding(errors: Mapping[str, GraphError], precision: str) -> bool:
-    """Whether errors are no larger than the order in which sums are taken and the precision explain."""
+    """Whether all errors are within the tolerance of the precision, which covers rounding and the order of sums."""
     return all(error.relative <= GRAPH_TOLERANCE[precision] for error in errors.values())
 
 
 @contextmanager
 def _computing_in_fp32(model: Model) -> Iterator[None]:
-    """Widen each layer's own parameters for the time of its call only, so that they are not in memory twice."""
+    """Widen the parameters of each layer to fp32 only during its call, so that the weights are not in memory twice."""
     if model.half is None:
         yield
         return
@@ -100,8 +106,8 @@ def _outputs(path: Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    # The graph as it was written: optimising would keep the weights three times, widened and packed. In the other
-    # order every weight is widened before the first layer runs.
+    # No graph optimization: it would keep the weights in memory three times (stored, widened, packed). In the default
+    # execution order, every weight is widened before the first layer runs; the priority-based order avoids this.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     try:
@@ -109,6 +115,6 @@ def _outputs(path: Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         feeds = {one.name: inputs[one.name].numpy() for one in session.get_inputs()}
         names = [one.name for one in session.get_outputs()]
         outputs = session.run(names, feeds)
-    except Exception as error:  # onnxruntime raises many kinds, all with one sentence
-        raise ExportError(f"ONNX Runtime does not take the {path.stem} graph as it was traced: {error}") from error
+    except Exception as error:  # onnxruntime raises many exception classes
+        raise ExportError(f"ONNX Runtime cannot run the exported {path.stem} graph: {error}") from error
     return {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}

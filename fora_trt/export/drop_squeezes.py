@@ -1,7 +1,7 @@
-"""Graph pass: a `Squeeze` of a size that is not 1 goes away.
+"""Graph pass: remove each `Squeeze` along an axis whose size is not 1.
 
-PyTorch passes over `x.squeeze(1)` where that size is not 1 (PixArt has one); ONNX calls such a node an error, which
-the exporter does not look for.
+In PyTorch, `x.squeeze(1)` does nothing if that size is not 1 (PixArt has such a call). In ONNX, the node is invalid,
+and the exporter does not check for this.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 
 class DropSqueezesPass(InPlacePass):
-    """Replaces every Squeeze whose axes all have a known size other than 1 by its input."""
+    """Replaces each Squeeze whose axes all have a known size other than 1 by its input."""
 
     def call(self, model: ir.Model) -> PassResult:
         dropped = [node for node in tuple(model.graph) if node.op_type == "Squeeze" and _does_nothing(node)]

@@ -1,6 +1,6 @@
-"""Graph pass: the mask of an `Attention` gets a row for every query.
+"""Graph pass: expand the mask of each `Attention` to one row per query.
 
-A mask over a prompt's tokens is one row for all queries, which ONNX lets broadcast and ONNX Runtime does not.
+A mask over prompt tokens has one row for all queries. ONNX broadcasts this row; ONNX Runtime does not.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from fora_trt.export.nodes import int64_constant
 
-MASK, QUERIES = 3, -2  # which input of an Attention, and which axis of query and mask
+MASK, QUERIES = 3, -2  # index of the mask among an Attention's inputs; axis of the queries in query and mask
 
 
 class ExpandMasksPass(InPlacePass):
-    """Puts an Expand in front of every mask with one row; those that are equal are merged by the passes that follow."""
+    """Inserts an Expand before each mask with one row; later passes merge equal Expands."""
 
     def call(self, model: ir.Model) -> PassResult:
         expanded = [_expanded(model.graph, node) for node in tuple(model.graph) if node.op_type == "Attention"]

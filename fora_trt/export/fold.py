@@ -1,9 +1,9 @@
-"""Graph transformation: the gated sum of the features moves from every reuse step into the full step before them.
+"""Graph transformation: move the gated sum of the features from the reuse graph into the full graph.
 
-A reuse step adds `gate * feature` for every cache site to the embedded latents. The sum over the sites does not depend
-on the latents, so it can be taken first: `(h + u_1) + u_2` becomes `h + (u_1 + u_2)`, and what does not depend on the
-latents is hoisted. It is appended to the full graph, where the features are, for all reuse steps of the window in one
-pass over each feature: the gates get one more dimension in front, the steps of the window, and so does the sum.
+A reuse step adds `gate * feature` of every cache site to the embedded latents. The sum over the sites does not depend
+on the latents and can be computed first: `(h + u_1) + u_2` becomes `h + (u_1 + u_2)`. The nodes that compute
+`u_1 + u_2` move to the full graph, which computes the features. There they compute the sums of all reuse steps of the
+window and read each feature once: gates and sums get a leading dimension, the reuse steps of the window.
 """
 
 from __future__ import annotations
@@ -13,47 +13,58 @@ from itertools import zip_longest
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
-from fora_trt.export.hoist import EarlyPart, drop_unread, early_part, edge, replace_reads
-from fora_trt.export.nodes import before_cast, constant, int64_constant, new_value
-from fora_trt.models.spec import FEATURE, FOLDED, LATENTS, WINDOW, of_window
+from fora_trt.contract import FOLDED, LATENTS, WINDOW, of_window
+from fora_trt.export.hoist import EarlyPart, drop_unread, early_part, replace_reads
+from fora_trt.export.nodes import (
+    before_cast,
+    constant,
+    edge,
+    int64_constant,
+    is_of_window,
+    new_value,
+    role_of,
+    with_role,
+)
 
 GROUP = 8
-"""Weighted features that are added up by one multiplication and one sum over a dimension of their own."""
+"""Largest number of `gate * feature` terms that are stacked, multiplied by one Mul and added by one ReduceSum."""
 
 ELEMENTWISE = {
     *("Add", "Sub", "Mul", "Div", "Neg", "Cast", "Identity", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal", "Relu"),
     *("Gelu", "Softplus", "Clip", "Abs", "Pow", "Max", "Min"),
 }
-"""Operators to which one more dimension in front makes no difference; the others may take part without it only."""
+"""Operators that accept an additional leading dimension. Others may not read a value that differs between steps."""
 
 ALONG_AN_AXIS = {"Concat", "Unsqueeze", "ReduceSum"}
-"""To these neither, where axes are counted from the last."""
+"""Operators that accept an additional leading dimension if their axes are negative (counted from the last)."""
 
 
-def fold(full: ir.Model, reuse: ir.Model, hoisted: str) -> bool:
-    """Move all of `reuse` that does not depend on the latents to `full`; False where that is not possible.
+def fold(full: ir.Model, reuse: ir.Model) -> bool:
+    """Move all nodes of `reuse` that do not depend on the latents to `full`; return False if that is not possible.
 
-    It is not where an operator other than elementwise ones reads what differs from step to step. Then nothing is
-    moved, and sums in `reuse` are taken in another order.
-
-    `full` puts out the features; inputs of `reuse` whose names begin with `hoisted` differ from step to step.
+    `full` outputs the features that `reuse` reads. The hoisted inputs of `reuse` differ between steps. Folding is
+    impossible if an operator that does not accept an additional leading dimension reads a value that differs between
+    steps. Then no node moves; only the order of the sums in `reuse` changes.
     """
     _reassociate(reuse.graph)
-    drop_unread(reuse)  # the sums as they were
-    _group(reuse.graph, hoisted)
+    drop_unread(reuse)  # the replaced sums
+    _group(reuse.graph)
     drop_unread(reuse)
     part = early_part(reuse.graph, {LATENTS})
-    differing = _differing(part, hoisted)
+    differing = _differing(part)
     if differing is None or not part.boundary:
         return False
     folded = _append(full.graph, part, differing)
-    replace_reads(reuse, {value: edge(name, value) for name, value in folded.items()})
+    replace_reads(reuse, {value: edge(name, value, "sum") for name, value in folded.items()})
     _drop_features(full, {value.name for value in reuse.graph.inputs})
     return True
 
 
 def _reassociate(graph: ir.Graph) -> None:
-    """`(late + early) + early` becomes `late + (early + early)`, wherever nobody else reads the inner sum."""
+    """Turn `(late + early) + early` into `late + (early + early)` if the inner sum has no other reader.
+
+    A late value depends on the latents, an early value does not.
+    """
     late = {value for value in graph.inputs if value.name == LATENTS}
     for node in tuple(graph):
         if not any(value in late for value in node.inputs):
@@ -75,7 +86,7 @@ def _reassociate(graph: ir.Graph) -> None:
 
 
 def _sum_of(node: ir.Node | None, late: set[ir.Value]) -> tuple[ir.Value, ir.Value] | None:
-    """The late and the early term of a sum of two; constants count as early."""
+    """The late and the early operand of an Add; constants are early. None for other nodes and two alike operands."""
     if node is None or node.op_type != "Add":
         return None
     one, other = node.inputs
@@ -86,7 +97,7 @@ def _sum_of(node: ir.Node | None, late: set[ir.Value]) -> tuple[ir.Value, ir.Val
 
 
 def _broadcast(one: ir.Shape | None, other: ir.Shape | None) -> ir.Shape | None:
-    """The shape of a sum; None where it is not known."""
+    """The broadcast shape of two operands; None if it is unknown."""
     if one is None or other is None:
         return None
     sizes: list[int | ir.SymbolicDim] = []
@@ -97,15 +108,15 @@ def _broadcast(one: ir.Shape | None, other: ir.Shape | None) -> ir.Shape | None:
     return ir.Shape(sizes)
 
 
-def _group(graph: ir.Graph, hoisted: str) -> None:
-    """Take sums of `gate * feature` in groups: features and gates side by side, one product, one sum over the group.
+def _group(graph: ir.Graph) -> None:
+    """Compute sums of `gate * feature` in groups: stack gates and features, multiply once, reduce over the group.
 
-    A chain of products and sums would go over the sum of all steps of the window once for every feature. Features that
-    are widened stay in such a chain: side by side they would have to be kept, and wide. Compilers make one kernel of
-    the chain, which reads them narrow.
+    A chain of Mul and Add nodes would read and write the accumulated sum of the whole window once per feature. Features
+    that are cast to a wider dtype stay in a chain, because stacking would store them in the wider dtype. Compilers fuse
+    the chain into one kernel that reads the narrow dtype.
     """
     part = early_part(graph, {LATENTS})
-    differing = _differing(part, hoisted) or set()
+    differing = _differing(part) or set()
     for total in part.boundary:
         root = total.producer()
         assert root is not None
@@ -124,7 +135,7 @@ def _group(graph: ir.Graph, hoisted: str) -> None:
             continue
         nodes: list[ir.Node] = []
         sums = [_weighted_sum(graph, nodes, pairs) for pairs in groups]
-        others.sort(key=differing.__contains__)  # what is the same for all steps is added up before the rest
+        others.sort(key=differing.__contains__)  # terms that are equal in all steps come first
         result = (others + sums)[0]
         for value in (others + sums)[1:]:
             result = new_value(nodes, "Add", [result, value], _broadcast(result.shape, value.shape))
@@ -133,7 +144,7 @@ def _group(graph: ir.Graph, hoisted: str) -> None:
 
 
 def _terms(value: ir.Value, within: set[ir.Node]) -> list[ir.Value]:
-    """What a chain of sums adds up, in order."""
+    """The terms of a chain of Add nodes, in order."""
     terms: list[ir.Value] = []
     while True:
         node = value.producer()
@@ -152,7 +163,10 @@ def _is_sum(value: ir.Value) -> bool:
 
 
 def _gate_and_feature(term: ir.Value, differing: set[ir.Value]) -> tuple[ir.Value, ir.Value] | None:
-    """The factors of a term: what differs from step to step, and what does not, is of the same rank and not widened."""
+    """The factors of a Mul: a gate, which differs between steps, and a feature, which does not.
+
+    None for other terms, for factors of different rank or dtype, and for a feature that is cast to a wider dtype.
+    """
     node = term.producer()
     if node is None or node.op_type != "Mul":
         return None
@@ -165,7 +179,7 @@ def _gate_and_feature(term: ir.Value, differing: set[ir.Value]) -> tuple[ir.Valu
 
 
 def _is_widened(value: ir.Value) -> bool:
-    """Whether a value is another of fewer bytes, cast."""
+    """Whether a value is the output of a Cast to a wider dtype."""
     source = before_cast(value)
     if source is None or source.dtype is None or value.dtype is None:
         return False
@@ -173,7 +187,7 @@ def _is_widened(value: ir.Value) -> bool:
 
 
 def _weighted_sum(graph: ir.Graph, nodes: list[ir.Node], pairs: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
-    """The sum of gate * feature over pairs of one shape; its nodes are appended to `nodes`."""
+    """The sum of gate * feature over pairs of equal shapes; its nodes are appended to `nodes`."""
     rank = _rank(pairs[0][0])
     axes = int64_constant(graph, f"axis{-rank}", [-rank])
     sides: list[ir.Value] = []
@@ -189,17 +203,19 @@ def _weighted_sum(graph: ir.Graph, nodes: list[ir.Node], pairs: list[tuple[ir.Va
     return new_value(nodes, "ReduceSum", [product, axes], ir.Shape([first, *others]), ir.AttrInt64("keepdims", 0))
 
 
-def _differing(part: EarlyPart, hoisted: str) -> set[ir.Value] | None:
-    """Values that differ between the steps of a window; None if a node that reads some cannot take them all at once."""
+def _differing(part: EarlyPart) -> set[ir.Value] | None:
+    """The values that differ between the steps of a window, which all depend on a hoisted input.
+
+    None if a node that reads such a value does not accept an additional leading dimension for the steps.
+    """
     differing: set[ir.Value] = set()
     for node in part.nodes:
         for value in node.inputs:
             if value is None or value.producer() is not None or value.is_initializer():
                 continue
-            assert value.name is not None
-            if value.name.startswith(hoisted):
+            if role_of(value) == "hoisted":
                 differing.add(value)
-            elif not value.name.startswith(FEATURE):
+            elif role_of(value) != "feature":
                 return None
         read = [value for value in node.inputs if value in differing]
         if not read:
@@ -213,7 +229,7 @@ def _differing(part: EarlyPart, hoisted: str) -> set[ir.Value] | None:
 
 
 def _takes_window(node: ir.Node) -> bool:
-    """Whether inputs with one more dimension in front give outputs with one."""
+    """Whether a node accepts an additional leading dimension of its inputs and passes it on to its outputs."""
     if node.op_type not in ALONG_AN_AXIS:
         return node.op_type in ELEMENTWISE
     if node.op_type == "Concat":
@@ -228,26 +244,27 @@ def _rank(value: ir.Value) -> int:
 
 
 def _append(full: ir.Graph, part: EarlyPart, differing: set[ir.Value]) -> dict[str, ir.Value]:
-    """Copy the nodes into the full graph, each as early as it can run; return the boundary by the reuse graph's names.
+    """Copy the nodes of `part` into the full graph; return its boundary values by the names of the new reuse inputs.
 
-    A feature is added up when it has just been computed, and need not be kept.
+    Each node is inserted as early as its inputs allow. Each feature is thus added to the sums right after it is
+    computed, and its memory can be freed.
     """
-    outputs = {value.name: value for value in full.outputs}
+    features = {value.name: value for value in full.outputs if role_of(value) == "feature"}
     copies: dict[ir.Value, ir.Value] = {}
     order = {node: k for k, node in enumerate(full)}
-    behind: dict[ir.Node | None, list[ir.Node]] = {}
+    inserted: dict[ir.Node | None, list[ir.Node]] = {}  # by the node after which they are inserted
     anchors: dict[ir.Value, ir.Node | None] = {}
 
     def copy_of(value: ir.Value) -> ir.Value:
         if value in copies:
             return copies[value]
         assert value.name is not None
-        if value.name in outputs:
-            copies[value] = outputs[value.name]
+        if value.name in features:
+            copies[value] = features[value.name]
         elif value.const_value is not None:
             copies[value] = constant(full, value.name, value.const_value.numpy())
         else:
-            copies[value] = edge(of_window(value.name), value, leading=WINDOW)
+            copies[value] = edge(of_window(value.name), value, role_of(value), leading=WINDOW)
             full.inputs.append(copies[value])
         return copies[value]
 
@@ -259,13 +276,13 @@ def _append(full: ir.Graph, part: EarlyPart, differing: set[ir.Value]) -> dict[s
         copy = ir.Node("", node.op_type, read, list(node.attributes.values()), num_outputs=len(node.outputs))
         before = [one for value in read if value is not None and (one := anchor_of(value)) is not None]
         anchor = max(before, key=order.__getitem__, default=None)
-        behind.setdefault(anchor, []).append(copy)
+        inserted.setdefault(anchor, []).append(copy)
         for old, new in zip(node.outputs, copy.outputs, strict=True):
             new.name, new.type = f"fold.{old.name}", old.type
             new.shape = ir.Shape([WINDOW, *old.shape]) if old in differing and old.shape is not None else old.shape
             copies[old], anchors[new] = new, anchor
     first = full[0]
-    for anchor, nodes in behind.items():
+    for anchor, nodes in inserted.items():
         if anchor is None:
             full.insert_before(first, nodes)
         else:
@@ -275,34 +292,36 @@ def _append(full: ir.Graph, part: EarlyPart, differing: set[ir.Value]) -> dict[s
         name = f"{FOLDED}{k}"
         named[name] = value
         copies[value].name = of_window(name) if value in differing else name
-        full.outputs.append(copies[value])
+        full.outputs.append(with_role(copies[value], "sum"))
     return named
 
 
 def _drop_features(full: ir.Model, read: set[str | None]) -> None:
-    kept = [value for value in full.graph.outputs if value.name in read or not str(value.name).startswith(FEATURE)]
+    kept = [value for value in full.graph.outputs if value.name in read or role_of(value) != "feature"]
+    roles = [*map(role_of, kept)]
     full.graph.outputs.clear()
     full.graph.outputs.extend(kept)
-    CommonSubexpressionEliminationPass()(full)
+    CommonSubexpressionEliminationPass()(full)  # may replace output values, which then lose their roles
+    for value, role in zip(full.graph.outputs, roles, strict=True):
+        with_role(value, role)
     _widen_apart(full.graph)
     drop_unread(full)
 
 
 def _widen_apart(graph: ir.Graph) -> None:
-    """Cast a feature for the sums of the window apart from the step: an engine can then keep it as it is until then."""
+    """Duplicate each widening Cast that both the full step and the folded sums read.
+
+    An engine can then keep the narrow feature in memory until the sums read it, instead of the wide one.
+    """
     for cast in tuple(graph):
         wide = cast.outputs[0]
-        readers = {node: _is_of_window(node.outputs[0]) for node in wide.consumers()}
+        readers = {node: is_of_window(node.outputs[0]) for node in wide.consumers()}
         if cast.op_type != "Cast" or not _is_widened(wide) or len({*readers.values()}) < 2:
             continue
         again = ir.Node("", "Cast", cast.inputs, list(cast.attributes.values()), num_outputs=1)
         copy = again.outputs[0]
         copy.name, copy.type, copy.shape = f"{wide.name}.{WINDOW}", wide.type, wide.shape
         graph.insert_after(cast, [again])
-        for node, place in wide.uses():
+        for node, index in wide.uses():
             if readers[node]:
-                node.replace_input_with(place, copy)
-
-
-def _is_of_window(value: ir.Value) -> bool:
-    return value.shape is not None and len(value.shape) > 0 and value.shape[0] == ir.SymbolicDim(WINDOW)
+                node.replace_input_with(index, copy)

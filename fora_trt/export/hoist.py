@@ -1,13 +1,14 @@
-"""Graph transformation: what does not depend on the inputs that arrive late becomes a graph of its own.
+"""Graph transformation: move nodes that do not depend on the late inputs (such as the latents) to a separate graph.
 
-`early_part` finds it in a graph, `GraphWriter` writes the early parts of several graphs as one, equal values once, and
-`replace_reads` lets the remainder read from its inputs what was taken out. Nothing here knows an architecture.
+`early_part` finds these nodes in a graph. `GraphWriter` merges the early parts of several graphs into one and computes
+equal values once. `replace_reads` turns the moved values into inputs of the remaining graph. This module depends on
+no architecture.
 
-What is early, rules cited below: (1) a node is early if it reads an early value, and besides those only constants; (2)
-each of its outputs has one or several rows for every sample and a shape that is known otherwise, so shape arithmetic
-stays where it is; (3) it has no graph inside and is no output of its graph; (4) at the end of what is early, a node is
-left to the remainder if it only widens or repeats what it reads, so that the tensor that passes between the graphs is
-the small one, or if its output has not one row for every sample.
+A node is early by these rules, cited below: (1) it reads at least one early value, and otherwise only constants. (2)
+Each of its outputs has one or several rows per sample and known other sizes, so shape arithmetic does not move. (3) It
+has no subgraph, and none of its outputs is a graph output. (4) A last early node stays in the remaining graph if it
+only widens or expands its input, so that the smaller tensor passes between the graphs, or if its output does not have
+exactly one row per sample.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from fora_trt.contract import BATCH
 from fora_trt.export.nodes import is_read
-from fora_trt.models.spec import BATCH
 
 WIDENING = ("Cast", "Expand")
 
 
 @dataclass(frozen=True)
 class EarlyPart:
-    """Nodes that can run before the late inputs are there, in their order, and those outputs that others read."""
+    """The early nodes of a graph in order, and the boundary: the values of them that the remaining nodes read."""
 
     nodes: tuple[ir.Node, ...]
     boundary: tuple[ir.Value, ...]
 
 
 def early_part(graph: ir.Graph, late: Collection[str]) -> EarlyPart:
-    """What of `graph` does not depend on the inputs named in `late`."""
+    """The part of `graph` that does not depend on the inputs named in `late`."""
     early = {value for value in graph.inputs if value.name not in late}
     nodes: list[ir.Node] = []
     for node in graph:
@@ -55,13 +56,13 @@ def early_part(graph: ir.Graph, late: Collection[str]) -> EarlyPart:
 
 
 def _has_rows(node: ir.Node) -> bool:
-    """Rules 2 and 3."""
+    """Whether a node satisfies rules 2 and 3."""
     inside = any(one.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for one in node.attributes.values())
     return not inside and all(_rows(one) and not one.is_graph_output() for one in node.outputs)
 
 
 def _rows(value: ir.Value) -> int:
-    """How many rows a value has for every sample; 0 where it has none or its shape is not known."""
+    """Number of rows of a value per sample; 0 if its first dimension is not a multiple of the batch or is unknown."""
     if value.shape is None or value.dtype is None or len(value.shape) == 0:
         return 0
     first, *others = value.shape
@@ -74,16 +75,16 @@ def _readers(node: ir.Node) -> set[ir.Node]:
 
 
 def _bytes(value: ir.Value | None) -> float:
-    """Of one sample; infinite where it is not known."""
+    """Bytes of one sample of a value; infinite if unknown."""
     if value is None or value.shape is None or value.dtype is None:
         return math.inf
     return math.prod(size for size in value.shape if isinstance(size, int)) * float(value.dtype.itemsize)
 
 
 class Numbering:
-    """A number for every value, the same for values that are computed alike from the same inputs and constants.
+    """Value numbering: values get the same number if the same operators compute them from equal inputs and constants.
 
-    Inputs are told apart by name, constants by their content, so that values of several graphs can be compared.
+    Inputs are compared by name and constants by content, so values of different graphs can be compared.
     """
 
     def __init__(self) -> None:
@@ -91,7 +92,7 @@ class Numbering:
         self._known: dict[ir.Value, int] = {}
 
     def of(self, value: ir.Value) -> int:
-        """The number of a value; its node's inputs must be numbered before it, as those of a sorted graph are."""
+        """The number of a value. Nodes must be visited in topological order."""
         if value not in self._known:
             self._known[value] = self._numbers.setdefault(self._description(value), len(self._numbers))
         return self._known[value]
@@ -104,12 +105,12 @@ class Numbering:
         if node is None:
             return value.name
         read = tuple(None if one is None else self.of(one) for one in node.inputs)
-        told = tuple(sorted((name, str(attribute.value)) for name, attribute in node.attributes.items()))
-        return node.domain, node.op_type, told, read, value.index()
+        attributes = tuple(sorted((name, str(attribute.value)) for name, attribute in node.attributes.items()))
+        return node.domain, node.op_type, attributes, read, value.index()
 
 
 class GraphWriter:
-    """Copies nodes of other graphs into a new one; a value that is there already is not computed again."""
+    """Copies nodes of several graphs into a new one and computes equal values only once."""
 
     def __init__(self, numbering: Numbering) -> None:
         self._numbering = numbering
@@ -120,7 +121,7 @@ class GraphWriter:
         self.nodes: list[ir.Node] = []
 
     def add(self, nodes: Iterable[ir.Node]) -> None:
-        """Copy nodes, in their order."""
+        """Copy nodes, given in topological order."""
         for node in nodes:
             read = [None if value is None else self.value(value) for value in node.inputs]
             numbers = [self._numbering.of(output) for output in node.outputs]
@@ -131,7 +132,7 @@ class GraphWriter:
             self.nodes.append(ir.Node(node.domain, node.op_type, read, list(node.attributes.values()), outputs=outputs))
 
     def value(self, value: ir.Value) -> ir.Value:
-        """What stands for a value of another graph: a copied node's output, or a new input or constant."""
+        """The copy of a value of another graph: the output of a copied node, or a new input or constant."""
         number = self._numbering.of(value)
         if number not in self._values:
             assert value.producer() is None
@@ -140,7 +141,7 @@ class GraphWriter:
         return self._values[number]
 
     def graph(self, name: str, outputs: Sequence[ir.Value], like: ir.Graph) -> ir.Graph:
-        """The graph that puts out `outputs`, in the opset of another."""
+        """The new graph with these outputs, in the opset of `like`."""
         return ir.Graph(
             self._inputs,
             outputs,
@@ -155,11 +156,13 @@ class GraphWriter:
         while name in self._names:
             name, k = f"{value.name}.{k}", k + 1
         self._names.add(name)
-        return ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+        copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+        copy.meta.update(value.meta)  # the role of an input or output
+        return copy
 
 
 def replace_reads(model: ir.Model, replacements: dict[ir.Value, ir.Value]) -> None:
-    """Let all that read some values, outputs too, read inputs instead, which are appended; then drop what is unread."""
+    """Replace values by new graph inputs for all readers and graph outputs, then drop unread nodes and inputs."""
     for value, replacement in replacements.items():
         ir.convenience.replace_all_uses_with(value, replacement, replace_graph_outputs=True)
     model.graph.inputs.extend(dict.fromkeys(replacements.values()))
@@ -167,15 +170,8 @@ def replace_reads(model: ir.Model, replacements: dict[ir.Value, ir.Value]) -> No
 
 
 def drop_unread(model: ir.Model) -> None:
-    """Remove nodes, constants and inputs that nobody reads."""
+    """Remove unread nodes, constants and inputs."""
     RemoveUnusedNodesPass()(model)
     read = [value for value in model.graph.inputs if is_read(value)]
     model.graph.inputs.clear()
     model.graph.inputs.extend(read)
-
-
-def edge(name: str, like: ir.Value, *, leading: str | None = None) -> ir.Value:
-    """A value to be an input, of the dtype and shape of another, with one more dimension in front if one is named."""
-    assert like.shape is not None
-    shape = like.shape if leading is None else ir.Shape([leading, *like.shape])
-    return ir.Value(name=name, shape=shape, type=like.type)

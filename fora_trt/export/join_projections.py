@@ -1,14 +1,14 @@
-"""Graph pass: projections of one input that meet in one attention, as Q, K and V do, become one product.
+"""Graph pass: join projections of one input that feed one attention, such as Q, K and V, into one MatMul.
 
-Their heads are brought to the front by one transpose for all: (B, N, P, H, D) to (P, B, H, N, D), whose parts lie one
-after another. It replaces P products, biases and transposes, so a GPU launches fewer kernels. A CPU gains nothing from
-that and has to copy the parts: `SeparateProjectionsPass` undoes it there.
+One Transpose from (B, N, P, H, D) to (P, B, H, N, D) makes each of the P projections contiguous. It replaces P
+products, biases and transposes, so a GPU launches fewer kernels. On a CPU this brings no gain and costs copies:
+`SeparateProjectionsPass` reverts it there.
 
-Rules, cited below: (1) a projection is a MatMul by a weight matrix, with a bias or not, a Reshape that makes heads of
-its last axis, and a Transpose from (B, N, H, D) to (B, H, N, D); (2) no value between these nodes has another
-reader or is an output of the graph; (3) projections meet in one MatMul of two computed operands, or in one `Attention`,
-with no other product with a weight on the way; (4) of the projections that meet, those are joined that read the same
-input and are equal in dtype and shape, if they are two or more.
+Rules, cited below: (1) A projection is a MatMul by a weight matrix, an optional bias, a Reshape that splits the last
+axis into heads, and a Transpose from (B, N, H, D) to (B, H, N, D). (2) No value between these nodes has another reader
+or is a graph output. (3) The projections feed the same MatMul of two computed operands or the same `Attention`, with no
+other product by a weight in between. (4) Two or more such projections are joined if they read the same input and have
+equal dtypes and shapes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fora_trt.export.nodes import constant, int64_constant, new_value, only_make
 TO_HEADS, JOINED_TO_HEADS = [0, 2, 1, 3], [2, 0, 3, 1, 4]
 
 Operands = tuple[ir.Node, ir.Value, ir.Value | None]
-"""A MatMul, its weight, and the bias that is added to its output."""
+"""A MatMul, its weight, and the bias that is added to its output; None without a bias."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Heads (B, H, N, D), and what they are computed from."""
+    """A projection by rule 1; `heads` (B, H, N, D) is its output."""
 
     product: ir.Node
     weight: ir.Value
@@ -40,13 +40,13 @@ class Projection:
 
     @property
     def alike(self) -> object:
-        """What projections must have in common to be joined: rule 4."""
+        """The key that joined projections share: rule 4."""
         assert self.heads.shape is not None
         return self.product.inputs[0], self.heads.dtype, tuple(self.heads.shape), self.weight.dtype
 
 
 class JoinProjectionsPass(InPlacePass):
-    """Joins the projections that each attention reads."""
+    """Joins the projections that feed the same attention."""
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
@@ -55,7 +55,7 @@ class JoinProjectionsPass(InPlacePass):
         }
         order = {node: k for k, node in enumerate(graph)}
         joined = False
-        for node in reversed(order):  # the last product of an attention reads all of them
+        for node in reversed(order):  # the last product of an attention reads all its projections
             groups: dict[object, list[Projection]] = {}
             for heads in _reached(node, projections):
                 groups.setdefault(projections[heads].alike, []).append(projections.pop(heads))
@@ -67,7 +67,7 @@ class JoinProjectionsPass(InPlacePass):
 
 
 class SeparateProjectionsPass(InPlacePass):
-    """Gives each projection that was joined its product back, by a Slice of the weights that an engine takes once."""
+    """Splits joined projections into one MatMul each; its weight is a Slice, which engines evaluate at load time."""
 
     def call(self, model: ir.Model) -> PassResult:
         separated = [_separate(model.graph, node) for node in tuple(model.graph) if node.op_type == "Transpose"]
@@ -77,19 +77,19 @@ class SeparateProjectionsPass(InPlacePass):
 
 
 def _separate(graph: ir.Graph, transpose: ir.Node) -> bool:
-    """Replace every part that is taken of the output of a Transpose; False if it is none of joined projections."""
+    """Replace the parts of joined projections by separate ones; False if `transpose` does not belong to any."""
     split, parts = transpose.inputs[0], transpose.outputs[0].consumers()
     reshape = only_maker(split, "Reshape")
     joined = list(transpose.attributes.get_ints("perm", ())) == JOINED_TO_HEADS
-    if reshape is None or split is None or split.shape is None or not joined or None in map(_place_of, parts):
+    if reshape is None or split is None or split.shape is None or not joined or None in map(_index_of, parts):
         return False
     operands, (heads, size) = _operands_of(reshape.inputs[0]), split.shape[3:]
     if operands is None or not isinstance(heads, int) or not isinstance(size, int):
         return False
     for part in parts:
-        heads_of_part, place = part.outputs[0], _place_of(part)
-        assert place is not None
-        nodes = _product_of_part(graph, operands, place, heads, size)
+        heads_of_part, index = part.outputs[0], _index_of(part)
+        assert index is not None
+        nodes = _product_of_part(graph, operands, index, heads, size)
         for node in nodes:
             node.outputs[0].name = f"{heads_of_part.name}.{node.outputs[0].name}"
         nodes[-1].outputs[0].shape = heads_of_part.shape
@@ -98,12 +98,12 @@ def _separate(graph: ir.Graph, transpose: ir.Node) -> bool:
     return True
 
 
-def _product_of_part(graph: ir.Graph, operands: Operands, place: int, heads: int, size: int) -> list[ir.Node]:
-    """The nodes of one projection on its own."""
+def _product_of_part(graph: ir.Graph, operands: Operands, index: int, heads: int, size: int) -> list[ir.Node]:
+    """The nodes of the separate projection number `index`."""
     product, weight, bias = operands
     tokens = product.inputs[0]
     assert tokens is not None
-    ends = [int64_constant(graph, f"column.{k}", [k]) for k in (place * heads * size, (place + 1) * heads * size)]
+    ends = [int64_constant(graph, f"column.{k}", [k]) for k in (index * heads * size, (index + 1) * heads * size)]
     last, split = int64_constant(graph, "last", [-1]), int64_constant(graph, "heads", [0, 0, heads, size])
     nodes: list[ir.Node] = []
     columns = new_value(nodes, "Slice", [weight, *ends, last], None)
@@ -115,8 +115,8 @@ def _product_of_part(graph: ir.Graph, operands: Operands, place: int, heads: int
     return nodes
 
 
-def _place_of(part: ir.Node) -> int | None:
-    """Which of the joined projections a Gather takes; None if a node does something else."""
+def _index_of(part: ir.Node) -> int | None:
+    """The number of the joined projection that a Gather selects; None for any other node."""
     index = part.inputs[1] if part.op_type == "Gather" and part.attributes.get_int("axis", 0) == 0 else None
     tensor = None if index is None else index.const_value
     taken = tensor is not None and not len(tensor.shape) and not part.outputs[0].is_graph_output()
@@ -124,7 +124,7 @@ def _place_of(part: ir.Node) -> int | None:
 
 
 def _projection_of(transpose: ir.Node) -> Projection | None:
-    """What the output of a Transpose is the heads of."""
+    """The projection that ends with a Transpose; None if it does not satisfy rules 1 and 2."""
     heads, split = transpose.outputs[0], transpose.inputs[0]
     reshape = only_maker(split, "Reshape")
     if reshape is None or list(transpose.attributes.get_ints("perm", ())) != TO_HEADS or heads.is_graph_output():
@@ -144,7 +144,7 @@ def _projection_of(transpose: ir.Node) -> Projection | None:
 
 
 def _operands_of(tokens: ir.Value | None) -> Operands | None:
-    """The MatMul by which tokens are computed, its weight, and the bias that is added to it; None if it is none."""
+    """The MatMul that computes `tokens`, with its weight and bias; None if no such MatMul computes them."""
     biased = only_maker(tokens, "Add")
     bias = None if biased is None else _weight_among(biased, rank=1)
     summed = tokens if biased is None else next((value for value in biased.inputs if value is not bias), None)
@@ -156,14 +156,14 @@ def _operands_of(tokens: ir.Value | None) -> Operands | None:
 
 
 def _weight_among(node: ir.Node, rank: int) -> ir.Value | None:
-    """The constant of this rank that a node reads."""
+    """The only constant of this rank that a node reads; None if there is not exactly one."""
     constants = [value for value in node.inputs if value is not None and value.const_value is not None]
     fitting = [value for value in constants if value.shape is not None and len(value.shape) == rank]
     return fitting[0] if len(fitting) == 1 else None
 
 
 def _reached(node: ir.Node, heads: Collection[ir.Value]) -> list[ir.Value]:
-    """Of some heads those that meet in a node: rule 3."""
+    """The heads that feed a node, if it is an attention: rule 3."""
     if node.op_type != "Attention" and not _is_product(node, computed=True):
         return []
     found: dict[ir.Value, None] = {}
@@ -182,7 +182,7 @@ def _reached(node: ir.Node, heads: Collection[ir.Value]) -> list[ir.Value]:
 
 
 def _is_product(node: ir.Node, computed: bool) -> bool:
-    """Whether a node multiplies matrices: two that are computed, or one by a weight."""
+    """Whether a node is a matrix product of two computed operands, or of one and a weight if `computed` is false."""
     if node.op_type not in ("MatMul", "Gemm", "Conv"):
         return False
     return computed == all(value is None or value.const_value is None for value in node.inputs[:2])
@@ -199,7 +199,7 @@ def _join(graph: ir.Graph, projections: Sequence[Projection]) -> None:
 
     nodes: list[ir.Node] = []
     value = new_value(nodes, "MatMul", [tokens, _side_by_side(graph, projections)], flat)
-    value.name = f"{first.heads.name}.joined"  # one input may have several attentions
+    value.name = f"{first.heads.name}.joined"  # unique even if several attentions read the same tokens
     if any(one.bias is not None for one in projections):
         value = new_value(nodes, "Add", [value, _biases(graph, projections, heads * size)], flat)
     lengths = int64_constant(graph, f"{count}.projections", [0, 0, count, heads, size])
@@ -207,21 +207,21 @@ def _join(graph: ir.Graph, projections: Sequence[Projection]) -> None:
     order = ir.AttrInt64s("perm", JOINED_TO_HEADS)
     value = new_value(nodes, "Transpose", [value], ir.Shape([count, *shape]), order)
     for k, one in enumerate(projections):
-        place = constant(graph, f"projection.{k}", np.array(k))
-        part = new_value(nodes, "Gather", [value, place], shape, ir.AttrInt64("axis", 0))
+        index = constant(graph, f"projection.{k}", np.array(k))
+        part = new_value(nodes, "Gather", [value, index], shape, ir.AttrInt64("axis", 0))
         part.name, one.heads.name = one.heads.name, f"{one.heads.name}.apart"
         ir.convenience.replace_all_uses_with(one.heads, part)
     graph.insert_before(first.product, nodes)
 
 
 def _side_by_side(graph: ir.Graph, projections: Sequence[Projection]) -> ir.Value:
-    """All weights as one matrix."""
+    """The weights of all projections, concatenated along the columns."""
     arrays = [_array(one.weight) for one in projections]
     return constant(graph, f"{projections[0].weight.name}.joined", np.concatenate(arrays, axis=1))
 
 
 def _biases(graph: ir.Graph, projections: Sequence[Projection], width: int) -> ir.Value:
-    """All biases one after another; zeros for a projection that has none."""
+    """The biases of all projections, concatenated; zeros for a projection without a bias."""
     given = {one: _array(one.bias) for one in projections if one.bias is not None}
     none = np.zeros(width, dtype=next(iter(given.values())).dtype)
     name = next(one.bias.name for one in given if one.bias is not None)

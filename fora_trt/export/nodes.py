@@ -1,4 +1,7 @@
-"""What graph passes add to a graph: nodes, and constants (axes, lengths, sizes, weights that are laid out anew)."""
+"""Helpers of the graph passes that add nodes, constants and edges to a graph.
+
+An edge is an input or an output of a graph. Its role is stored in its `meta`, which is not written to files.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ from itertools import count
 import numpy as np
 import onnx_ir as ir
 
+from fora_trt.contract import WINDOW, Role
+
+_ROLE = "role"
+
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """A constant of this name in the graph, one for equal arrays; others that ask for the name get a number behind."""
+    """Add a constant, or return the one with this name and equal content; a name in use gets a number appended."""
     tensor, unique = ir.tensor(np.asarray(array, order="C"), name=name), name
     for k in count(1):
         there = graph.initializers.get(unique)
@@ -27,14 +34,14 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def int64_constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
-    """A vector of whole numbers."""
+    """A constant int64 vector."""
     return constant(graph, name, np.array(values, dtype=np.int64))
 
 
 def new_value(
     nodes: list[ir.Node], kind: str, inputs: Sequence[ir.Value], shape: ir.Shape | None, *attributes: ir.Attr
 ) -> ir.Value:
-    """The output of a new node, which is appended to `nodes`; it has the dtype of the first input."""
+    """Append a new node to `nodes` and return its output, which has the dtype of the first input."""
     node = ir.Node("", kind, inputs, attributes, num_outputs=1)
     output = node.outputs[0]
     output.name, output.type, output.shape = f"{inputs[0].name}.{kind}", inputs[0].type, shape
@@ -42,13 +49,37 @@ def new_value(
     return output
 
 
+def edge(name: str, like: ir.Value, role: Role, *, leading: str | None = None) -> ir.Value:
+    """A new graph input with the dtype and shape of `like`; `leading` names an additional first dimension."""
+    assert like.shape is not None
+    shape = like.shape if leading is None else ir.Shape([leading, *like.shape])
+    return with_role(ir.Value(name=name, shape=shape, type=like.type), role)
+
+
+def with_role(value: ir.Value, role: Role) -> ir.Value:
+    """Set the role of a graph input or output, and return the value."""
+    value.meta[_ROLE] = role
+    return value
+
+
+def role_of(value: ir.Value) -> Role:
+    """The role of a graph input or output."""
+    role: Role = value.meta[_ROLE]
+    return role
+
+
+def is_of_window(value: ir.Value) -> bool:
+    """Whether a value has one entry per reuse step of a window: (window, batch, ...)."""
+    return value.shape is not None and len(value.shape) > 0 and value.shape[0] == ir.SymbolicDim(WINDOW)
+
+
 def is_read(value: ir.Value) -> bool:
-    """Whether a node reads a value, or it is an output of its graph."""
+    """Whether a node reads the value or the value is a graph output."""
     return bool(value.uses()) or value.is_graph_output()
 
 
 def only_maker(value: ir.Value | None, kind: str) -> ir.Node | None:
-    """The node of this kind that makes a value, if the value has one reader and is no output of the graph."""
+    """The producer of a value, if it is of this kind and the value has exactly one reader and is no graph output."""
     node = None if value is None else value.producer()
     if value is None or node is None or node.op_type != kind or len(value.uses()) != 1 or value.is_graph_output():
         return None
@@ -56,14 +87,14 @@ def only_maker(value: ir.Value | None, kind: str) -> ir.Node | None:
 
 
 def before_cast(value: ir.Value) -> ir.Value | None:
-    """What a Cast made a value of; None if the value is no output of a Cast, or the dtype before it is unknown."""
+    """The input of the Cast that produces a value; None if no Cast produces it or the input's dtype is unknown."""
     cast = value.producer()
     source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
     return source if source is not None and source.dtype is not None else None
 
 
 def nodes_behind(values: Iterable[ir.Value]) -> set[ir.Node]:
-    """All nodes that some values are computed by."""
+    """All nodes on which the given values depend."""
     found: set[ir.Node] = set()
     todo = [*values]
     while todo:

@@ -1,4 +1,4 @@
-"""Take out of the graphs of a step what need not be computed in it: `hoist` and `fold`, and what joins their graphs."""
+"""Optimize the full and the reuse graph: hoist the conditioning path, fold the sums, and connect the graphs."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ import onnx_ir as ir
 from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from fora_trt.contract import CONDITIONING, FULL, FULL_CONDITIONING, HOISTED, REUSE, Optimization, TensorSpec, of_window
 from fora_trt.export.fold import fold
-from fora_trt.export.hoist import GraphWriter, Numbering, drop_unread, early_part, edge, replace_reads
-from fora_trt.export.nodes import int64_constant, is_read, new_value, nodes_behind
+from fora_trt.export.hoist import GraphWriter, Numbering, drop_unread, early_part, replace_reads
+from fora_trt.export.nodes import edge, int64_constant, is_of_window, is_read, new_value, nodes_behind, with_role
 from fora_trt.export.slice_projections import SliceProjectionsPass, take_projection
-from fora_trt.models.spec import CONDITIONING, FULL, FULL_CONDITIONING, HOISTED, REUSE, TensorSpec, of_window
 
 SINGLE = "hoisted."
-"""Begins the names of values that pass from the conditioning graph to another, until they are stacked."""
+"""Name prefix of single values that pass from the conditioning graph to other graphs, before they are stacked."""
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
 def pooled_inputs(inputs: Sequence[TensorSpec]) -> list[str]:
-    """Of the inputs of a model those that hold a number or a vector for a sample: timestep, class, pooled text.
+    """Names of the inputs that hold one number or vector per sample: timestep, class, pooled text.
 
-    A prompt's tokens and their mask are not among them: what depends on those alone is the same at every step.
+    Prompt tokens and their mask are excluded: values that depend only on them are equal at every step.
     """
     return [one.name for one in inputs if len(one.shape) <= (2 if one.dtype in FLOATING else 1)]
 
 
-def optimized(graphs: dict[str, ir.Model], inputs: Sequence[TensorSpec], level: str) -> tuple[dict[str, ir.Model], str]:
-    """Optimize the full and the reuse graph of a model with these inputs, as far as `level`; they are changed.
+def optimized(
+    graphs: dict[str, ir.Model], inputs: Sequence[TensorSpec], level: Optimization
+) -> tuple[dict[str, ir.Model], Optimization]:
+    """Optimize the full and the reuse graph of a model in place, up to `level`; `inputs` are the model's inputs.
 
-    Returns the graphs, with those of the conditioning if there are some, and the level that was reached: a model none
-    of whose values depend on timestep and class alone, or whose sum cannot be folded, stays below.
+    Returns all graphs, including new conditioning graphs, and the level that was reached. It is lower than `level` if
+    no value depends on timestep and class alone, or if the sums cannot be folded.
     """
     if level == "none":
         return graphs, level
     full, reuse = graphs[FULL], graphs[REUSE]
     pooled, numbering = pooled_inputs(inputs), Numbering()
     writer = GraphWriter(numbering)
-    values: dict[str, ir.Value] = {}  # of the conditioning graph, by the names under which the others read them
+    values: dict[str, ir.Value] = {}  # outputs of the conditioning graph, by the names of the inputs that read them
     for model in (full, reuse):
         part = early_part(model.graph, {str(value.name) for value in model.graph.inputs} - {*pooled})
         writer.add(part.nodes)
@@ -48,13 +50,13 @@ def optimized(graphs: dict[str, ir.Model], inputs: Sequence[TensorSpec], level: 
         placeholders: dict[str, ir.Value] = {}
         for value in part.boundary:
             name = f"{SINGLE}{numbering.of(value)}"
-            values[name] = writer.value(value)
+            values[name] = with_role(writer.value(value), "hoisted")
             values[name].name = name
-            reads[value] = placeholders.setdefault(name, edge(name, value))
+            reads[value] = placeholders.setdefault(name, edge(name, value, "hoisted"))
         replace_reads(model, reads)
     if not values:
         return graphs, "none"
-    folded = level == "fold" and fold(full, reuse, SINGLE)
+    folded = level == "fold" and fold(full, reuse)
     read = {name: _readers(name, graphs) for name in values}
     outputs = [value for name, value in values.items() if read[name]]
     conditioning = ir.Model(writer.graph(CONDITIONING, outputs, like=full.graph), ir_version=full.ir_version)
@@ -66,16 +68,17 @@ def optimized(graphs: dict[str, ir.Model], inputs: Sequence[TensorSpec], level: 
 
 
 def _readers(name: str, models: Mapping[str, ir.Model]) -> frozenset[tuple[str, bool]]:
-    """Which graphs read a value, for the step at hand or, with True, for every step of a window."""
+    """The graphs that read a value, each with True if it reads the stacked values of all reuse steps of a window."""
     inputs = {graph: {value.name for value in model.graph.inputs} for graph, model in models.items()}
     ways = {False: name, True: of_window(name)}
     return frozenset((graph, ahead) for graph in models for ahead, one in ways.items() if one in inputs[graph])
 
 
 def _parted(model: ir.Model, apart: Collection[str]) -> dict[str, ir.Model]:
-    """Move what is computed for the outputs named in `apart` alone to a graph of its own, if that has weights.
+    """Move nodes that only the outputs named in `apart` need to a second graph, if these nodes read weights.
 
-    What the others need too is computed for both, and passes over. A projection of which both need parts becomes two.
+    Values that both graphs need are computed by the first graph and passed to the second. A projection of which each
+    graph needs different parts is split into two.
     """
     graph = model.graph
     kept = nodes_behind(one for one in graph.outputs if one.name not in apart)
@@ -99,8 +102,8 @@ def _parted(model: ir.Model, apart: Collection[str]) -> dict[str, ir.Model]:
             if passed in outputs:
                 passed = new_value(writer.nodes, "Identity", [passed], value.shape)
             passed.name = f"{SINGLE}passed.{len(reads)}"
-            reads[value] = edge(passed.name, value)
-            outputs.append(passed)
+            reads[value] = edge(passed.name, value, "hoisted")
+            outputs.append(with_role(passed, "hoisted"))
     first = ir.Model(writer.graph(CONDITIONING, outputs, like=graph), ir_version=model.ir_version)
     graph.name = FULL_CONDITIONING
     graph.outputs[:] = own
@@ -109,7 +112,7 @@ def _parted(model: ir.Model, apart: Collection[str]) -> dict[str, ir.Model]:
 
 
 def _is_apart(value: ir.Value, kept: set[ir.Node], apart: Collection[str]) -> bool:
-    """Whether neither a node that is kept nor an output that is kept needs a value."""
+    """Whether no kept node reads the value and it is not a kept output."""
     return not {*value.consumers()} & kept and (not value.is_graph_output() or value.name in apart)
 
 
@@ -118,7 +121,7 @@ def _is_weight(value: ir.Value) -> bool:
 
 
 def _stack(graph: ir.Graph, models: Mapping[str, ir.Model], numbers: Iterator[int]) -> None:
-    """Join outputs that the same graphs read along their second dimension, so that few tensors pass between graphs."""
+    """Concatenate outputs with the same readers along the second dimension, so that few tensors pass between graphs."""
     groups: dict[object, list[ir.Value]] = {}
     for value in graph.outputs:
         assert value.shape is not None
@@ -127,7 +130,7 @@ def _stack(graph: ir.Graph, models: Mapping[str, ir.Model], numbers: Iterator[in
     outputs = []
     for values in groups.values():
         singles, name = [str(value.name) for value in values], f"{HOISTED}{next(numbers)}"
-        for reader, ahead in sorted(_readers(singles[0], models)):  # the same order in every export
+        for reader, ahead in sorted(_readers(singles[0], models)):  # sorted, so that exports are reproducible
             _split(models[reader], *((of_window(name), [*map(of_window, singles)]) if ahead else (name, singles)))
         outputs.append(_joined(graph, name, values))
     graph.outputs[:] = outputs
@@ -141,19 +144,20 @@ def _joined(graph: ir.Graph, name: str, values: list[ir.Value]) -> ir.Value:
     output = new_value(nodes, "Concat", values, _stacked_shape(values, axis=1), ir.AttrInt64("axis", 1))
     output.name = name
     graph.extend(nodes)
-    return output
+    return with_role(output, "hoisted")
 
 
 def _split(model: ir.Model, name: str, singles: list[str]) -> None:
-    """Let a graph read one input instead of several that are stacked in it; a window's has a dimension more."""
+    """Replace several inputs of a graph by one stacked input and a Split; window tensors have one more dimension."""
     graph = model.graph
     found = {str(value.name): value for value in graph.inputs}
     parts = [found[single] for single in singles]
     if len(parts) == 1:
         parts[0].name = name
         return
-    axis = 2 if name.startswith(of_window("")) else 1
-    stacked = ir.Value(name=name, type=parts[0].type, shape=_stacked_shape(parts, axis))
+    axis = 2 if is_of_window(parts[0]) else 1
+    stacked = edge(name, parts[0], "hoisted")
+    stacked.shape = _stacked_shape(parts, axis)
     lengths = int64_constant(graph, f"{name}.lengths", _sizes_along(parts, axis))
     split = ir.Node("", "Split", [stacked, lengths], [ir.AttrInt64("axis", axis)], num_outputs=len(parts))
     graph.insert_before(graph[0], split)

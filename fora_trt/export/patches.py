@@ -1,8 +1,8 @@
-"""Graph passes: patches go in and out of a graph as rows, and large tensors are not transposed on the way.
+"""Graph passes: compute the patch embedding as a matrix product, and unpatchify without an Einsum.
 
-A patch embedding is traced as a convolution whose steps are as long as its kernel, and the tokens that it makes as the
-transpose of its output; in half precision its input and its output are cast. The same products are those of a matrix
-and the patches, laid out as rows first: what is transposed are the latents, a small fraction of the tokens.
+A patch embedding is traced as a convolution whose stride equals its kernel size, followed by a transpose of its output
+to tokens; in half precision, its input and output are cast. An equal result comes from laying out the patches as rows
+and multiplying them by a matrix. Then the latents are transposed instead of the much larger tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from fora_trt.export.nodes import before_cast, constant, int64_constant, new_val
 
 
 class PatchRowsPass(InPlacePass):
-    """Replaces Conv, Reshape (B, C, h * w), Transpose (B, h * w, C) by a product of patches with a matrix.
+    """Replaces Conv, Reshape (B, C, h * w), Transpose (B, h * w, C) by a MatMul of patches and a weight matrix.
 
-    The product has the dtype of the convolution. Where its input is cast, patches are laid out before the cast; where
-    its output is cast, tokens are cast behind the product. Only where patches are square and neither overlap nor leave
-    anything out: strides as long as the kernel, which divides the image, no padding, dilation or groups; and where no
-    value between these nodes has another reader.
+    The MatMul has the dtype of the convolution. If the input is cast, patches are laid out before the cast; if the
+    output is cast, tokens are cast after the MatMul. Conditions: square patches that tile the image (stride equal to
+    the kernel size, which divides the image size; no padding, dilation or groups), and no other reader of the values
+    between these nodes.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -28,7 +28,7 @@ class PatchRowsPass(InPlacePass):
 
 
 class PlainTransposesPass(InPlacePass):
-    """Replaces an Einsum that only changes the order of dimensions, as in an unpatchify, by a Transpose."""
+    """Replaces each Einsum that only permutes dimensions, as in unpatchify, by a Transpose."""
 
     def call(self, model: ir.Model) -> PassResult:
         changed = [_as_transpose(model.graph, node) for node in tuple(model.graph) if node.op_type == "Einsum"]
@@ -82,7 +82,7 @@ def _as_product(graph: ir.Graph, conv: ir.Node) -> bool:
 
 
 def _cast(nodes: list[ir.Node], value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    """A value in another dtype; the value itself where it has that."""
+    """Cast a value to `dtype`; the value itself if it already has this dtype."""
     if dtype is None or value.dtype == dtype:
         return value
     cast = new_value(nodes, "Cast", [value], value.shape, ir.AttrInt64("to", dtype))
@@ -91,21 +91,21 @@ def _cast(nodes: list[ir.Node], value: ir.Value, dtype: ir.DataType | None) -> i
 
 
 def _joined(graph: ir.Graph, tokens: ir.Value, bias: ir.Value) -> bool:
-    """Add a bias to the constant that is added to all tokens next, their positions; False where there is none."""
+    """Add the bias to the constant positions that are added to the tokens next; False if there are none."""
     readers = tokens.consumers()
     if len(readers) != 1 or readers[0].op_type != "Add" or bias.const_value is None:
         return False
-    place = 1 if readers[0].inputs[0] is tokens else 0
-    positions = readers[0].inputs[place]
+    index = 1 if readers[0].inputs[0] is tokens else 0
+    positions = readers[0].inputs[index]
     if positions is None or positions.const_value is None:
         return False
     both = positions.const_value.numpy() + bias.const_value.numpy()
-    readers[0].replace_input_with(place, constant(graph, f"{positions.name}.biased", both))
+    readers[0].replace_input_with(index, constant(graph, f"{positions.name}.biased", both))
     return True
 
 
 def _tokens_of(conv: ir.Node) -> ir.Value | None:
-    """(B, h * w, C), if the output of a convolution is read as that and as nothing else, cast or not."""
+    """The tokens (B, h * w, C) that are the only use of a convolution's output, with or without a Cast; else None."""
     value = conv.outputs[0]
     readers = value.consumers()
     if len(readers) == 1 and readers[0].op_type == "Cast" and not value.is_graph_output():
@@ -134,7 +134,7 @@ def _as_transpose(graph: ir.Graph, einsum: ir.Node) -> bool:
     order = ir.AttrInt64s("perm", [before.index(letter) for letter in after])
     nodes, moved = list[ir.Node](), einsum.outputs[0]
     value = new_value(nodes, "Transpose", [image], moved.shape, order)
-    value.name, moved.name = moved.name, f"{moved.name}.einsum"  # it may be the graph's output
+    value.name, moved.name = moved.name, f"{moved.name}.einsum"  # keep the name: it may be a graph output
     graph.insert_before(einsum, nodes)
     ir.convenience.replace_all_uses_with(moved, value, replace_graph_outputs=True)
     return True

@@ -1,9 +1,11 @@
-"""Graph pass: a projection that is split into parts, some of which nobody reads, computes only those that are read.
+"""Graph pass: remove unread parts of a projection whose output is split.
 
-In a reuse graph only the gates of each adaLN projection are read: two parts of six, so two thirds of the weights go.
+In a reuse graph only the gates of each adaLN projection are read: two parts of six, so two thirds of the weights are
+removed.
 
-Rules, cited below: (1) the split is along the last axis, into parts of known width; (2) its input is a Gemm over
-initializers, a bias of one axis among them, whose product nothing else reads, with a Cast between the two or not.
+Rules, cited below: (1) The Split is along the last axis, into parts of known width. (2) The input of the Split is a
+Gemm, optionally followed by a Cast. The Gemm's weight is an initializer, its optional bias is an initializer vector,
+and its output has no other reader.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from fora_trt.export.nodes import constant, int64_constant, is_read
 
 
 class SliceProjectionsPass(InPlacePass):
-    """Shrinks every Gemm whose Split has unread outputs; what is read is the same products of the same rows."""
+    """Shrinks each Gemm whose Split has unread outputs; the values that are read do not change."""
 
     def call(self, model: ir.Model) -> PassResult:
         sliced = [
@@ -30,9 +32,9 @@ class SliceProjectionsPass(InPlacePass):
 
 
 def take_projection(graph: ir.Graph, split: ir.Node, wanted: Sequence[bool]) -> bool:
-    """Compute the `wanted` outputs of a split, some and not all, by a projection of their own; False if it is none.
+    """Compute the `wanted` outputs of a Split by a separate projection; the old projection keeps the other outputs.
 
-    The old one goes on with the rest, if that is read.
+    Returns False and changes nothing if the rules do not hold, or if all or none of the outputs are wanted.
     """
     joined = split.inputs[0]
     cast = joined.producer() if joined is not None else None
@@ -81,5 +83,6 @@ def take_projection(graph: ir.Graph, split: ir.Node, wanted: Sequence[bool]) -> 
     again = nodes[-1]
     for old, new in zip(parts, again.outputs, strict=True):
         new.type, new.shape, new.name, old.name = old.type, old.shape, old.name, None
+        new.meta.update(old.meta)  # the role of an input or output
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     return True

@@ -1,8 +1,8 @@
-"""Split a module at its cache sites: the same forward either emits every site's features or consumes them.
+"""Split a module at its cache sites: one forward either outputs the features of all sites or consumes them.
 
-For the full step each site's `forward` is wrapped so that its output is also recorded; for the reuse step it is
-replaced by one that returns what was recorded. Nothing here knows an architecture: a site is a module path.
-A reuse step as an ONNX graph is not traced again, but cut out of the full one: `export.graphs`.
+For the full step, each site's `forward` is wrapped so that its output is also recorded. For the reuse step, it is
+replaced by a function that returns the recorded output. A site is given by its module path, so this works for any
+architecture. The ONNX reuse graph is not traced from the reuse step; `export.traced` cuts it out of the full graph.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fora_trt.contract import FEATURE
 from fora_trt.errors import ExportError, first_line
 from fora_trt.models.examples import example_inputs
-from fora_trt.models.spec import FEATURE, ModelSpec
+from fora_trt.models.spec import ModelSpec
 
 CONSTANTS = (bool, int, float, str, type(None))
-"""What a site may put out beside tensors: it is the same at every step."""
+"""Types that a site may output besides tensors; such values must be equal at every step."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """How a site's output is made up: its tree, and each leaf: a feature's name, or a constant."""
+    """The structure of a site's output: its pytree and its leaves, each the name of a feature or a constant."""
 
     tree: TreeSpec
     leaves: tuple[Any, ...]
@@ -34,36 +35,36 @@ class Output:
 
     @property
     def features(self) -> list[str]:
-        """Names of the tensors in it."""
+        """Names of the features in the output."""
         return [leaf for leaf, is_feature in zip(self.leaves, self.is_feature, strict=True) if is_feature]
 
     def of(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The output made up of these features by name; None for those that are not there."""
+        """The output, rebuilt from features by name; None in place of a missing feature."""
         both = zip(self.leaves, self.is_feature, strict=True)
         return tree_unflatten([tensors.get(leaf) if is_feature else leaf for leaf, is_feature in both], self.tree)
 
 
 NEVER_CALLED = Output(tree_flatten(None)[1], (None,), (False,))
-"""Of a site that a pattern matches and the network does not use."""
+"""The output of a site that matches a pattern but that the network does not call."""
 
 
 class Outputs(dict[str, Output]):
-    """Outputs of the sites by module path. Not a plain dict: `torch.export` puts those back as they were."""
+    """Outputs of the sites by module path. A subclass, because `torch.export` restores plain dicts after tracing."""
 
 
 class Split(nn.Module):
-    """One step of a split model on positional tensors, named in `names`; `FullStep` and `ReuseStep` say which."""
+    """Base of `FullStep` and `ReuseStep`: one step of a split model, on the tensors named in `names`, in order."""
 
     def __init__(self, module: nn.Module, spec: ModelSpec, sites: Iterable[str], outputs: Outputs) -> None:
         super().__init__()
         self.module = module
         self.spec = spec
         self.sites = tuple(sites)
-        self.outputs = outputs  # of the sites, shared by the two steps: a full step finds out
+        self.outputs = outputs  # shared by both steps; the full step fills it
 
     @property
     def names(self) -> list[str]:
-        """Of the tensors that `forward` takes, in order."""
+        """Names of the tensors that `forward` takes, in order."""
         return [tensor.name for tensor in self.spec.inputs]
 
     def predict(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -72,10 +73,11 @@ class Split(nn.Module):
 
 
 class FullStep(Split):
-    """Inputs -> (prediction, features in the order of their sites): all of them, or those in `kept`.
+    """Inputs -> (prediction, features in the order of their sites): all features, or only those in `kept`.
 
-    Where it is `cut_later`, what follows a site reads a copy that is this site's feature and nothing else: some sites
-    put out what others read too, such as their input, and a graph of it must not be cut there.
+    With `cut_later`, the layers after a site read a copy of its output, and the copy is the feature. Some sites return
+    a tensor that other nodes also read, such as their input; without the copy, cutting the graph at the feature would
+    also cut those other reads.
     """
 
     kept: list[str] | None = None
@@ -90,7 +92,8 @@ class FullStep(Split):
                 result = forward(*args, **kwargs)
                 if path in seen:
                     raise ExportError(
-                        f"the cache site {path} is called more than once in one step, so it cannot be cached"
+                        f"the cache site {path} is called more than once in one step and cannot be cached; "
+                        "leave it out of --cache"
                     )
                 seen.add(path)
                 self.outputs[path], tensors = _taken_apart(path, result)
@@ -111,13 +114,13 @@ class FullStep(Split):
 
     @property
     def features(self) -> list[str]:
-        """Names of what follows the prediction; known once the step has run."""
+        """Names of the outputs after the prediction; known after the step has run."""
         found = [name for path in self.sites for name in self.outputs[path].features]
         return found if self.kept is None else [name for name in found if name in self.kept]
 
 
 class ReuseStep(Split):
-    """(inputs, features by the names in `features`) -> prediction. A feature that is left out must not be read."""
+    """(inputs, the features named in `features`) -> prediction. The module must not read any other feature."""
 
     features: list[str]
 
@@ -139,7 +142,7 @@ class ReuseStep(Split):
 def steps_of_module(
     module: nn.Module, spec: ModelSpec, sites: Iterable[str], features: Sequence[str] | None = None
 ) -> tuple[FullStep, ReuseStep]:
-    """Both steps of a module; the full one must run once before the reuse one. `features` pass between them."""
+    """The full and the reuse step of a module; the full step must run first. `features` limits the features passed."""
     paths, outputs = tuple(sites), Outputs()
     full, reuse = FullStep(module, spec, paths, outputs), ReuseStep(module, spec, paths, outputs)
     full.kept, reuse.features = (None, []) if features is None else (list(features), list(features))
@@ -147,16 +150,16 @@ def steps_of_module(
 
 
 def _taken_apart(path: str, result: Any) -> tuple[Output, dict[str, Tensor]]:
-    """How an output is made up, and its tensors by name: `feature.PATH`, with a number where there are several."""
+    """The structure of an output and its tensors by name: `feature.PATH`, or `feature.PATH.K` for several tensors."""
     leaves, tree = tree_flatten(result)
     if odd := [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *CONSTANTS))]:
         raise ExportError(
-            f"the cache site {path} puts out {type(odd[0]).__name__}; only tensors, alone or in tuples, lists and "
-            "dictionaries, can be cached"
+            f"the cache site {path} outputs an object of type {type(odd[0]).__name__}; only tensors, alone or in "
+            "tuples, lists and dictionaries, can be cached; leave it out of --cache"
         )
     count = sum(isinstance(leaf, Tensor) for leaf in leaves)
     if count == 0:
-        raise ExportError(f"the cache site {path} puts out no tensor, so there is nothing to cache")
+        raise ExportError(f"the cache site {path} outputs no tensor that could be cached; leave it out of --cache")
     names = iter([f"{FEATURE}{path}"] if count == 1 else [f"{FEATURE}{path}.{k}" for k in range(count)])
     is_feature = tuple(isinstance(leaf, Tensor) for leaf in leaves)
     named = tuple(next(names) if is_tensor else leaf for leaf, is_tensor in zip(leaves, is_feature, strict=True))
@@ -168,26 +171,27 @@ def _taken_apart(path: str, result: Any) -> tuple[Output, dict[str, Tensor]]:
 def _forwards_replaced(
     module: nn.Module, sites: Iterable[str], replace: Callable[[str, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Give each site another `forward` for a while; paths, parameters and attributes stay as they are."""
+    """Replace the `forward` of each site within the block; paths, parameters and attributes do not change."""
     replaced = [(path, module.get_submodule(path)) for path in sites]
-    own = [vars(site).get("forward") for _, site in replaced]  # where someone else has replaced it already
+    own = [vars(site).get("forward") for _, site in replaced]  # set where `forward` was already replaced before
     for path, site in replaced:
         site.forward = replace(path, site.forward)
     try:
         yield
     finally:
         for (_, site), before in zip(replaced, own, strict=True):
-            del site.forward  # the instance attribute: the class's own shows again
+            del site.forward  # deletes the instance attribute, so that the method of the class is visible again
             if before is not None:
                 site.forward = before
 
 
 @torch.no_grad()
 def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> None:
-    """Raise `ExportError` that names the first site whose output cannot stand in for the site at a later step.
+    """Raise `ExportError` that names the first site whose output cannot be cached.
 
-    It must be the same for the same inputs, have one shape whatever the inputs, one sample in each row, and be all
-    that the rest of the network sees of the site. Needed for sites that nobody has cached before.
+    The output must be deterministic, must have the batch as first dimension and other sizes that do not depend on the
+    inputs, and must be the only effect of the site on the network. Sites that the architecture does not declare need
+    this check.
     """
 
     def run(batch: int, seed: int) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
@@ -196,10 +200,10 @@ def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> Non
             prediction, *features = full(*inputs)
         except ExportError:
             raise
-        except Exception as error:  # of the module itself, which is not ours
+        except Exception as error:  # the user's module can raise anything
             raise ExportError(
-                f"{spec.architecture} does not run on a batch of {batch}, and a bundle must take any: "
-                f"{type(error).__name__}: {first_line(error)}"
+                f"{spec.architecture} fails on a batch of {batch} ({type(error).__name__}: {first_line(error)}); "
+                "a bundle needs a model that takes any batch size"
             ) from error
         return inputs, prediction, {name: one.clone() for name, one in zip(full.features, features, strict=True)}
 
@@ -210,24 +214,28 @@ def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> Non
         if feature.shape[:1] != (2,):
             raise ExportError(
                 f"the output of the cache site {name.removeprefix(FEATURE)} has shape {list(feature.shape)} for a "
-                "batch of 2; its first size must be the batch, so it cannot be cached"
+                "batch of 2; the first dimension of a cached output must be the batch; leave the site out of --cache"
             )
     for case, batch, seed in (("same inputs", 2, 1), ("other inputs", 2, 2), ("another batch", 3, 3)):
         *_, again = run(batch, seed)
         for path in sites:
             if full.outputs[path].leaves != outputs[path].leaves:
-                raise ExportError(f"the cache site {path} puts out other things for {case}, so it cannot be cached")
+                raise ExportError(
+                    f"the output of the cache site {path} has another structure for {case}, so it cannot be cached; "
+                    "leave the site out of --cache"
+                )
         for name, feature in features.items():
             site = name.removeprefix(FEATURE)
             if again[name].shape != (batch, *feature.shape[1:]):
                 raise ExportError(
-                    f"the output of the cache site {site} has shape {list(feature.shape)}, and for {case} "
-                    f"{list(again[name].shape)}; only the first size, the batch, may change; it cannot be cached"
+                    f"the output of the cache site {site} has shape {list(feature.shape)}, "
+                    f"but {list(again[name].shape)} for {case}; only the first dimension, the batch, may change; "
+                    "leave the site out of --cache"
                 )
             if case == "same inputs" and not _equal(again[name], feature):
                 raise ExportError(
-                    f"the cache site {site} puts out something else at every call: it keeps state or draws random "
-                    "numbers, so it cannot be cached"
+                    f"the output of the cache site {site} differs between calls with the same inputs (the module keeps "
+                    "state or draws random numbers), so it cannot be cached; leave the site out of --cache"
                 )
     for path in sites:
         _, reuse = steps_of_module(module, spec, [path])
@@ -236,8 +244,8 @@ def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> Non
         (replayed,) = reuse(*inputs, *(features[name] for name in reuse.features))
         if not _equal(replayed, prediction):
             raise ExportError(
-                f"the cache site {path} does more than its output shows (it changes its input in place, or leaves "
-                "something behind that is read elsewhere), so it cannot be cached"
+                f"the cache site {path} has side effects (it changes its input in place, or stores a value that "
+                "another module reads), so it cannot be cached; leave the site out of --cache"
             )
 
 

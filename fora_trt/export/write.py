@@ -1,4 +1,4 @@
-"""Write a bundle: split a model, trace it twice, measure the graphs, and put all of it in one folder."""
+"""Write a bundle: trace a model, write its graphs into a folder, and measure their errors against PyTorch."""
 
 from __future__ import annotations
 
@@ -6,18 +6,40 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import torch
 
 from fora_trt import __version__
-from fora_trt.bundle import FORMAT_VERSION, SCHEDULER, Bundle, GraphError, GraphRecord, Manifest, ModelRecord
+from fora_trt.bundle import (
+    FORMAT_VERSION,
+    SCHEDULER,
+    Bundle,
+    GraphError,
+    GraphRecord,
+    Manifest,
+    ModelRecord,
+    TrajectoryError,
+)
+from fora_trt.contract import OPTIMIZATIONS, Optimization
 from fora_trt.errors import ExportError
 from fora_trt.export.check import is_rounding, measure_errors
-from fora_trt.export.graphs import Graph, Graphs, graphs_from_model, save_graph
-from fora_trt.folders import record_of, staging, write_manifest
-from fora_trt.models.spec import OPTIMIZATIONS, Model
+from fora_trt.export.graphs import save_graph
+from fora_trt.export.traced import TracedModel, traced_from_model
+from fora_trt.files import record_of, staging, write_manifest
+from fora_trt.models.spec import Model
+
+
+@dataclass(frozen=True)
+class WrittenGraphs:
+    """Graphs that were written to a bundle's folder: optimization level, records, files and errors against PyTorch."""
+
+    optimization: Optimization
+    records: dict[str, GraphRecord]
+    files: list[Path]
+    errors: dict[str, GraphError] | None
 
 
 def bundle_from_model(
@@ -25,81 +47,97 @@ def bundle_from_model(
     target: Path,
     *,
     opset: int = 23,
-    optimization: str = OPTIMIZATIONS[-1],
+    optimization: Optimization = OPTIMIZATIONS[-1],
     force: bool = False,
     report: Callable[[str], None] = lambda stage: None,
+    measure: Callable[[Bundle], TrajectoryError | None] = lambda staged: None,
 ) -> Bundle:
-    """Split, trace, optimize, measure and write `model` as the bundle `target`, whose name is the folder's.
+    """Split, trace, optimize, measure and write `model` as the bundle `target`; the folder name is the bundle's name.
 
-    `optimization` is the highest of `OPTIMIZATIONS` that is wanted; a lower one is taken where the model does not
-    admit it, or where its graphs do not equal PyTorch within rounding. `report` is told each stage as it begins.
-    Raises `ExportError`; then `target` is as it was.
+    `optimization` is the highest level to try; a lower level is used if the model does not support it, or if the
+    optimized graphs exceed the tolerance against PyTorch. `report` is called with the name of each stage as it begins.
+    `measure` is called with the bundle in its temporary folder, before the manifest file is written; the manifest
+    records the result. Raises `ExportError` and the exceptions of `measure`; then `target` is unchanged.
     """
     with staging(target, force, "bundle", ExportError) as folder:
-        weights = weights_digest(model.module)
-        while True:
-            made, records, written, errors = _write_graphs(model, opset, optimization, folder, report)
-            if made.optimization == "none" or errors is None or is_rounding(errors, model.precision):
-                break
-            optimization = OPTIMIZATIONS[OPTIMIZATIONS.index(made.optimization) - 1]
-            worst = max(error.relative for error in errors.values())
-            report(f"the optimized graphs differ from PyTorch by {worst:.1e}; trying {optimization} instead")
-            for file in written:
-                file.unlink()
+        traced = traced_from_model(model, opset, report)
+        written = _graphs_that_equal_pytorch(traced, optimization, folder, report)
         (folder / SCHEDULER).write_text(json.dumps(model.scheduler, indent=2) + "\n", encoding="utf-8")
-        read = {tensor.name for record in records.values() for tensor in record.inputs}
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            name=target.name,
-            versions={"fora_trt": __version__, "torch": torch.__version__, "onnx": onnx.__version__},
-            model=ModelRecord(
-                options=model.options,
-                architecture=model.spec.architecture,
-                config=model.config,
-                weights_sha256=weights,
-                vae=model.vae,
-                image_size=model.image_size,
-            ),
-            precision=model.precision,
-            opset=opset,
-            optimization=made.optimization,
-            inputs=tuple(tensor for tensor in model.spec.inputs if tensor.name in read),
-            graphs=records,
-            cache_sites=tuple(made.sites),
-            latents=model.latents,
-            conditioning=dict(model.spec.conditioning),
-            guidance=model.spec.guidance,
-            text=model.spec.text,
-            files={file.name: record_of(file) for file in (*written, folder / SCHEDULER)},
-            measured_error=errors,
-        )
+        manifest = _manifest(target.name, traced, written, [*written.files, folder / SCHEDULER])
+        del traced  # frees memory for `measure`, which loads the model again
+        manifest = manifest.model_copy(update={"trajectory_error": measure(Bundle(folder, manifest))})
         write_manifest(folder, manifest)
     return Bundle(target, manifest)
 
 
-def _write_graphs(
-    model: Model, opset: int, optimization: str, folder: Path, report: Callable[[str], None]
-) -> tuple[Graphs, dict[str, GraphRecord], list[Path], dict[str, GraphError] | None]:
-    """The graphs, without their weights, their records and files, and their errors."""
-    made = graphs_from_model(model, opset, optimization, report)
-    if made.optimization != optimization:
-        report(f"{model.spec.architecture} admits no more than --optimize {made.optimization}")
+def _graphs_that_equal_pytorch(
+    traced: TracedModel, level: Optimization, folder: Path, report: Callable[[str], None]
+) -> WrittenGraphs:
+    """Write the graphs at a level, or at the next lower level while the error exceeds the tolerance."""
+    written = _written(traced, level, folder, report)
+    errors = written.errors
+    if written.optimization == "none" or errors is None or is_rounding(errors, traced.model.precision):
+        return written
+    lower = OPTIMIZATIONS[OPTIMIZATIONS.index(written.optimization) - 1]
+    worst = max(error.relative for error in errors.values())
+    report(f"the optimized graphs differ from PyTorch by {worst:.1e}; trying {lower} instead")
+    for file in written.files:
+        file.unlink()
+    return _graphs_that_equal_pytorch(traced, lower, folder, report)
+
+
+def _written(traced: TracedModel, level: Optimization, folder: Path, report: Callable[[str], None]) -> WrittenGraphs:
+    model = traced.model
+    if level != "none":
+        report(f"optimizing the graphs to level {level}")
+    made = traced.graphs(level)
+    if made.optimization != level:
+        report(f"{model.spec.architecture} supports --optimize {made.optimization} at most")
     report("writing the graphs")
-    written = [file for name, graph in made.graphs.items() for file in save_graph(graph, folder / f"{name}.onnx")]
-    records = {name: _record_of_graph(name, graph) for name, graph in made.graphs.items()}
+    files = [file for name, graph in made.graphs.items() for file in save_graph(graph, folder / f"{name}.onnx")]
+    records = {
+        name: GraphRecord(file=f"{name}.onnx", inputs=graph.inputs, outputs=graph.outputs)
+        for name, graph in made.graphs.items()
+    }
     made.graphs.clear()
-    gc.collect()  # the exporter leaves cycles that keep the weights in memory
+    gc.collect()  # reference cycles of the exporter keep weights in memory
     report("measuring the graphs against PyTorch")
-    paths = {name: folder / record.file for name, record in records.items()}
-    return made, records, written, measure_errors(model, made.sites, paths)
+    return WrittenGraphs(made.optimization, records, files, measure_errors(model, traced.sites, folder, records))
 
 
-def _record_of_graph(name: str, graph: Graph) -> GraphRecord:
-    return GraphRecord(file=f"{name}.onnx", inputs=graph.inputs, outputs=graph.outputs)
+def _manifest(name: str, traced: TracedModel, written: WrittenGraphs, files: list[Path]) -> Manifest:
+    model = traced.model
+    read = {tensor.name for record in written.records.values() for tensor in record.inputs}
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=name,
+        versions={"fora_trt": __version__, "torch": torch.__version__, "onnx": onnx.__version__},
+        model=ModelRecord(
+            options=model.options,
+            architecture=model.spec.architecture,
+            config=model.config,
+            weights_sha256=weights_digest(model.module),
+            vae=model.vae,
+            image_size=model.image_size,
+        ),
+        precision=model.precision,
+        opset=traced.opset,
+        optimization=written.optimization,
+        inputs=tuple(tensor for tensor in model.spec.inputs if tensor.name in read),
+        graphs=written.records,
+        cache_sites=traced.sites,
+        latents=model.latents,
+        conditioning=dict(model.spec.conditioning),
+        guidance=model.spec.guidance,
+        guidance_scale=model.guidance_scale,
+        text=model.spec.text,
+        files={file.name: record_of(file) for file in files},
+        measured_error=written.errors,
+    )
 
 
 def weights_digest(module: torch.nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter; shared ones count once."""
+    """SHA-256 over name, dtype, shape and bytes of every parameter; a shared parameter counts once."""
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())

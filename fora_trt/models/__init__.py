@@ -1,1 +1,1 @@
-"""First stage: from a source that a user names to a module, and what is known about its architecture."""
+"""First stage: load the module of a source, and describe its architecture."""

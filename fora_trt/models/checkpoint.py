@@ -1,4 +1,4 @@
-"""Weights in files: opened without being read, then cast and placed in an empty module one tensor at a time."""
+"""Weight files: opened lazily; tensors are read, cast and placed in an empty module one at a time."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from fora_trt.errors import ModelError, first_line
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
 AVERAGED = ("ema", "state_dict", "model")
-"""Where training scripts keep the weights in a larger dictionary; the averaged ones are those to sample with."""
+"""Keys under which training scripts store the weights in a larger dictionary; averaged weights (EMA) come first."""
 
 WRAPPERS = ("module.", "_orig_mod.")
-"""What distributed training and torch.compile put before every name."""
+"""Prefixes that distributed training and torch.compile add to every parameter name."""
 
 NAMED = 3
-"""How many tensors a message names before it counts the rest."""
+"""Largest number of tensors that a message lists by name."""
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Tensors by name, each read when it is asked for."""
+    """Tensors by name; each is read on access."""
 
     def __init__(self, read: Mapping[str, Callable[[], Tensor]]) -> None:
         self._read = dict(read)
@@ -46,27 +46,29 @@ class Tensors(Mapping[str, Tensor]):
 def tensors_from_file(path: Path) -> Tensors:
     """The weights of a .safetensors file or of a PyTorch file. Raises `ModelError`.
 
-    PyTorch files are pickles: they are read with `weights_only=True`, which runs no code of theirs.
+    PyTorch files are pickles; `weights_only=True` prevents code in them from running.
     """
     try:
         found = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
     except ModelError:
         raise
-    except Exception as error:  # a file that is no such one can lead to any
+    except Exception as error:  # a file of another format can raise anything
         reason = f"{type(error).__name__}: {first_line(error)}".rstrip(": ")
         raise ModelError(f"the weights in {path} cannot be read ({reason}); download or copy the file again") from error
     return _unwrapped(found)
 
 
 def tensors_from_folder(folder: Path) -> Tensors:
-    """The weights of a model in diffusers form, in one file or in several with an index. Raises `ModelError`."""
+    """The weights of a model in diffusers format: one file, or several with an index. Raises `ModelError`."""
     names = [f"diffusion_pytorch_model{end}" for end in (".safetensors", ".bin", ".fp16.safetensors")]
     for name in names:
         if (folder / name).is_file():
             return tensors_from_file(folder / name)
         if (index := folder / f"{name}.index.json").is_file():
             return _sharded(folder, index)
-    raise ModelError(f"the weights in {folder} cannot be read: there is no {' or '.join(names[:2])}")
+    raise ModelError(
+        f"{folder} contains no weights: {' or '.join(names[:2])} was expected; download or copy the folder again"
+    )
 
 
 def _safetensors(path: Path) -> Tensors:
@@ -79,7 +81,9 @@ def _sharded(folder: Path, index: Path) -> Tensors:
         files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {Path(file).name for file in files.values()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"the index {index} of the weights cannot be read: {first_line(error)}") from error
+        raise ModelError(
+            f"the index {index} of the weights cannot be read ({first_line(error)}); download or copy the file again"
+        ) from error
     shards = [tensors_from_file(folder / name) for name in sorted(names)]
     return Tensors({name: lambda shard=shard, name=name: shard[name] for shard in shards for name in shard})  # type: ignore[misc]
 
@@ -92,11 +96,11 @@ def _pickled(path: Path) -> Tensors:
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            content = torch.load(path, **options)  # a file of before PyTorch 1.6, which cannot be mapped
+            content = torch.load(path, **options)  # files older than PyTorch 1.6 cannot be memory-mapped
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path} holds more than tensors ({_culprit(error)}), and loading that could run code of whoever made it; "
-            "save the weights alone: torch.save(model.state_dict(), ...), or as .safetensors"
+            f"{path} contains objects other than tensors ({_culprit(error)}), and loading them could run code of its "
+            "author; save only the weights, with torch.save(model.state_dict(), ...) or as .safetensors"
         ) from error
     inner = content
     for key in AVERAGED:
@@ -104,13 +108,13 @@ def _pickled(path: Path) -> Tensors:
             inner = inner[key]
     named = isinstance(inner, dict) and all(isinstance(name, str) for name in inner)
     if not named or not inner or not all(isinstance(one, Tensor) for one in inner.values()):
-        kind = type(inner).__name__ if not isinstance(inner, dict) else _odd_one(inner)
-        raise ModelError(f"{path} holds {kind} where a dictionary of tensors was expected; save model.state_dict()")
+        kind = f"an object of type {type(inner).__name__}" if not isinstance(inner, dict) else _odd_one(inner)
+        raise ModelError(f"{path} contains {kind}; a dictionary of tensors was expected; save model.state_dict()")
     return Tensors({name: lambda tensor=tensor: tensor for name, tensor in inner.items()})  # type: ignore[misc]
 
 
 def _odd_one(content: Mapping[Any, Any]) -> str:
-    """What makes a dictionary something else than tensors by name."""
+    """The first entry of a dictionary that is not a tensor under a string name, for a message."""
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             return f"a dictionary with {name!r}: {type(value).__name__}"
@@ -118,10 +122,10 @@ def _odd_one(content: Mapping[Any, Any]) -> str:
 
 
 def _culprit(error: Exception) -> str:
-    """What the unpickler would not make: it names it in the middle of an advice that must not be followed."""
+    """The class that the unpickler refused, cut out of PyTorch's message, which advises to disable the check."""
     words = str(error).replace("\n", " ").split()
-    told = [after.strip("`.,") for word, after in pairwise(words) if word in ("GLOBAL", "global")]
-    return told[0] if told else first_line(error)[:120]
+    refused = [after.strip("`.,") for word, after in pairwise(words) if word in ("GLOBAL", "global")]
+    return refused[0] if refused else first_line(error)[:120]
 
 
 def _unwrapped(tensors: Tensors) -> Tensors:
@@ -136,10 +140,10 @@ def _unwrapped(tensors: Tensors) -> Tensors:
 def place_weights(
     module: nn.Module, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], what: str, fits: str
 ) -> None:
-    """Fill an empty module, whose parameters are on the meta device; buffers are left as they are.
+    """Fill an empty module, whose parameters are on the meta device; buffers do not change.
 
-    `tensors` may hold copies for each name of a shared parameter; the first is taken. Raises `ModelError` that names
-    what is missing, left over, of another shape or no numbers to compute with, and says what `fits`.
+    `tensors` may hold a copy for each name of a shared parameter; the first is used. Raises `ModelError` that lists
+    missing and unexpected tensors, wrong shapes and invalid values, and ends with `fits`, a hint on what would fit.
     """
     wanted = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers())
@@ -151,16 +155,16 @@ def place_weights(
         for name, empty in wanted.items():
             tensor = None if id(empty) in placed else tensors[name]
             if tensor is not None and tensor.shape != empty.shape:
-                misshapen.append(f"{name} is {list(tensor.shape)} and not {list(empty.shape)}")
+                misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(empty.shape)}")
             elif tensor is not None and (problem := _problem_of(tensor)):
                 odd.append(f"{name} {problem}")
             elif tensor is not None:
                 placed[id(empty)] = nn.Parameter(_own(tensor, dtypes[name]), requires_grad=False)
     wrong = [
         _counted(missing, "missing"),
-        _counted(extra, "not expected"),
-        _counted(misshapen, "of another shape"),
-        _counted(odd, "unfit to compute with"),
+        _counted(extra, "unexpected"),
+        _counted(misshapen, "of wrong shape"),
+        _counted(odd, "invalid"),
     ]
     if any(wrong):
         raise ModelError(f"the weights of {what} do not fit: {'; '.join(filter(None, wrong))}; {fits}")
@@ -170,14 +174,14 @@ def place_weights(
 
 
 def _problem_of(tensor: Tensor) -> str | None:
-    """Why a tensor of the right shape is no weight: quantized or sparse ones would need what belongs to them."""
+    """Why a tensor of the right shape is not a valid weight: it is quantized, sparse, or not finite; None if valid."""
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu":
         return f"is {tensor.dtype}, {tensor.layout} on {tensor.device.type}"
     return None if tensor.float().isfinite().all() else "is not finite"
 
 
 def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast; a tensor that needs no cast stays where it is mapped."""
+    """Cast a tensor; one that has the dtype already stays memory-mapped."""
     return tensor.to(dtype).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""A module of one's own: `package.module:factory` is imported and called, and what is not said of it is measured."""
+"""A custom network: import and call `package.module:factory`, and complete its `ModelSpec` by one trial call."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fora_trt.errors import ModelError, first_line
-from fora_trt.models.examples import TRAINED_TIMESTEPS, example_inputs
-from fora_trt.models.options import SourceOptions
-from fora_trt.models.spec import (
+from fora_trt.contract import (
     BATCH,
     CLASS_LABELS,
     FEATURE,
@@ -25,22 +22,41 @@ from fora_trt.models.spec import (
     TIMESTEP,
     GuidanceSpec,
     LatentSpec,
-    ModelSpec,
+    Role,
     TensorSpec,
 )
+from fora_trt.errors import ModelError, first_line
+from fora_trt.models.assembly import EmptyModel
+from fora_trt.models.examples import TRAINED_TIMESTEPS, example_inputs
+from fora_trt.models.options import SourceOptions
+from fora_trt.models.spec import CLASS_GUIDANCE_SCALE, TEXT_GUIDANCE_SCALE, ModelSpec
+
+INPUT_ROLES: tuple[Role, ...] = ("latents", "timestep", "conditioning")
 
 Call: TypeAlias = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 HOW = (
-    "a factory returns a torch.nn.Module, or a module and a fora_trt.ModelSpec; without a ModelSpec a recipe says the "
-    "inputs in a table [inputs], see export/README.md"
+    "a factory returns a torch.nn.Module, or a module and a fora_trt.ModelSpec; without a ModelSpec, list the inputs "
+    "in the table [inputs] of a recipe, see export/README.md"
 )
 
 
-def module_from_factory(options: SourceOptions) -> tuple[nn.Module, ModelSpec]:
-    """Import and call the factory that `options.source` names, from here or from what is installed.
+def empty_from_factory(options: SourceOptions) -> EmptyModel:
+    """The module that the factory returns; `fill` casts the weights that it already has. Raises `ModelError`."""
+    options.refuse_all_but({"inputs"})
+    module, spec = module_from_factory(options)
 
-    The spec is complete: what it leaves open is found by calling the module once. Raises `ModelError`.
+    def cast(dtypes: Mapping[str, torch.dtype]) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+
+    return EmptyModel(options.source.replace(":", "-"), module, spec, cast)
+
+
+def module_from_factory(options: SourceOptions) -> tuple[nn.Module, ModelSpec]:
+    """Import and call the factory that `options.source` names, from the current folder or an installed package.
+
+    Missing parts of the spec are found by calling the module once. Raises `ModelError`.
     """
     source = options.source
     made = _called(source)
@@ -51,22 +67,29 @@ def module_from_factory(options: SourceOptions) -> tuple[nn.Module, ModelSpec]:
         base = spec or ModelSpec(inputs=())
         spec = dataclasses.replace(base, inputs=options.tensors(), conditioning=options.conditioning())
     if spec is None:
-        raise ModelError(f"nothing says which inputs {source!r} takes; {HOW}")
+        raise ModelError(f"the inputs of {source!r} are unknown; {HOW}")
     module = module.eval().requires_grad_(False).cpu().float()
     return module, completed(module, spec, source)
 
 
 def completed(module: nn.Module, spec: ModelSpec, source: str) -> ModelSpec:
-    """Fill in what can be measured: the prediction's shape, the latents', and classes from the bound of the labels."""
+    """Complete a spec: shapes of prediction and latents by a trial call, number of classes from the labels' bound."""
     given = [tensor.name for tensor in spec.inputs]
     for tensor in spec.inputs:
         if not tensor.shape or tensor.shape[0] != BATCH:
             raise ModelError(
-                f"the input {tensor.name!r} of {source!r} has the shape {list(tensor.shape)}; the first size must be "
-                f"{BATCH!r}"
+                f"the input {tensor.name!r} of {source!r} has the shape {list(tensor.shape)}; make {BATCH!r} the first "
+                "dimension"
             )
         if tensor.name == NOISE_PREDICTION or tensor.name.startswith(FEATURE) or given.count(tensor.name) > 1:
-            raise ModelError(f"the name {tensor.name!r} of an input of {source!r} is taken; give it another")
+            raise ModelError(
+                f"the input name {tensor.name!r} of {source!r} is reserved or used twice; rename the input"
+            )
+        if tensor.role not in INPUT_ROLES:
+            raise ModelError(
+                f"the input {tensor.name!r} of {source!r} has the role {tensor.role!r}; give it one of the roles "
+                f"{', '.join(INPUT_ROLES)}"
+            )
     if {LATENTS, TIMESTEP} - {*given}:
         raise ModelError(f"the inputs of {source!r} are {', '.join(given)}; {LATENTS!r} and {TIMESTEP!r} are needed")
     latents = next(tensor for tensor in spec.inputs if tensor.name == LATENTS)
@@ -74,11 +97,15 @@ def completed(module: nn.Module, spec: ModelSpec, source: str) -> ModelSpec:
     for tensor in spec.inputs:
         if tensor.dtype == "int64" and tensor.name not in (TIMESTEP, *conditioning):
             raise ModelError(
-                f"the input {tensor.name!r} of {source!r} takes whole numbers, and nothing says how many there are; "
-                f"give `below` in the recipe, or conditioning={{{tensor.name!r}: InputSpec(values=(0, N))}}"
+                f"the integer input {tensor.name!r} of {source!r} has no upper bound; give `below` in the recipe, or "
+                f"conditioning={{{tensor.name!r}: InputSpec(values=(0, N))}} in the ModelSpec"
             )
     if not isinstance(spec.scheduler, Mapping | None):
         raise ModelError(f"the scheduler of {source!r} is {_kind(spec.scheduler)}; a diffusers configuration is needed")
+    usual = CLASS_GUIDANCE_SCALE if spec.text is None else TEXT_GUIDANCE_SCALE
+    scale = usual if spec.guidance_scale is None else spec.guidance_scale
+    if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
+        raise ModelError(f"the guidance_scale of {source!r} is {scale!r}; a finite number of at least 0 is needed")
     if (time := conditioning.pop(TIMESTEP, None)) is not None and time.values is not None:
         spec = dataclasses.replace(spec, call=_with_time_up_to(time.values[1], spec.call))
     spec = dataclasses.replace(
@@ -91,8 +118,8 @@ def completed(module: nn.Module, spec: ModelSpec, source: str) -> ModelSpec:
     size = tuple(int(one) for one in latents.shape[1:])
     if shape[1:] != size and (shape[1], *shape[2:]) != (2 * size[0], *size[1:]):
         raise ModelError(
-            f"{source!r} predicts {list(shape[1:])} for latents of {list(size)}; the same shape is needed, or twice "
-            "the channels where it learned the variance too"
+            f"{source!r} predicts the shape {list(shape[1:])} for latents of {list(size)}; the same shape is needed, "
+            "or twice the channels for a learned variance"
         )
     labels = conditioning.get(CLASS_LABELS)
     guidance = spec.guidance
@@ -106,19 +133,21 @@ def completed(module: nn.Module, spec: ModelSpec, source: str) -> ModelSpec:
             size, pixels=len(size) == 3 and size[0] in (1, 3), learned_sigma=shape[1] == 2 * size[0] != size[0]
         ),
         guidance=guidance,
+        guidance_scale=float(scale),
     )
 
 
 def _with_time_up_to(most: float, call: Call) -> Call:
-    """The same call for a module whose time runs to `most`; the graphs take the timesteps of schedulers, to 1000."""
+    """The call of a module whose time runs to `most`; it scales the graph's timesteps, which run to 1000."""
     scale = most / TRAINED_TIMESTEPS
     return lambda module, inputs: call(module, {**inputs, TIMESTEP: inputs[TIMESTEP] * scale})
 
 
 def _not_compiled(call: Call) -> Call:
-    """The same call in which functions that the module has given to torch.compile are what they were before.
+    """The same call with torch.compile disabled for functions that the module has compiled.
 
-    They are traced whole anyway; compiling them would take a C++ compiler, and anew for every site that is replaced.
+    The export traces these functions anyway. Compiling them would need a C++ compiler and would be repeated for every
+    site whose `forward` is replaced.
     """
 
     def called(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -129,10 +158,7 @@ def _not_compiled(call: Call) -> Call:
 
 
 def _called(source: str) -> object:
-    """What the factory returns; the current folder can be imported from meanwhile, by the factory too.
-
-    What it prints goes to the other output, where it is in nobody's way.
-    """
+    """The result of the factory, which may import from the current folder; its standard output goes to stderr."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -152,30 +178,31 @@ def _imported(source: str) -> Callable[[], object]:
         factory: object = getattr(importlib.import_module(name), attribute)
     except ModuleNotFoundError as error:
         raise ModelError(
-            f"the source {source!r} cannot be imported: there is no module {error.name!r} in this folder or installed"
+            f"the source {source!r} cannot be imported: there is no module {error.name!r} in the current folder or "
+            "among the installed packages; change to its folder or install it"
         ) from error
     except AttributeError as error:
-        raise ModelError(f"the source {source!r} cannot be found: {error}") from error
+        raise ModelError(f"the source {source!r} does not exist: {error}; name a function of this module") from error
     except (Exception, SystemExit) as error:  # the user's own code can raise anything
         raise ModelError(f"importing {name!r} failed: {type(error).__name__}: {error}") from error
     if not callable(factory):
-        raise ModelError(f"{source!r} is {_kind(factory)}, which cannot be called; {HOW}")
+        raise ModelError(f"{source!r} is {_kind(factory)}, which is not callable; {HOW}")
     return factory
 
 
 @torch.no_grad()
 def _prediction_shape(module: nn.Module, spec: ModelSpec, source: str) -> tuple[int, ...]:
-    """Of a batch of two, in fp32 as the module was made."""
+    """The shape of the prediction for a batch of 2, computed in fp32."""
     try:
         prediction = spec.call(module, example_inputs(spec.inputs, spec.conditioning, batch=2))
     except Exception as error:
         shapes = ", ".join(f"{tensor.name} {list(tensor.sized(2))} {tensor.dtype}" for tensor in spec.inputs)
         raise ModelError(
-            f"{source!r} cannot be called with the inputs that were said, {shapes}: {type(error).__name__}: "
-            f"{first_line(error)}"
+            f"{source!r} cannot be called with the inputs {shapes} ({type(error).__name__}: {first_line(error)}); "
+            "correct the inputs in its ModelSpec or recipe"
         ) from error
     if not isinstance(prediction, Tensor) or prediction.dim() < 2 or prediction.shape[0] != 2:
-        raise ModelError(f"{source!r} puts out {_kind(prediction)} for a batch of 2; a tensor (2, ...) was expected")
+        raise ModelError(f"{source!r} returned {_kind(prediction)} for a batch of 2; a tensor (2, ...) is needed")
     return tuple(prediction.shape)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from fora_trt.errors import ModelError
-from fora_trt.models.spec import (
+from fora_trt.contract import (
     BATCH,
     CLASS_LABELS,
     LATENTS,
@@ -18,37 +19,35 @@ from fora_trt.models.spec import (
     GuidanceSpec,
     InputSpec,
     LatentSpec,
-    ModelSpec,
     TensorSpec,
 )
+from fora_trt.errors import ModelError
+from fora_trt.models.architectures import (
+    ARCHITECTURES,
+    VAE_FACTOR,
+    Architecture,
+    Config,
+    PipelineParts,
+    Published,
+)
+from fora_trt.models.dit_checkpoint import DIT, SIT, SIZES
+from fora_trt.models.options import SourceOptions
+from fora_trt.models.spec import CLASS_GUIDANCE_SCALE, ModelSpec
 
-ARCHITECTURE = "DiTTransformer2DModel"
-
-SIZES = {  # depth, width, heads: table 1 of the DiT paper
-    "DiT-S": (12, 384, 6),
-    "DiT-B": (12, 768, 12),
-    "DiT-L": (24, 1024, 16),
-    "DiT-XL": (28, 1152, 16),
-}
 PATCH_SIZES = (2, 4, 8)
 NUM_CLASSES = 1000
-VAE_FACTOR, VAE_SCALE = 8, 0.18215  # of the autoencoder that the DiT paper uses
-VAE = "stabilityai/sd-vae-ft-ema"  # that autoencoder, where a checkpoint does not bring one
-
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "clip_sample": False,
-}
+IMAGE_SIZE = 256  # default image size of the published sizes
+VAE_SCALE = 0.18215  # of the autoencoder that the DiT paper uses
 
 
-def config_from_name(name: str, image_size: int) -> dict[str, Any]:
-    """The configuration of a published size such as `DiT-XL/2` for square images of `image_size` pixels."""
+def config_from_name(name: str, options: SourceOptions) -> dict[str, Any]:
+    """The configuration of a published size such as `DiT-XL/2`.
+
+    Raises `ModelError` for an image size that is not square or not divisible into patches.
+    """
     size, _, patch = name.partition("/")
     depth, width, heads = SIZES[size]
+    image_size = _square(options, *(options.image_size or (IMAGE_SIZE, IMAGE_SIZE)))
     if image_size % (VAE_FACTOR * int(patch)):
         raise ModelError(
             f"an image size of {image_size} does not fit DiT/{patch}: give a multiple of {VAE_FACTOR * int(patch)}"
@@ -65,16 +64,18 @@ def config_from_name(name: str, image_size: int) -> dict[str, Any]:
     }
 
 
-def published_names() -> list[str]:
-    """The sizes that `config_from_name` knows."""
-    return [f"{size}/{patch}" for size in SIZES for patch in PATCH_SIZES]
+def _square(options: SourceOptions, height: int, width: int) -> int:
+    """The side of a square image. Raises `ModelError` if it is not square."""
+    if height != width:
+        raise ModelError(f"{options.source!r} is a DiT, whose images are square; give --image-size one number")
+    return height
 
 
 def share_embedders(module: nn.Module, tensors: Mapping[str, Tensor] | None) -> None:
-    """Let all blocks use one timestep and class embedder, of which the diffusers layout stores a copy per block.
+    """Let all blocks share one timestep and class embedder; the diffusers layout stores a copy per block.
 
-    Only copies that equal the first bit for bit in `tensors` are shared, so nothing changes numerically; all where
-    there are no tensors to compare.
+    Only copies that are bitwise equal to the first one in `tensors` are shared, so the results do not change. If
+    `tensors` is None, all are shared.
     """
     blocks: Any = module.transformer_blocks
     first = blocks[0].norm1.emb
@@ -99,21 +100,25 @@ def call(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return prediction
 
 
-def spec_from_config(config: Mapping[str, Any], *, sample_size: int, scale: float, pixels: bool) -> ModelSpec:
-    """Describe a DiT of this configuration at `sample_size` latent pixels a side.
+def spec_from_config(config: Config, options: SourceOptions, parts: PipelineParts) -> ModelSpec:
+    """Describe a DiT of this configuration; latents with one or three channels and no VAE are pixels.
 
-    The timestep is a float, so that schedulers with fractional timesteps are served too.
+    The timestep is a float to support schedulers with fractional timesteps. Raises `ModelError` for an image size that
+    is not square or not divisible into patches.
     """
     channels, classes = config["in_channels"], config["num_embeds_ada_norm"]
     outputs = config.get("out_channels") or channels
+    pixels = parts.vae is None and channels in (1, 3)
+    factor, own_size = 1 if pixels else parts.vae_factor, (config["sample_size"], config["sample_size"])
+    scale = 1.0 if pixels else (parts.autoencoder or {}).get("scaling_factor") or VAE_SCALE
+    sample_size = _square(options, *options.latent_size(own_size, factor, config["patch_size"]))
     if sample_size < 1 or sample_size % config["patch_size"]:
         raise ModelError(
-            f"latents of {sample_size} x {sample_size} cannot be cut into patches of {config['patch_size']}; "
+            f"latents of {sample_size} x {sample_size} are not divisible into patches of {config['patch_size']}; "
             "give --image-size another value"
         )
     size = (sample_size, sample_size)
     return ModelSpec(
-        architecture=ARCHITECTURE,
         inputs=(
             TensorSpec(LATENTS, "float32", (BATCH, channels, *size)),
             TensorSpec(TIMESTEP, "float32", (BATCH,)),
@@ -127,3 +132,22 @@ def spec_from_config(config: Mapping[str, Any], *, sample_size: int, scale: floa
         guidance=GuidanceSpec(num_classes=classes, null_class=classes),
         fp32_in_bf16=("transformer_blocks.*.norm1.emb.timestep_embedder",),
     )
+
+
+ARCHITECTURES.register(
+    Architecture(
+        name="DiT",
+        class_names=("DiTTransformer2DModel",),
+        make=lambda config: DiTTransformer2DModel.from_config(dict(config)),
+        spec=spec_from_config,
+        takes=("image_size",),
+        published={
+            name: Published(partial(config_from_name, name))
+            for name in (f"{size}/{patch}" for size in SIZES for patch in PATCH_SIZES)
+        },
+        prepare=share_embedders,
+        state_dicts=(DIT, SIT),
+        guidance_scale=CLASS_GUIDANCE_SCALE,
+        example="facebook/DiT-XL-2-256",
+    )
+)

@@ -1,7 +1,7 @@
-"""State dicts of the DiT authors, and of SiT's (arXiv 2401.08740), which is the same network: names, sizes, positions.
+"""State dicts of the DiT authors and of the SiT authors (arXiv 2401.08740), whose network is the same.
 
-Their files hold the weights alone. Depth, width, patches, classes and image size are read off the shapes; the number
-of heads is not in the weights and follows from the width for the published ones.
+The files contain only weights. Depth, width, patch size, classes and image size follow from the shapes. The number of
+heads does not; for the published models it follows from the width.
 """
 
 from __future__ import annotations
@@ -14,19 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fora_trt.contract import TIMESTEP
 from fora_trt.errors import ModelError
-from fora_trt.models import dit
+from fora_trt.models.architectures import VAE_FACTOR, Config, StateDictFormat
 from fora_trt.models.checkpoint import Tensors
-from fora_trt.models.spec import TIMESTEP, ModelSpec
+from fora_trt.models.options import SourceOptions
+from fora_trt.models.spec import ModelSpec
 
-DIT, SIT = "DiT", "SiT"
-
-HEADS = {width: heads for _, width, heads in dit.SIZES.values()}
+SIZES = {  # depth, width, heads: table 1 of the DiT paper
+    "DiT-S": (12, 384, 6),
+    "DiT-B": (12, 768, 12),
+    "DiT-L": (24, 1024, 16),
+    "DiT-XL": (28, 1152, 16),
+}
+HEADS = {width: heads for _, width, heads in SIZES.values()}
+VAE = "stabilityai/sd-vae-ft-ema"  # the VAE that the authors use
 
 POSITIONS = "pos_embed"
 NORM_EPSILON = 1e-6  # of the authors' LayerNorms
 
-NAMES = {  # theirs -> of diffusers, without .weight or .bias; {} is the number of the block
+NAMES = {  # the authors' name -> the diffusers name, without .weight or .bias; {} is the block number
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_2",
@@ -43,13 +50,13 @@ QKV = ("blocks.{}.attn.qkv", "transformer_blocks.{}.attn1.to_")
 LABELS, HIDDEN = "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight"
 
 DIMENSIONS = {"x_embedder.proj.weight": 4, "final_layer.linear.weight": 2, LABELS: 2, HIDDEN: 2, POSITIONS: 3}
-"""How many sizes the tensors have from which a configuration is read; positions may be left out."""
+"""Number of dimensions of the tensors from which a configuration is derived; positions may be missing."""
 
 REQUIRED = ("x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "final_layer.linear.weight")
-"""By these a state dict is known as one of theirs; what else is needed is checked by name and shape."""
+"""Tensors that identify a state dict as one of the authors; all others are checked later by name and shape."""
 
 GUIDED_CHANNELS = 3
-"""The authors guide three of the four latent channels, and publish their figures so."""
+"""The authors apply guidance to three of the four latent channels, also for their published results."""
 
 SIT_SCHEDULER: dict[str, Any] = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -59,36 +66,37 @@ SIT_SCHEDULER: dict[str, Any] = {
 
 
 def is_dit_checkpoint(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are the authors' names."""
+    """Whether the tensors have the authors' names."""
     return all(name in tensors for name in REQUIRED)
 
 
-def config_from_checkpoint(tensors: Mapping[str, Tensor], num_heads: int | None, what: str) -> dict[str, Any]:
-    """The diffusers configuration that fits the shapes. Raises `ModelError` for shapes that no DiT has."""
+def config_from_checkpoint(tensors: Mapping[str, Tensor], options: SourceOptions, what: str) -> dict[str, Any]:
+    """The diffusers configuration that fits the shapes. Raises `ModelError` for shapes that are not those of a DiT."""
     for key, dimensions in DIMENSIONS.items():
         shape = list(tensors[key].shape) if key in tensors else None
         if (shape is None and key != POSITIONS) or (shape is not None and (len(shape) != dimensions or 0 in shape)):
             shown = f"{key} is {shape}" if shape is not None else f"there is no {key}"
             raise ModelError(
-                f"{what} has the names of a DiT and other shapes: {shown}, where {dimensions} sizes were expected; "
-                "for a network of your own see 'package.module:factory' in the README"
+                f"{what} has the tensor names of a DiT but not its shapes: {shown}; {dimensions} nonzero dimensions "
+                "are needed; for a network of your own see docs/python.md"
             )
     patches, output = tensors["x_embedder.proj.weight"], tensors["final_layer.linear.weight"]
     table, hidden = tensors[LABELS], tensors[HIDDEN]
     width, channels, patch = patches.shape[0], patches.shape[1], patches.shape[2]
     blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
-    heads = num_heads or HEADS.get(width)
+    heads = options.num_heads or HEADS.get(width)
     if heads is None or width % heads:
         raise ModelError(
-            f"{what} has a width of {width}, for which the number of attention heads is not known"
-            f"{f' to be {heads}' if heads else ''}; give it with --num-heads, a divisor of {width}"
+            f"{what} has a width of {width}, "
+            f"{f'not divisible by {heads} heads' if heads else 'for which the number of attention heads is unknown'}; "
+            f"give --num-heads, a divisor of {width}"
         )
     if hidden.shape[0] != 4 * width:
         raise ModelError(
             f"the feed-forward layers of {what} are {hidden.shape[0] / width:g} times as wide as the network; "
-            "diffusers builds DiTs with 4 times; export the module itself with 'package.module:factory'"
+            "diffusers supports only a factor of 4; export the module itself with 'package.module:factory'"
         )
-    side = round(tensors[POSITIONS].shape[1] ** 0.5) if POSITIONS in tensors else 256 // dit.VAE_FACTOR // patch
+    side = round(tensors[POSITIONS].shape[1] ** 0.5) if POSITIONS in tensors else 256 // VAE_FACTOR // patch
     return {
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
@@ -102,10 +110,10 @@ def config_from_checkpoint(tensors: Mapping[str, Tensor], num_heads: int | None,
     }
 
 
-def as_diffusers(tensors: Mapping[str, Tensor], depth: int) -> Tensors:
-    """The same tensors under the names of diffusers; the joint projection to query, key and value in three parts.
+def as_diffusers(tensors: Mapping[str, Tensor], config: Config) -> Tensors:
+    """The tensors under their diffusers names; the joint QKV projection is split into three.
 
-    What has no name there keeps its own, so that it is found to be one too many.
+    Unknown tensors keep their names, so that placing the weights reports them as unexpected.
     """
     read: dict[str, Callable[[], Tensor]] = {}
     left = {name for name in tensors if name != POSITIONS}
@@ -116,7 +124,7 @@ def as_diffusers(tensors: Mapping[str, Tensor], depth: int) -> Tensors:
             read[ours] = lambda: tensors[theirs] if part is None else _third(tensors[theirs], part)
 
     for end in (".weight", ".bias"):
-        for block in range(depth):
+        for block in range(config["num_layers"]):
             for theirs, ours in NAMES.items():
                 take(theirs.format(block) + end, ours.format(block) + end)
             for part, letter in enumerate("qkv"):
@@ -125,50 +133,52 @@ def as_diffusers(tensors: Mapping[str, Tensor], depth: int) -> Tensors:
 
 
 def _third(joint: Tensor, part: int) -> Tensor:
-    """Query, key or value of a joint projection; of another shape where that does not divide by three."""
+    """Query, key or value of a joint projection; of a wrong shape if the size is not divisible by three."""
     return joint.tensor_split(3)[part] if joint.dim() else joint
 
 
-def set_up_as_authors(module: nn.Module, positions: Tensor | None, what: str) -> None:
-    """Give a diffusers DiT what its configuration cannot say: the authors' frequencies of time, and their positions.
+def set_up_as_authors(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Set attributes of a diffusers DiT that its configuration cannot express: timestep frequencies and positions.
 
-    Raises `ModelError` where the checkpoint has positions of its own and the module was made for another image size.
+    Raises `ModelError` if the checkpoint has position embeddings for another image size than the module.
     """
     part: Any
     for part in module.modules():
         if hasattr(part, "downscale_freq_shift"):
-            part.downscale_freq_shift = 0  # diffusers spaces them by one place less
+            part.downscale_freq_shift = 0  # diffusers uses 1, which gives slightly different frequencies
     table: Any = module.pos_embed
+    positions = tensors.get(POSITIONS)
     if positions is None or positions.shape == table.pos_embed.shape:
         if positions is not None and not torch.allclose(positions.float(), table.pos_embed, atol=1e-4):
-            table.pos_embed = positions.float().clone()  # learned ones
+            table.pos_embed = positions.float().clone()  # learned positions
         return
     raise ModelError(
-        f"{what} has positions for {positions.shape[1]} patches and not for {table.pos_embed.shape[1]} "
-        f"({list(positions.shape)} and not {list(table.pos_embed.shape)}): leave --image-size out, or give the size "
-        "that it was trained at"
+        f"{what} has position embeddings for {positions.shape[1]} patches, but the image size needs "
+        f"{table.pos_embed.shape[1]} ({list(positions.shape)} instead of {list(table.pos_embed.shape)}); leave "
+        "--image-size out, or give the image size of the training"
     )
 
 
 def guided_as_authors(spec: ModelSpec) -> ModelSpec:
-    """The same model, its guidance on as many channels as in the authors' sampling loops."""
+    """The spec with guidance limited to the first channels, as in the authors' sampling loops."""
     assert spec.guidance is not None
     return dataclasses.replace(spec, guidance=dataclasses.replace(spec.guidance, channels=GUIDED_CHANNELS))
 
 
 def sit_spec(spec: ModelSpec) -> ModelSpec:
-    """The same network trained by flow matching: its time runs from 0 (noise) to 1, and it predicts a velocity.
+    """The spec of SiT, a DiT trained by flow matching: time runs from 0 (noise) to 1, and the output is a velocity.
 
-    The graphs speak the language of diffusers' flow-matching schedulers: timesteps fall from 1000, and what is
-    predicted is noise minus image. Only the velocity is put out, not the unused second half of the channels.
+    The graphs follow the convention of diffusers' flow-matching schedulers: timesteps decrease from 1000, and the
+    prediction is noise minus image. Only the velocity is output, without the unused second half of the channels.
     """
+    spec = guided_as_authors(spec)
     assert spec.latents is not None
     assert spec.output is not None
-    channels = spec.latents.channels
+    channels, predicted = spec.latents.channels, spec.call
 
     def call(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         flow = {**inputs, TIMESTEP: 1 - inputs[TIMESTEP] / SIT_SCHEDULER["num_train_timesteps"]}
-        return -dit.call(module, flow)[:, :channels]
+        return -predicted(module, flow)[:, :channels]
 
     batch, _, *size = spec.output.shape
     return dataclasses.replace(
@@ -178,3 +188,16 @@ def sit_spec(spec: ModelSpec) -> ModelSpec:
         latents=dataclasses.replace(spec.latents, learned_sigma=False),
         scheduler=SIT_SCHEDULER,
     )
+
+
+DIT = StateDictFormat(
+    name="DiT",
+    recognises=is_dit_checkpoint,
+    config=config_from_checkpoint,
+    renamed=as_diffusers,
+    set_up=set_up_as_authors,
+    adapted=guided_as_authors,
+    vae=VAE,
+    takes=("image_size", "architecture", "num_heads"),
+)
+SIT = dataclasses.replace(DIT, name="SiT", adapted=sit_spec)

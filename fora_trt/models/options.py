@@ -1,14 +1,26 @@
-"""What a user may say of a source beside its name; a recipe holds it, and a manifest so that it can be loaded again."""
+"""Options of a source, which recipes contain and manifests record to load the source again."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
-from fora_trt.models.spec import BATCH, LATENTS, TIMESTEP, InputSpec, TensorSpec
+from fora_trt.contract import BATCH, LATENTS, TIMESTEP, InputSpec, TensorSpec
+from fora_trt.errors import ModelError
+
+MEANT_FOR = {
+    "architecture": "state dicts in the format of a model's authors",
+    "num_heads": "state dicts in the format of a model's authors",
+    "image_size": "models of images",
+    "text_length": "models that take a prompt",
+    "inputs": "a network of your own (package.module:factory)",
+}
+"""The kind of source that each option is for; every source takes `vae`."""
 
 
 class InputOptions(BaseModel):
-    """An input of a module of one's own: the shape of one sample, and how many values whole numbers have."""
+    """An input of a custom network: shape of one sample, dtype, and the exclusive upper bound `below` of integers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,9 +37,9 @@ class InputOptions(BaseModel):
 
 
 class SourceOptions(BaseModel):
-    """A source, and what is said of it where it does not tell by itself; None where the source decides.
+    """A source and its options; None means that the source determines the value.
 
-    `image_size` is height and width in pixels, `inputs` are those of a module of one's own in the order of its call.
+    `image_size` is height and width in pixels. `inputs` are the inputs of a custom network in the order of its call.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,15 +61,37 @@ class SourceOptions(BaseModel):
     @classmethod
     def _begins_as_all_do(cls, inputs: dict[str, InputOptions] | None) -> dict[str, InputOptions] | None:
         if inputs is not None and {LATENTS, TIMESTEP} - inputs.keys():
-            raise ValueError(f"the inputs {', '.join(inputs)} lack {LATENTS!r} or {TIMESTEP!r}")
+            raise ValueError(f"the inputs are {', '.join(inputs)}; {LATENTS!r} and {TIMESTEP!r} are needed")
         return inputs
 
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """The inputs as tensors of a graph."""
+        """The specs of `inputs`."""
         given = self.inputs or {}
         return tuple(TensorSpec(name, one.dtype, (BATCH, *one.shape)) for name, one in given.items())
 
     def conditioning(self) -> dict[str, InputSpec]:
-        """What may be put in those inputs that say how many values they have."""
+        """The valid values of the inputs that have an upper bound."""
         given = self.inputs or {}
         return {name: InputSpec(values=(0, one.below)) for name, one in given.items() if one.below is not None}
+
+    def refuse_all_but(self, taken: Collection[str]) -> None:
+        """Raise `ModelError` if an option is given that has no effect on this source; `taken` have an effect."""
+        for name, kind in MEANT_FOR.items():
+            if getattr(self, name) is not None and name not in taken:
+                raise ModelError(f"{self.source!r} does not take {name}, which is for {kind}; leave it out")
+
+    def latent_size(self, default: tuple[int, int], factor: int, patch: int) -> tuple[int, int]:
+        """Height and width of the latents for `image_size`; without it `default`, the size of the model.
+
+        Along a side, a latent pixel covers `factor` image pixels and a patch covers `patch` latent pixels. Raises
+        `ModelError` for an image size that is not a multiple of their product.
+        """
+        if self.image_size is None:
+            return default
+        height, width = self.image_size
+        if any(side < 1 or side % (factor * patch) for side in (height, width)):
+            shown = str(height) if height == width else f"{height} x {width}"
+            raise ModelError(
+                f"an image size of {shown} does not fit {self.source!r}: give a multiple of {factor * patch}"
+            )
+        return height // factor, width // factor

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from fora_trt.errors import ModelError
-from fora_trt.models.spec import (
+from fora_trt.contract import (
     BATCH,
     LATENTS,
     NOISE_PREDICTION,
@@ -17,15 +18,26 @@ from fora_trt.models.spec import (
     TIMESTEP,
     InputSpec,
     LatentSpec,
-    ModelSpec,
     TensorSpec,
     TextSpec,
 )
+from fora_trt.errors import ModelError
+from fora_trt.models.architectures import (
+    ARCHITECTURES,
+    VAE_FACTOR,
+    Architecture,
+    Config,
+    PipelineParts,
+    Published,
+)
+from fora_trt.models.options import SourceOptions
+from fora_trt.models.spec import TEXT_GUIDANCE_SCALE, ModelSpec
+from fora_trt.models.text import MASKED_PROMPTS
 
-ARCHITECTURE = "PixArtTransformer2DModel"
 ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
 TEXT_LENGTH = {ALPHA: 120, SIGMA: 300}  # tokens that the models were trained with
-VAE_SCALE = {ALPHA: 0.18215, SIGMA: 0.13025}  # of the autoencoders that they come with
+VAE_SCALE = {ALPHA: 0.18215, SIGMA: 0.13025}  # scaling factors of the VAEs in their repositories
+IMAGE_SIZE, PATCH = 512, 2  # default image size and patch size of the published models
 RESOLUTION, ASPECT_RATIO = "resolution", "aspect_ratio"
 
 PUBLISHED = {"PixArt-XL/2": ALPHA, "PixArt-Sigma-XL/2": SIGMA}
@@ -41,8 +53,10 @@ SCHEDULER = {
 }
 
 
-def config_from_name(name: str, sample_size: int) -> dict[str, Any]:
-    """The configuration of a published model for square latents of `sample_size`."""
+def config_from_name(name: str, options: SourceOptions) -> dict[str, Any]:
+    """The configuration of a published model. Raises `ModelError` for an image size not divisible into patches."""
+    side = IMAGE_SIZE // VAE_FACTOR
+    sample_size = max(options.latent_size((side, side), VAE_FACTOR, PATCH))
     return {
         "num_attention_heads": 16,
         "attention_head_dim": 72,
@@ -52,7 +66,7 @@ def config_from_name(name: str, sample_size: int) -> dict[str, Any]:
         "cross_attention_dim": 1152,
         "caption_channels": 4096,
         "sample_size": sample_size,
-        "patch_size": 2,
+        "patch_size": PATCH,
         "use_additional_conditions": PUBLISHED[name] == ALPHA and sample_size == 128,
     }
 
@@ -71,29 +85,32 @@ def call(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return prediction
 
 
-def spec_from_config(
-    config: Mapping[str, Any], *, size: tuple[int, int], factor: int, scale: float, shift: float, text: TextSpec
-) -> ModelSpec:
-    """Describe a PixArt of this configuration for latents of `size`, each of whose pixels covers `factor` of the image.
+def spec_from_config(config: Config, options: SourceOptions, parts: PipelineParts) -> ModelSpec:
+    """Describe a PixArt of this configuration; an unknown pipeline is treated as PixArt-alpha.
 
-    Models for 1024 pixels also take the image's height and width in pixels and their ratio; those of the exported
-    size are their defaults.
+    Models for 1024 pixels also take the image's height and width in pixels and their ratio; the defaults are those of
+    the exported size. Raises `ModelError` for an image size that is not divisible into patches.
     """
+    pipeline = parts.pipeline if parts.pipeline in TEXT_LENGTH else ALPHA
+    autoencoder = parts.autoencoder or {}
+    text = TextSpec(options.text_length or TEXT_LENGTH[pipeline], pipeline, parts.encoder)
+    own_size = (config["sample_size"], config["sample_size"])
     channels, patch = config["in_channels"], config.get("patch_size", 2)
     outputs = config.get("out_channels") or channels
+    size = options.latent_size(own_size, parts.vae_factor, patch)
     if min(size) < 1 or any(side % patch for side in size):
         raise ModelError(
-            f"latents of {size[0]} x {size[1]} cannot be cut into patches of {patch}; give --image-size another value"
+            f"latents of {size[0]} x {size[1]} are not divisible into patches of {patch}; "
+            "give --image-size another value"
         )
-    height, width = (float(side * factor) for side in size)
+    height, width = (float(side * parts.vae_factor) for side in size)
     additional = config.get("use_additional_conditions")
     if additional is None:
-        additional = config.get("sample_size") == 128  # as diffusers decides
+        additional = config.get("sample_size") == 128  # the default of diffusers
     sizes: dict[str, tuple[float, ...]] = {RESOLUTION: (height, width), ASPECT_RATIO: (height / width,)}
     if not additional:
         sizes = {}
     return ModelSpec(
-        architecture=ARCHITECTURE,
         inputs=(
             TensorSpec(LATENTS, "float32", (BATCH, channels, *size)),
             TensorSpec(TIMESTEP, "float32", (BATCH,)),
@@ -108,10 +125,29 @@ def spec_from_config(
             "cross-attention": ("transformer_blocks.*.attn2",),
             "feed-forward": ("transformer_blocks.*.ff",),
         },
-        latents=LatentSpec((channels, *size), scale=scale, shift=shift, learned_sigma=outputs == 2 * channels),
+        latents=LatentSpec(
+            (channels, *size),
+            scale=autoencoder.get("scaling_factor") or VAE_SCALE[pipeline],
+            shift=autoencoder.get("shift_factor") or 0.0,
+            learned_sigma=outputs == 2 * channels,
+        ),
         conditioning={PROMPT_MASK: InputSpec(values=(0, 2))}
         | {name: InputSpec(default=default) for name, default in sizes.items()},
         text=text,
         fp32_in_bf16=("adaln_single.emb",),
         scheduler=SCHEDULER,
     )
+
+
+ARCHITECTURES.register(
+    Architecture(
+        name="PixArt",
+        class_names=("PixArtTransformer2DModel",),
+        make=lambda config: PixArtTransformer2DModel.from_config(dict(config)),
+        spec=spec_from_config,
+        takes=("image_size", "text_length"),
+        published={name: Published(partial(config_from_name, name), pipeline) for name, pipeline in PUBLISHED.items()},
+        guidance_scale=TEXT_GUIDANCE_SCALE,
+        prompts=MASKED_PROMPTS,
+    )
+)

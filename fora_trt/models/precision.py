@@ -1,8 +1,8 @@
-"""Half precision that holds: cache sites compute in fp16 or bf16, and what runs between them stays in fp32.
+"""Mixed precision: cache sites compute in fp16 or bf16, the operations between them in fp32.
 
-Between the sites are the residual sum, normalisation, modulation and gates, the timestep embedding and the positions:
-little arithmetic, and all of the places where fp16 is known to overflow and bf16 to lose what matters. Layers there
-that multiply by matrices (patches, adaLN, the last projection) keep half weights and half products too.
+Between the sites are residual additions, normalization, modulation, gates, timestep embedding and positions. They
+need little arithmetic, and they are where fp16 is known to overflow and bf16 to be too coarse. Layers outside the sites
+that multiply by matrices (patch embedding, adaLN, last projection) also use half-precision weights and arithmetic.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 # as everybody calls it
+import torch.nn.functional as F  # noqa: N812 # the usual name
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from fora_trt.contract import PRECISIONS
 from fora_trt.models.sites import matches
-from fora_trt.models.spec import PRECISIONS
 
 MULTIPLYING = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.Bilinear)
-"""Layers whose weights are large enough to be worth halving wherever they are."""
+"""Layers that use half-precision weights also outside cache sites, because their weights are large."""
 
 ONE_DTYPE = {
     *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, F.layer_norm, F.group_norm, F.rms_norm),
@@ -30,15 +30,15 @@ ONE_DTYPE = {
     *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
     *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm),
 }
-"""Functions that want one dtype of all their tensors; within a cache site tables kept in fp32 may have widened some."""
+"""Functions that need tensors of one dtype. In a cache site, tables kept in fp32 may have promoted other tensors."""
 
 
 def half_modules(
     module: nn.Module, sites: Iterable[str], keep_fp32: Sequence[str]
 ) -> tuple[list[nn.Module], list[nn.Module]]:
-    """What computes in half precision: the cache sites, and the multiplying layers outside of them.
+    """The modules that compute in half precision: the cache sites, and the `MULTIPLYING` layers outside them.
 
-    What a pattern of `keep_fp32` names, and all within it, is left out.
+    Layers outside the sites are excluded if they or a parent match a pattern of `keep_fp32`.
     """
     within = [module.get_submodule(path) for path in sites]
     inner = {id(part) for site in within for part in site.modules()}
@@ -59,7 +59,7 @@ def half_modules(
 def dtypes_of_parameters(
     module: nn.Module, precision: str, sites: Iterable[str], keep_fp32: Sequence[str]
 ) -> dict[str, torch.dtype]:
-    """The dtype that each parameter is to have, by name; names of shared parameters too. The module may be empty."""
+    """The dtype of each parameter by name, including all names of shared parameters. The module may be empty."""
     half = getattr(torch, PRECISIONS[precision])
     parts = chain(*half_modules(module, sites, keep_fp32))
     halved = {id(one) for part in parts for one in part.parameters()}
@@ -68,9 +68,9 @@ def dtypes_of_parameters(
 
 
 class HalfPrecision:
-    """Casts at the edges of what computes in half precision: narrower going in, fp32 coming out.
+    """Hooks that cast inputs of half-precision modules to half precision, and their outputs to fp32.
 
-    They belong to the module, so every way of running it (eagerly, traced, with features replaced) computes alike.
+    The hooks belong to the module, so it computes the same when run eagerly, traced, or with replaced features.
     """
 
     def __init__(self, module: nn.Module, precision: str, sites: Iterable[str], keep_fp32: Sequence[str]) -> None:
@@ -85,13 +85,13 @@ class HalfPrecision:
             site.forward = self._of_one_dtype(site.forward)
 
     def widen(self) -> None:
-        """Make all of it fp32 for good: the weights, and what is computed with them."""
+        """Convert weights and arithmetic to fp32 permanently."""
         self._module.float()
         self.dtype = torch.float32
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Let the module compute in fp32 for a while; the caller widens the weights."""
+        """Let the module compute in fp32 within the block; the caller must widen the weights."""
         self.dtype = torch.float32
         try:
             yield
@@ -114,7 +114,7 @@ class HalfPrecision:
 
 
 class _OneDtype(TorchFunctionMode):
-    """Gives the functions of `ONE_DTYPE` all their tensors in the precision of the site, as autocast would."""
+    """Casts all tensors passed to functions of `ONE_DTYPE` to the precision of the site, like autocast."""
 
     def __init__(self, precision: HalfPrecision) -> None:
         super().__init__()
@@ -127,5 +127,5 @@ class _OneDtype(TorchFunctionMode):
 
 
 def cast_all(tensors: Any, dtype: torch.dtype) -> Any:
-    """Every floating-point tensor of a tree in `dtype`; all else as it is."""
+    """Cast every floating-point tensor of a pytree to `dtype`; other leaves do not change."""
     return tree_map_only(Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, tensors)

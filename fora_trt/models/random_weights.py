@@ -1,4 +1,4 @@
-"""Seeded random weights for an empty module, for timing: unit gain, and gates that are not zero."""
+"""Published sizes with seeded random weights, for timing; the weights preserve variance, and gates are not zero."""
 
 from __future__ import annotations
 
@@ -7,10 +7,31 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from fora_trt.errors import ModelError
+from fora_trt.models.architectures import PipelineParts, published_sizes
+from fora_trt.models.assembly import EmptyModel
+from fora_trt.models.options import SourceOptions
 
-def draw_weights(module: nn.Module, dtypes: Mapping[str, torch.dtype], seed: int = 0) -> None:
-    """Fill a module whose parameters are on the meta device. Every tensor is drawn in its dtype at once."""
-    generator = torch.Generator().manual_seed(seed)
+
+def empty_of_published_size(options: SourceOptions, name: str) -> EmptyModel:
+    """The model of a published size such as `DiT-XL/2`. Raises `ModelError` for an unknown name."""
+    known = published_sizes()
+    if name not in known:
+        raise ModelError(f"unknown model 'random:{name}'; NAME must be one of {', '.join(known)}")
+    architecture = known[name]
+    options.refuse_all_but(architecture.takes)
+    published = architecture.published[name]
+    config, parts = published.config(options), PipelineParts(pipeline=published.pipeline)
+    spec = architecture.described(config, options, parts)
+    module = architecture.empty_module(config)
+    architecture.prepare(module, None)
+    named = f"random-{name.replace('/', '-')}"
+    return EmptyModel(named, module, spec, lambda dtypes: draw_weights(module, dtypes), config, parts=parts)
+
+
+def draw_weights(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Fill a module whose parameters are on the meta device; each tensor is drawn directly in its final dtype."""
+    generator = torch.Generator().manual_seed(0)
     named = {id(parameter): name for name, parameter in module.named_parameters()}
     drawn: dict[int, nn.Parameter] = {}
     for owner in module.modules():

@@ -1,4 +1,4 @@
-"""Recipe files: the options of an export, kept in a TOML file under `export/`."""
+"""Recipes: TOML files under `export/` with the options of an export."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fora_trt.contract import Optimization
 from fora_trt.errors import ModelError
 from fora_trt.models.options import SourceOptions
-from fora_trt.models.spec import Optimization
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,7 +19,7 @@ else:
 
 
 class Recipe(SourceOptions):
-    """What `fora-trt export` takes, by the names of its options; None where the recipe is silent."""
+    """The options of `fora-trt export` by name; None for an option that the recipe does not set."""
 
     name: str | None = None
     precision: str | None = None
@@ -28,12 +28,12 @@ class Recipe(SourceOptions):
     optimize: Optimization | None = None
 
     def options(self) -> SourceOptions:
-        """What of it says how to load the source."""
+        """The options that determine how the source is loaded."""
         return SourceOptions(**{name: getattr(self, name) for name in SourceOptions.model_fields})
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe. Raises `ModelError` that names the file and the key that is wrong."""
+    """Read a recipe. Raises `ModelError` that names the file and the invalid key."""
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         return Recipe.model_validate(values)
@@ -41,7 +41,7 @@ def read_recipe(path: Path) -> Recipe:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ModelError(
-            f"the recipe {path} is wrong at {key!r}: {first['msg']}; keys are {', '.join(Recipe.model_fields)}"
+            f"the recipe {path} is invalid at {key!r}: {first['msg']}; valid keys are {', '.join(Recipe.model_fields)}"
         ) from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"the recipe {path} cannot be read: {error}") from error
+        raise ModelError(f"the recipe {path} cannot be read: {error}; give the path of a valid TOML file") from error

@@ -1,4 +1,4 @@
-"""Which modules of a network are cache sites: kinds and patterns to module paths."""
+"""Find the cache sites of a network: resolve kinds and patterns to module paths."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import nn
 from fora_trt.errors import ExportError
 
 OTHER = "module"
-"""Kind of a site that the architecture has no word for."""
+"""Kind of a cache site that the architecture does not declare."""
 
 
 def find_sites(
     module: nn.Module, known: Mapping[str, Sequence[str]], cache: Sequence[str] | None
 ) -> list[tuple[str, str]]:
-    """Module path and kind of every site that `cache` asks for, in the order of the module tree.
+    """Module path and kind of every site that `cache` selects, in the order of the module tree.
 
     `known` maps the kinds of the architecture to patterns. Each entry of `cache` is such a kind (`attention`) or a
-    pattern over module paths (`transformer_blocks.*.attn1`); None asks for all kinds. Raises `ExportError` for one
-    that matches nothing, and for a site within another one.
+    pattern over module paths (`transformer_blocks.*.attn1`); None selects all kinds. Raises `ExportError` for an entry
+    that matches nothing, and for a site inside another site.
     """
     name = type(module).__name__
     paths = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
@@ -36,22 +36,22 @@ def find_sites(
         if not matched:
             raise ExportError(
                 f"the cache pattern {wanted!r} matches no module of {name}; give {choices}a pattern such as "
-                f"{example}, in which * stands for one part of a path; the module has {_outline(shapes)}"
+                f"{example}, in which * matches one part of a path; the module contains {_outline(shapes)}"
             )
         kinds.update({path: _kind_of(path, known) for path in matched})
     if not kinds:
         raise ExportError(
-            f"nothing to cache was named for {name}; give --cache a pattern such as {example}; "
-            f"the module has {_outline(shapes)}"
+            f"no cache sites are given for {name}; give --cache a pattern such as {example}; "
+            f"the module contains {_outline(shapes)}"
         )
     for path in kinds:
         if outer := next((one for one in kinds if path.startswith(f"{one}.")), None):
-            raise ExportError(f"the cache site {path} lies in the cache site {outer}; leave one out of --cache")
+            raise ExportError(f"the cache site {path} is inside the cache site {outer}; leave one out of --cache")
     return [(path, kinds[path]) for path in paths if path in kinds]
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a pattern stands for this module path, part by part."""
+    """Whether a module path matches a pattern, part by part."""
     parts, wanted = path.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
@@ -64,12 +64,12 @@ def _kind_of(path: str, known: Mapping[str, Sequence[str]]) -> str:
 
 
 def _shapes(paths: Sequence[str]) -> list[str]:
-    """Module paths with stars for numbers, without what lies deep; what there is several times of comes first."""
+    """Distinct module paths with stars for numbers, at most three levels deep; repeated modules come first."""
     starred = (".".join("*" if part.isdecimal() else part for part in path.split(".")) for path in paths)
     shapes = [shape for shape in dict.fromkeys(starred) if shape.count(".") < 3]
     return sorted(shapes, key=lambda shape: "*." not in shape)
 
 
 def _outline(shapes: Sequence[str], most: int = 12) -> str:
-    """As many of them as fit a sentence."""
+    """The first `most` paths, for a message."""
     return ", ".join(shapes[:most]) + (", ..." if len(shapes) > most else "")

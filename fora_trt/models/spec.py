@@ -1,148 +1,34 @@
-"""What the later stages need to know of a network: tensors at its edges, cache sites, latents, guidance."""
+"""The exporter's view of a network: `ModelSpec` describes an architecture, `Model` is a module ready to be split."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
+
+from fora_trt.contract import GuidanceSpec, InputSpec, LatentSpec, TensorSpec, TextSpec
+from fora_trt.models.options import SourceOptions
+from fora_trt.models.precision import HalfPrecision
 
 if TYPE_CHECKING:
     import torch
 
-    from fora_trt.models.options import SourceOptions
-    from fora_trt.models.precision import HalfPrecision
+DEFAULT_SCHEDULER: Mapping[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "clip_sample": False,
+}
+"""DDIM with the linear beta schedule of DDPM (arXiv 2006.11239), for a model without a scheduler configuration."""
 
-BATCH = "batch"
-"""Name of the one symbolic dimension: the first of every graph input and output."""
-
-LATENTS, TIMESTEP, CLASS_LABELS, NOISE_PREDICTION = "latents", "timestep", "class_labels", "noise_prediction"
-"""Names of tensors at the edges of both graphs; labels are an input of class-conditional models."""
-
-PROMPT, PROMPT_MASK = "encoder_hidden_states", "encoder_attention_mask"
-"""Names of the text inputs, as diffusers calls them: embeddings (B, L, D), and (B, L) with 1 where a token is."""
-
-FULL, REUSE, CONDITIONING, FULL_CONDITIONING = "full", "reuse", "conditioning", "full_conditioning"
-"""Names of the graphs, of their engines and of their files. A bundle without optimization has the first two; the others
-compute what timestep and class decide before the loop, the last of them what only full steps read."""
-
-FEATURE = "feature."
-"""A feature is named by this and the module path of its site, in both graphs."""
-
-HOISTED, FOLDED = "conditioning.", "folded."
-"""What the conditioning graph puts out for the others, and what the full graph puts out instead of features."""
-
-WINDOW = "window"
-"""Name of the symbolic dimension in front of `batch` in tensors that hold something for each reuse step of a window."""
-
-Optimization = Literal["none", "conditioning", "fold"]
-OPTIMIZATIONS: tuple[Optimization, ...] = get_args(Optimization)
-"""What is taken out of the graphs of a step, each with what is before it: nothing; what depends on timestep and class
-alone; the sum of the features."""
-
-
-def of_window(name: str) -> str:
-    """Name of the tensor that holds `name` for each reuse step of a window, (window, batch, ...)."""
-    return f"{WINDOW}.{name}"
-
-
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""Precision of a graph -> dtype of its weights, of what its cache sites compute, and of their features."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A named tensor of a graph; dtype as torch spells it, a shape that begins with the symbolic batch."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def sized(self, batch: int, window: int = 0) -> tuple[int, ...]:
-        """The shape for a batch size, and for so many reuse steps in a window."""
-        symbols = {BATCH: batch, WINDOW: window}
-        return tuple(symbols[size] if isinstance(size, str) else size for size in self.shape)
-
-
-def in_window(tensor: TensorSpec) -> TensorSpec:
-    """The tensor that holds another for each reuse step of a window."""
-    return TensorSpec(of_window(tensor.name), tensor.dtype, (WINDOW, *tensor.shape))
-
-
-def out_of_window(tensor: TensorSpec) -> TensorSpec:
-    """What such a tensor holds for one step."""
-    return TensorSpec(tensor.name.removeprefix(of_window("")), tensor.dtype, tensor.shape[1:])
-
-
-@dataclass(frozen=True)
-class CacheSite:
-    """A module whose output is cached, and its features: what it puts out before its gate is applied.
-
-    Nearly always that is one tensor; a module that returns a tuple has a feature for each tensor in it.
-    """
-
-    module: str
-    kind: str
-    features: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True)
-class LatentSpec:
-    """The space that the network denoises in: the shape (C, H, W) of one sample, the batch left out.
-
-    A VAE decodes latents / `scale` + `shift`; pixels have no VAE. With `learned_sigma` a prediction has 2C channels.
-    """
-
-    shape: tuple[int, ...]
-    scale: float = 1.0
-    shift: float = 0.0
-    pixels: bool = False
-    learned_sigma: bool = False
-
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.shape[0]
-
-
-@dataclass(frozen=True)
-class GuidanceSpec:
-    """Classes, and classifier-free guidance by a learned null class; without one there is no guidance.
-
-    Only the first `channels` of a prediction are guided, all of them without it.
-    """
-
-    num_classes: int
-    null_class: int | None
-    channels: int | None = None
-
-
-@dataclass(frozen=True)
-class TextSpec:
-    """Conditioning on text: how many tokens the graphs take, and the diffusers pipeline that encodes a prompt.
-
-    `encoder` is the folder or hub id with the tokenizer and the text encoder; None where there is none at hand.
-    """
-
-    length: int
-    pipeline: str
-    encoder: str | None
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """What may be put in an input of the graphs other than latents.
-
-    `values` bounds it, the upper bound excluded for whole numbers; None means normal noise. `default` holds the
-    numbers of one sample, row by row, for an input that a caller may leave out. Of `timestep` the upper bound is the
-    module's own: 1 for one whose time runs from 0 to 1, to which the timesteps of schedulers are then scaled.
-    """
-
-    values: tuple[float, float] | None = None
-    default: tuple[float, ...] | None = None
+CLASS_GUIDANCE_SCALE, TEXT_GUIDANCE_SCALE = 1.5, 4.5
+"""Default scales of classifier-free guidance: for classes from the DiT paper, for text from diffusers' PixArt."""
 
 
 def call_by_position(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Call a module with its inputs in order; of several outputs the first is the prediction."""
+    """Call a module with its inputs by position and return the prediction, the first of its outputs."""
     output: Any = module(*inputs.values())
     if hasattr(output, "sample"):  # the output classes of diffusers
         output = output.sample
@@ -152,14 +38,17 @@ def call_by_position(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """An architecture as the exporter sees it. For a module of one's own `inputs` is all that must be given.
+    """The exporter's description of an architecture. For a custom network, only `inputs` is required.
 
-    `inputs` begins with `latents` (B, ...) and `timestep` (B,), in the order in which `call` passes them on. `call`
-    runs the module on tensors by input name and returns its prediction; without one the module is called by position.
-    `cache_sites` maps the kind of a site to patterns over module paths, in which `*` stands for one path component.
-    `conditioning` says what may be put in the other inputs. `fp32_in_bf16` are patterns of modules that stay in fp32
-    in a bf16 bundle, whose 8 bits are too few for a timestep embedder; fp16 has 11, and old GPUs no fp32 products.
-    `scheduler` is a diffusers configuration; DDIM with a linear schedule without one.
+    - `inputs`: the inputs in the order in which `call` passes them, with `latents` (B, ...) and `timestep` (B,).
+    - `call`: runs the module on tensors by input name and returns the prediction; default: call by position.
+    - `cache_sites`: patterns over module paths for each kind of site; `*` matches one path component.
+    - `conditioning`: valid values of the other inputs.
+    - `fp32_in_bf16`: patterns of modules that stay in fp32 in a bf16 bundle. The 8 significant bits of bf16 are too few
+      for a timestep embedder. In fp16, 11 bits suffice, and old GPUs have no fast fp32 matrix products.
+    - `scheduler`: a diffusers configuration; default: `DEFAULT_SCHEDULER`.
+    - `guidance_scale`: the scale of classifier-free guidance if the user gives none; default: that of the architecture,
+      or for a custom network 1.5 with classes and 4.5 with text.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -173,14 +62,15 @@ class ModelSpec:
     text: TextSpec | None = None
     fp32_in_bf16: tuple[str, ...] = ()
     scheduler: Mapping[str, Any] | None = None
+    guidance_scale: float | None = None
 
 
 @dataclass
 class Model:
-    """A module ready to be split: in evaluation mode, on the CPU, cast to its precision for its cache sites.
+    """A module ready to be split: in evaluation mode, on the CPU, with cache sites cast to the precision.
 
     `sites` lists module path and kind of every cache site, in the order of the module tree. `image_size` is height and
-    width in pixels; None where nobody knows what the latents stand for.
+    width in pixels; None if it is unknown how latents relate to images.
     """
 
     options: SourceOptions
@@ -197,12 +87,17 @@ class Model:
 
     @property
     def latents(self) -> LatentSpec:
-        """The latents; what loads a model fills them in."""
+        """The spec of the latents, which is always set in a loaded model."""
         assert self.spec.latents is not None
         return self.spec.latents
 
     @property
+    def guidance_scale(self) -> float:
+        """The default scale of classifier-free guidance; 1 means no guidance."""
+        return 1.0 if self.spec.guidance_scale is None else self.spec.guidance_scale
+
+    @property
     def output(self) -> TensorSpec:
-        """The prediction; what loads a model fills it in."""
+        """The spec of the prediction, which is always set in a loaded model."""
         assert self.spec.output is not None
         return self.spec.output

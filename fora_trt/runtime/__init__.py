@@ -1,1 +1,1 @@
-"""Fifth stage: the denoiser that alternates engines, and the sampling loop around it."""
+"""Fifth stage: the denoiser, which alternates the full and the reuse engine along a schedule."""

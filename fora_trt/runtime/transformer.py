@@ -1,4 +1,4 @@
-"""The drop-in for diffusers: a module with the transformer's call and configuration that runs a denoiser."""
+"""The drop-in for diffusers pipelines: a module with the transformer's signature and config that runs a denoiser."""
 
 from __future__ import annotations
 
@@ -9,131 +9,112 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fora_trt.errors import BackendError, InputError, ScheduleError
-from fora_trt.models.spec import LATENTS, PRECISIONS
-from fora_trt.runtime.conditioning import inputs_of
-from fora_trt.runtime.denoiser import Denoiser, mend_overflow
+from fora_trt.contract import PRECISIONS
+from fora_trt.errors import BackendError, ScheduleError, ShapeError
+from fora_trt.runtime.interface import overflow_remedy
+from fora_trt.runtime.step_by_step import StepByStep
 from fora_trt.schedule import Schedule
 
 NESTED = "added_cond_kwargs"
-"""A dictionary of more inputs among a transformer's arguments."""
+"""A transformer argument that is a dictionary of further inputs (PixArt: resolution and aspect ratio)."""
+
+REMEDY = (
+    "call the pipeline with the exported sizes (height, width and use_resolution_binning=False; max_sequence_length "
+    "for a prompt), or export again with other sizes"
+)
 
 
 class DenoiserTransformer(nn.Module):
-    """Takes the place of `pipe.transformer`.
+    """Replaces `pipe.transformer`.
 
-    A pipeline says neither when a trajectory begins nor how many steps it has. Both are seen from the timestep that it
-    passes: it is one of those of `scheduler` or, where none was given, a view into those of the pipeline's. Where it is
-    no view (a copy from another device), a timestep that rises begins a trajectory, and steps are counted from its
-    first; a bundle whose sum is folded does not know the steps that follow then, and takes full ones.
+    A pipeline tells its transformer neither when a trajectory begins nor how many steps it has. This class derives both
+    from the timestep: it looks the timestep up in `scheduler.timesteps`. Without a scheduler it takes the timestep for
+    a view into the pipeline's tensor of timesteps and reads that tensor. If the timestep is not a view (such as a copy
+    from another device), a rising timestep begins a trajectory, and steps are counted from there. The later timesteps
+    are then unknown, so a bundle with folded sums runs full steps only.
     """
 
-    def __init__(self, denoiser: Denoiser, scheduler: Any = None) -> None:
+    def __init__(self, denoiser: StepByStep, scheduler: Any = None) -> None:
         super().__init__()
         self.denoiser = denoiser
         self._scheduler = scheduler
         self.config = FrozenDict(denoiser.manifest.model.config)
         self.dtype: torch.dtype = getattr(torch, PRECISIONS[denoiser.manifest.precision])
-        self._given = denoiser.schedule
+        self._rule = denoiser.rule
         self._last = float("inf")
-        self._step = -2  # before the one before the first
+        self._step = -2  # no step yet; -1 would make step 0 its successor
 
     @property
     def device(self) -> torch.device:
-        """Where the engines run."""
+        """The device of the engines."""
         return self.denoiser.device
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor | float, return_dict: bool = True, **conditioning: Any
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The transformer's own call; `conditioning` is `class_labels` for a DiT, text and its mask for a PixArt.
+        """The transformer's own call; `conditioning` is `class_labels` for a DiT, the prompt and its mask for a PixArt.
 
-        Raises `InputError` for what was not exported, `BackendError` for a prediction that is not finite.
+        Raises `ShapeError` for inputs or shapes that were not exported, `BackendError` for a prediction that is not
+        finite.
         """
-        given = self._inputs(conditioning)
-        self._check_latents(hidden_states)
+        nested = conditioning.pop(NESTED, None) or {}
+        given = {name: value for name, value in {**conditioning, **nested}.items() if value is not None}
         self._follow(timestep)
-        prediction = self.denoiser(hidden_states, timestep, **given)
+        try:
+            prediction = self.denoiser(hidden_states, timestep, **given)
+        except ShapeError as error:
+            raise ShapeError(f"{error}; {REMEDY}") from None
         if not prediction.isfinite().all():
             manifest = self.denoiser.manifest
             raise BackendError(
-                f"{manifest.name} puts out what is not finite in {manifest.precision}, first in "
-                f"{self.denoiser.first_not_finite()}; {mend_overflow(manifest.precision)}"
+                f"{manifest.name} outputs values that are not finite in {manifest.precision}, first in tensor "
+                f"{self.denoiser.first_not_finite()}; {overflow_remedy(manifest.precision)}"
             )
         prediction = prediction.to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def _follow(self, timestep: Tensor | float) -> None:
-        """Begin a trajectory where one begins, with the schedule for its number of steps."""
+        """Reset the denoiser if this timestep begins a trajectory, with the schedule for its number of steps."""
         now = float(torch.as_tensor(timestep).flatten()[0])
-        place = _place(timestep) if self._scheduler is None else self._place_in_scheduler(now)
+        located = _step_of_view(timestep) if self._scheduler is None else self._step_in_scheduler(now)
         begins = now > self._last or self.denoiser.finished or self._last == float("inf")
-        if place is not None:
-            step, all_steps = place
+        if located is not None:
+            step, timesteps = located
             begins = step == 0 or step != self._step + 1
             if begins:
-                self.denoiser.reset(self._schedule_of(len(all_steps) - step), all_steps[step:])
+                self.denoiser.reset(self._schedule_of(len(timesteps) - step), timesteps[step:])
             self._step = step
         elif begins:
-            self.denoiser.reset(self._given)
+            self.denoiser.reset(self._rule if isinstance(self._rule, Schedule) else Schedule.open(self._rule))
         self._last = now
 
-    def _place_in_scheduler(self, now: float) -> tuple[int, Tensor] | None:
-        """Which of the scheduler's timesteps this is, the next one if it can be, and all of them."""
+    def _step_in_scheduler(self, now: float) -> tuple[int, Tensor] | None:
+        """The index of this timestep among the scheduler's, and all of them; of equal ones the next is preferred."""
         timesteps = torch.as_tensor(self._scheduler.timesteps).cpu().float()
         following = self._step + 1
         if 0 <= following < len(timesteps) and timesteps[following] == now:
             return following, timesteps
-        found = (timesteps == now).nonzero().flatten()
-        return (int(found[0]), timesteps) if len(found) else None
+        indices = (timesteps == now).nonzero().flatten()
+        return (int(indices[0]), timesteps) if len(indices) else None
 
     def _schedule_of(self, steps: int) -> Schedule:
-        """The given schedule if it has so many steps, else one of the same interval."""
-        if steps == self._given.steps:
-            return self._given
-        if self._given.cache_interval is None:
+        """The denoiser's schedule for a trajectory of `steps` steps."""
+        if isinstance(self._rule, str):
+            return Schedule.open(self._rule, steps)
+        if steps != self._rule.steps:
             raise ScheduleError(
-                f"the pipeline takes {steps} steps, and the schedule that was given is for {self._given.steps}; call "
-                "the pipeline with as many, or load the bundle with cache_interval=N"
+                f"the pipeline takes {steps} steps, but the schedule has {self._rule.steps}; call the pipeline with "
+                f"{self._rule.steps} steps, or load the bundle with cache_interval=N"
             )
-        return Schedule.static(steps, min(self._given.cache_interval, steps))
-
-    def _inputs(self, conditioning: dict[str, Any]) -> dict[str, Tensor]:
-        """Tensors by the names of the graphs' inputs. What is None was not asked for."""
-        flat = {**conditioning, **(conditioning.get(NESTED) or {})}
-        flat.pop(NESTED, None)
-        given = {name: value for name, value in flat.items() if value is not None}
-        name, known = self.denoiser.manifest.name, inputs_of(self.denoiser.manifest)
-        if odd := [one for one in given if one not in known]:
-            raise InputError(
-                f"the pipeline passes {odd[0]!r}, which {name} was not exported with; it takes {', '.join(known)}"
-            )
-        for key, value in given.items():
-            wanted = known[key].sized(len(value))
-            if tuple(value.shape) != wanted:
-                raise InputError(
-                    f"the pipeline passes {key!r} as {list(value.shape)}, and {name} was exported for {list(wanted)}; "
-                    "call it with that size (max_sequence_length for a prompt), or export it again with another"
-                )
-        return given
-
-    def _check_latents(self, hidden_states: Tensor) -> None:
-        manifest = self.denoiser.manifest
-        expected = self.denoiser.full.inputs[LATENTS].sized(len(hidden_states))
-        if hidden_states.shape != expected:
-            raise InputError(
-                f"the pipeline asks for latents of {list(hidden_states.shape[1:])}, and {manifest.name} was exported "
-                f"for {list(expected[1:])}; give it that height and width, with use_resolution_binning=False, "
-                "or export it again with another --image-size"
-            )
+        return self._rule
 
 
-def _place(timestep: Tensor | float) -> tuple[int, Tensor] | None:
-    """Which timestep this is among all of them, if it is a view into all of them; and those."""
+def _step_of_view(timestep: Tensor | float) -> tuple[int, Tensor] | None:
+    """If this timestep is a view into a tensor of all timesteps: its index in that tensor, and that tensor."""
     if not isinstance(timestep, Tensor) or timestep.numel() == 0:
         return None
     steps = timestep.untyped_storage().nbytes() // timestep.element_size()
-    apart = any(stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True) if size > 1)
-    if apart or steps < 2:  # not one timestep for all, or a number on its own
+    differs = any(stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True) if size > 1)
+    if differs or steps < 2:  # the samples have separate timesteps, or the storage holds a single number
         return None
     return int(timestep.storage_offset()), timestep.as_strided((steps,), (1,), 0)

@@ -1,0 +1,150 @@
+"""The command `bench`: measures how much time caching saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fora_trt.cli.options import (
+    AS_JSON,
+    BUNDLE,
+    DEVICE,
+    ENGINES,
+    SCHEDULER,
+    SCHEDULES,
+    Numbers,
+    Words,
+    pipeline_of,
+    schedules_of,
+)
+from fora_trt.cli.terminal import plan_source, print_found, say, status
+from fora_trt.errors import InputError
+
+if TYPE_CHECKING:
+    from fora_trt.evaluate.bench import Benchmark
+    from fora_trt.report.results import Bench
+
+
+@click.command()
+@BUNDLE
+@click.option(
+    "--backends",
+    type=Words(),
+    default="tensorrt,tensorrt-rtx,onnxruntime",
+    help="Backends to time with every schedule; plain PyTorch, eager and compiled, is always timed too.",
+)
+@click.option(
+    "--cache-intervals",
+    type=Numbers(),
+    default="1,2,3,5,7",
+    help="Cache intervals to time; 1 (no caching) is always timed too.",
+)
+@SCHEDULES
+@click.option("--batch-sizes", type=Numbers(), default="1,4,16", help="Batch sizes in images.")
+@click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps.")
+@click.option("--repeats", type=click.IntRange(min=1), default=10, help="Timed runs of each row, after a warm-up.")
+@SCHEDULER
+@click.option(
+    "--guidance-scale",
+    type=click.FloatRange(min=0),
+    help="Classifier-free guidance scale; 0 to 1: none.  [default: the model's own]",
+)
+@click.option("--memory/--no-memory", default=True, help="Measure peak memory, in a separate process per backend.")
+@DEVICE
+@ENGINES
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: no report]")
+@click.option("--force", is_flag=True, help="Replace the latency part of an existing report.")
+@AS_JSON
+def bench(
+    bundle: Path,
+    backends: tuple[str, ...],
+    cache_intervals: tuple[int, ...],
+    schedules: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    steps: int,
+    repeats: int,
+    scheduler: str | None,
+    guidance_scale: float | None,
+    memory: bool,
+    device: str,
+    engines: Path,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Measure how much time caching saves: every backend with every schedule, and plain PyTorch.
+
+    Each cached row is paired with an equal-time control: fewer steps, no caching. Rows are timed in turn, so that a
+    change of the machine's speed affects all alike. Ctrl-C stops the measurement and keeps the results so far.
+
+    \b
+    Examples:
+      fora-trt bench export/digits --out report
+      fora-trt bench export/dit-xl-2-256 --batch-sizes 1,8,32 --out report
+      fora-trt bench export/digits --backends onnxruntime --cache-intervals 1,3 --repeats 3 --json
+    """
+    settings = {"steps": steps, "scheduler": scheduler, "guidance_scale": guidance_scale, "engines": engines}
+    pipeline = pipeline_of(bundle, as_json, **settings)
+    from fora_trt.engines.backends import backend_from_name
+    from fora_trt.evaluate.bench import Benchmark
+    from fora_trt.evaluate.targets import device_of, targets_of
+    from fora_trt.report.page import check_report_folder
+    from fora_trt.report.results import About
+
+    for name in backends:
+        backend_from_name(name)  # rejects a misspelled name before anything is loaded
+    taken = [pipeline.sampling(schedule=one).schedule for one in schedules_of(cache_intervals, schedules)]
+    if bad := [size for size in batch_sizes if size < 1]:
+        raise InputError(f"a batch size is {bad[0]}; at least 1 is needed")
+    if out is not None:
+        check_report_folder(out, "bench", About.of(pipeline.bundle), force)
+    with plan_source(engines, 2 * max(batch_sizes), as_json) as plans:
+        targets, absent = targets_of(
+            pipeline, backends, taken, lambda name: device_of(name, device), plans,
+            report=lambda stage: say(as_json, stage),
+        )  # fmt: skip
+    benchmark = Benchmark(pipeline, targets, absent, memory)
+    interrupted = _measured(benchmark, batch_sizes, repeats, as_json)
+    _show(benchmark.result(interrupted), benchmark, out, as_json)
+    if interrupted:
+        click.echo("interrupted: the results above were measured before", err=True)
+        click.get_current_context().exit(130)
+
+
+def _measured(benchmark: Benchmark, batch_sizes: tuple[int, ...], repeats: int, quiet: bool) -> bool:
+    """Measure all batch sizes; return whether Ctrl-C stopped the measurement."""
+    from fora_trt.sampling.conditioning import example_conditioning
+
+    try:
+        with status(quiet) as tell:
+            for images in sorted(set(batch_sizes)):
+                for stage in benchmark.measure(example_conditioning(benchmark.pipeline.manifest, images), repeats):
+                    tell(stage)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _show(found: Bench, benchmark: Benchmark, out: Path | None, as_json: bool) -> None:
+    """Write the report, and print the result."""
+    from fora_trt.report.environment import environment
+    from fora_trt.report.page import write_report
+    from fora_trt.report.results import About
+    from fora_trt.report.tables import bench_tables
+
+    report = None
+    if out is not None:
+        report = write_report(out, About.of(benchmark.pipeline.bundle), environment(), bench=found)
+    if as_json:
+        click.echo(found.model_dump_json())
+        return
+    for one in bench_tables(found):
+        print_found(one)
+    for missing in found.absent:
+        click.echo(f"{missing.backend}: {missing.why}")
+    for note in found.notes:
+        click.echo(note)
+    if out is not None and report is not None:
+        click.echo(f"{report.recommendation}\nwrote {out / 'report.html'}")

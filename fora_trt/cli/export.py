@@ -1,0 +1,181 @@
+"""The command `export`: exports a model as a bundle."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fora_trt.cli.options import AS_JSON, PRECISION, VAE, ImageSize, Words
+from fora_trt.cli.terminal import say
+from fora_trt.contract import OPTIMIZATIONS
+from fora_trt.errors import BackendError, ForaError, first_line
+
+if TYPE_CHECKING:
+    from fora_trt.bundle import Bundle, TrajectoryError
+    from fora_trt.models.recipes import Recipe
+
+
+@click.command()
+@click.argument("source")
+@click.option("--name", help="Name of the bundle.  [default: from the source]", show_default=False)
+@click.option("--out", type=click.Path(path_type=Path), default="export", help="Folder in which the bundle is written.")
+@click.option(
+    "--precision", type=PRECISION, help="Precision of weights and arithmetic.  [default: fp32]", show_default=False
+)
+@click.option(
+    "--image-size",
+    type=ImageSize(),
+    help="Image size in pixels: one number for a square, or HEIGHTxWIDTH.  [default: the model's own]",
+)
+@click.option(
+    "--cache",
+    type=Words(),
+    multiple=True,
+    help="Layers to cache: kinds of cache sites or patterns of module paths; comma-separated or repeated."
+    "  [default: all kinds]",
+    show_default=False,
+)
+@click.option(
+    "--architecture", help="Architecture of a state dict, such as DiT or SiT.  [default: detected from its tensors]"
+)
+@click.option(
+    "--num-heads", type=click.IntRange(min=1), help="Attention heads of a state dict, if its width does not imply them."
+)
+@click.option(
+    "--text-length", type=click.IntRange(min=1), help="Largest number of prompt tokens.  [default: the model's own]"
+)
+@VAE
+@click.option(
+    "--optimize",
+    type=click.Choice(OPTIMIZATIONS),
+    help="Work to move out of the loop: none, the conditioning path, or that and the cached sums.  [default: all]",
+    show_default=False,
+)
+@click.option("--opset", type=int, help="ONNX opset.  [default: 23]")
+@click.option(
+    "--measure-trajectory/--no-measure-trajectory",
+    "measured",
+    default=None,
+    help="Measure the error of fp16 or bf16 trajectories against fp32.  [default: if it takes under two minutes]",
+    show_default=False,
+)
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@AS_JSON
+def export(source: str, out: Path, measured: bool | None, force: bool, as_json: bool, **given: Any) -> None:
+    """Split a model into a full and a reuse graph and write them as a bundle.
+
+    SOURCE is one of: `digits` (a trained model that comes with fora-trt); a diffusers folder or hub id of a DiT or
+    PixArt; a state dict from the DiT or SiT repository; `package.module:factory` for your own network;
+    `random:DiT-XL/2` or another variant (random weights, for timing); a .toml recipe file.
+
+    \b
+    Examples:
+      fora-trt export digits
+      fora-trt export facebook/DiT-XL-2-256 --precision fp16
+      fora-trt export DiT-XL-2-512x512.pt --vae stabilityai/sd-vae-ft-ema
+      fora-trt export my_package.model:make --cache 'blocks.*.attn' --cache 'blocks.*.mlp'
+      fora-trt export random:DiT-S/2 --name s2
+      fora-trt export export/pixart-sigma-1024.toml
+    """
+    recipe = _recipe(source, given)
+    from fora_trt.export.write import bundle_from_model
+    from fora_trt.models.sources import model_from_source
+
+    say(as_json, f"loading {recipe.source}")
+    precision = recipe.precision or "fp32"
+    target = None if recipe.name is None else out / _folder_name(recipe.name)
+    model = model_from_source(recipe.options(), precision, recipe.cache)
+    target = target or out / _folder_name(model.name)
+    measure = measured is not False and precision != "fp32"
+    bundle = bundle_from_model(
+        model,
+        target,
+        opset=recipe.opset or 23,
+        optimization=recipe.optimize or OPTIMIZATIONS[-1],
+        force=force,
+        report=lambda stage: say(as_json, stage),
+        measure=lambda staged: _trajectory_error(staged, target, measured is True, as_json) if measure else None,
+    )
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle.folder), **bundle.manifest.model_dump(mode="json")}))
+    else:
+        _show(bundle)
+
+
+def _show(bundle: Bundle) -> None:
+    """Print what was written and its error against PyTorch."""
+    from fora_trt.runtime.interface import overflow_remedy
+
+    manifest = bundle.manifest
+    click.echo(f"wrote {bundle.folder}: {len(manifest.cache_sites)} cache sites, {manifest.precision}")
+    if (errors := manifest.measured_error) is None:
+        click.echo(
+            "error against PyTorch not measured: onnxruntime is missing or has no CPU kernels for this precision"
+        )
+    else:
+        shown = ", ".join(f"{name} graph {error.relative:.1e}" for name, error in errors.items())
+        click.echo(f"largest error relative to PyTorch in fp32: {shown}")
+        if not all(math.isfinite(error.relative) for error in errors.values()):
+            click.echo(
+                f"outputs of the graphs are not finite in {manifest.precision}; 'fora-trt run' names the first such "
+                f"tensor; {overflow_remedy(manifest.precision)}",
+                err=True,
+            )
+    if (whole := manifest.trajectory_error) is not None:
+        shown = ", ".join(f"{error.relative:.1e} ({schedule})" for schedule, error in whole.errors.items())
+        click.echo(f"error of {whole.steps} steps relative to fp32, on {whole.backend}: {shown}")
+
+
+def _trajectory_error(staged: Bundle, target: Path, asked: bool, as_json: bool) -> TrajectoryError | None:
+    """The error of whole trajectories of a bundle that will be written to `target`.
+
+    Returns None, with a message, if it cannot be measured or would take long. Raises `BackendError` if the user asked
+    for it and it cannot be measured.
+    """
+    from fora_trt.engines.backends import backend_from_name, device_from_name
+    from fora_trt.evaluate.verify import measured_trajectories
+
+    backend = backend_from_name("torch")  # always installed, and runs the graphs
+    say(as_json, "measuring trajectories against fp32")
+    try:
+        within_seconds = float("inf") if asked else 120.0
+        found = measured_trajectories(staged, backend.name, device_from_name("auto", backend), within_seconds)
+    except Exception as error:  # such as out of memory; the exported bundle is still valid
+        if asked and not isinstance(error, ForaError):
+            raise
+        reason = (first_line(error) or type(error).__name__).replace(str(staged.folder), str(target))
+        if asked:
+            raise BackendError(
+                f"the trajectory error could not be measured, so no bundle was written: {reason}; "
+                "--no-measure-trajectory exports without measuring"
+            ) from error
+        click.echo(f"the trajectory error could not be measured: {reason}", err=True)
+        return None
+    if found is None:
+        click.echo(
+            "trajectory error not measured: it would take over two minutes; --measure-trajectory measures it anyway",
+            err=True,
+        )
+    return found
+
+
+def _recipe(source: str, given: dict[str, Any]) -> Recipe:
+    """The options of a recipe file, if SOURCE is one, and of the command line; the latter override the file's."""
+    from fora_trt.models.recipes import Recipe, read_recipe
+
+    recipe = read_recipe(Path(source)) if source.endswith(".toml") else Recipe(source=source)
+    given["cache"] = tuple(pattern for patterns in given["cache"] for pattern in patterns) if given["cache"] else None
+    return recipe.model_copy(update={key: value for key, value in given.items() if value is not None})
+
+
+def _folder_name(name: str) -> str:
+    if name in ("", ".", "..") or name != Path(name).name or name.startswith(".") or "\0" in name:
+        raise click.BadParameter(
+            f"{name!r} is not a folder name; give a name without slashes that does not begin with a dot",
+            param_hint="--name",
+        )
+    return name

@@ -1,0 +1,60 @@
+"""The command `inspect`: shows a bundle's graphs and the speed-up that caching can reach."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from fora_trt.cli.options import AS_JSON, BUNDLE
+from fora_trt.cli.terminal import in_bytes, new_table, print_table
+
+
+@click.command()
+@BUNDLE
+@AS_JSON
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show a bundle's graphs, cache sites, and the speed-up that caching can reach.
+
+    \b
+    Example:
+      fora-trt inspect export/digits
+    """
+    from fora_trt.bundle import Bundle
+    from fora_trt.inspection import inspect_bundle
+
+    found = inspect_bundle(Bundle.open(bundle))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    made = f"{found['architecture']} from {found['source']}, {found['precision']}, opset {found['opset']}"
+    click.echo(f"{found['name']}: {made}")
+    sites = ", ".join(f"{count} {kind}" for kind, count in found["cache_sites"].items())
+    size = in_bytes(found["feature_bytes_per_sample"])
+    shapes = " or ".join(str([*shape]) for shape in found["feature_shapes"])
+    click.echo(f"cache sites: {sites}; feature shape {shapes}; all features take {size} per sample")
+    graphs = new_table("graphs", "graph", "nodes", "weights", "read at a batch of 1", "operations per sample")
+    for name, graph in found["graphs"].items():
+        weights, read = (in_bytes(graph[size]) for size in ("weight_bytes", "read_bytes"))
+        graphs.add_row(name, str(graph["nodes"]), weights, read, f"{graph['flops'] / 1e9:.3f} GFLOP")
+    print_table(graphs)
+    click.echo(f"optimization: {found['optimization']}")
+    click.echo(f"a reuse step does {found['arithmetic_kept']:.2%} of the arithmetic of a full step")
+    table = new_table(
+        f"{found['steps']} steps",
+        "cache interval",
+        "full steps",
+        "ideal speed-up",
+        "counting reuse steps",
+        "memory per sample",
+    )
+    for interval, row in found["cache_intervals"].items():
+        table.add_row(
+            str(interval),
+            str(row["full_steps"]),
+            f"{row['ideal_speedup']:.2f}x",
+            f"{row['arithmetic_speedup']:.2f}x",
+            in_bytes(row["kept_bytes_per_sample"]),
+        )
+    print_table(table)

@@ -1,0 +1,129 @@
+"""The command `quality`: measures how much caching changes the images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fora_trt.cli.options import (
+    AS_JSON,
+    BACKEND,
+    BATCH_SIZE,
+    BUNDLE,
+    CONDITIONING,
+    DEVICE,
+    ENGINES,
+    GUIDANCE_SCALE,
+    NEGATIVE_PROMPT,
+    SCHEDULES,
+    SEED,
+    VAE,
+    Numbers,
+    Words,
+    grouped,
+    pipeline_of,
+    schedules_of,
+)
+from fora_trt.cli.terminal import print_found, watched
+
+
+@click.command()
+@BUNDLE
+@click.option("--num-images", type=click.IntRange(min=2), default=1000, help="Number of images per setting.")
+@click.option("--cache-intervals", type=Numbers(), default="2,3,5", help="Cache intervals to compare with no caching.")
+@SCHEDULES
+@click.option("--steps", type=Numbers(), default="50", help="Numbers of denoising steps to compare.")
+@click.option(
+    "--schedulers",
+    type=Words(),
+    help="Schedulers to compare, such as ddim,dpm-solver++.  [default: the model's own]",
+)
+@grouped(
+    "wanted",
+    click.option("--prompt", multiple=True, help="Prompt; repeatable. The images cycle through all prompts."),
+    NEGATIVE_PROMPT,
+    CONDITIONING,
+)
+@grouped("settings", GUIDANCE_SCALE, BATCH_SIZE, BACKEND, DEVICE, ENGINES, VAE)
+@SEED
+@grouped(
+    "compared",
+    click.option(
+        "--inception-weights",
+        type=click.Path(path_type=Path),
+        help="Weights of torch-fidelity's InceptionV3, for Fréchet distance, precision and recall.",
+    ),
+    click.option(
+        "--reference",
+        type=click.Path(path_type=Path),
+        help="Reference images for a Fréchet distance: a .npz file in the layout of the ADM evaluator.",
+    ),
+)
+@click.option("--min-psnr", type=float, default=30.0, help="Smallest PSNR of the recommended setting, in dB.")
+@click.option("--no-images", is_flag=True, help="Keep only the image grid, not the images of every setting.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted measurement.")
+@AS_JSON
+def quality(
+    bundle: Path,
+    num_images: int,
+    cache_intervals: tuple[int, ...],
+    schedules: tuple[str, ...],
+    steps: tuple[int, ...],
+    schedulers: tuple[str, ...] | None,
+    wanted: dict[str, Any],
+    settings: dict[str, Any],
+    seed: int,
+    compared: dict[str, Path | None],
+    min_psnr: float,
+    no_images: bool,
+    out: Path,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Measure how much caching changes images: every setting against no caching, from the same noise.
+
+    Each cached setting is paired with an equal-time control: fewer steps, no caching. A class-conditional model cycles
+    through all its classes. Writes a report, an image grid, and the images of every setting to --out. An interrupted
+    measurement continues with --resume.
+
+    \b
+    Examples:
+      fora-trt quality export/digits --out report/
+      fora-trt quality export/dit-xl-2-256 --num-images 200 --schedulers ddim,dpm-solver++ --steps 20,50 --out report/
+      fora-trt quality export/dit-xl-2-256 --inception-weights weights-inception-2015-12-05-6726825d.pth --out report/
+    """
+    pipeline = pipeline_of(bundle, as_json, **settings)
+    from fora_trt.evaluate.quality import QualityOptions, measure_quality
+    from fora_trt.report.environment import environment
+    from fora_trt.report.page import check_report_folder, write_report
+    from fora_trt.report.results import About
+    from fora_trt.report.tables import quality_table
+    from fora_trt.sampling.conditioning import balanced_labels
+
+    manifest, about = pipeline.manifest, About.of(pipeline.bundle)
+    check_report_folder(out, "quality", about, resume)
+    without_classes = wanted["prompt"] or wanted["conditioning"] or manifest.guidance is None
+    labels = None if without_classes else balanced_labels(manifest, num_images)
+    options = QualityOptions(
+        images=num_images,
+        schedulers=schedulers or (None,),
+        steps=steps,
+        schedules=tuple(schedules_of(cache_intervals, schedules)),
+        seed=seed,
+        keep_images=not no_images,
+    )
+    given = pipeline.conditioning(labels, **wanted)
+    watch = watched("comparing", as_json)
+    found = measure_quality(pipeline, options, given, out, **compared, resume=resume, watch=watch)
+    report = write_report(out, about, environment(), quality=found, min_psnr=min_psnr)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle), "out": str(out), **found.model_dump(mode="json")}))
+        return
+    print_found(quality_table(found))
+    for note in (*found.notes, report.recommendation):
+        click.echo(note)
+    click.echo(f"wrote {out / 'report.html'}, {found.grid}{'' if no_images else ', and the images of every setting'}")

@@ -1,0 +1,130 @@
+"""The command `run`: makes a few images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fora_trt.cli.options import (
+    AS_JSON,
+    BUNDLE,
+    CONDITIONING,
+    NEGATIVE_PROMPT,
+    SEED,
+    Numbers,
+    SamplingOptions,
+    sampling_options,
+)
+from fora_trt.cli.terminal import watched
+from fora_trt.errors import InputError
+
+if TYPE_CHECKING:
+    from fora_trt.pipeline import Pipeline, PipelineOutput
+
+
+@click.command()
+@BUNDLE
+@click.option("--class-labels", type=Numbers(), help="Class labels, one per image.")
+@click.option("--prompt", multiple=True, help="Prompt; repeatable for more images.")
+@NEGATIVE_PROMPT
+@CONDITIONING
+@click.option("--num-images", type=click.IntRange(min=1), help="Images per prompt, or of an unconditional model.")
+@click.option("--height", type=click.IntRange(min=1), help="Image height; must be the exported one.")
+@click.option("--width", type=click.IntRange(min=1), help="Image width; must be the exported one.")
+@SEED
+@sampling_options
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="A .png file for a grid, or a folder for single images."
+)
+@click.option("--latents-out", type=click.Path(path_type=Path), help="Write the latents to this .npy file.")
+@AS_JSON
+def run(
+    bundle: Path,
+    height: int | None,
+    width: int | None,
+    sampling: SamplingOptions,
+    output: Path | None,
+    latents_out: Path | None,
+    as_json: bool,
+    **wanted: Any,
+) -> None:
+    """Make images with the two engines of a bundle.
+
+    Without -o and --latents-out, a grid is written to NAME.png in the current folder if latents can be decoded.
+
+    \b
+    Examples:
+      fora-trt run export/digits --class-labels 3,7,7 -o digits.png
+      fora-trt run export/digits --class-labels 0,1,2 --scheduler dpm-solver++ --steps 20 -o folder/
+      fora-trt run export/pixart-sigma-1024 --prompt "a lighthouse in a storm" --steps 20 -o lighthouse.png
+      fora-trt run export/dit-xl-2-256 --class-labels 207 --schedule fora:5 --json
+    """
+    pipeline = sampling.pipeline(bundle, as_json)
+    from fora_trt.images.decode import can_decode, check_image_size
+    from fora_trt.images.save import save_images, save_latents, writable_file, writable_images
+
+    check_image_size(pipeline.manifest, height, width)
+    if output is None and latents_out is None and (sampling.vae is not None or can_decode(pipeline.manifest)):
+        output = Path(f"{pipeline.manifest.name}.png")
+    if output is not None:
+        with _or_latents():
+            pipeline.decoder  # noqa: B018 # raises for a missing VAE before anything is computed
+        writable_images(output)
+    if latents_out is not None:
+        writable_file(latents_out)
+    made = pipeline(**wanted, watch=watched("denoising", as_json))
+    if latents_out is not None:
+        save_latents(made.latents, latents_out)
+    if output is not None:
+        with _or_latents():
+            save_images(made.images, output)
+    figures = _figures(bundle, pipeline, made)
+    written = {"output": output, "latents_out": latents_out}
+    if as_json:
+        click.echo(json.dumps({**figures, **{name: path and str(path) for name, path in written.items()}}))
+        return
+    click.echo(_sentence(figures, pipeline.backend.compiles))
+    for path in filter(None, written.values()):
+        click.echo(f"wrote {path}")
+
+
+@contextmanager
+def _or_latents() -> Iterator[None]:
+    """Add to a decoding error that latents can be written instead of images."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}; or write the latents with --latents-out FILE.npy") from error
+
+
+def _figures(bundle: Path, pipeline: Pipeline, made: PipelineOutput) -> dict[str, Any]:
+    """Settings and times, as values for JSON."""
+    schedule, trajectory, images = made.sampling.schedule, made.trajectory, len(made.latents)
+    return {
+        "bundle": str(bundle),
+        "backend": pipeline.backend.name,
+        "device": str(pipeline.device),
+        "scheduler": type(made.sampling.scheduler).__name__,
+        "images": images,
+        "batch_size": made.batch_size,
+        "guidance_scale": made.guidance.scale,
+        "guidance_interval": pipeline.config.guidance_interval,
+        "steps": schedule.steps,
+        "full_steps": made.full_steps,
+        "schedule": schedule.text,
+        "ideal_speedup": schedule.ideal_speedup,
+        "seconds": trajectory.seconds,
+        "seconds_per_image": trajectory.seconds / images,
+        **trajectory.median_milliseconds(),
+    }
+
+
+def _sentence(figures: dict[str, Any], compiles: bool) -> str:
+    where = f"{figures['backend']} ({figures['device']}){', compilation included' if compiles else ''}"
+    steps = f"{figures['steps']} steps, {figures['full_steps']} of them full, {figures['scheduler']}"
+    return f"{figures['images']} images in {figures['seconds']:.2f} s on {where}: {steps}"

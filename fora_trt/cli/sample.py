@@ -1,0 +1,97 @@
+"""The command `sample`: makes a large set of images for evaluation."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from fora_trt.cli.options import AS_JSON, BUNDLE, CONDITIONING, NEGATIVE_PROMPT, SEED, SamplingOptions, sampling_options
+from fora_trt.cli.terminal import watched
+
+if TYPE_CHECKING:
+    from fora_trt.bundle import Manifest
+
+
+@click.command()
+@BUNDLE
+@click.option("--num-images", type=click.IntRange(min=1), default=50_000, help="Number of images.")
+@click.option(
+    "--labels",
+    type=click.Choice(["balanced", "drawn"]),
+    default="balanced",
+    help="Class labels: cycle through all classes, or draw them at random.",
+)
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path),
+    help="Text file with one prompt per line; the images cycle through them.",
+)
+@NEGATIVE_PROMPT
+@CONDITIONING
+@SEED
+@sampling_options
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["npz", "png"]),
+    default="npz",
+    help="One .npz archive, or one .png file per image.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the images.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@AS_JSON
+def sample(
+    bundle: Path,
+    num_images: int,
+    labels: str,
+    prompts_file: Path | None,
+    negative_prompt: str,
+    conditioning: Path | None,
+    seed: int,
+    sampling: SamplingOptions,
+    layout: Literal["npz", "png"],
+    out: Path,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Make a large set of images for evaluation, in the layout of the ADM evaluator.
+
+    Image k has the seed SEED + k. A run that was interrupted at any moment, even by kill -9, continues with --resume;
+    the images are the same, bit for bit, as without the interruption. `samples.npz` contains the images `arr_0`
+    (N, H, W, 3) and, for a class-conditional model, the labels `arr_1`.
+
+    \b
+    Examples:
+      fora-trt sample export/digits --num-images 2000 --out samples/
+      fora-trt sample export/dit-xl-2-256 --labels drawn --guidance-scale 1.5 --out samples/ --resume
+    """
+    pipeline = sampling.pipeline(bundle, as_json)
+    from fora_trt.evaluate.sample_set import SampleSet
+    from fora_trt.sampling.request import lines_of
+
+    prompts = lines_of(prompts_file) if prompts_file else ()
+    without_classes = prompts or conditioning is not None
+    classes = None if without_classes else _classes(pipeline.manifest, labels, num_images, seed)
+    given = pipeline.conditioning(classes, prompts, negative_prompt, conditioning)
+    images = SampleSet.of(out, pipeline, given, num_images, seed, layout)
+    began = time.perf_counter()
+    made = images.make(resume, watched("sampling", as_json))
+    seconds = time.perf_counter() - began
+    if as_json:
+        click.echo(json.dumps({"output": str(made), "seconds": seconds, **images.settings.model_dump(mode="json")}))
+    else:
+        click.echo(f"wrote {made}: {num_images} images ({seconds:.1f} s in this call)")
+
+
+def _classes(manifest: Manifest, labels: str, num_images: int, seed: int) -> list[int] | None:
+    """One class label per image; None for a model without classes."""
+    from fora_trt.sampling.conditioning import balanced_labels, drawn_labels
+
+    if manifest.guidance is None:
+        return None
+    return balanced_labels(manifest, num_images) if labels == "balanced" else drawn_labels(manifest, num_images, seed)

@@ -1,0 +1,124 @@
+"""A CPU kernel for ONNX Runtime that computes the folded sum of gate * feature, and the graph pass that uses it.
+
+ONNX Runtime's Mul and Add nodes write and read every intermediate tensor; the kernel (`weighted_sum.c`) reads each
+feature once. It is compiled for this machine at first use; without a C compiler the graphs run unchanged.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from fora_trt.export.nodes import only_maker
+
+DOMAIN, OPERATOR = "fora_trt", "WeightedSum"
+
+MOST_TERMS = 64
+"""Largest number of terms in one sum; the size of the kernel's arrays."""
+
+OPTIONS = ("-std=gnu17", "-O3", "-march=native", "-shared", "-fPIC")
+
+
+@cache
+def kernel_library() -> Path | None:
+    """Compile the kernel once per process and return its path; None if it cannot be compiled or loaded.
+
+    The compiler is `cc`, or the value of the environment variable `CC`.
+    """
+    import onnxruntime  # not at the top: other backends use the pass without onnxruntime
+
+    folder = tempfile.TemporaryDirectory(prefix="fora-trt-")
+    atexit.register(folder.cleanup)
+    library = Path(folder.name) / "weighted_sum.so"
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    try:
+        with as_file(files("fora_trt.engines.onnxruntime") / "weighted_sum.c") as source:
+            command = [*compiler, *OPTIONS, "-o", str(library), str(source)]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+        onnxruntime.SessionOptions().register_custom_ops_library(str(library))
+    except Exception:  # no compiler, one that does not support these options, or a folder mounted noexec
+        return None
+    return library
+
+
+class FuseWeightedSumsPass(InPlacePass):
+    """Replaces the sums that `export.fold` writes by the operator WeightedSum, for fp32 features (B, N, C)."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        fused = [_fused(model.graph, node) for node in tuple(model.graph) if node.op_type == "ReduceSum"]
+        if any(fused):
+            RemoveUnusedNodesPass()(model)
+            model.graph.opset_imports[DOMAIN] = 1
+        return PassResult(model, modified=any(fused))
+
+
+def _fused(graph: ir.Graph, node: ir.Node) -> bool:
+    """Replace a ReduceSum over gate_k * feature_k, and a following Add, by one WeightedSum; False if it is none."""
+    product = only_maker(node.inputs[0], "Mul")
+    sides = [] if product is None else [_stacked(value) for value in product.inputs]
+    total = node.outputs[0]
+    if len(sides) != 2 or not all(sides) or total.dtype != ir.DataType.FLOAT:
+        return False
+    gates, features = sides if _rows(sides[0]) == 1 else sides[::-1]
+    if not _fits(gates, features):
+        return False
+    begun: list[ir.Value] = []
+    adding = total.consumers()
+    if len(adding) == 1 and adding[0].op_type == "Add" and not total.is_graph_output():
+        (other,) = (value for value in adding[0].inputs if value is not total)
+        if other is not None and other.dtype == total.dtype and _begins(other.shape, features[0].shape, total.shape):
+            begun, node, total = [other], adding[0], adding[0].outputs[0]
+    fused = ir.Node(DOMAIN, OPERATOR, [*begun, *gates, *features], num_outputs=1)
+    result = fused.outputs[0]
+    result.name, result.type, result.shape = total.name, total.type, total.shape
+    total.name = f"{total.name}.unfused"
+    graph.insert_before(node, [fused])
+    ir.convenience.replace_all_uses_with(total, result, replace_graph_outputs=True)
+    return True
+
+
+def _begins(shape: ir.Shape | None, feature: ir.Shape | None, total: ir.Shape | None) -> bool:
+    """Whether a sum can start with a value of this shape: (1, N, C), (B, N, C), or the shape of the sum."""
+    return shape is not None and feature is not None and shape in (total, feature, ir.Shape([1, *feature[1:]]))
+
+
+def _stacked(value: ir.Value | None) -> Sequence[ir.Value]:
+    """The values that a Concat of Unsqueeze outputs stacks; empty for other values."""
+    concat = only_maker(value, "Concat")
+    parts = [] if concat is None else [one.producer() for one in concat.inputs if one is not None]
+    if not all(part is not None and part.op_type == "Unsqueeze" for part in parts):
+        return []
+    return [one for part in parts if part is not None and (one := part.inputs[0]) is not None]
+
+
+def _rows(values: Sequence[ir.Value]) -> object:
+    shape = values[0].shape
+    return shape[-2] if shape is not None and len(shape) > 1 else None
+
+
+def _fits(gates: Sequence[ir.Value], features: Sequence[ir.Value]) -> bool:
+    """Whether gates have the shape (W, B, 1, C) or (B, 1, C), and features (B, N, C)."""
+    sizes = [[one.shape for one in values] for values in (gates, features)]
+    if len(gates) != len(features) or len(gates) > MOST_TERMS:
+        return False
+    if any(shape is None or shape != many[0] for many in sizes for shape in many):
+        return False
+    gate, feature = (many[0] for many in sizes)
+    return (
+        gate is not None
+        and feature is not None
+        and len(feature) == 3
+        and len(gate) in (3, 4)
+        and (gate[-3], gate[-2], gate[-1]) == (feature[0], 1, feature[2])
+    )

@@ -1,0 +1,196 @@
+"""Atomic writing of files and folders, and folders whose files are listed in a manifest, whatever they contain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fora_trt.errors import ForaError, InputError
+
+MANIFEST = "manifest.json"
+_DIGEST = "sha256"
+
+
+class Record(BaseModel):
+    """A part of a manifest: typed and immutable; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(Record):
+    """SHA-256 and size in bytes that a file must have."""
+
+    sha256: str
+    size: int
+
+
+ManifestType = TypeVar("ManifestType", bound=Record)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file next to `path`: it replaces `path` when the block ends and is deleted when the block fails."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    written = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        written.chmod(0o644)
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file atomically. Raises `InputError` if it cannot be written."""
+    try:
+        with beside(path) as file:
+            write(file)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}; give another path") from error
+
+
+def write_manifest(folder: Path, manifest: Record) -> None:
+    """Write `manifest.json` into `folder` atomically; on failure an existing one stays unchanged."""
+    with beside(folder / MANIFEST) as file:
+        file.write(sealed(manifest.model_dump(mode="json")).encode())
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """A manifest as JSON text; its last key is the SHA-256 of the other keys, which detects any alteration."""
+    return json.dumps({**content, _DIGEST: _digest_of(content)}, indent=2) + "\n"
+
+
+def read_manifest(
+    folder: Path,
+    kind: type[ManifestType],
+    version: int,
+    what: str,
+    mend: str,
+    error: type[ForaError],
+    name: str = MANIFEST,
+) -> ManifestType:
+    """Read and check the manifest of a `what` ("bundle"), which must have format `version`.
+
+    Raises `error`, whose message names the file, the problem, and `mend`, the instruction that repairs it.
+    """
+    path = folder / name
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        found = content["format_version"]
+    except OSError as problem:
+        raise error(f"{path} cannot be read ({problem.strerror}); make it readable, or {mend}") from problem
+    except (ValueError, KeyError, TypeError) as problem:
+        raise error(f"{path} is not the manifest of a {what}: {problem}; {mend}") from problem
+    if not isinstance(found, int) or found > version:
+        raise error(f"{path} has format version {found}; this fora-trt reads up to {version}: pip install -U fora-trt")
+    if found < version:
+        raise error(f"{path} has format version {found} of an older fora-trt; version {version} is needed; {mend}")
+    digest = content.pop(_DIGEST, None)
+    if digest != _digest_of(content) or text != sealed(content):  # other digits may be the same number
+        raise error(f"{path} was altered: its content does not match the SHA-256 that it records; {mend}")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the top level"
+        raise error(f"{path} is damaged at {where}: {first['msg']}; {mend}") from problem
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_files(folder: Path, files: Mapping[str, FileRecord], mend: str, error: type[ForaError]) -> None:
+    """Raise `error` unless every file is a regular file in this folder with the recorded size and SHA-256."""
+    for name, record in files.items():
+        if Path(name).name != name or "\\" in name:
+            raise error(f"the manifest of {folder} lists {name!r}, a path outside the folder; do not use this folder")
+        path = folder / name
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            raise error(f"{path} is missing; {mend}") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{path} is a link or not a regular file; copy the file itself to this path")
+        if status.st_size != record.size:
+            raise error(f"{path} has {status.st_size} bytes; the manifest records {record.size}; {mend}")
+    paths = [folder / name for name in files]
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        for path, digest, record in zip(paths, pool.map(sha256_of, paths), files.values(), strict=True):
+            if digest != record.sha256:
+                raise error(f"{path} was altered: its SHA-256 differs from the one in the manifest; {mend}")
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, which is memory-mapped instead of read."""
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return hashlib.sha256().hexdigest()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return hashlib.sha256(content).hexdigest()
+
+
+def record_of(path: Path) -> FileRecord:
+    """SHA-256 and size of a file, as a manifest records them."""
+    return FileRecord(sha256=sha256_of(path), size=path.stat().st_size)
+
+
+@contextmanager
+def staging(target: Path, force: bool, what: str, error: type[ForaError]) -> Iterator[Path]:
+    """A temporary folder next to `target`: it replaces `target` when the block ends and is deleted if the block fails.
+
+    Raises `error` if `target` exists and either `force` is false or `target` is not a `what` ("bundle"), and if
+    `target` cannot be written.
+    """
+    try:
+        there, known = target.exists(), (target / MANIFEST).is_file()
+    except OSError as problem:  # such as a name that is too long
+        raise error(f"{target} cannot be written ({problem.strerror}); choose another name or folder") from problem
+    if there and not force:
+        raise error(f"{target} already exists; give --force to replace it or --name to choose another name")
+    if there and not known:
+        raise error(f"{target} is not a {what}, so --force does not replace it; remove it or choose another folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as problem:
+        raise error(
+            f"{target.parent} cannot be written ({problem.strerror}); choose another folder with --out"
+        ) from problem
+    try:
+        folder.chmod(0o755)
+        yield folder
+        _move(folder, target, replace=force and target.exists())
+    except OSError as problem:
+        raise error(f"writing {target} failed ({problem.strerror or problem}); nothing was changed") from problem
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move(folder: Path, target: Path, replace: bool) -> None:
+    """Rename `folder` to `target`; an old `target` is moved aside first and deleted last."""
+    if not replace:
+        folder.rename(target)  # fails if another process has created `target` meanwhile
+        return
+    aside = folder.with_name(folder.name + ".old")
+    target.rename(aside)
+    try:
+        folder.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

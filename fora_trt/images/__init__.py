@@ -1,0 +1,1 @@
+"""Decodes latents to images and writes them to files."""

@@ -1,0 +1,123 @@
+"""Decodes latents to images, with the VAE if the model has one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fora_trt.bundle import Manifest
+from fora_trt.errors import InputError, first_line
+from fora_trt.quiet import quiet
+
+DECODED_AT_ONCE = 8 * 256 * 256  # pixels of the first batch; a batch that does not fit GPU memory is halved
+
+
+def can_decode(manifest: Manifest) -> bool:
+    """Whether latents of this bundle can become images: they are pixels, or the source has a VAE."""
+    return manifest.latents.pixels or manifest.model.vae is not None
+
+
+def check_image_size(manifest: Manifest, height: int | None, width: int | None) -> None:
+    """Raise `InputError` for a height or width other than the exported one: the graphs have fixed sizes."""
+    if height is None and width is None:
+        return
+    size = manifest.model.image_size
+    if size is None:
+        raise InputError(f"the manifest of {manifest.name} has no image size; leave --height and --width out")
+    if (height or size[0], width or size[1]) != size:
+        wanted = f"{height or size[0]}x{width or size[1]}"
+        raise InputError(
+            f"{manifest.name} was exported for images of {size[0]}x{size[1]} (height x width), not {wanted}; export it "
+            f"again: fora-trt export {manifest.model.options.source} --image-size {wanted}"
+        )
+
+
+class Decoder:
+    """Decodes latents to images, with the VAE of the model if it has one."""
+
+    def __init__(self, manifest: Manifest, vae: str | None = None) -> None:
+        """Find the VAE, at `vae` or at the location in the manifest; its weights are loaded at the first use.
+
+        Raises `InputError` if there is none, so that no time is spent on latents that cannot be decoded.
+        """
+        self.manifest, self._where = manifest, vae or manifest.model.vae
+        self._subfolder: str | None = None
+        self._vae: Any = None
+        if manifest.latents.pixels:
+            return
+        if self._where is None:
+            raise InputError(
+                f"{manifest.name} needs a VAE to decode its latents; its source {manifest.model.options.source!r} has "
+                "none; name one with --vae FOLDER"
+            )
+        self._subfolder = _subfolder_of_vae(self._where)
+
+    def images(self, latents: Tensor, device: torch.device) -> list[Image.Image]:
+        """One RGB or grey image for each of `latents` (B, C, H, W). Raises `InputError` for non-finite pixels."""
+        return [Image.fromarray(image.squeeze(-1).numpy()) for image in self.levels(latents, device)]
+
+    @torch.inference_mode()
+    def levels(self, latents: Tensor, device: torch.device) -> Tensor:
+        """The same images as a tensor of integers from 0 to 255, (B, H, W, 3 or 1) in uint8 on the CPU."""
+        pixels = latents if self.manifest.latents.pixels else self._decoded(latents, device)
+        if not pixels.isfinite().all():
+            raise InputError(
+                f"the decoded images of {self.manifest.name} are not finite, though the latents are: the VAE "
+                f"{self._where!r} overflows; give another one with --vae"
+            )
+        levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return levels.permute(0, 2, 3, 1).cpu().contiguous()
+
+    def _decoded(self, latents: Tensor, device: torch.device) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W) in [-1, 1] on the CPU, in fp32, in batches that fit the device's memory."""
+        vae, latent = self._vae_on(device), self.manifest.latents
+        scaled = latents.to(device) / latent.scale + latent.shift
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        at_once = max(1, DECODED_AT_ONCE // (factor**2 * latents.shape[-1] * latents.shape[-2]))
+        done: list[Tensor] = []
+        while (count := sum(map(len, done))) < len(scaled):
+            try:
+                done.append(vae.decode(scaled[count : count + at_once]).sample.cpu())
+            except torch.cuda.OutOfMemoryError:  # noqa: PERF203 # each batch may be too large
+                if at_once == 1:
+                    raise InputError(
+                        f"{device} has too little free memory to decode one image; end other processes that use it"
+                    ) from None
+                at_once //= 2
+                torch.cuda.empty_cache()
+        return torch.cat(done)
+
+    def _vae_on(self, device: torch.device) -> Any:
+        """The VAE on a device; loaded at the first call and kept."""
+        from diffusers import AutoencoderKL
+
+        if self._vae is None:
+            try:
+                with quiet("huggingface_hub"), quiet("diffusers"):
+                    self._vae = AutoencoderKL.from_pretrained(
+                        self._where, subfolder=self._subfolder, torch_dtype=torch.float32
+                    )
+            except (OSError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"the VAE {self._where!r} cannot be loaded: {first_line(error)}; give another one with --vae FOLDER"
+                ) from error
+        return self._vae.to(device)
+
+
+def _subfolder_of_vae(where: str) -> str | None:
+    """The subfolder of the VAE in a pipeline's folder or repository; None if `where` is itself a VAE."""
+    from diffusers import AutoencoderKL
+
+    for subfolder in ("vae", None):
+        try:
+            with quiet("huggingface_hub"), quiet("diffusers"):
+                AutoencoderKL.load_config(where, subfolder=subfolder)
+                return subfolder
+        except (OSError, ValueError):  # noqa: PERF203 # only two iterations
+            continue
+    raise InputError(
+        f"no VAE was found at {where!r}; give the folder of a VAE, downloaded with network access, with --vae"
+    )

@@ -1,0 +1,60 @@
+"""Statistics of a bundle's graphs and the speed-up that caching can reach, from the bundle's files alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from fora_trt.bundle import Bundle
+from fora_trt.contract import FULL, REUSE
+from fora_trt.engines.memory import bytes_of
+from fora_trt.export.statistics import graph_statistics
+from fora_trt.schedule import Schedule
+
+STEPS = 50
+CACHE_INTERVALS = (1, 2, 3, 4, 5, 7, 10)
+
+
+def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Graphs, features and the ideal speed-up per cache interval, as values for JSON.
+
+    `arithmetic_kept` is the operations of a reuse step divided by those of a full step. `ideal_speedup` assumes that a
+    reuse step costs nothing; `arithmetic_speedup` counts its operations. `read_bytes` are weights plus the inputs of
+    one sample. `kept_bytes_per_sample` is what a full step stores for the reuse steps of its window: features, or their
+    folded sums.
+    """
+    manifest = bundle.manifest
+    graphs = {name: graph_statistics(bundle.graph_path(name)) for name in manifest.graphs}
+    kept_tensors = manifest.graphs[FULL].outputs[1:]
+    kept = graphs[REUSE].flops / graphs[FULL].flops
+    schedules = {interval: Schedule.fora(STEPS, interval) for interval in CACHE_INTERVALS}
+    return {
+        "name": manifest.name,
+        "source": manifest.model.options.source,
+        "architecture": manifest.model.architecture,
+        "precision": manifest.precision,
+        "opset": manifest.opset,
+        "versions": manifest.versions,
+        "measured_error": {name: vars(error) for name, error in (manifest.measured_error or {}).items()},
+        "trajectory_error": None if manifest.trajectory_error is None else asdict(manifest.trajectory_error),
+        "optimization": manifest.optimization,
+        "graphs": {
+            name: {**vars(one), "read_bytes": one.weight_bytes + bytes_of(manifest.graphs[name].inputs, 1)}
+            for name, one in graphs.items()
+        },
+        "cache_sites": dict(Counter(site.kind for site in manifest.cache_sites)),
+        "feature_shapes": list(dict.fromkeys(feature.shape for feature in manifest.features())),
+        "feature_bytes_per_sample": bytes_of(manifest.features(), 1),
+        "arithmetic_kept": kept,
+        "steps": STEPS,
+        "cache_intervals": {
+            interval: {
+                "full_steps": schedule.full_steps,
+                "ideal_speedup": schedule.ideal_speedup,
+                "kept_bytes_per_sample": bytes_of(kept_tensors, 1, schedule.longest_window),
+                "arithmetic_speedup": STEPS / (schedule.full_steps + kept * (STEPS - schedule.full_steps)),
+            }
+            for interval, schedule in schedules.items()
+        },
+    }

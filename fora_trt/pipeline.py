@@ -1,0 +1,286 @@
+"""The pipeline: combines scheduler, schedule, denoiser, guidance and decoder of a bundle to make images.
+
+from fora_trt import Pipeline
+
+pipeline = Pipeline("export/digits", cache_interval=3)
+images = pipeline(class_labels=[3, 7], steps=50, seed=0).images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+from torch import Tensor
+
+from fora_trt.bundle import Bundle, Manifest
+from fora_trt.engines.backends import AUTO, Backend, backend_from_name, device_from_name
+from fora_trt.engines.options import EngineOptions, Progress
+from fora_trt.errors import InputError
+from fora_trt.images.decode import Decoder
+from fora_trt.runtime.denoiser import Denoiser
+from fora_trt.runtime.interface import Predictor
+from fora_trt.sampling.conditioning import Conditioning, usual_guidance_scale
+from fora_trt.sampling.guidance import Guidance
+from fora_trt.sampling.loop import Sampler, Trajectory, Watch
+from fora_trt.sampling.request import conditioning_of
+from fora_trt.sampling.scheduler_step import SchedulerStep, scheduler_step_from
+from fora_trt.sampling.schedulers import scheduler_from_config
+from fora_trt.schedule import DEFAULT_INTERVAL, NONE, Schedule, fora_text
+
+GUIDED = Guidance(2.0)
+"""Guidance on all steps, at an arbitrary scale: the batch of every step is twice the number of images."""
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """All settings of a pipeline, as values that can be pickled. None means the model's default.
+
+    `schedule` is a text form (`fora:3`, `none`), a .json file, or a `Schedule`; `cache_interval=3` is short for
+    `schedule="fora:3"`, the default. `scheduler` is a short name (`ddim`) or a diffusers class; `timestep_spacing` is
+    leading, linspace or trailing. `guidance_interval` has the first guided step and the step after the last; None means
+    all steps. `engines` is the folder of TensorRT plans. `batch_size` images are denoised together. `vae` is a folder
+    or hub id.
+    """
+
+    bundle: str | Path
+    schedule: Schedule | str = ""
+    scheduler: str | None = None
+    timestep_spacing: str | None = None
+    steps: int = 50
+    guidance_scale: float | None = None
+    guidance_interval: tuple[int, int] | None = None
+    batch_size: int = 64
+    backend: str = AUTO
+    device: str = AUTO
+    engines: str | Path = "engines"
+    vae: str | None = None
+    cache_interval: InitVar[int | None] = None
+
+    def __post_init__(self, cache_interval: int | None) -> None:
+        if self.schedule and cache_interval is not None:
+            raise InputError(
+                f"schedule={self.schedule!r} and cache_interval={cache_interval} say the same thing in two ways; give "
+                "one of them"
+            )
+        if not self.schedule:
+            object.__setattr__(
+                self, "schedule", fora_text(DEFAULT_INTERVAL if cache_interval is None else cache_interval)
+            )
+        if self.batch_size < 1:
+            raise InputError(f"the batch size is {self.batch_size}; at least 1 is needed")
+
+
+@dataclass
+class PipelineOutput:
+    """Result of a pipeline call.
+
+    `latents` are (N, C, H, W) in fp32 on the CPU; `images` are decoded at the first access. `trajectory` has the times
+    of all batches, `sampling` and `guidance` the settings they were made with.
+    """
+
+    latents: Tensor
+    trajectory: Trajectory
+    sampling: Sampling
+    guidance: Guidance
+    batch_size: int
+    decode: Callable[[Tensor], list[Image.Image]] = field(repr=False)
+
+    @property
+    def full_steps(self) -> int:
+        """Full steps of one trajectory; more than in the schedule if guidance begins after the first step."""
+        return len(self.trajectory.full_seconds) // -(-len(self.latents) // self.batch_size)
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """The decoded images. Raises `InputError` if there is no VAE to decode the latents."""
+        return self.decode(self.latents)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A scheduler at a number of steps, and a schedule that says for each model evaluation whether it runs in full."""
+
+    scheduler: SchedulerMixin
+    steps: int
+    scheduler_step: SchedulerStep
+    schedule: Schedule
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin, steps: int, schedule: Schedule | str = NONE) -> Sampling:
+        """Create both. Raises `InputError` or `ScheduleError` if one of them does not support the number of steps."""
+        scheduler_step = scheduler_step_from(scheduler, steps)
+        return cls(scheduler, steps, scheduler_step, _schedule_for(scheduler_step.nfe, schedule))
+
+    @property
+    def nfe(self) -> int:
+        """Number of model evaluations (NFE), which is larger than the number of steps for Heun and PNDM."""
+        return self.scheduler_step.nfe
+
+    def with_schedule(self, schedule: Schedule | str) -> Sampling:
+        """The same scheduler and steps with another schedule."""
+        return replace(self, schedule=_schedule_for(self.nfe, schedule))
+
+
+def _schedule_for(nfe: int, schedule: Schedule | str) -> Schedule:
+    return Schedule.from_text(schedule, nfe) if isinstance(schedule, str) else schedule.checked(nfe)
+
+
+class Pipeline:
+    """Makes images with a bundle. Engines start at the first call, or with `start`.
+
+    `settings` are the fields of `PipelineConfig`. A `predictor` replaces the engines, such as plain PyTorch for a
+    comparison. `report` is called with a line before each long operation, `progress` while plans are built.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | Bundle | PipelineConfig,
+        *,
+        opened: Bundle | None = None,
+        predictor: Predictor | None = None,
+        report: Callable[[str], None] = lambda stage: None,
+        progress: Progress = lambda fraction, phase: None,
+        **settings: Any,
+    ) -> None:
+        if isinstance(bundle, PipelineConfig):
+            self.bundle, self.config = opened or Bundle.open(bundle.bundle), replace(bundle, **settings)
+        else:
+            self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+            self.config = PipelineConfig(self.bundle.folder, **settings)
+        self._predictor, self._report, self._progress = predictor, report, progress
+        self._built_for: int | None = None
+
+    def __call__(
+        self,
+        *,
+        class_labels: Sequence[int] | None = None,
+        prompt: str | Sequence[str] = (),
+        negative_prompt: str = "",
+        conditioning: Conditioning | str | Path | None = None,
+        num_images: int | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        watch: Watch = iter,
+    ) -> PipelineOutput:
+        """Make images from class labels, prompts, a file of inputs, or noise alone; image k has the seed `seed` + k.
+
+        `num_images` is the number of images per prompt, or of an unconditional model. `steps` replaces the
+        configuration's for this call. `watch` wraps the steps, for a progress bar. Raises `InputError` for inputs that
+        the bundle does not take, `BackendError` if the backend does not work here or latents are not finite.
+        """
+        sampling = self.sampling(steps)
+        given = self.conditioning(class_labels, prompt, negative_prompt, conditioning, num_images)
+        guidance, batch_size = self.guidance(given, sampling), self.config.batch_size
+        self.start(given.images, guidance)
+        done = self.sampler(sampling).in_batches(given, seed, guidance, batch_size, watch)
+        return PipelineOutput(
+            done.latents,
+            done,
+            sampling,
+            guidance,
+            min(batch_size, given.images),
+            lambda latents: self.decoder.images(latents, self.device),
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the bundle."""
+        return self.bundle.manifest
+
+    @cached_property
+    def backend(self) -> Backend:
+        """The backend; for `auto` the best one that works here and supports the bundle. Raises `BackendError`."""
+        return backend_from_name(self.config.backend, self.manifest, self.config.device)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of the engines. Raises `BackendError`."""
+        return self._predictor.device if self._predictor else device_from_name(self.config.device, self.backend)
+
+    @property
+    def denoiser(self) -> Predictor:
+        """The denoiser, or the predictor that replaces it; the first access starts the engines."""
+        return self._predictor or self.start()
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Decodes latents to images. Raises `InputError` if the bundle needs a VAE and has none."""
+        return Decoder(self.manifest, self.config.vae)
+
+    @cached_property
+    def scheduler(self) -> SchedulerMixin:
+        """The scheduler of the configuration. Raises `InputError` for one that does not fit the model."""
+        return self.scheduler_named(self.config.scheduler)
+
+    def scheduler_named(self, name: str | None) -> SchedulerMixin:
+        """A scheduler of diffusers for this model; None is the model's own. Raises `InputError`."""
+        learned, spacing = self.manifest.latents.learned_sigma, self.config.timestep_spacing
+        return scheduler_from_config(self.bundle.scheduler_config, name, learned, spacing)
+
+    def sampling(self, steps: int | None = None, schedule: Schedule | str | None = None) -> Sampling:
+        """Scheduler, steps and schedule of the configuration; `steps` and `schedule` replace the configured values.
+
+        Raises `InputError` or `ScheduleError`.
+        """
+        config = self.config
+        taken = config.steps if steps is None else steps
+        return Sampling.of(self.scheduler, taken, config.schedule if schedule is None else schedule)
+
+    def conditioning(
+        self,
+        class_labels: Sequence[int] | None = None,
+        prompt: str | Sequence[str] = (),
+        negative_prompt: str = "",
+        conditioning: Conditioning | str | Path | None = None,
+        num_images: int | None = None,
+    ) -> Conditioning:
+        """The conditioning of the images, from class labels, prompts or a file. Raises `InputError`."""
+        if isinstance(conditioning, Conditioning):
+            if class_labels is not None or prompt or negative_prompt or num_images is not None:
+                raise InputError("conditioning already says what the images are to show; leave the other inputs out")
+            return conditioning
+        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        file = None if conditioning is None else Path(conditioning)
+        return conditioning_of(self.manifest, class_labels, prompts, negative_prompt, file, num_images, self.device)
+
+    def guidance(self, given: Conditioning, sampling: Sampling) -> Guidance:
+        """Guidance of the configuration, on all steps or in the guidance interval, which must not be empty."""
+        asked, interval = self.config.guidance_scale, self.config.guidance_interval
+        scale = usual_guidance_scale(self.manifest, given) if asked is None else asked
+        guidance = Guidance(scale, *(interval or (0, None)))
+        if interval is not None and not any(map(guidance.guides, range(sampling.nfe))):
+            raise InputError(
+                f"no step is guided: the guidance interval is {interval[0]}:{interval[1]}, the scale {scale:g}; give "
+                f"an interval within steps 0 to {sampling.nfe - 1} and a scale above 1, or leave the interval out"
+            )
+        return guidance
+
+    def over(self, predictor: Predictor) -> Pipeline:
+        """A pipeline with the same settings that runs its steps with another predictor."""
+        settings = {one.name: getattr(self.config, one.name) for one in fields(self.config) if one.name != "bundle"}
+        return Pipeline(self.bundle, predictor=predictor, **settings)
+
+    def start(self, images: int | None = None, guidance: Guidance = GUIDED) -> Predictor:
+        """Start the engines if they are not running; plans that are missing are built for batches of `images` images.
+
+        Engines that were built for smaller batches are started again. Raises `BackendError` if the backend does not
+        work here.
+        """
+        batch = min(self.config.batch_size, images or self.config.batch_size) * (2 if guidance.scale > 1 else 1)
+        if self._predictor is None or (self._built_for is not None and batch > self._built_for):
+            self._built_for = batch if self.backend.builds else None
+            options = EngineOptions(Path(self.config.engines), batch, self._report, self._progress)
+            engines = self.backend.engines(self.bundle, self.device, options)
+            self._predictor = Denoiser(engines, self.manifest, self.backend.name)
+        return self._predictor
+
+    def sampler(self, sampling: Sampling) -> Sampler:
+        """The sampling loop with this pipeline's denoiser, which is started if it is not running."""
+        return Sampler(self.denoiser, sampling.scheduler_step, sampling.schedule)

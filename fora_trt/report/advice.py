@@ -1,0 +1,112 @@
+"""The recommendation of a report: the fastest setting that keeps the minimum PSNR, and the command that uses it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass
+
+from fora_trt.report.results import About, Bench, Quality, QualityRow, Report
+from fora_trt.report.tables import labels
+
+AS_FAST = 0.95
+"""A setting without caching is mentioned too if it reaches this fraction of the fastest setting's speed-up."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The recommendation: `row` is the recommended setting, `command` runs it, `also` has further remarks.
+
+    `speedup` is relative to no caching.
+    """
+
+    finding: str
+    command: str | None = None
+    also: str | None = None
+    row: QualityRow | None = None
+    speedup: float = 1.0
+
+
+def recommendation(report: Report, min_psnr: float) -> str:
+    """The recommendation as text: a sentence with its command, and a second one if a part was not measured yet.
+
+    A setting must have a PSNR against no caching of at least `min_psnr` dB. Fewer steps without caching are a setting
+    like any other.
+    """
+    advice = advice_of(report, min_psnr)
+    sentence = advice.finding + (f": {advice.command}" if advice.command else ".")
+    return sentence if advice.also is None else f"{sentence}\n{advice.also}"
+
+
+def advice_of(report: Report, min_psnr: float) -> Advice:
+    """The recommendation in its parts."""
+    name = shlex.quote(report.about.folder)
+    if report.quality is None:
+        also = f"Image quality was not measured; to add it: fora-trt quality {name}, with the same --out."
+        return Advice(_fastest(report.bench), also=also)
+    also = f"Backends and batch sizes were not compared; to add this: fora-trt bench {name}, with the same --out."
+    return _within(report.about, report.quality, min_psnr, None if report.bench else also)
+
+
+def _fastest(bench: Bench | None) -> str:
+    """The sentence for a report without quality: the schedule and backend with the largest speed-up."""
+    cached = [row for row in bench.rows if row.setting.caches] if bench else []
+    if not cached:
+        return "No schedule with caching was measured"
+    most = max(cached, key=lambda row: row.speedup)
+    at_once = "one image" if most.images == 1 else f"{most.images} images at once"
+    return (
+        f"The largest speed-up is that of {most.setting.label} on {most.backend}: "
+        f"{most.speedup:.2f} times as fast as no caching, for {at_once}"
+    )
+
+
+def _within(about: About, quality: Quality, min_psnr: float, also: str | None) -> Advice:
+    plain, *others = quality.rows
+    names = dict(zip(map(id, quality.rows), labels([row.setting for row in quality.rows]), strict=True))
+
+    def gain(row: QualityRow) -> float:
+        return plain.seconds_per_image / row.seconds_per_image
+
+    def described(row: QualityRow) -> str:
+        loss = "no difference" if row.psnr is None else f"{row.psnr:.1f} dB"
+        return f"{names[id(row)]} ({gain(row):.2f} times as fast as no caching, {loss})"
+
+    kept = [row for row in others if _likeness(row) >= min_psnr]
+    if not others:
+        return Advice("Only the setting without caching was measured", also=also)
+    if not kept:
+        closest = max(others, key=_likeness)
+        return Advice(f"No setting keeps {min_psnr:g} dB of PSNR; the closest is {described(closest)}", also=also)
+    best = max(kept, key=gain)
+    if gain(best) <= 1:
+        return Advice(f"No setting that keeps {min_psnr:g} dB of PSNR is faster than no caching", also=also)
+    finding = f"The fastest setting that keeps {min_psnr:g} dB of PSNR is {described(best)}"
+    if not best.setting.caches:
+        cached = [row for row in kept if row.setting.caches]
+        rest = (
+            f"the best with caching is {described(max(cached, key=gain))}" if cached else "no cached setting keeps it"
+        )
+        finding = f"{finding}, so caching does not pay here; {rest}"
+    rivals = [row for row in kept if not row.setting.caches and gain(row) >= AS_FAST * gain(best)]
+    rival = max(rivals, key=_likeness, default=best)
+    if best.setting.caches and _likeness(rival) > _likeness(best):
+        remark = f"Fewer steps without caching are as good a choice: {described(rival)}."
+        also = remark if also is None else f"{remark} {also}"
+    return Advice(finding, _command(about, quality, best), also, best, gain(best))
+
+
+def _likeness(row: QualityRow) -> float:
+    """PSNR in dB; infinite for identical images."""
+    return math.inf if row.psnr is None else row.psnr
+
+
+def _command(about: About, quality: Quality, row: QualityRow) -> str:
+    """The command that runs a setting as it was measured; it ends with an example of the conditioning option."""
+    setting = row.setting
+    scheduler = f" --scheduler {shlex.quote(setting.scheduler)}" if setting.scheduler != about.scheduler else ""
+    return (
+        f"fora-trt run {shlex.quote(about.folder)} --steps {setting.steps} --schedule {shlex.quote(setting.schedule)}"
+        f"{scheduler} --guidance-scale {quality.guidance_scale:g} --backend {shlex.quote(quality.backend)}"
+        f"{f' {about.asks_for}' if about.asks_for else ''}"
+    )

@@ -1,0 +1,199 @@
+"""Precomputed conditioning: the conditioning path runs before the loop, one row per step and distinct sample.
+
+Samples with the same timesteps and inputs share rows, such as all those of the null class under guidance.
+Shapes: S steps, B samples of a batch (twice the images under guidance), U distinct samples among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy
+import torch
+from torch import Tensor
+
+from fora_trt.contract import TIMESTEP, TensorSpec, of_window
+from fora_trt.engines.base import Engine, Launch
+from fora_trt.engines.memory import bytes_of, content_of
+
+MOST_BYTES = 256 * 2**20
+"""Limit for the rows and the inputs of their engines; a longer trajectory computes them in several parts."""
+
+ALONE = 2**14
+"""Largest number of elements that torch copies in one thread."""
+
+
+class PrecomputedConditioning:
+    """Outputs of the conditioning engines for consecutive steps, and the rows that the current window reads.
+
+    `rows[name]` is (steps * U, ...); outputs of `full_engine` have rows for full steps only. Rows stay at their address
+    from trajectory to trajectory as long as they suffice; `generation` changes when they move or another selection is
+    in use. `launches` are the engine calls since `begin`. A launch is bound to addresses, so the inputs of the engines
+    stay at theirs too: every launch can run again until the next `begin`.
+    """
+
+    def __init__(self, engine: Engine, full_engine: Engine | None = None) -> None:
+        self.engine, self.full_engine = engine, full_engine
+        names = (*engine.inputs, *(full_engine.inputs if full_engine else ()))
+        self._names = [name for name in dict.fromkeys(names) if name != TIMESTEP and name not in engine.outputs]
+        self._of_full_steps = frozenset(full_engine.outputs if full_engine else ())
+        self.rows: dict[str, Tensor] = {}
+        self.generation = (0, 0, 0)
+        self.launches: list[tuple[Engine, Launch]] = []
+        self._inputs: dict[Engine, dict[str, Tensor]] = {}
+        self._selections: dict[tuple[int, int], _Selection] = {}
+
+    def begin(
+        self, timesteps: Tensor, offsets: Sequence[int], given: Mapping[str, Tensor], batch: int, longest: int
+    ) -> None:
+        """Compute the rows of a trajectory, or of its first steps if not all fit.
+
+        `timesteps` is (S,) or (S, B), `offsets` has the offset of each step in its window, `given` the inputs (B, ...)
+        or (1, ...). `longest` is the largest number of reuse steps in a window.
+        """
+        full = [offset == 0 for offset in offsets]
+        samples = {name: given[name].expand(batch, *given[name].shape[1:]) for name in self._names}
+        times = timesteps.cpu().float().reshape(len(timesteps), -1).expand(-1, batch)
+        whole = [*samples.values(), times.T]
+        keys = [b"".join(content_of(one[k]) for one in whole) for k in range(batch)]
+        first_samples = {key: keys.index(key) for key in dict.fromkeys(keys)}
+        distinct = torch.tensor([*first_samples.values()])
+        self._conditions = {name: one.cpu()[distinct] for name, one in samples.items()}
+        self._distinct, self._timesteps, self._full = len(distinct), times[:, distinct], torch.tensor(full)
+        engines = [self.engine, *([self.full_engine] if self.full_engine is not None else [])]
+        row = sum(bytes_of((*engine.inputs.values(), *engine.outputs.values()), 1) for engine in engines)
+        self._steps = min(len(timesteps), max(longest + 1, MOST_BYTES // (row * self._distinct)))
+        self.launches = []  # dropped before the tensors that they are bound to are freed
+        self._make_room(self.engine, self._steps)
+        if self.full_engine is not None:
+            self._make_room(self.full_engine, min(self._steps, sum(full)))
+        self._fill(0)
+        if (longest, batch) not in self._selections:
+            self._selections[longest, batch] = _Selection(longest, batch, self.engine.device)
+        self._selection = self._selections[longest, batch]
+        self._selection.begin(offsets, torch.tensor([[*first_samples].index(key) for key in keys]), self._distinct)
+        self.generation = (self.generation[0], longest, batch)
+
+    def select(self, step: int) -> None:
+        """Select the conditioning rows of step number `step` (from 0) and of the rest of its window.
+
+        A call for a later step of the same window does nothing.
+        """
+        if self._selection.is_in_window(step):
+            return
+        if self._selection.end_of_window(step) > self._end or step < self._first:
+            self._fill(step)
+        self._selection.select(step, self._first * self._distinct, self._first_full * self._distinct)
+
+    def copy(self, engine: Engine, offset: int, tensors: Mapping[str, Tensor], batch: int) -> None:
+        """Copy the rows that an engine reads at an offset in the window to its input `tensors` of this batch."""
+        selected = self._selection
+        for name, rows in self.rows.items():
+            if name in engine.inputs:
+                here = selected.full if name in self._of_full_steps else selected.window[offset]
+                take(rows, here[:batch], tensors[name])
+            if (ahead := of_window(name)) in engine.inputs:
+                take(rows, selected.window[1:, :batch].flatten(), tensors[ahead].flatten(0, 1))
+
+    def _fill(self, first: int) -> None:
+        """Compute the rows of as many steps as fit, starting at step `first`."""
+        self._first, self._end = first, min(first + self._steps, len(self._timesteps))
+        self._first_full = int(self._full[:first].sum())
+        steps = self._end - first
+        inputs = {TIMESTEP: self._timesteps[first : self._end].flatten()}
+        inputs |= {name: one.repeat(steps, *[1] * (one.dim() - 1)) for name, one in self._conditions.items()}
+        self._compute(self.engine, inputs)
+        if self.full_engine is not None:
+            inputs |= {name: one[: steps * self._distinct] for name, one in self.rows.items()}
+            wanted = self._full[first : self._end].repeat_interleave(self._distinct)
+            read = {name: inputs[name] for name in self.full_engine.inputs}
+            self._compute(self.full_engine, {name: one[wanted.to(one.device)] for name, one in read.items()})
+
+    def _compute(self, engine: Engine, inputs: Mapping[str, Tensor]) -> None:
+        """Run an engine on all rows of its inputs, in several launches if it supports fewer rows."""
+        count = len(next(iter(inputs.values())))
+        kept = self._inputs[engine]
+        placed = {name: kept[name][:count].copy_(inputs[name]) for name in engine.inputs}
+        most = engine.most_rows or max(count, 1)
+        for start in range(0, count, most):
+            part = slice(start, min(start + most, count))
+            launch = engine.bind({name: one[part] for name, one in {**self.rows, **placed}.items()})
+            launch()
+            self.launches.append((engine, launch))
+
+    def _make_room(self, engine: Engine, steps: int) -> None:
+        """Allocate inputs and outputs of an engine for `steps` steps, unless those of an earlier trajectory suffice."""
+        rows, kept = steps * self._distinct, self._inputs.setdefault(engine, {})
+        if _shortest(self.rows, engine.outputs) < rows:
+            self.generation = (self.generation[0] + 1, 0, 0)
+            _allocate(self.rows, engine.outputs.values(), rows, engine.device)
+        if _shortest(kept, engine.inputs) < rows:
+            _allocate(kept, engine.inputs.values(), rows, engine.device)
+
+
+class _Selection:
+    """Row indices that the steps of the current window read, at fixed addresses for captured steps.
+
+    `window` is (longest + 1, B): the row of each sample at each offset. `full` is (B,): rows in the tensors that only
+    full steps read.
+    """
+
+    def __init__(self, longest: int, batch: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
+            self.window = torch.zeros(longest + 1, batch, dtype=torch.int64, device=device)
+            self.full = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def begin(self, offsets: Sequence[int], samples: Tensor, distinct: int) -> None:
+        """Start a trajectory: `samples` (B,) are indices of the `distinct` samples.
+
+        In a window shorter than the longest, the unused offsets select rows of later steps or of the last step; no step
+        uses their values.
+        """
+        self._offsets, count = offsets, len(offsets)
+        steps = torch.arange(count + len(self.window) - 1).clamp_(max=count - 1)
+        full = (torch.tensor([offset == 0 for offset in offsets]).cumsum(0) - 1).clamp_(min=0)
+        self._rows, self._full_rows = (
+            (number[:, None] * distinct + samples).to(self.window.device) for number in (steps, full)
+        )
+
+    def is_in_window(self, step: int) -> bool:
+        """Whether the step belongs to a window whose first step was selected."""
+        return step > 0 and self._offsets[step] > 0
+
+    def end_of_window(self, step: int) -> int:
+        """One more than the last step whose rows the window of this step selects."""
+        return min(step + len(self.window) - self._offsets[step], len(self._offsets))
+
+    def select(self, step: int, first_row: int, first_full_row: int) -> None:
+        """Select the rows of the window from a step on; memory begins with rows `first_row` and `first_full_row`."""
+        offset = self._offsets[step]
+        rows = self._rows[step : step + len(self.window) - offset]
+        torch.sub(rows, first_row, out=self.window[offset:])
+        torch.sub(self._full_rows[step], first_full_row, out=self.full)
+
+
+def _shortest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> int:
+    return min(len(tensors[name]) if name in tensors else 0 for name in names)
+
+
+def _allocate(tensors: dict[str, Tensor], specs: Iterable[TensorSpec], rows: int, device: torch.device) -> None:
+    """Allocate tensors with this number of rows; the tensors that they replace are freed first."""
+    specs = list(specs)
+    for spec in specs:
+        tensors.pop(spec.name, None)
+    with torch.inference_mode(False):  # inference tensors cannot be written outside inference mode
+        for spec in specs:
+            tensors[spec.name] = torch.zeros(spec.sized(rows), dtype=getattr(torch, spec.dtype), device=device)
+
+
+def take(rows: Tensor, index: Tensor, target: Tensor) -> None:
+    """Copy `rows[index]` into `target`.
+
+    On a CPU this uses one thread: torch's threads keep spinning after their work and slow down the engine.
+    """
+    if rows.device.type == "cpu" and target.numel() > ALONE:
+        if rows.dtype == torch.bfloat16:  # numpy has no bfloat16; the bits are copied as int16
+            rows, target = rows.view(torch.int16), target.view(torch.int16)
+        numpy.take(rows.numpy(), index.numpy(), axis=0, out=target.numpy(), mode="clip")
+    else:
+        torch.index_select(rows, 0, index, out=target)

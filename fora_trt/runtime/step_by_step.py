@@ -1,0 +1,168 @@
+"""A predictor that is called like the network it replaces: step by step, without `begin`.
+
+It counts the calls along a schedule. Steps whose timesteps were given to `reset` form one run; any other step is a
+separate run. Shapes: B is the batch of one call; C, H, W are channels, height and width of the latents; S is the number
+of steps.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from warnings import warn
+
+import torch
+from torch import Tensor
+
+from fora_trt.bundle import Manifest
+from fora_trt.errors import ScheduleError
+from fora_trt.runtime.inputs import check_latents, completed_inputs
+from fora_trt.runtime.interface import Run
+from fora_trt.schedule import FULL_STEP, Schedule, Step
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """A run, its first step in the schedule, and its batch and conditioning.
+
+    `conditioning` is None for a run of a single step: no later step can continue it.
+    """
+
+    run: Run
+    first: int
+    batch: int
+    conditioning: Mapping[str, Tensor] | None
+
+
+class StepByStep(ABC):
+    """Runs one step of the schedule per call. `schedule` is a `Schedule`, or a text form for any number of steps."""
+
+    manifest: Manifest
+    device: torch.device
+
+    def __init__(self, schedule: Schedule | str) -> None:
+        self.rule = schedule
+        self._schedule = schedule if isinstance(schedule, Schedule) else None
+        self._step = 0
+        self._timesteps: Tensor | None = None
+        self._followed: _Followed | None = None
+
+    @abstractmethod
+    def begin(
+        self, plan: Sequence[Step], timesteps: Tensor, conditioning: Mapping[str, Tensor], batches: Sequence[int]
+    ) -> Run:
+        """Announce a trajectory; see `Predictor.begin`."""
+
+    @abstractmethod
+    def first_not_finite(self) -> str | None:
+        """Name of the first non-finite tensor of the last step; see `Predictor.first_not_finite`."""
+
+    @property
+    @abstractmethod
+    def foresees(self) -> bool:
+        """Whether timesteps and conditioning must be known before the steps that use them."""
+
+    @property
+    @abstractmethod
+    def folds(self) -> bool:
+        """Whether a reuse step reads a sum that the full step before it folded for its timestep."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the trajectory at hand. Raises `ScheduleError` for a text that needs the number of steps."""
+        if self._schedule is None:
+            assert isinstance(self.rule, str)
+            self._schedule = Schedule.open(self.rule)
+        return self._schedule
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+        """Run the next step of the schedule; return the prediction (B, out_channels, H, W).
+
+        `latents` is (B, C, H, W), `timestep` a scalar or (B,), `conditioning` the model's other inputs by name
+        (`class_labels`, (B,)). The result is a buffer of the denoiser, valid until the next call.
+        Raises `ScheduleError` past the end of the schedule, `InputError` for inputs that the graphs do not take.
+        """
+        if self.finished:
+            raise ScheduleError(
+                f"all {self.schedule.steps} steps of the schedule are done; call reset() before the next trajectory"
+            )
+        check_latents(self.manifest, latents)
+        batch = len(latents)
+        if not self.next_step_is_full and (self._followed is None or batch != self._followed.batch):
+            raise ScheduleError(
+                f"the batch size changed to {batch} within a trajectory, but the cached features have another batch "
+                "size; call reset() before the next trajectory"
+            )
+        given = completed_inputs(self.manifest, conditioning, batch, values=self._step == 0)
+        followed = self._follow(torch.as_tensor(timestep), given, batch)
+        step = self._step - followed.first
+        prediction = followed.run.at(step, batch).predict(followed.run.offsets[step], latents, timestep, **given)
+        self._step += 1
+        return prediction
+
+    def reset(self, schedule: Schedule | None = None, timesteps: Tensor | None = None) -> None:
+        """Go back to the first step, and replace the schedule if one is given.
+
+        `timesteps` (S,) are the timesteps of the coming calls. A bundle with folded sums needs them; without them every
+        step runs in full.
+        """
+        self._schedule = schedule or self._schedule
+        self._timesteps = None if timesteps is None else torch.as_tensor(timesteps).cpu().float()
+        if self._timesteps is not None and self._timesteps.shape != (self.schedule.steps,):
+            raise ScheduleError(
+                f"reset() was given {self._timesteps.numel()} timesteps for a schedule of {self.schedule.steps} steps; "
+                "give one timestep per step"
+            )
+        self._step, self._followed = 0, None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps of the schedule have run."""
+        return self._step >= self.schedule.steps
+
+    @property
+    def next_step_is_full(self) -> bool:
+        """Whether the next call computes every layer."""
+        return not self.finished and self.schedule.plan[self._step].is_full
+
+    def _follow(self, timestep: Tensor, given: Mapping[str, Tensor], batch: int) -> _Followed:
+        """The run that the next step belongs to; a new run if the step does not continue the last one."""
+        rest = self.schedule.plan[self._step :]
+        if not self.foresees:
+            if self._followed is None or self._followed.batch != batch:
+                self._followed = _Followed(
+                    self.begin(rest, torch.zeros(len(rest)), given, [batch]), self._step, batch, {}
+                )
+            return self._followed
+        on_cpu = {name: value.cpu().clone() for name, value in given.items()}
+        announced = self._is_announced(timestep)
+        known = self._followed
+        if announced and known is not None and known.batch == batch and _same(on_cpu, known.conditioning):
+            return known
+        if self.folds and not rest[0].is_full:
+            warn(
+                "running a full step instead of a reuse step: this timestep was not announced, so no sum was "
+                "precomputed; call as_transformer(pipe.scheduler) or reset(timesteps=...), keep the conditioning fixed "
+                "during a trajectory, or export with --optimize conditioning",
+                stacklevel=3,
+            )
+            rest = (FULL_STEP, *rest[1:])
+        if announced and self._timesteps is not None:
+            run = self.begin(rest, self._timesteps[self._step :], given, [batch])
+            self._followed = _Followed(run, self._step, batch, on_cpu)
+        else:
+            run = self.begin(rest[:1], timestep.reshape(1, -1), given, [batch])
+            self._followed = _Followed(run, self._step, batch, None)
+        return self._followed
+
+    def _is_announced(self, timestep: Tensor) -> bool:
+        """Whether all samples of this call have the timestep that `reset` was given for the next step."""
+        now = timestep.flatten()[:1].cpu().float()
+        alike = bool((timestep == timestep.flatten()[0]).all())
+        return self._timesteps is not None and alike and bool(self._timesteps[self._step] == now)
+
+
+def _same(conditioning: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> bool:
+    return before is not None and all(map(torch.equal, conditioning.values(), before.values()))

@@ -1,0 +1,305 @@
+"""The sampling loop: from seeds and conditioning to latents, with any predictor and any diffusers scheduler.
+
+Shapes: B images; C, H, W are channels, height and width of the latents. Under guidance the denoiser's batch is 2B, the
+conditional half first.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fora_trt.contract import FULL, REUSE
+from fora_trt.engines.cuda_graphs import Replay
+from fora_trt.errors import BackendError, InputError
+from fora_trt.runtime.interface import Predictor, ReadyStep, Run, overflow_remedy
+from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.sampling.guidance import Guidance, mix_guidance
+from fora_trt.sampling.scheduler_step import SchedulerStep
+from fora_trt.schedule import FULL_STEP, Schedule, Step
+
+Watch = Callable[[Iterable[Any]], Iterator[Any]]
+"""Wraps an iterable, for a progress bar."""
+
+
+@dataclass
+class Trajectory:
+    """Latents (B, C, H, W) in fp32 on the CPU, and their times.
+
+    `seconds` is the time of the whole loop; `full_seconds` and `reuse_seconds` have one time per step. On a GPU, a
+    window is launched as one CUDA graph; windows of the same length share timing events, so each reports the times of
+    the last of them.
+    """
+
+    latents: Tensor
+    seconds: float
+    full_seconds: list[float] = field(default_factory=list)
+    reuse_seconds: list[float] = field(default_factory=list)
+
+    @staticmethod
+    def joined(parts: Sequence[Trajectory]) -> Trajectory:
+        """Several batches as one: latents concatenated, times added or concatenated."""
+        return Trajectory(
+            torch.cat([part.latents for part in parts]),
+            sum(part.seconds for part in parts),
+            [seconds for part in parts for seconds in part.full_seconds],
+            [seconds for part in parts for seconds in part.reuse_seconds],
+        )
+
+    def median_milliseconds(self) -> dict[str, float | None]:
+        """Median time of a full and of a reuse step; None if there was no such step."""
+        kinds = {"full_step_ms": self.full_seconds, "reuse_step_ms": self.reuse_seconds}
+        return {name: statistics.median(times) * 1e3 if times else None for name, times in kinds.items()}
+
+
+class GuidedStep(NamedTuple):
+    """A step of a trajectory: its offset in its window (0 for a full step), and whether it is guided."""
+
+    offset: int
+    guided: bool
+
+
+class Sampler:
+    """Denoises batches with one denoiser, one scheduler and one schedule.
+
+    A step scales the latents, runs the engine, applies guidance and runs the scheduler step. If all of that stays on
+    the GPU, the steps of a window are captured as one CUDA graph per window length, which is kept from batch to batch.
+    A trajectory is then one graph launch per window, after a few index updates, without copies to or from the host
+    between the first and the last.
+    """
+
+    def __init__(self, denoiser: Predictor, scheduler_step: SchedulerStep, schedule: Schedule) -> None:
+        assert schedule.steps == scheduler_step.nfe
+        self.denoiser, self.scheduler_step, self.schedule = denoiser, scheduler_step, schedule
+        self._key: tuple[object, ...] = ()
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        conditioning: Conditioning,
+        seeds: Sequence[int],
+        guidance: Guidance | float = 1.0,
+        watch: Watch = iter,
+        observe: Callable[[Tensor], object] | None = None,
+    ) -> Trajectory:
+        """Denoise one batch. The noise of image k depends on `seeds[k]` alone, whatever its batch.
+
+        `watch` wraps the steps, for a progress bar. `observe` is called with the latents after each step; they are on
+        the device, may not be computed yet, and are valid until it returns. With `observe`, steps are launched one by
+        one instead of a window at a time. Raises `InputError` for guidance without unconditional inputs, `BackendError`
+        for latents that are not finite.
+        """
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        began = time.perf_counter()
+        begun = self.begin(conditioning, seeds, guidance)
+        at_once = self.denoiser.device.type == "cuda" and observe is None
+        lengths = stretches_of(begun.steps) if at_once else dict.fromkeys(range(len(begun.steps)), 1)
+        taken: list[TimedStep] = []
+        for step, _ in enumerate(watch(begun.steps)):
+            if step in lengths:
+                taken += begun.launch(step, lengths[step])
+            if observe is not None:
+                observe(self.scheduler_step.latents)
+        latents = self.scheduler_step.latents.cpu()  # waits for the device
+        if not latents.isfinite().all():
+            raise BackendError(self.begin(conditioning, seeds, guidance).blame())
+        seconds = time.perf_counter() - began
+        full, reuse = ([one.seconds() for one in taken if (one.offset == 0) == first] for first in (True, False))
+        return Trajectory(latents.clone(), seconds, full, reuse)
+
+    def in_batches(
+        self,
+        conditioning: Conditioning,
+        seed: int,
+        guidance: Guidance | float,
+        batch_size: int,
+        watch: Watch = iter,
+    ) -> Trajectory:
+        """Denoise any number of images, `batch_size` at a time; image k has the seed `seed` + k."""
+        parts = []
+        for start in range(0, conditioning.images, batch_size):
+            part = conditioning.at(range(start, min(start + batch_size, conditioning.images)))
+            seeds = range(seed + start, seed + start + part.images)
+            parts.append(self(part, seeds, guidance, watch))
+        return Trajectory.joined(parts)
+
+    def begin(self, conditioning: Conditioning, seeds: Sequence[int], guidance: Guidance) -> BegunTrajectory:
+        """Announce a trajectory to the denoiser, draw its noise, and fill the tensors that its steps read.
+
+        The step at which guidance begins runs in full: the unconditional half has no features before it.
+        """
+        assert len(seeds) == conditioning.images
+        guided = [guidance.guides(step) for step in range(self.schedule.steps)]
+        given = _both_halves(conditioning, any(guided), self.denoiser.manifest.name)
+        kinds = {*guided}
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside that mode
+            plan = _with_full_steps(self.schedule.plan, guided)
+            batches = [conditioning.images * (1 + now) for now in kinds]
+            run = self.denoiser.begin(plan, self.scheduler_step.timesteps, given, batches)
+            memory = self.scheduler_step.begin(self.denoiser.manifest.latents.shape, seeds, self.denoiser.device)
+            self._fill(conditioning.images, given, guidance.scale, frozenset(kinds), (memory, run.generation))
+        return BegunTrajectory(self, run, [GuidedStep(*step) for step in zip(run.offsets, guided, strict=True)])
+
+    def _fill(
+        self, images: int, given: Mapping[str, Tensor], scale: float, guided: frozenset[bool], memory: object
+    ) -> None:
+        """Fill the tensors that a step reads; captured steps are dropped if `memory` or the batch changed."""
+        device = self.denoiser.device
+        key = (images, guided, memory)
+        if key != self._key:
+            self._key, self._images, self._guided = key, images, guided
+            self._scale = torch.empty((), device=device)
+            self._given = {name: tensor.to(device, copy=True) for name, tensor in given.items()}
+            self._launches: dict[tuple[int, int, bool], tuple[StepClock, Replay]] = {}
+        for name, tensor in given.items():
+            self._given[name].copy_(tensor)
+        self._scale.fill_(scale)
+
+    def _launch(self, ready: ReadyStep, first: GuidedStep, count: int) -> list[TimedStep]:
+        """Run `count` steps of a window from a prepared one on; as a CUDA graph if they could be captured."""
+        key = (first.offset, count, first.guided)
+        self._ready = ready
+        if key not in self._launches:
+            clock = StepClock(range(first.offset, first.offset + count), self.denoiser.device)
+            work = partial(self._stretch, clock, first.guided)
+            self._launches[key] = clock, Replay(work, self.denoiser.device, self._is_capturable)
+        clock, replay = self._launches[key]
+        replay()
+        return clock.steps()
+
+    def _stretch(self, clock: StepClock, guided: bool) -> None:
+        for k, offset in enumerate(clock.offsets):
+            clock.mark(k)
+            self._step(GuidedStep(offset, guided))
+        clock.mark(len(clock.offsets))
+
+    def _step(self, step: GuidedStep) -> None:
+        """One step of the loop: scaled latents -> prediction -> guidance -> scheduler step."""
+        scheduler_step, manifest = self.scheduler_step, self.denoiser.manifest
+        latents = scheduler_step.model_input()  # (B, C, ...)
+        if step.guided:
+            latents = torch.cat([latents, latents])
+        given = {name: tensor[: len(latents)] for name, tensor in self._given.items()}
+        prediction = self._ready.predict(step.offset, latents, scheduler_step.timestep(), **given).float()
+        if not scheduler_step.takes_variance:
+            prediction = prediction[:, : manifest.latents.channels]
+        if step.guided:
+            channels = manifest.guidance.channels if manifest.guidance is not None else None
+            prediction = mix_guidance(prediction, self._scale, channels or manifest.latents.channels)
+        scheduler_step.advance(prediction)
+
+    def _is_capturable(self) -> bool:
+        """Whether steps can be captured; not if the batch changes, which rebinds the engines between replays."""
+        return len(self._guided) == 1 and self.scheduler_step.on_device and self._ready.is_capturable()
+
+
+@dataclass(frozen=True)
+class BegunTrajectory:
+    """An announced trajectory whose noise is drawn; its steps must run in order."""
+
+    sampler: Sampler
+    run: Run
+    steps: Sequence[GuidedStep]
+
+    def launch(self, first: int, count: int) -> list[TimedStep]:
+        """Launch `count` steps from the `first` on; may return before they are done.
+
+        They must be in one window, and either all guided or all not.
+        """
+        step = self.steps[first]
+        ready = self.run.at(first, self.sampler._images * (1 + step.guided))
+        return self.sampler._launch(ready, step, count)
+
+    def blame(self) -> str:
+        """Run the steps one by one; return an error message that names the first tensor that is not finite."""
+        sampler, culprit = self.sampler, "the latents themselves"
+        manifest = sampler.denoiser.manifest
+        for number, step in enumerate(self.steps):
+            sampler._ready = self.run.at(number, sampler._images * (1 + step.guided))
+            sampler._step(step)
+            name = sampler.denoiser.first_not_finite()
+            if name is not None or not sampler.scheduler_step.latents.isfinite().all():
+                kind = REUSE if step.offset else FULL
+                culprit = f"{name or culprit}, at step {number} of {len(self.steps)}, a {kind} step"
+                break
+        return (
+            f"the latents of {manifest.name} are not finite in {manifest.precision}; the first tensor with such values "
+            f"is {culprit}; {overflow_remedy(manifest.precision)}"
+        )
+
+
+def _both_halves(conditioning: Conditioning, guided: bool, name: str) -> dict[str, Tensor]:
+    """Inputs by name: the conditional half (B, ...), or with guidance both halves (2B, ...)."""
+    if guided and conditioning.unconditional is None:
+        raise InputError(
+            f"classifier-free guidance needs unconditional inputs; none were given for {name}; add them, or turn "
+            "guidance off with --guidance-scale 1"
+        )
+    halves = [conditioning.conditional, *([conditioning.unconditional or {}] if guided else [])]
+    return {name: torch.cat([half[name] for half in halves]) for name in conditioning.conditional}
+
+
+def _with_full_steps(plan: Sequence[Step], guided: Sequence[bool]) -> list[Step]:
+    """The plan with a full step wherever guidance begins."""
+    before = [guided[0], *guided]
+    return [FULL_STEP if now and not was else step for step, now, was in zip(plan, guided, before, strict=False)]
+
+
+def stretches_of(steps: Sequence[GuidedStep]) -> dict[int, int]:
+    """Consecutive steps that can be launched together: first step -> number of steps.
+
+    They are in one window, and either all guided or all not.
+    """
+    lengths, first = {}, 0
+    for number, step in enumerate(steps):
+        if step.offset == 0 or step.guided != steps[first].guided:
+            first = number
+        lengths[first] = number - first + 1
+    return lengths
+
+
+class TimedStep(NamedTuple):
+    """A launched step: its offset in the window, and time stamps or CUDA events before and after it."""
+
+    offset: int
+    began: Any
+    ended: Any
+
+    def seconds(self) -> float:
+        """Duration of the step; valid once the device has finished it."""
+        if isinstance(self.began, float):
+            return float(self.ended - self.began)
+        return float(self.began.elapsed_time(self.ended) / 1e3)
+
+
+class StepClock:
+    """Marks the time before and after each of several steps, without waiting for the device.
+
+    On a GPU the marks are events that a CUDA graph can contain; each replay records them again, so they hold the times
+    of the last replay.
+    """
+
+    def __init__(self, offsets: Sequence[int], device: torch.device) -> None:
+        self.offsets = offsets
+        self._marks: list[Any] = [0.0] * (len(offsets) + 1)
+        self._events = device.type == "cuda"
+        if self._events:
+            self._marks = [torch.cuda.Event(enable_timing=True, external=True) for _ in self._marks]  # type: ignore[no-untyped-call]
+
+    def mark(self, k: int) -> None:
+        """Record the time before step `k`, or after the last step."""
+        if self._events:
+            self._marks[k].record()
+        else:
+            self._marks[k] = time.perf_counter()
+
+    def steps(self) -> list[TimedStep]:
+        """The steps with their current marks."""
+        return list(map(TimedStep, self.offsets, self._marks, self._marks[1:]))

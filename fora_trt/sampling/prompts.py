@@ -1,0 +1,84 @@
+"""From prompts to text embeddings: loads the text encoder of the model's own pipeline, uses it and frees it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from fora_trt.bundle import Manifest
+from fora_trt.contract import TextSpec
+from fora_trt.errors import InputError, first_line
+from fora_trt.models.architectures import prompt_encoding
+from fora_trt.quiet import quiet
+from fora_trt.sampling.conditioning import Conditioning, conditioning_of_tensors
+
+
+@torch.no_grad()
+def conditioning_of_prompts(
+    manifest: Manifest, prompts: Sequence[str], negative_prompt: str, device: torch.device
+) -> Conditioning:
+    """Conditioning of one prompt per image and one negative prompt for all.
+
+    The encoder computes in fp16 on a GPU, in fp32 on the CPU. Raises `InputError` if the model takes no text, its text
+    encoder is not available, or a prompt has too many tokens.
+    """
+    text = manifest.text
+    if text is None:
+        raise InputError(
+            f"{manifest.name} takes no prompt; give --class-labels if it has classes, or --conditioning FILE"
+        )
+    encoding = prompt_encoding(manifest.model.architecture)
+    pipeline = _pipeline(manifest.name, text, device)
+    for prompt in (*prompts, negative_prompt):
+        tokens = encoding.count_tokens(pipeline, prompt)
+        if tokens > text.length:
+            raise InputError(
+                f"the prompt {prompt[:40]!r}... has {tokens} tokens; {manifest.name} was exported for at most "
+                f"{text.length}; shorten the prompt, or export again with a larger --text-length"
+            )
+    conditional, unconditional = encoding.encode(pipeline, prompts, negative_prompt, text.length, device)
+    del pipeline
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return conditioning_of_tensors(manifest, len(prompts), conditional, unconditional)
+
+
+def _pipeline(name: str, text: TextSpec, device: torch.device) -> Any:
+    """The diffusers pipeline with only its tokenizer and text encoder."""
+    import diffusers
+
+    if text.encoder is None:
+        raise InputError(
+            f"{name} was exported without access to a text encoder, so it cannot encode a prompt; give --prompt-embeds "
+            "FILE, or export it from the folder of the whole pipeline"
+        )
+    if missing := [package for package in ("transformers", "sentencepiece") if find_spec(package) is None]:
+        raise InputError(
+            f"--prompt needs {' and '.join(missing)}; pip install 'fora-trt[text]', or give --prompt-embeds FILE"
+        )
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging
+
+    of_transformers: Any = logging
+    of_diffusers.disable_progress_bar()  # both libraries would show a bar for a few seconds of loading
+    of_transformers.disable_progress_bar()
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    try:
+        with quiet("transformers"), quiet("diffusers"), quiet("huggingface_hub"):
+            loaded = getattr(diffusers, text.pipeline).from_pretrained(
+                text.encoder, transformer=None, vae=None, torch_dtype=dtype
+            )
+    except Exception as error:  # from many libraries: a missing or damaged file, no network
+        raise InputError(
+            f"the text encoder in {text.encoder!r} cannot be loaded: {first_line(error)}; "
+            "download the whole repository, or give --prompt-embeds FILE"
+        ) from error
+    finally:
+        of_diffusers.enable_progress_bar()
+        of_transformers.enable_progress_bar()
+    return loaded.to(device)
