@@ -20,11 +20,11 @@ from fora_trt.bundle import Bundle
 from fora_trt.pipeline import Pipeline
 from fora_trt.sampling.conditioning import conditioning_of_classes
 
-PER_CLASS = 50
+GUIDANCE_SCALE = 1.5
 
 
-def digits_accuracy(bundle: Bundle, schedules: Sequence[str], guidance_scale: float = 1.5) -> dict[str, float]:
-    """Fraction of 500 digits (50 per class, DDIM with 50 steps) that are classified as requested, by schedule.
+def digits_accuracy(bundle: Bundle, schedules: Sequence[str], per_class: int = 50) -> dict[str, float]:
+    """Fraction of generated digits (`per_class` of each, DDIM, 50 steps) that are classified as requested, by schedule.
 
     The classifier is a support vector machine. `real` is its accuracy on real digits that it was not trained on.
     """
@@ -33,13 +33,13 @@ def digits_accuracy(bundle: Bundle, schedules: Sequence[str], guidance_scale: fl
         data.data, data.target, test_size=0.25, random_state=0, stratify=data.target
     )
     classifier = SVC(gamma=0.001, C=10).fit(seen, classes)
-    labels = [digit for digit in range(10) for _ in range(PER_CLASS)]
+    labels = [digit for digit in range(10) for _ in range(per_class)]
     pipeline = Pipeline(bundle, scheduler="ddim", steps=50, device="cpu")
     wanted = conditioning_of_classes(bundle.manifest, labels)
     accuracy = {"real": float(classifier.score(held_out, held_out_classes))}
     for schedule in schedules:
         sampler = pipeline.sampler(pipeline.sampling(schedule=schedule))
-        done = sampler.in_batches(wanted, 0, guidance_scale, batch_size=100)
+        done = sampler.in_batches(wanted, 0, GUIDANCE_SCALE, batch_size=100)
         accuracy[schedule] = float(np.mean(classifier.predict(_as_data(done.latents)) == labels))
     return accuracy
 

@@ -103,7 +103,7 @@ def pixart_pipeline(folder: Path, kind: str) -> Path:
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, mid_block_add_attention=size < 128,  # slow on 128 x 128
     )  # fmt: skip
     pipeline = {"alpha": PixArtAlphaPipeline, "sigma": PixArtSigmaPipeline}[kind](
         tokenizer=tokenizer,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +21,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
 from fora_trt.bundle import Bundle
 from fora_trt.contract import OPTIMIZATIONS, Optimization
+from fora_trt.evaluate import bench, peak_memory, peaks
 from fora_trt.models.sources import model_from_source
-from tests.shared import bundles_once, made_once, one_trace_for_all
+from tests.shared import bundle_once, bundles_once, made_once, one_trace_for_all
 
 ON_CPU = ("onnxruntime", "torch")
 """The backends that start at once on a machine without a GPU."""
@@ -67,6 +74,14 @@ def _save_pipeline(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def peaks_once() -> Iterator[None]:
+    """Benchmarks take over the peak rates that one before them measured: on a CPU that takes a second."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bench, "measure_peaks", cache(peaks.measure_peaks))
+        yield
+
+
 @pytest.fixture
 def one_trace() -> Iterator[None]:
     """Exports within a test take over traces of equal models: for tests of what comes after the trace."""
@@ -102,6 +117,37 @@ def optimized(bundle_at: BundleAt) -> dict[str, Bundle]:
     return {level: bundle_at(level, "fp32") for level in OPTIMIZATIONS if level != "none"}
 
 
+@pytest.fixture(scope="session")
+def pixels(run_folder: Path) -> Bundle:
+    """A small DiT of 8 x 8 grey pixels and ten classes, so that the reader of digits takes it for one of digits."""
+    folder = made_once(run_folder / "checkpoints" / "pixels", _save_pixels)
+    return bundle_once(run_folder / "export" / "pixels", lambda: model_from_source(str(folder)))
+
+
+def _save_pixels(folder: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": 10}
+    transformer = DiTTransformer2DModel(**{**TINY, **sizes})
+    for block in transformer.transformer_blocks:
+        torch.nn.init.normal_(block.norm1.linear.bias, std=0.5)
+    transformer.save_pretrained(folder / "transformer")
+    DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
+    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], "vae": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="session")
+def digits(run_folder: Path) -> Bundle:
+    """The bundle of the digits that come with the package."""
+    return bundle_once(run_folder / "export" / "digits", lambda: model_from_source("digits"))
+
+
+@pytest.fixture(scope="session")
+def dit_s(run_folder: Path) -> Bundle:
+    """The bundle of DiT-S/2 with random weights."""
+    return bundle_once(run_folder / "export" / "dit-s-2", lambda: model_from_source("random:DiT-S/2"))
+
+
 @pytest.fixture
 def bundle_copy(exported: Bundle, tmp_path: Path) -> Path:
     """A folder with the same bundle, to be damaged."""
@@ -113,3 +159,26 @@ def module(pipeline_folder: Path) -> torch.nn.Module:
     """The checkpoint, loaded by diffusers alone."""
     loaded: torch.nn.Module = DiTTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
     return loaded.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def memory_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak memory is measured here and not in a process of its own, which takes seconds to start."""
+
+    def run(command: list[str], *, input: bytes, **more: Any) -> subprocess.CompletedProcess[bytes]:
+        printed = io.StringIO()
+        with monkeypatch.context() as inside, redirect_stdout(printed):
+            inside.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input)))
+            try:
+                peak_memory.main()
+            except SystemExit as ended:
+                return subprocess.CompletedProcess(command, 1, b"", str(ended).encode())
+        return subprocess.CompletedProcess(command, 0, printed.getvalue().encode(), b"")
+
+    monkeypatch.setattr(peak_memory, "subprocess", SimpleNamespace(run=run))
+
+
+@pytest.fixture
+def pilot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose reuse steps take a tenth of full ones, always."""
+    monkeypatch.setattr("fora_trt.evaluate.rounds.reuse_share_of", lambda *_: 0.1)

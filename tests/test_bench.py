@@ -1,11 +1,9 @@
-import io
 import itertools
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +19,7 @@ from fora_trt.errors import BackendError, InputError
 from fora_trt.evaluate import bench, peaks
 from fora_trt.evaluate.bench import Benchmark
 from fora_trt.evaluate.eager_fora import EagerFora, PlainPredictor, PlainRun
-from fora_trt.evaluate.peak_memory import PeakMemory, main, peak_memory
+from fora_trt.evaluate.peak_memory import PeakMemory, peak_memory
 from fora_trt.evaluate.peaks import Roofline, measure_peaks
 from fora_trt.evaluate.targets import EngineClock, Target, targets_of
 from fora_trt.export.statistics import graph_statistics
@@ -287,6 +285,7 @@ def measured_peak(bundle: Bundle, given: Conditioning | None = None, **settings:
     )
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own(exported: Bundle) -> None:
     ballast = torch.ones(2**28)  # 1 GiB, of this process
     assert 100 * 2**20 < measured_peak(exported) < ballast.nbytes
@@ -295,33 +294,29 @@ def test_peak_memory_is_that_of_a_process_of_its_own(exported: Bundle) -> None:
 def test_a_process_that_cannot_measure_memory_says_why(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"^unknown backend 'no such backend'; choose one of "):
         measured_peak(exported, backend="no such backend")
-    given = example_conditioning(exported.manifest, 2)
-    with pytest.raises(BackendError, match=r"^classifier-free guidance needs unconditional inputs"):
-        measured_peak(exported, replace(given, unconditional=None))
-    with pytest.raises(BackendError, match=r"^'class_labels' has shape \[2\]; tiny takes \[3\]$"):
-        measured_peak(exported, replace(given, images=3))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(BackendError, match="the process exited with 1 and printed nothing"):
         measured_peak(exported)
 
 
+@pytest.mark.usefixtures("memory_in_this_process")
+def test_inputs_that_cannot_be_measured_are_a_sentence(exported: Bundle) -> None:
+    given = example_conditioning(exported.manifest, 2)
+    with pytest.raises(BackendError, match=r"^classifier-free guidance needs unconditional inputs"):
+        measured_peak(exported, replace(given, unconditional=None))
+    with pytest.raises(BackendError, match=r"^'class_labels' has shape \[2\]; tiny takes \[3\]$"):
+        measured_peak(exported, replace(given, images=3))
+
+
+@pytest.mark.usefixtures("memory_in_this_process")
 def test_memory_is_measured_with_the_scheduler_and_the_guidance_of_the_benchmark(
     exported: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def started(command: list[str], *, input: bytes, **more: Any) -> "subprocess.CompletedProcess[bytes]":
-        """In this process what would be another."""
-        printed = io.StringIO()
-        with monkeypatch.context() as inside, redirect_stdout(printed):
-            inside.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input)))
-            main()
-        return subprocess.CompletedProcess(command, 0, printed.getvalue().encode(), b"")
-
     taken: list[tuple[object, ...]] = []
 
     def take(self: Sampler, given: Conditioning, seeds: object, guidance: object) -> None:
         taken.append((self.scheduler_step.timesteps.tolist(), self.schedule.full, given.digest(), guidance))
 
-    monkeypatch.setattr(subprocess, "run", started)
     monkeypatch.setattr(Sampler, "__call__", take)
     given = example_conditioning(exported.manifest, 3).at([2, 0, 1])
     settings = {"scheduler": "dpm-solver++", "timestep_spacing": "trailing", "guidance_scale": 3.5}

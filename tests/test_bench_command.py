@@ -153,6 +153,7 @@ def test_memory_that_was_not_measured_is_told(
         assert missing in shown
 
 
+@pytest.mark.usefixtures("memory_in_this_process")
 def test_json_of_a_bench_is_one_object(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets.targets_of, "__defaults__", ((EAGER,), lambda stage: None))
     done = fora(

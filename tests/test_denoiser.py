@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from fora_trt import Denoiser, Schedule, load
 from fora_trt.bundle import Bundle
+from fora_trt.contract import OPTIMIZATIONS, Optimization
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.memory import content_of
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.models.examples import example_inputs
 from fora_trt.pipeline import Pipeline
 from fora_trt.sampling.conditioning import conditioning_of_classes
-from tests.conftest import ON_CPU
+from tests.conftest import ON_CPU, BundleAt
 
 SITES = [f"transformer_blocks.{i}.{part}" for i in range(3) for part in ("attn1", "ff")]
 
@@ -317,6 +318,20 @@ def test_other_windows_are_freed_where_memory_is_short(
     samplers["fora:3"](given, [0, 1], 1.5)
     assert old.buffers.tensors == {}
     assert torch.equal(samplers["none"](given, [0, 1], 1.5).latents, first)
+
+
+@pytest.mark.parametrize("level", OPTIMIZATIONS)
+def test_a_trajectory_ends_where_another_begins(bundle_at: BundleAt, level: Optimization) -> None:
+    """Both use the same buffers, so going on with the first would read what the second wrote."""
+    denoiser = load(bundle_at(level, "fp32"), schedule="fora:2", backend="torch", device="cpu")
+    plan, timesteps, labels = Schedule.fora(3, 3).plan, torch.tensor([500.0, 400.0, 300.0]), torch.tensor([1, 2])
+    first, second = (denoiser.begin(plan, timesteps, {"class_labels": labels}, [2]) for _ in range(2))
+    with pytest.raises(InputError, match="another trajectory has begun on this denoiser"):
+        first.at(0, 2)
+    latents = torch.randn(2, *denoiser.manifest.latents.shape, generator=torch.Generator().manual_seed(0))
+    for step, offset in enumerate([0, 1, 0]):
+        made = second.at(step, 2).predict(offset, latents, timesteps[step], class_labels=labels)
+        assert made.isfinite().all()
 
 
 def test_a_folded_denoiser_called_while_sampling_can_be_called_outside(optimized: dict[str, Bundle]) -> None:

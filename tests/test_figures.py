@@ -15,8 +15,6 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.options import EngineOptions
 from fora_trt.evaluate.bench import Benchmark
 from fora_trt.evaluate.targets import targets_of
-from fora_trt.export.write import bundle_from_model
-from fora_trt.models.sources import model_from_source
 from fora_trt.pipeline import Pipeline
 from fora_trt.sampling.conditioning import example_conditioning
 from fora_trt.sampling.loop import Sampler
@@ -62,10 +60,9 @@ def benchmark_of(bundle: Bundle, backend: str, cache_intervals: list[int], bound
     return benchmark
 
 
-def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(tmp_path: Path) -> None:
+def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(dit_s: Bundle) -> None:
     """DiT-S/2, one guided image, so a batch of two: reuse steps, cached trajectories, and a bare one beside its row."""
-    bundle = bundle_from_model(model_from_source("random:DiT-S/2"), tmp_path / "s")
-    benchmark = benchmark_of(bundle, "onnxruntime", [2, 3, 5], bound=0.92)
+    benchmark = benchmark_of(dit_s, "onnxruntime", [2, 3, 5], bound=0.92)
     assert min(ratios_to_the_ideal(benchmark).values()) >= 0.92
     timing = benchmark.rows[1][2]
     full = min(seconds for done in timing.trajectories for seconds in done.full_seconds)
@@ -74,8 +71,8 @@ def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(tmp_path: Pa
     assert timing.setting.schedule == "fora:3"
     assert reuse / full <= 0.015
 
-    image, guidance = example_conditioning(bundle.manifest, 1), benchmark.guidance
-    denoiser = load(bundle, schedule="none", backend="onnxruntime", device="cpu")
+    image, guidance = example_conditioning(dit_s.manifest, 1), benchmark.guidance
+    denoiser = load(dit_s, schedule="none", backend="onnxruntime", device="cpu")
     bare = Sampler(denoiser, timing.sampler.scheduler_step, timing.sampler.schedule)
     row_seconds = bare_seconds = float("inf")
     for pair in range(30):  # in turn; the fastest of each
@@ -135,8 +132,7 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
     assert min(seconds for _, seconds, _ in again) < 3, "a build takes ten times as long"
 
 
-def test_compiled_graphs_reach_the_ideal(tmp_path: Path) -> None:
+def test_compiled_graphs_reach_the_ideal(dit_s: Bundle) -> None:
     """DiT-S/2 on `torch-compile`: the graphs of the bundle, folded and compiled."""
-    bundle = bundle_from_model(model_from_source("random:DiT-S/2"), tmp_path / "s")
-    benchmark = benchmark_of(bundle, "torch-compile", [3, 5], bound=0.93)
+    benchmark = benchmark_of(dit_s, "torch-compile", [3, 5], bound=0.93)
     assert min(ratios_to_the_ideal(benchmark).values()) >= 0.93

@@ -144,6 +144,7 @@ def test_all_levels_give_the_same_latents(interval: int, bundles: dict[str, Bund
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_trace")
 def test_digits_are_the_same_at_every_level(tmp_path: Path) -> None:
     model = model_from_source("digits")
     made = {level: bundle_from_model(model, tmp_path / level, optimization=level) for level in OPTIMIZATIONS}

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from tests.conftest import BundleAt
 from tests.damage import flip_a_byte, replace_by_link, rewrite
+from tests.shared import made_once
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'fora-trt[rtx]'")
 
@@ -67,8 +69,11 @@ def options(*profiles: tuple[int, int, int]) -> PlanOptions:
 
 
 @pytest.fixture
-def built(exported: Bundle, target: Target, tmp_path: Path) -> PlanSet:
-    return build_plans(exported, target, options(), tmp_path / "engines")[0]
+def built(exported: Bundle, library: Library, target: Target, run_folder: Path, tmp_path: Path) -> PlanSet:
+    """A copy of plans of the small DiT."""
+    once = made_once(run_folder / "engines", lambda folder: build_plans(exported, target, options(), folder))
+    (folder,) = Path(shutil.copytree(once, tmp_path / "engines")).glob("*/tensorrt-rtx-*")
+    return open_plans(folder, exported, library)
 
 
 def fora(*arguments: str | Path) -> Result:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers import DDIMScheduler
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -26,46 +26,16 @@ from fora_trt.evaluate.candidates import candidates_of, file_name_of
 from fora_trt.evaluate.digit_classifier import makes_digits
 from fora_trt.evaluate.features import Digits
 from fora_trt.evaluate.quality import QualityOptions, measure_quality
-from fora_trt.export.write import bundle_from_model
-from fora_trt.models.sources import model_from_source
 from fora_trt.pipeline import Pipeline
 from fora_trt.report.page import read_report
 from fora_trt.report.results import Quality, Setting
 from fora_trt.sampling.conditioning import conditioning_of_classes
 from fora_trt.sampling.scheduler_step import CalledScheduler
-from tests.conftest import TINY
-from tests.shared import bundle_once, made_once
 from tests.test_cli import fora
 from tests.test_metrics import frechet_by_numpy, precision_by_numpy, psnr_by_numpy
 
 CPU = torch.device("cpu")
-SHARE = 0.1
 SETTINGS = ["no cache", "fora:2", "fora:3", "5 steps, no cache", "4 steps, no cache"]
-
-
-@pytest.fixture(scope="module")
-def pixels(run_folder: Path) -> Bundle:
-    """A small DiT of 8 x 8 grey pixels and ten classes, so that the reader of digits takes it for one of digits."""
-    folder = made_once(run_folder / "checkpoints" / "pixels", _save_pixels)
-    return bundle_once(run_folder / "export" / "pixels", lambda: model_from_source(str(folder)))
-
-
-def _save_pixels(folder: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": 10}
-    transformer = DiTTransformer2DModel(**{**TINY, **sizes})
-    for block in transformer.transformer_blocks:
-        torch.nn.init.normal_(block.norm1.linear.bias, std=0.5)
-    transformer.save_pretrained(folder / "transformer")
-    DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
-    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], "vae": [None, None]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-
-
-@pytest.fixture
-def pilot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose reuse steps take a tenth of full ones, always."""
-    monkeypatch.setattr("fora_trt.evaluate.rounds.reuse_share_of", lambda *_: SHARE)
 
 
 def options(**given: Any) -> QualityOptions:
@@ -403,12 +373,11 @@ def test_what_cannot_be_compared_is_a_sentence(pixels: Bundle, exported: Bundle,
 
 
 @pytest.mark.slow
-def test_the_error_of_digits_grows_with_the_interval(tmp_path: Path) -> None:
-    """On a third of the images of the README, to take a minute and not four; the figures from those that it kept."""
-    bundle_from_model(model_from_source("digits"), tmp_path / "digits")
+def test_the_error_of_digits_grows_with_the_interval(digits: Bundle, tmp_path: Path) -> None:
+    """On a tenth of the images of the README, to take half a minute and not four; figures from those that it kept."""
     real = load_digits()
     np.savez(tmp_path / "real.npz", arr_0=np.round(real.images * 255 / 16).astype(np.uint8)[..., None])
-    command = ["quality", tmp_path / "digits", "--num-images", 300, "--steps", 15, "--batch-size", 100]
+    command = ["quality", digits.folder, "--num-images", 100, "--steps", 15, "--batch-size", 100]
     began = time.perf_counter()
     done = fora(*command, "--reference", tmp_path / "real.npz", "--out", tmp_path / "out")
     print(f"{time.perf_counter() - began:.0f} s\n{done.output}")
@@ -422,8 +391,8 @@ def test_the_error_of_digits_grows_with_the_interval(tmp_path: Path) -> None:
     }
     cached = [rows[f"fora:{interval}"] for interval in (2, 3, 5)]
     plain, reader = saved(tmp_path / "out", rows["no cache"].setting), Digits()
-    assert plain["arr_0"].shape == (300, 8, 8, 1)
-    assert np.bincount(plain["arr_1"]).tolist() == [30] * 10
+    assert plain["arr_0"].shape == (100, 8, 8, 1)
+    assert np.bincount(plain["arr_1"]).tolist() == [10] * 10
     last = [row.latent_errors[-1] for row in cached]
     distances = [row.metrics["frechet_distance"] or 0.0 for row in cached]
     ratios = [row.psnr or math.inf for row in cached]

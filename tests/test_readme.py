@@ -19,12 +19,12 @@ from PIL import Image
 import fora_trt
 from benchmarks.readme_picture import LABELS, PICTURE, SCHEDULES, pictures_along, rows_of
 from benchmarks.readme_tables import OF_THE_CPU, measurement_lines, newest_result, readme_lines
+from fora_trt.bundle import Bundle
 from fora_trt.cli import main
 from fora_trt.engines.backends import BACKENDS
 from fora_trt.metrics import METRICS
 from fora_trt.models.architectures import ARCHITECTURES
 from fora_trt.models.recipes import read_recipe
-from fora_trt.models.sources import model_from_source
 from fora_trt.registry import Registry
 from fora_trt.report.results import (
     EAGER,
@@ -39,7 +39,6 @@ from fora_trt.report.results import (
 )
 from fora_trt.schedule import KINDS, Schedule
 from tests.conftest import BundleAt
-from tests.shared import bundle_once
 from tests.test_stages import STAGES
 from tools.docs_site import OUTSIDE, in_repository, in_site, links_for_site
 
@@ -157,11 +156,12 @@ def test_ideal_speedups_in_the_text_follow_from_the_schedule() -> None:
         assert f"50/{schedule.full_steps} = {schedule.ideal_speedup:.2f}" in words_of(TEXT[page])
 
 
-def test_the_picture_shows_what_is_computed_and_measured(digits_folder: Path) -> None:
+@pytest.mark.slow
+def test_the_picture_shows_what_is_computed_and_measured(digits: Bundle) -> None:
     with Image.open(PICTURE) as picture:
         shown = json.loads(picture.info["rows"])
     assert PICTURE.stat().st_size < 200_000
-    rows = rows_of({text: pictures_along(digits_folder / "export/digits", text) for text in SCHEDULES})
+    rows = rows_of({text: pictures_along(digits.folder, text) for text in SCHEDULES})
     assert [row.schedule for row in rows] == [one["schedule"] for one in shown] == [*SCHEDULES]
     for row, one in zip(rows, shown, strict=True):
         assert (row.full_steps, row.speedup) == (one["full_steps"], one["speedup"])
@@ -341,22 +341,14 @@ def test_a_link_out_of_the_site_becomes_text() -> None:
 # --- Python
 
 
-@pytest.fixture(scope="session")
-def digits_folder(run_folder: Path) -> Path:
-    """A working directory as a reader of the README has it after the export of the digits."""
-    folder = run_folder / "readme"
-    bundle_once(folder / "export" / "digits", lambda: model_from_source("digits"))
-    return folder
-
-
 @pytest.fixture
 def working_directory(
-    digits_folder: Path, pipeline_folder: Path, bundle_at: BundleAt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Bundle, pipeline_folder: Path, bundle_at: BundleAt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Path]:
     """A folder with the bundles that the snippets name; a tiny DiT stands for the published one. Undoes plugins."""
     (tmp_path / "export").mkdir()
     (tmp_path / "facebook").mkdir()
-    (tmp_path / "export" / "digits").symlink_to(digits_folder / "export" / "digits")
+    (tmp_path / "export" / "digits").symlink_to(digits.folder)
     (tmp_path / "export" / "DiT-XL-2-256").symlink_to(bundle_at("fold", "fp32").folder)
     (tmp_path / "facebook" / "DiT-XL-2-256").symlink_to(pipeline_folder)
     monkeypatch.chdir(tmp_path)
@@ -379,6 +371,7 @@ def imported_names(block: str) -> Iterator[tuple[str, str]]:
 WITH_PYTHON = [page for page in PAGES if blocks_of(TEXT[page], "python")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_the_python_of_a_page_runs_word_for_word(page: str, working_directory: Path) -> None:
     names: dict[str, object] = {"__name__": "snippet"}
@@ -399,6 +392,7 @@ def test_the_python_of_a_page_runs_word_for_word(page: str, working_directory: P
         assert isinstance(names["images"], list)
 
 
+@pytest.mark.slow
 def test_the_readme_opens_python_with_one_line_that_makes_images(working_directory: Path) -> None:
     line = 'fora_trt.Pipeline("export/digits", cache_interval=3)(class_labels=[3, 7], steps=50, seed=0).images'
     assert README.partition("## In Python")[2].partition("```python")[2].partition("```")[0].strip().endswith(line)
@@ -407,6 +401,7 @@ def test_the_readme_opens_python_with_one_line_that_makes_images(working_directo
     assert np.asarray(images[0]).std() > 30, "digits, not noise on one level"
 
 
+@pytest.mark.slow
 def test_a_network_of_ones_own_is_exported_as_the_page_says(working_directory: Path, one_trace: None) -> None:
     (block,) = [one for one in blocks_of(TEXT["docs/python.md"], "python") if one.startswith("# my_package/model.py")]
     (working_directory / "my_package").mkdir()

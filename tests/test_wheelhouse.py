@@ -44,15 +44,20 @@ def made_wheel(folder: Path, name: str, metadata: str = "", entry_points: str = 
     return wheel
 
 
+def bundled_pip() -> Path:
+    """The wheel of the pip that comes with Python."""
+    found = list((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
+    if not found:
+        pytest.skip("this Python has no pip of its own")
+    return found[0]
+
+
 @pytest.fixture
 def wheels(tmp_path: Path) -> list[Path]:
     """A made-up fora-trt whose extra needs another distribution, and the pip that comes with Python."""
     folder = tmp_path / "wheels"
     folder.mkdir()
-    bundled = list((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
-    if not bundled:
-        pytest.skip("this Python has no pip of its own")
-    shutil.copy(bundled[0], folder)
+    shutil.copy(bundled_pip(), folder)
     made_wheel(folder, "tiny_need")
     metadata = "Provides-Extra: rtx\nRequires-Dist: tiny-need; extra == 'rtx'\n"
     made_wheel(folder, "fora_trt", metadata, "[console_scripts]\nfora-trt = fora_trt:main\n")
@@ -68,7 +73,7 @@ def house(tmp_path: Path, wheels: list[Path]) -> Path:
 def install(house: Path, python: str, venv: Path) -> "subprocess.CompletedProcess[str]":
     """Run the script where no index and no configuration of pip can help."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
-    environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_COMPILE": "1"}
     command = ["sh", str(house / "install.sh"), python, str(venv)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=venv.parent)
 
@@ -219,8 +224,8 @@ def test_what_a_machine_has_is_not_collected(
 
 
 def machine_with(folder: Path, *wheels: Path) -> str:
-    """A Python that has pip and these; its path."""
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    """The path of a Python that has these."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for wheel in wheels:
         shutil.unpack_archive(wheel, site, "zip")
@@ -229,7 +234,7 @@ def machine_with(folder: Path, *wheels: Path) -> str:
 
 def test_a_wheelhouse_for_a_machine_is_installed_beside_what_is_there(index: Path, tmp_path: Path) -> None:
     torch = made_wheel(tmp_path, "big_torch", "Requires-Dist: of-a-distribution\n", version="2.11.0+cu130")
-    python = machine_with(tmp_path / "machine", torch)
+    python = machine_with(tmp_path / "machine", torch, bundled_pip())
     there = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
     (tmp_path / "there.txt").write_text(there)
     out, told = tmp_path / "house", ["--extras", "", "--have", str(tmp_path / "there.txt")]
@@ -242,7 +247,7 @@ def test_a_wheelhouse_for_a_machine_is_installed_beside_what_is_there(index: Pat
     shown = subprocess.run([tmp_path / "venv" / "bin" / "python", "-c", code], capture_output=True, text=True)
     assert shown.stdout == "big_torch is here\npipeline is here\n"
 
-    other = machine_with(tmp_path / "other", made_wheel(tmp_path, "big_torch", version="2.10.0"))
+    other = machine_with(tmp_path / "other", made_wheel(tmp_path, "big_torch", version="2.10.0"), bundled_pip())
     refused = install(out, other, tmp_path / "another")
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1
     assert "collected for big-torch 2.11.0+cu130 (installed: 2.10.0): give another Python" in refused.stderr

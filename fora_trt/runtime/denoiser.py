@@ -83,7 +83,7 @@ class Denoiser(StepByStep):
         self.device = engines[FULL].device
         conditioning, of_full_steps = (engines.get(name) for name in (CONDITIONING, FULL_CONDITIONING))
         self.precomputed = None if conditioning is None else PrecomputedConditioning(conditioning, of_full_steps)
-        self.window: Window | None = None
+        self.run: EngineRun | None = None
         self._windows: dict[int, Window] = {}
 
     def begin(
@@ -93,16 +93,25 @@ class Denoiser(StepByStep):
 
         `timesteps` is (S,), or (S, B) if samples differ. `conditioning` has as many rows as the largest of `batches`,
         or one row for all samples. A window longer than the engines support is split by additional full steps.
-        A run is valid until the next `begin`. Raises `InputError` for a batch that does not fit the device's memory.
+        A run ends with the next `begin`, because both use the same buffers. Raises `InputError` for a batch that does
+        not fit the device's memory.
         """
         if min(batches) < 1:
             raise InputError(f"the batch is {min(batches)}; at least one latent is needed")
+        if self.run is not None:
+            self.run.ended = True
         offsets = self._offsets(plan)
         longest = max(*offsets, self.engines[FULL].shortest_window)
         if self.precomputed is not None:
             self.precomputed.begin(timesteps, offsets, conditioning, max(batches), longest)
-        self.window = self._prepared(longest if self.folds else 0, batches)
-        return EngineRun(self.window, self.precomputed, offsets)
+        window = self._prepared(longest if self.folds else 0, batches)
+        self.run = EngineRun(window, self.precomputed, offsets)
+        return self.run
+
+    @property
+    def window(self) -> Window | None:
+        """The window of the latest trajectory; None before the first."""
+        return None if self.run is None else self.run.window
 
     @cached_property
     def foresees(self) -> bool:
@@ -168,13 +177,17 @@ class Denoiser(StepByStep):
             window.prepare(batch)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineRun:
-    """An announced trajectory: its window, its conditioning, and the offset of each step in its window."""
+    """An announced trajectory: its window, its conditioning, and the offset of each step in its window.
+
+    `ended` says that another trajectory has begun on the same buffers.
+    """
 
     window: Window
     precomputed: PrecomputedConditioning | None
     offsets: Sequence[int]
+    ended: bool = False
 
     @property
     def generation(self) -> object:
@@ -182,7 +195,12 @@ class EngineRun:
         return self.window.generation, None if self.precomputed is None else self.precomputed.generation
 
     def at(self, step: int, batch: int) -> EngineStep:
-        """Prepare step number `step` (from 0) and the rest of its window. Steps must run in order."""
+        """Prepare step number `step` (from 0) and the rest of its window. Steps must run in order.
+
+        Raises `InputError` if another trajectory has begun.
+        """
+        if self.ended:
+            raise InputError("another trajectory has begun on this denoiser; a denoiser runs one trajectory at a time")
         self.window.prepare(batch)
         if self.precomputed is not None:
             self.precomputed.select(step)
