@@ -1,8 +1,6 @@
 import json
 import math
 import random
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +29,7 @@ from fora_trt.report.page import read_report
 from fora_trt.report.results import Quality, Setting
 from fora_trt.sampling.conditioning import conditioning_of_classes
 from fora_trt.sampling.scheduler_step import CalledScheduler
+from tests.processes import started
 from tests.test_cli import fora
 from tests.test_metrics import frechet_by_numpy, precision_by_numpy, psnr_by_numpy
 
@@ -248,15 +247,6 @@ def test_stopped_anywhere_and_resumed_it_finds_the_same(
     assert measure(pixels, tmp_path / "parts", resume=True) == resumed
 
 
-KILLABLE = """
-import sys
-import fora_trt.evaluate.rounds as rounds
-from fora_trt.cli import main
-rounds.reuse_share_of = lambda *_: 0.1
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("pilot")
 def test_killed_at_random_and_resumed_it_finds_the_same(pixels: Bundle, tmp_path: Path) -> None:
@@ -264,13 +254,13 @@ def test_killed_at_random_and_resumed_it_finds_the_same(pixels: Bundle, tmp_path
     command += ["--batch-size", "2", "--resume", "--json", "--out"]
     parts = tmp_path / "parts" / "quality" / "parts"
     for kills in range(2):
-        process = subprocess.Popen([sys.executable, "-c", KILLABLE, *command, str(tmp_path / "parts")])
-        while process.poll() is None and len(list(parts.glob("*.npz"))) < 3 * (kills + 1):
+        process = started(*command, tmp_path / "parts", pilot=0.1)
+        while process.is_alive() and len(list(parts.glob("*.npz"))) < 3 * (kills + 1):
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.1))
-        assert process.poll() is None, "it was to be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.is_alive(), "it was to be killed"
+        process.kill()
+        process.join()
     found = {name: json.loads(fora(*command, tmp_path / name).stdout) for name in ("whole", "parts")}
     for quality in found.values():
         quality.pop("out")

@@ -1,7 +1,5 @@
 import json
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from fora_trt.evaluate.sample_set import Layout, SampleSet
 from fora_trt.pipeline import Pipeline
 from fora_trt.sampling.conditioning import balanced_labels, conditioning_of_classes, drawn_labels
 from fora_trt.sampling.loop import BegunTrajectory, TimedStep
+from tests.processes import started
 from tests.test_cli import fora
 
 STEPS, IMAGES = 4, 7
@@ -168,16 +167,17 @@ def test_each_mistake_has_its_sentence(
 @pytest.mark.slow
 def test_killed_nine_times_it_is_the_same_to_the_bit(digits: Bundle, tmp_path: Path) -> None:
     """120 digits by the command, undisturbed and with a kill -9 at nine random moments, each after one more batch."""
-    command = [sys.executable, "-m", "fora_trt", "sample", str(digits.folder), "--num-images", "120"]
-    command += ["--steps", "15", "--batch-size", "10", "--resume", "--out"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    command = ["sample", digits.folder, "--num-images", 120, "--steps", 15, "--batch-size", 10, "--resume", "--out"]
     for kills in range(9):
-        process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while process.poll() is None and len([*tmp_path.glob("killed/**/parts/*.npz")]) <= kills:
+        process = started(*command, tmp_path / "killed")
+        while process.is_alive() and len([*tmp_path.glob("killed/**/parts/*.npz")]) <= kills:
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.3))
-        assert process.poll() is None, "it was to be killed"
+        assert process.is_alive(), "it was to be killed"
         process.kill()
-        process.communicate()
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+        process.join()
+    for folder in ("killed", "whole"):
+        process = started(*command, tmp_path / folder)
+        process.join()
+        assert process.exitcode == 0
     assert contents(tmp_path / "killed/samples.npz") == contents(tmp_path / "whole/samples.npz")
