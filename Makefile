@@ -47,10 +47,12 @@ wheelhouse:
 	test -x $(BIN)/python || $(MAKE) $(VENV)/with-cpu PYTHON=python3
 	$(BIN)/python -m tools.wheelhouse --python $(PYTHON) --extras '$(EXTRAS)' $(addprefix --without ,$(WITHOUT)) $(if $(HAVE),--have '$(HAVE)')
 
+# pip compiles on one core, compileall on all; it fails for the files that packages keep for other versions of Python.
 $(VENV)/with-%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is too old: fora-trt needs Python 3.10 or newer; give another: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 clean:
