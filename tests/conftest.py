@@ -23,7 +23,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.contract import OPTIMIZATIONS, Optimization
 from fora_trt.evaluate import bench, peak_memory, peaks
 from fora_trt.models.sources import model_from_source
-from tests.shared import bundle_once, bundles_once, made_once, one_trace_for_all
+from tests.shared import bundle_once, bundles_once, made_once, measured_pilot, one_trace_for_all
 
 ON_CPU = ("onnxruntime", "torch")
 """The backends that start at once on a machine without a GPU."""
@@ -179,6 +179,7 @@ def memory_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pilot(monkeypatch: pytest.MonkeyPatch) -> None:
+def pilot() -> Iterator[None]:
     """A machine whose reuse steps take a tenth of full ones, always."""
-    monkeypatch.setattr("fora_trt.evaluate.rounds.reuse_share_of", lambda *_: 0.1)
+    with measured_pilot():
+        yield

@@ -38,6 +38,14 @@ def one_trace_for_all() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def measured_pilot(share: float = 0.1) -> Iterator[None]:
+    """A machine whose reuse steps always take this share of a full one."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fora_trt.evaluate.rounds.reuse_share_of", lambda *_: share)
+        yield
+
+
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
     """`folder`, which `make` fills for the first process that asks; others wait until it is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +72,7 @@ def bundles_once(folder: Path, name: str, load: Callable[[], Model]) -> dict[Opt
 
 
 def bundle_once(folder: Path, load: Callable[[], Model]) -> Bundle:
-    """The bundle `folder`, optimized as far as its model admits."""
+    """The bundle `folder`, at the highest optimization level that its model supports."""
 
     def make(unfinished: Path) -> None:
         with one_trace_for_all():

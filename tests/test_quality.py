@@ -254,7 +254,7 @@ def test_killed_at_random_and_resumed_it_finds_the_same(pixels: Bundle, tmp_path
     command += ["--batch-size", "2", "--resume", "--json", "--out"]
     parts = tmp_path / "parts" / "quality" / "parts"
     for kills in range(2):
-        process = started(*command, tmp_path / "parts", pilot=0.1)
+        process = started(*command, tmp_path / "parts")
         while process.is_alive() and len(list(parts.glob("*.npz"))) < 3 * (kills + 1):
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.1))
