@@ -17,10 +17,13 @@ demo: $(VENV)/with-$(DEMO_EXTRAS)
 test: $(VENV)/with-$(EXTRAS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# The timed tests of test_figures.py run alone, because other processes would disturb the timings; the others one at a time.
+# The timed tests of test_figures.py run alone, because other processes would disturb the timings; the others in two
+# processes, one test at a time, the longest first.
+LONGEST := tests/test_wheelhouse.py tests/test_trajectories.py tests/test_quality.py tests/test_gpu_check.py
 test-slow: $(VENV)/with-$(EXTRAS)
 	$(BIN)/python -m pytest -m slow --durations=0 tests/test_figures.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --maxschedchunk=1 --durations=12 --ignore tests/test_figures.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --maxschedchunk=1 --durations=12 $(LONGEST) \
+		$(filter-out $(LONGEST) tests/test_figures.py,$(sort $(wildcard tests/test_*.py)))
 
 # On a machine with an NVIDIA GPU: make gpu-check CHECK='--minutes 28'; after an interruption: make gpu-check CHECK=--resume.
 # It uses the virtual environment if there is one, else PYTHON with its installed packages.

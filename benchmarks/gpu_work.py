@@ -83,7 +83,7 @@ class Place:
 
 def bundle_of(exported: Exported, work: Path) -> Bundle:
     """Open the bundle, or export it if it does not exist; a lock keeps other processes from exporting it too."""
-    folder = work / "bundles" / _digest_of_exporter() / exported.folder
+    folder = folder_of(exported, work)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if folder.exists():
@@ -93,6 +93,11 @@ def bundle_of(exported: Exported, work: Path) -> Bundle:
         return bundle_from_model(
             model, folder, optimization=exported.optimization, report=lambda stage: print(stage, flush=True)
         )
+
+
+def folder_of(exported: Exported, work: Path) -> Path:
+    """The folder of the bundle: a new one after every change of the exporter."""
+    return work / "bundles" / _digest_of_exporter() / exported.folder
 
 
 def _digest_of_exporter() -> str:

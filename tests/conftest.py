@@ -42,7 +42,9 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all processes of a run share."""
+    """A folder that all processes of a run share; with the variable SHARED_TEST_FOLDER, several runs of one tree."""
+    if given := os.environ.get("SHARED_TEST_FOLDER"):
+        return Path(given)
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     folder.mkdir(exist_ok=True)
@@ -137,9 +139,21 @@ def _save_pixels(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def digits(run_folder: Path) -> Bundle:
-    """The bundle of the digits that come with the package."""
-    return bundle_once(run_folder / "export" / "digits", lambda: model_from_source("digits"))
+def digits_at(run_folder: Path) -> dict[Optimization, Bundle]:
+    """Bundles of the digits that come with the package, by level of optimization."""
+    return bundles_once(run_folder / "export" / "digits", "digits", lambda: model_from_source("digits"))
+
+
+@pytest.fixture(scope="session")
+def digits(digits_at: dict[Optimization, Bundle]) -> Bundle:
+    """The bundle of the digits, fully optimized."""
+    return digits_at["fold"]
+
+
+@pytest.fixture(scope="session")
+def half_digits(run_folder: Path) -> Bundle:
+    """The bundle of the digits in fp16."""
+    return bundle_once(run_folder / "export" / "half-digits", lambda: model_from_source("digits", "fp16"))
 
 
 @pytest.fixture(scope="session")

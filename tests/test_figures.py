@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
+from fora_trt.cli import main
 from fora_trt.engines.options import EngineOptions
 from fora_trt.evaluate.bench import Benchmark
 from fora_trt.evaluate.targets import targets_of
@@ -22,7 +24,7 @@ from fora_trt.sampling.loop import Sampler
 pytestmark = pytest.mark.slow
 
 
-STEPS, MOST_ROUNDS = 20, 12
+STEPS, MOST_ROUNDS = 12, 12
 
 
 def ratios_to_the_ideal(benchmark: Benchmark) -> dict[str, float]:
@@ -107,7 +109,7 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
     print(f"export: {seconds:.0f} s, {gigabytes:.2f} GB")
     assert seconds < 120
     assert gigabytes < 6
-    found = json.loads(fora(tmp_path, "inspect", "export/xl", "--json")[0])
+    found = json.loads(CliRunner().invoke(main, ["inspect", str(tmp_path / "export" / "xl"), "--json"]).stdout)
     assert found["optimization"] == "fold"
     assert found["cache_intervals"]["3"]["kept_bytes_per_sample"] < found["feature_bytes_per_sample"] / 10
 
@@ -126,10 +128,15 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
     content = Path(tmp_path / json.loads(printed)["folder"] / "reuse.plan").read_bytes()
     assert b"_mha_" not in content
 
-    again = [fora(tmp_path, *build) for _ in range(3)]
-    print("found again:", ", ".join(f"{seconds:.2f} s" for _, seconds, _ in again))
-    assert all(json.loads(printed)["reused"] for printed, _, _ in again)
-    assert min(seconds for _, seconds, _ in again) < 3, "a build takes ten times as long"
+    fastest = float("inf")
+    for _ in range(3):  # the fastest; so many only where other work disturbs them
+        printed, seconds, _ = fora(tmp_path, *build)
+        assert json.loads(printed)["reused"]
+        fastest = min(fastest, seconds)
+        if fastest < 3:
+            break
+    print(f"found again: {fastest:.2f} s")
+    assert fastest < 3, "a build takes ten times as long"
 
 
 def test_compiled_graphs_reach_the_ideal(dit_s: Bundle) -> None:

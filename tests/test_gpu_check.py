@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from benchmarks.gpu_tables import as_markdown
 from benchmarks.gpu_work import Found, Place, found_of
 from fora_trt import Denoiser
 from fora_trt.bundle import Bundle
+from fora_trt.contract import Optimization
 from fora_trt.engines.backends import BACKENDS
 from fora_trt.engines.base import Launch
 from fora_trt.evaluate.targets import REFERENCES
@@ -224,8 +226,10 @@ def test_killed_at_any_moment_it_keeps_what_is_finished_and_goes_on(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_check_itself_is_killed_and_goes_on(tmp_path: Path) -> None:
+def test_the_check_itself_is_killed_and_goes_on(digits_at: dict[Optimization, Bundle], tmp_path: Path) -> None:
     """The real rows, on the CPU; the page and the data file have all of them in the end."""
+    bundle = gpu_work.folder_of(Exported("digits", "fp32", optimization="none"), tmp_path / "work")
+    shutil.copytree(digits_at["none"].folder, bundle)
     rows = [f"parity/none/fp32/{backend}" for backend in ("torch", "onnxruntime")]
     places = ["--device", "cpu", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "benchmarks.gpu_check", *places, "--rows", rows[0], "--rows", rows[1]]
@@ -332,12 +336,16 @@ def test_a_reuse_step_that_reads_a_stale_address_fails(
 
 
 @pytest.mark.slow
-def test_a_reuse_step_that_reads_the_sum_of_another_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reuse_step_that_reads_the_sum_of_another_fails(
+    digits: Bundle, half_digits: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the digits: sums of random weights hardly differ within a window."""
     launch_of = Window._launch
     monkeypatch.setattr(Window, "_launch", lambda self, offset: launch_of(self, min(offset, 1)))
-    for row in (row for row in rows_of("cpu") if row.name in ("parity/fold/fp32/torch", "parity/fold/fp16/torch")):
-        found = found_of(row, Place(torch.device("cpu"), tmp_path))
+    bundles = {"parity/fold/fp32/torch": digits, "parity/fold/fp16/torch": half_digits}
+    for row in (row for row in rows_of("cpu") if row.name in bundles):
+        monkeypatch.setattr(gpu_work, "bundle_of", lambda exported, work, name=row.name: bundles[name])
+        found = found_of(row, Place(torch.device("cpu"), Path()))
         assert not found.failure
         status, deviations = row.judged(found.values)
         assert status == "failed"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fora_trt import Denoiser, InputSpec, ModelSpec, Schedule, TensorSpec, load
 from fora_trt.bundle import Bundle, GraphError, GraphRecord
 from fora_trt.cli import main
-from fora_trt.contract import OPTIMIZATIONS, Optimization, Role
+from fora_trt.contract import Optimization, Role
 from fora_trt.evaluate.verify import compare_with_pytorch
 from fora_trt.export.traced import TracedModel
 from fora_trt.export.write import bundle_from_model
@@ -144,13 +144,10 @@ def test_all_levels_give_the_same_latents(interval: int, bundles: dict[str, Bund
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_trace")
-def test_digits_are_the_same_at_every_level(tmp_path: Path) -> None:
-    model = model_from_source("digits")
-    made = {level: bundle_from_model(model, tmp_path / level, optimization=level) for level in OPTIMIZATIONS}
-    assert [bundle.manifest.optimization for bundle in made.values()] == ["none", *LEVELS]
-    pipelines = {level: pipeline_of(bundle) for level, bundle in made.items()}
-    given = example_conditioning(made["none"].manifest, 4)
+def test_digits_are_the_same_at_every_level(digits_at: dict[Optimization, Bundle]) -> None:
+    assert [bundle.manifest.optimization for bundle in digits_at.values()] == ["none", *LEVELS]
+    pipelines = {level: pipeline_of(bundle) for level, bundle in digits_at.items()}
+    given = example_conditioning(digits_at["none"].manifest, 4)
     for interval in (2, 3, 5):
         samplers = {level: sampler_of(pipeline, f"fora:{interval}") for level, pipeline in pipelines.items()}
         ended = {level: sampler(given, range(4), 1.5).latents for level, sampler in samplers.items()}

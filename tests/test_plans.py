@@ -15,7 +15,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
@@ -35,6 +34,8 @@ from fora_trt.engines.tensorrt.plan_store import (
     target_of,
 )
 from fora_trt.errors import BackendError, BundleError, PlanError
+from fora_trt.export.graphs import save_graph
+from fora_trt.export.traced import traced_from_model
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from tests.conftest import BundleAt
@@ -423,12 +424,11 @@ def test_run_says_that_no_gpu_is_there(exported: Bundle) -> None:
 
 
 @pytest.mark.slow
-def test_every_attention_becomes_one_kernel(tmp_path: Path) -> None:
+def test_every_attention_becomes_one_kernel(half_digits: Bundle, tmp_path: Path) -> None:
     """Of the digits; the test of DiT-XL/2 sees to it for a published size."""
-    bundle = bundle_from_model(model_from_source("digits", "fp16"), tmp_path / "export" / "half")
     target = target_of(library_from_name(TENSORRT_RTX), None)
     options = PlanOptions(profiles=(default_profile(2),))
-    plans = build_plans(bundle, target, options, tmp_path / "engines")[0].manifest.plans
+    plans = build_plans(half_digits, target, options, tmp_path / "engines")[0].manifest.plans
     assert [one.fused for one in plans["full"].attentions] == [True] * 8
     assert plans["reuse"].attentions == ()
 
@@ -436,13 +436,11 @@ def test_every_attention_becomes_one_kernel(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_block_of_dit_is_nine_layers(library: Library, tmp_path: Path) -> None:
     """Of DiT-S/2 in fp16: a product for Q, K and V, one transpose before the attention and one behind it."""
-    bundle = bundle_from_model(model_from_source("random:DiT-S/2", "fp16"), tmp_path / "export" / "s2")
-    for name in bundle.manifest.graphs:
-        assert not any(node.op_type == "Conv" for node in ir.load(bundle.graph_path(name)).graph)
-    inputs = bundle.manifest.graphs["full"].inputs
-    built = plan_from_onnx(
-        library, bundle.graph_path("full"), tmp_path / "full.plan", inputs, options((1, 2, 16)), ["8.9"]
-    )
+    graphs = traced_from_model(model_from_source("random:DiT-S/2", "fp16"), 23, lambda _: None).graphs("fold").graphs
+    assert not any(node.op_type == "Conv" for graph in graphs.values() for node in graph.onnx.graph)
+    full, path = graphs["full"], tmp_path / "full.onnx"
+    save_graph(full, path)
+    built = plan_from_onnx(library, path, path.with_suffix(".plan"), full.inputs, options((1, 2, 16)), ["8.9"])
     assert [one.fused for one in built.attentions] == [True] * 12
     layers = [name for text in library.log.layers for name in re.findall(r"^Name: (\S+), Layer", text, re.MULTILINE)]
     assert len(layers) <= 120, layers

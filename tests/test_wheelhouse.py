@@ -70,6 +70,13 @@ def house(tmp_path: Path, wheels: list[Path]) -> Path:
     return tmp_path / "house"
 
 
+def wheels_in(house: Path) -> dict[str, bytes]:
+    """The content of each wheel, by file name."""
+    joined = b"".join(path.read_bytes() for path in sorted(house.glob("wheels.tar.*")))
+    with tarfile.open(fileobj=io.BytesIO(joined)) as tar:
+        return {name: opened.read() for name in tar.getnames() if (opened := tar.extractfile(name))}
+
+
 def install(house: Path, python: str, venv: Path) -> "subprocess.CompletedProcess[str]":
     """Run the script where no index and no configuration of pip can help."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
@@ -89,10 +96,7 @@ def test_parts_are_cut_at_the_limit_and_join_to_the_stream(tmp_path: Path) -> No
 def test_parts_hold_the_wheels_and_their_digests(house: Path, wheels: list[Path]) -> None:
     parts = sorted(house.glob("wheels.tar.*"))
     assert len(parts) > 1 and all(path.stat().st_size <= MIB for path in parts)
-    joined = b"".join(path.read_bytes() for path in parts)
-    with tarfile.open(fileobj=io.BytesIO(joined)) as tar:
-        inside = {name: opened.read() for name in tar.getnames() if (opened := tar.extractfile(name))}
-    assert inside == {wheel.name: wheel.read_bytes() for wheel in wheels}
+    assert wheels_in(house) == {wheel.name: wheel.read_bytes() for wheel in wheels}
     sums = (house / "SHA256SUMS").read_text()
     assert all(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" in sums for path in parts)
     assert sums.endswith("  WHEELS.SHA256SUMS\n")
@@ -330,7 +334,7 @@ def test_errors_are_one_sentence_and_leave_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_wheelhouse_installs_without_an_index(tmp_path: Path) -> None:
+def test_the_real_wheelhouse_holds_the_package_and_installs_without_an_index(tmp_path: Path) -> None:
     house, command = tmp_path / "house", [sys.executable, "-m", "tools.wheelhouse", "--out", str(tmp_path / "house")]
     unknown = subprocess.run([*command, "--extras", "cpux"], capture_output=True, text=True, cwd=ROOT)
     assert unknown.returncode == 1 and "unknown extras cpux; choose from cpu, " in unknown.stderr
@@ -340,7 +344,20 @@ def test_the_real_wheelhouse_installs_without_an_index(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["house"]
     assert max(path.stat().st_size for path in house.iterdir()) <= 60 * MIB
     assert f"glibc='2.{GLIBC}'" in (house / "install.sh").read_text()
+    (wheel,) = (content for name, content in wheels_in(house).items() if name.startswith("fora_trt-"))
+    names = zipfile.ZipFile(io.BytesIO(wheel)).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"fora_trt"}
+    assert "fora_trt/models/digits/transformer/diffusion_pytorch_model.safetensors" in names
+    assert "fora_trt/evaluate/digit_classifier.safetensors" in names
+    assert "fora_trt/engines/onnxruntime/weighted_sum.c" in names
+    assert "fora_trt/py.typed" in names
+
     done = install(house, sys.executable, tmp_path / "venv")
     assert done.returncode == 0, done.stderr
     assert "onnxruntime" in done.stdout and "onnxruntime is not installed" not in done.stdout
+    without = ["-m", "pip", "uninstall", "--quiet", "--yes", "onnxruntime"]
+    binaries = tmp_path / "venv" / "bin"
+    subprocess.run([binaries / "python", *without], check=True)
+    shown = subprocess.run([binaries / "fora-trt", "doctor"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "onnxruntime is not installed" in shown.stdout, "the package alone, without an extra"
     shutil.rmtree(tmp_path / "venv")  # more than a gigabyte, which pytest would keep
