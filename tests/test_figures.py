@@ -24,7 +24,7 @@ from fora_trt.sampling.loop import Sampler
 pytestmark = pytest.mark.slow
 
 
-STEPS, MOST_ROUNDS = 12, 12
+STEPS, MOST_ROUNDS = 20, 12
 
 
 def ratios_to_the_ideal(benchmark: Benchmark) -> dict[str, float]:
