@@ -291,9 +291,13 @@ def test_peak_memory_is_that_of_a_process_of_its_own(exported: Bundle) -> None:
     assert 100 * 2**20 < measured_peak(exported) < ballast.nbytes
 
 
-def test_a_process_that_cannot_measure_memory_says_why(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_process_that_cannot_measure_memory_says_why(exported: Bundle) -> None:
     with pytest.raises(BackendError, match=r"^unknown backend 'no such backend'; choose one of "):
         measured_peak(exported, backend="no such backend")
+
+
+def test_a_process_that_says_nothing_is_named(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(BackendError, match="the process exited with 1 and printed nothing"):
         measured_peak(exported)

@@ -240,11 +240,15 @@ def test_ctrl_c_during_export_leaves_the_old_bundle(bundle_copy: Path, pipeline_
     assert [path.name for path in bundle_copy.parent.iterdir()] == ["tiny"]
 
 
-def test_a_progress_bar_on_a_terminal_and_none_in_a_pipe(exported: Bundle, tmp_path: Path) -> None:
-    run = ["run", str(exported.folder), "--class-labels", "1", "--steps", "6", "-o", str(tmp_path / "a.png")]
-    piped = fora(*run)
+def test_no_progress_bar_in_a_pipe(exported: Bundle, tmp_path: Path) -> None:
+    piped = fora("run", exported.folder, "--class-labels", "1", "--steps", "6", "-o", tmp_path / "a.png")
     assert piped.exit_code == 0
     assert "denoising" not in piped.output
+
+
+@pytest.mark.slow
+def test_a_progress_bar_on_a_terminal(exported: Bundle, tmp_path: Path) -> None:
+    run = ["run", str(exported.folder), "--class-labels", "1", "--steps", "6", "-o", str(tmp_path / "a.png")]
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "fora_trt", *run]
     process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, env={**os.environ, "TERM": "xterm"})

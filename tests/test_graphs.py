@@ -48,7 +48,9 @@ def test_graphs_are_opset_23_with_one_attention_node_a_block_in_full_and_none_in
         assert operators.count("LayerNormalization") == (2 * count + 1)
 
 
-@pytest.mark.parametrize(("precision", "opset"), [("fp32", 20), ("fp16", 23), ("bf16", 20)])
+@pytest.mark.parametrize(
+    ("precision", "opset"), [("fp32", 20), ("fp16", 23), pytest.param("bf16", 20, marks=pytest.mark.slow)]
+)
 def test_no_graph_convolves_and_an_attention_has_one_projection(
     pipeline_folder: Path, bundle_at: BundleAt, precision: str, opset: int
 ) -> None:

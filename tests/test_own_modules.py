@@ -227,7 +227,7 @@ def test_a_recipe_says_the_inputs_of_a_module_without_a_spec(package: str, tmp_p
     assert "has none; name one with --vae FOLDER; or write the latents with --latents-out FILE.npy" in pictures
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_tables_in_fp32_and_pytorchs_own_attention_fit_any_precision(
     precision: str, package: str, tmp_path: Path
 ) -> None:

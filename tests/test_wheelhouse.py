@@ -115,6 +115,7 @@ def test_the_script_installs_without_an_index_and_runs_the_doctor(house: Path, t
     assert (tmp_path / "venv" / "bin" / "fora-trt").exists()
 
 
+@pytest.mark.slow
 def test_what_was_left_out_is_taken_from_the_environment_of_python(wheels: list[Path], tmp_path: Path) -> None:
     (need,) = (wheel for wheel in wheels if wheel.name.startswith("tiny_need"))
     pack([wheel for wheel in wheels if wheel != need], tmp_path / "house", MIB, VERSION, "rtx", "tiny-need")
