@@ -96,6 +96,12 @@ def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(dit_s: Bundl
     assert added < 0.02
 
 
+def test_compiled_graphs_reach_the_ideal(dit_s: Bundle) -> None:
+    """DiT-S/2 on `torch-compile`: the graphs of the bundle, folded and compiled."""
+    benchmark = benchmark_of(dit_s, "torch-compile", [3, 5], bound=0.93)
+    assert min(ratios_to_the_ideal(benchmark).values()) >= 0.93
+
+
 def fora(folder: Path, *arguments: str) -> tuple[str, float, float]:
     """Run a command as its own process; what it printed, seconds, and gigabytes at its peak."""
     code = (
@@ -147,9 +153,3 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
             break
     print(f"found again: {fastest:.2f} s")
     assert fastest < 3, "a build takes ten times as long"
-
-
-def test_compiled_graphs_reach_the_ideal(dit_s: Bundle) -> None:
-    """DiT-S/2 on `torch-compile`: the graphs of the bundle, folded and compiled."""
-    benchmark = benchmark_of(dit_s, "torch-compile", [3, 5], bound=0.93)
-    assert min(ratios_to_the_ideal(benchmark).values()) >= 0.93
