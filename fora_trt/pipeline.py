@@ -244,7 +244,7 @@ class Pipeline:
         """The conditioning of the images, from class labels, prompts or a file. Raises `InputError`."""
         if isinstance(conditioning, Conditioning):
             if class_labels is not None or prompt or negative_prompt or num_images is not None:
-                raise InputError("conditioning already contains all inputs of the images; leave the other inputs out")
+                raise InputError("the conditioning contains the inputs of all images; leave the other inputs out")
             return conditioning
         prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
         file = None if conditioning is None else Path(conditioning)

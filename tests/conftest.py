@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -58,21 +58,28 @@ def pipeline_folder(run_folder: Path) -> Path:
 
 
 def _save_pipeline(folder: Path) -> None:
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(**TINY)
-    for block in transformer.transformer_blocks:  # as trained ones: gates that are not tiny
-        torch.nn.init.normal_(block.norm1.linear.bias, std=0.5)
-    transformer.save_pretrained(folder / "transformer")
-    DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
+    _save_transformer(folder, TINY)
     vae = AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     vae.save_pretrained(folder / "vae")
-    index = {"_class_name": "DiTPipeline"} | {
-        part: ["diffusers", type(module).__name__]
-        for part, module in (("transformer", transformer), ("vae", vae), ("scheduler", DDIMScheduler()))
-    }
+    parts = {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    _save_index(folder, parts)
+
+
+def _save_transformer(folder: Path, sizes: Mapping[str, Any]) -> None:
+    """A DiT with random weights, and its scheduler."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(**sizes)
+    for block in transformer.transformer_blocks:  # as trained ones: gates that are not tiny
+        torch.nn.init.normal_(block.norm1.linear.bias, std=0.5)
+    transformer.save_pretrained(folder / "transformer")
+    DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
+
+
+def _save_index(folder: Path, parts: Mapping[str, Any]) -> None:
+    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], **parts}
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
@@ -127,27 +134,20 @@ def pixels(run_folder: Path) -> Bundle:
 
 
 def _save_pixels(folder: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": 10}
-    transformer = DiTTransformer2DModel(**{**TINY, **sizes})
-    for block in transformer.transformer_blocks:
-        torch.nn.init.normal_(block.norm1.linear.bias, std=0.5)
-    transformer.save_pretrained(folder / "transformer")
-    DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
-    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], "vae": [None, None]}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    _save_transformer(folder, {**TINY, "in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": 10})
+    _save_index(folder, {"vae": [None, None]})
 
 
 @pytest.fixture(scope="session")
-def digits_at(run_folder: Path) -> dict[Optimization, Bundle]:
+def digits_by_level(run_folder: Path) -> dict[Optimization, Bundle]:
     """Bundles of the digits that come with the package, by level of optimization."""
     return bundles_once(run_folder / "export" / "digits", "digits", lambda: model_from_source("digits"))
 
 
 @pytest.fixture(scope="session")
-def digits(digits_at: dict[Optimization, Bundle]) -> Bundle:
+def digits(digits_by_level: dict[Optimization, Bundle]) -> Bundle:
     """The bundle of the digits, fully optimized."""
-    return digits_at["fold"]
+    return digits_by_level["fold"]
 
 
 @pytest.fixture(scope="session")

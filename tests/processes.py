@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
+import time
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 
 from fora_trt.cli import main
 from tests.shared import measured_pilot
@@ -17,6 +20,20 @@ def started(*arguments: object) -> ForkServerProcess:
     process = _CONTEXT.Process(target=_run, args=([str(one) for one in arguments],))
     process.start()
     return process
+
+
+def kill_after(batches: int, within: float, out: Path, *arguments: object) -> None:
+    """Run `fora-trt` with arguments that end with --out, and kill it with SIGKILL.
+
+    The moment is random, at most `within` seconds after `out` holds this number of batches.
+    """
+    process = started(*arguments, out)
+    while process.is_alive() and len([*out.rglob("parts/*.npz")]) < batches:
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, within))
+    assert process.is_alive(), "it was to be killed"
+    process.kill()
+    process.join()
 
 
 def _run(arguments: list[str]) -> None:

@@ -39,10 +39,10 @@ def one_trace_for_all() -> Iterator[None]:
 
 
 @contextmanager
-def measured_pilot(share: float = 0.1) -> Iterator[None]:
-    """A machine whose reuse steps always take this share of a full one."""
+def measured_pilot() -> Iterator[None]:
+    """A machine whose reuse steps always take a tenth of a full one."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fora_trt.evaluate.rounds.reuse_share_of", lambda *_: share)
+        patched.setattr("fora_trt.evaluate.rounds.reuse_share_of", lambda *_: 0.1)
         yield
 
 

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
-from fora_trt.cli import main
 from fora_trt.engines.options import EngineOptions
 from fora_trt.evaluate.bench import Benchmark
 from fora_trt.evaluate.targets import targets_of
 from fora_trt.pipeline import Pipeline
 from fora_trt.sampling.conditioning import example_conditioning
 from fora_trt.sampling.loop import Sampler, Trajectory
+from tests.test_cli import fora
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +101,7 @@ def test_compiled_graphs_reach_the_ideal(dit_s: Bundle) -> None:
     assert min(ratios_to_the_ideal(benchmark).values()) >= 0.93
 
 
-def fora(folder: Path, *arguments: str) -> tuple[str, float, float]:
+def in_a_process(folder: Path, *arguments: str) -> tuple[str, float, float]:
     """Run a command as its own process; what it printed, seconds, and gigabytes at its peak."""
     code = (
         "import resource, sys; from fora_trt.cli import main\n"
@@ -121,17 +120,17 @@ def fora(folder: Path, *arguments: str) -> tuple[str, float, float]:
 def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path) -> None:
     """Export in two minutes; all plans in one, each attention of the full plan fused; found again at once."""
     export = ("export", "random:DiT-XL/2", "--precision", "fp16", "--name", "xl", "--force")
-    _, seconds, gigabytes = fora(tmp_path, *export)
+    _, seconds, gigabytes = in_a_process(tmp_path, *export)
     print(f"export: {seconds:.0f} s, {gigabytes:.2f} GB")
     assert seconds < 120
     assert gigabytes < 6
-    found = json.loads(CliRunner().invoke(main, ["inspect", str(tmp_path / "export" / "xl"), "--json"]).stdout)
+    found = json.loads(fora("inspect", tmp_path / "export" / "xl", "--json").stdout)
     assert found["optimization"] == "fold"
     assert found["cache_intervals"]["3"]["kept_bytes_per_sample"] < found["feature_bytes_per_sample"] / 10
 
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'fora-trt[rtx]'")
     build = ("build", "export/xl", "--backend", "tensorrt-rtx", "--json")
-    printed, seconds, gigabytes = fora(tmp_path, *build)
+    printed, seconds, gigabytes = in_a_process(tmp_path, *build)
     plans = json.loads(printed)["plans"]
     print(f"build: {seconds:.0f} s, {gigabytes:.2f} GB")
     attentions = {name: len(plan["attentions"]) for name, plan in plans.items()}
@@ -146,7 +145,7 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
 
     fastest = float("inf")
     for _ in range(3):  # the fastest; so many only where other work disturbs them
-        printed, seconds, _ = fora(tmp_path, *build)
+        printed, seconds, _ = in_a_process(tmp_path, *build)
         assert json.loads(printed)["reused"]
         fastest = min(fastest, seconds)
         if fastest < 3:

@@ -226,10 +226,10 @@ def test_killed_at_any_moment_it_keeps_what_is_finished_and_goes_on(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_check_itself_is_killed_and_goes_on(digits_at: dict[Optimization, Bundle], tmp_path: Path) -> None:
+def test_the_check_itself_is_killed_and_goes_on(digits_by_level: dict[Optimization, Bundle], tmp_path: Path) -> None:
     """The real rows, on the CPU; the page and the data file have all of them in the end."""
     bundle = gpu_work.folder_of(Exported("digits", "fp32", optimization="none"), tmp_path / "work")
-    shutil.copytree(digits_at["none"].folder, bundle)
+    shutil.copytree(digits_by_level["none"].folder, bundle)
     rows = [f"parity/none/fp32/{backend}" for backend in ("torch", "onnxruntime")]
     places = ["--device", "cpu", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "benchmarks.gpu_check", *places, "--rows", rows[0], "--rows", rows[1]]
@@ -342,9 +342,9 @@ def test_a_reuse_step_that_reads_the_sum_of_another_fails(
     """On the digits: sums of random weights hardly differ within a window."""
     launch_of = Window._launch
     monkeypatch.setattr(Window, "_launch", lambda self, offset: launch_of(self, min(offset, 1)))
-    bundles = {"parity/fold/fp32/torch": digits, "parity/fold/fp16/torch": half_digits}
-    for row in (row for row in rows_of("cpu") if row.name in bundles):
-        monkeypatch.setattr(gpu_work, "bundle_of", lambda exported, work, name=row.name: bundles[name])
+    bundles = {"fp32": digits, "fp16": half_digits}
+    monkeypatch.setattr(gpu_work, "bundle_of", lambda exported, work: bundles[exported.precision])
+    for row in (row for row in rows_of("cpu") if row.name in ("parity/fold/fp32/torch", "parity/fold/fp16/torch")):
         found = found_of(row, Place(torch.device("cpu"), Path()))
         assert not found.failure
         status, deviations = row.judged(found.values)

@@ -144,10 +144,10 @@ def test_all_levels_give_the_same_latents(interval: int, bundles: dict[str, Bund
 
 
 @pytest.mark.slow
-def test_digits_are_the_same_at_every_level(digits_at: dict[Optimization, Bundle]) -> None:
-    assert [bundle.manifest.optimization for bundle in digits_at.values()] == ["none", *LEVELS]
-    pipelines = {level: pipeline_of(bundle) for level, bundle in digits_at.items()}
-    given = example_conditioning(digits_at["none"].manifest, 4)
+def test_digits_are_the_same_at_every_level(digits_by_level: dict[Optimization, Bundle]) -> None:
+    assert [bundle.manifest.optimization for bundle in digits_by_level.values()] == ["none", *LEVELS]
+    pipelines = {level: pipeline_of(bundle) for level, bundle in digits_by_level.items()}
+    given = example_conditioning(digits_by_level["none"].manifest, 4)
     for interval in (2, 3, 5):
         samplers = {level: sampler_of(pipeline, f"fora:{interval}") for level, pipeline in pipelines.items()}
         ended = {level: sampler(given, range(4), 1.5).latents for level, sampler in samplers.items()}

@@ -35,12 +35,11 @@ from fora_trt.engines.tensorrt.plan_store import (
 )
 from fora_trt.errors import BackendError, BundleError, PlanError
 from fora_trt.export.graphs import save_graph
-from fora_trt.export.traced import traced_from_model
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from tests.conftest import BundleAt
 from tests.damage import flip_a_byte, replace_by_link, rewrite
-from tests.shared import made_once
+from tests.shared import made_once, traced_once
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'fora-trt[rtx]'")
 
@@ -436,7 +435,7 @@ def test_every_attention_becomes_one_kernel(half_digits: Bundle, tmp_path: Path)
 @pytest.mark.slow
 def test_a_block_of_dit_is_nine_layers(library: Library, tmp_path: Path) -> None:
     """Of DiT-S/2 in fp16: a product for Q, K and V, one transpose before the attention and one behind it."""
-    graphs = traced_from_model(model_from_source("random:DiT-S/2", "fp16"), 23, lambda _: None).graphs("fold").graphs
+    graphs = traced_once(model_from_source("random:DiT-S/2", "fp16")).graphs("fold").graphs
     assert not any(node.op_type == "Conv" for graph in graphs.values() for node in graph.onnx.graph)
     full, path = graphs["full"], tmp_path / "full.onnx"
     save_graph(full, path)

@@ -1,6 +1,5 @@
 import json
 import math
-import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +28,7 @@ from fora_trt.report.page import read_report
 from fora_trt.report.results import Quality, Setting
 from fora_trt.sampling.conditioning import conditioning_of_classes
 from fora_trt.sampling.scheduler_step import CalledScheduler
-from tests.processes import started
+from tests.processes import kill_after
 from tests.test_cli import fora
 from tests.test_metrics import frechet_by_numpy, precision_by_numpy, psnr_by_numpy
 
@@ -252,15 +251,8 @@ def test_stopped_anywhere_and_resumed_it_finds_the_same(
 def test_killed_at_random_and_resumed_it_finds_the_same(pixels: Bundle, tmp_path: Path) -> None:
     command = ["quality", str(pixels.folder), "--num-images", "24", "--steps", "12", "--cache-intervals", "3"]
     command += ["--batch-size", "2", "--resume", "--json", "--out"]
-    parts = tmp_path / "parts" / "quality" / "parts"
     for kills in range(2):
-        process = started(*command, tmp_path / "parts")
-        while process.is_alive() and len(list(parts.glob("*.npz"))) < 3 * (kills + 1):
-            time.sleep(0.005)
-        time.sleep(random.uniform(0, 0.1))
-        assert process.is_alive(), "it was to be killed"
-        process.kill()
-        process.join()
+        kill_after(3 * (kills + 1), 0.1, tmp_path / "parts", *command)
     found = {name: json.loads(fora(*command, tmp_path / name).stdout) for name in ("whole", "parts")}
     for quality in found.values():
         quality.pop("out")

@@ -1,6 +1,4 @@
 import json
-import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from fora_trt.evaluate.sample_set import Layout, SampleSet
 from fora_trt.pipeline import Pipeline
 from fora_trt.sampling.conditioning import balanced_labels, conditioning_of_classes, drawn_labels
 from fora_trt.sampling.loop import BegunTrajectory, TimedStep
-from tests.processes import started
+from tests.processes import kill_after, started
 from tests.test_cli import fora
 
 STEPS, IMAGES = 4, 7
@@ -169,13 +167,7 @@ def test_killed_nine_times_it_is_the_same_to_the_bit(digits: Bundle, tmp_path: P
     """120 digits by the command, undisturbed and with a kill -9 at nine random moments, each after one more batch."""
     command = ["sample", digits.folder, "--num-images", 120, "--steps", 15, "--batch-size", 10, "--resume", "--out"]
     for kills in range(9):
-        process = started(*command, tmp_path / "killed")
-        while process.is_alive() and len([*tmp_path.glob("killed/**/parts/*.npz")]) <= kills:
-            time.sleep(0.005)
-        time.sleep(random.uniform(0, 0.3))
-        assert process.is_alive(), "it was to be killed"
-        process.kill()
-        process.join()
+        kill_after(kills + 1, 0.3, tmp_path / "killed", *command)
     for folder in ("killed", "whole"):
         process = started(*command, tmp_path / folder)
         process.join()
