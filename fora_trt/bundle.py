@@ -34,7 +34,7 @@ from fora_trt.models.options import SourceOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 SCHEDULER = "scheduler_config.json"
 
 
@@ -110,6 +110,11 @@ class Manifest(Record):
     def features(self) -> list[TensorSpec]:
         """The features of all cache sites, in the order of the sites."""
         return [feature for site in self.cache_sites for feature in site.features]
+
+    @property
+    def can_forecast(self) -> bool:
+        """Whether reuse steps can read a weighted sum over several full steps: all folded values must be linear."""
+        return all(one.role != "function" for one in self.graphs[REUSE].inputs)
 
     def unfed(self) -> list[str]:
         """Names of graph inputs that neither the model's inputs nor the outputs of an earlier graph provide."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fora_trt.bundle import Bundle
-from fora_trt.contract import FULL, REUSE
+from fora_trt.contract import FULL, REUSE, TensorSpec
 from fora_trt.engines.memory import bytes_of
 from fora_trt.export.statistics import graph_statistics
+from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.schedule import Schedule
 
 STEPS = 50
@@ -21,8 +23,9 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
 
     `arithmetic_kept` is the operations of a reuse step divided by those of a full step. `ideal_speedup` assumes that a
     reuse step costs nothing; `arithmetic_speedup` counts its operations. `read_bytes` are weights plus the inputs of
-    one sample. `kept_bytes_per_sample` is what a full step stores for the reuse steps of its window: features, or their
-    folded sums.
+    one sample. `kept_bytes_per_sample` is what is stored for reuse steps: features, or their folded sums; with a
+    forecast, those of order + 1 full steps, and each computes sums for the reuse steps of order + 1 windows
+    (`forecast_bytes_per_sample`, by order).
     """
     manifest = bundle.manifest
     graphs = {name: graph_statistics(bundle.graph_path(name)) for name in manifest.graphs}
@@ -52,9 +55,18 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             interval: {
                 "full_steps": schedule.full_steps,
                 "ideal_speedup": schedule.ideal_speedup,
-                "kept_bytes_per_sample": bytes_of(kept_tensors, 1, schedule.longest_window),
+                "kept_bytes_per_sample": _kept_bytes(kept_tensors, schedule),
+                "forecast_bytes_per_sample": {
+                    order: _kept_bytes(kept_tensors, schedule.with_forecast(order))
+                    for order in range(1, HIGHEST_ORDER + 1)
+                },
                 "arithmetic_speedup": STEPS / (schedule.full_steps + kept * (STEPS - schedule.full_steps)),
             }
             for interval, schedule in schedules.items()
         },
     }
+
+
+def _kept_bytes(tensors: Sequence[TensorSpec], schedule: Schedule) -> int:
+    """Bytes of one sample that full steps keep for reuse steps, in `tensors` of each."""
+    return schedule.depth * bytes_of(tensors, 1, schedule.kept_sums)

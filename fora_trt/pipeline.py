@@ -32,7 +32,7 @@ from fora_trt.sampling.loop import Sampler, Trajectory, Watch
 from fora_trt.sampling.request import conditioning_of
 from fora_trt.sampling.scheduler_step import SchedulerStep, scheduler_step_from
 from fora_trt.sampling.schedulers import scheduler_from_config
-from fora_trt.schedule import DEFAULT_INTERVAL, NONE, Schedule, fora_text
+from fora_trt.schedule import DEFAULT_INTERVAL, NONE, Schedule, fora_text, with_forecast
 
 GUIDED = Guidance(2.0)
 """Guidance on all steps, at an arbitrary scale: the batch of every step is twice the number of images."""
@@ -43,10 +43,11 @@ class PipelineConfig:
     """All settings of a pipeline, as values that can be pickled. None means the model's default.
 
     `schedule` is a text form (`fora:3`, `none`), a .json file, or a `Schedule`; `cache_interval=3` is short for
-    `schedule="fora:3"`, the default. `scheduler` is a short name (`ddim`) or a diffusers class; `timestep_spacing` is
-    leading, linspace or trailing. `guidance_interval` has the first guided step and the step after the last; None means
-    all steps. `engines` is the folder of TensorRT plans. `batch_size` images are denoised together. `vae` is a folder
-    or hub id.
+    `schedule="fora:3"`, the default. `forecast` is the order in which reuse steps extrapolate features, 0 (FORA) to 3:
+    `forecast=2` is short for the option `forecast=2` of the text form. `scheduler` is a short name (`ddim`) or a
+    diffusers class; `timestep_spacing` is leading, linspace or trailing. `guidance_interval` has the first guided step
+    and the step after the last; None means all steps. `engines` is the folder of TensorRT plans. `batch_size` images
+    are denoised together. `vae` is a folder or hub id.
     """
 
     bundle: str | Path
@@ -62,17 +63,16 @@ class PipelineConfig:
     engines: str | Path = "engines"
     vae: str | None = None
     cache_interval: InitVar[int | None] = None
+    forecast: InitVar[int | None] = None
 
-    def __post_init__(self, cache_interval: int | None) -> None:
+    def __post_init__(self, cache_interval: int | None, forecast: int | None) -> None:
         if self.schedule and cache_interval is not None:
             raise InputError(
                 f"schedule={self.schedule!r} and cache_interval={cache_interval} say the same thing in two ways; give "
                 "one of them"
             )
-        if not self.schedule:
-            object.__setattr__(
-                self, "schedule", fora_text(DEFAULT_INTERVAL if cache_interval is None else cache_interval)
-            )
+        schedule = self.schedule or fora_text(DEFAULT_INTERVAL if cache_interval is None else cache_interval)
+        object.__setattr__(self, "schedule", with_forecast(schedule, forecast))
         if self.batch_size < 1:
             raise InputError(f"the batch size is {self.batch_size}; at least 1 is needed")
 

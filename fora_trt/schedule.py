@@ -1,7 +1,7 @@
-"""The schedule of a trajectory: which graph runs at each step, and which full steps a reuse step reads. No tensors.
+"""The schedule of a trajectory: a plan, and the text or file that it was made from. No tensors.
 
-A schedule has a text form, `KIND` or `KIND:ARGUMENTS` (`none`, `fora:3`), and a file form in JSON; only this module
-parses them. Other kinds can be registered in `KINDS`.
+A schedule has a text form, `KIND:ARGUMENTS` (`none`, `fora:3`, `dense:18,0.3,forecast=2`), and a file form in JSON;
+only this module parses them. Other kinds can be registered in `KINDS`.
 
 FORA's rule (arXiv 2407.01425): number the S steps from S-1 (first) down to 0 (last); step i is full when it is the
 first or when N divides i.
@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from fora_trt.contract import FULL, REUSE
 from fora_trt.errors import ScheduleError
+from fora_trt.plan import FULL_STEP, LATEST, REUSE_STEP, Step, depth_of, forecast, offsets_of, readers_of
 from fora_trt.registry import Registry
 
 FORMAT_VERSION = 1
@@ -28,32 +29,14 @@ NONE = "none"
 DEFAULT_INTERVAL = 3
 """Cache interval where neither an interval nor a schedule is given."""
 
+DEFAULT_EXPONENT = 0.3
+"""Exponent of `dense` where none is given."""
+
 OPEN_STEPS = 1000
 """Length of a schedule of unknown length: the number of timesteps that diffusion models are trained with."""
 
-LATEST = (1.0,)
-"""Weights of FORA: a reuse step reads the sums of the last full step with weight 1."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step: the graph that runs and, for a reuse step, the weights of the sums that it reads.
-
-    `weights[j]` is the weight of the j-th full step before it, the latest first. A full step has no weights.
-    """
-
-    graph: str = FULL
-    weights: tuple[float, ...] = ()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the step computes every layer."""
-        return self.graph == FULL
-
-
-FULL_STEP = Step()
-REUSE_STEP = Step(REUSE, LATEST)
-"""The two steps of FORA."""
+FORECAST = "forecast"
+"""Name of the option of a text form that gives the forecast order; every kind takes it."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +87,48 @@ class Schedule:
         return cls.from_flags((i == steps - 1 or i % cache_interval == 0 for i in remaining), text)
 
     @classmethod
+    def even(cls, steps: int, full_steps: int, first: int = 1, last: int | None = None) -> Schedule:
+        """Full steps at equal distances; see `dense`."""
+        return cls.dense(steps, full_steps, 0.0, first, last)
+
+    @classmethod
+    def dense(
+        cls,
+        steps: int,
+        full_steps: int,
+        exponent: float = DEFAULT_EXPONENT,
+        first: int = 1,
+        last: int | None = None,
+    ) -> Schedule:
+        """`full_steps` full steps with a density of (1 - u)^-exponent, where u runs from 0 (first step) to 1 (last).
+
+        So they stand closer together towards the end; exponent 0 gives equal distances. The `first` and the `last`
+        steps of the trajectory are full (by default one each), and the others are distributed between them. Raises
+        `ScheduleError` for numbers that do not fit together.
+        """
+        ends = (first, min(1, full_steps - 1) if last is None else last)
+        _check_full_steps(_counted(steps), full_steps, *ends)
+        if not (exponent < 1 and math.isfinite(exponent)):
+            raise ScheduleError(f"the exponent of the density is {exponent}; give a finite number below 1")
+        text = f"even:{full_steps}" if exponent == 0 else f"dense:{full_steps},{exponent:g}"
+        options = {"first": first, "last": last}
+        text += "".join(f",{name}={given}" for name, given in options.items() if given not in (1, None))
+        full = _distributed(steps, full_steps, exponent, *ends)
+        return cls.from_flags((number in full for number in range(steps)), text)
+
+    @classmethod
+    def of_full_steps(cls, steps: int, full_steps: Sequence[int]) -> Schedule:
+        """The steps with these numbers are full, counted from 0. Raises `ScheduleError` unless they rise from 0."""
+        numbers = [*full_steps]
+        if numbers != sorted({*numbers}) or not numbers or numbers[0] != 0 or numbers[-1] >= _counted(steps):
+            raise ScheduleError(
+                f"the full steps are {','.join(map(str, numbers)) or 'none'}; give numbers of steps that rise from 0 "
+                f"to at most {steps - 1}"
+            )
+        text = f"full:{','.join(map(str, numbers))}"
+        return cls.from_flags((number in numbers for number in range(steps)), text)
+
+    @classmethod
     def from_flags(cls, full: Iterable[bool], text: str = "steps") -> Schedule:
         """From one flag per step: True for a full step, False for a reuse step of FORA."""
         return cls(tuple(FULL_STEP if flag else REUSE_STEP for flag in full), text)
@@ -114,9 +139,10 @@ class Schedule:
 
         Raises `ScheduleError` for an unknown kind, invalid arguments, or a file for another number of steps.
         """
-        kind, _, arguments = text.partition(":")
+        kind, arguments, order = _parts_of(text)
         if (entry := KINDS.find(kind)) is not None:
-            return entry.make(steps, arguments)
+            made = entry.make(steps, arguments)
+            return made if order is None else made.with_forecast(order)
         if Path(text).suffix == ".json":
             return cls.from_file(text).checked(steps)
         known = ", ".join(one.usage for one in KINDS.values())
@@ -130,18 +156,32 @@ class Schedule:
         `OPEN_STEPS` steps, and its full steps are counted from the first step instead of the last. Raises
         `ScheduleError` for a kind that needs the number of steps.
         """
-        kind, _, arguments = text.partition(":")
+        kind, arguments, order = _parts_of(text)
         entry = KINDS.find(kind)
         if entry is not None and entry.open is not None:
-            return entry.open(steps, arguments)
+            made = entry.open(steps, arguments)
+            return made if order is None else made.with_forecast(order)
         if steps is not None:
             return cls.from_text(text, steps)
-        if Path(text).suffix == ".json":
+        if entry is None and Path(text).suffix == ".json":
             return cls.from_file(text)
+        if entry is None:
+            return cls.from_text(text, OPEN_STEPS)  # raises
         raise ScheduleError(
             f"the schedule {text!r} needs the number of steps; give Schedule.from_text({text!r}, steps), or "
             "as_transformer(pipe.scheduler) in a diffusers pipeline"
         )
+
+    def with_forecast(self, order: int) -> Schedule:
+        """The same full steps with a forecast of this order (0 to 3) in place of the weights; order 0 is FORA.
+
+        Where fewer than `order` + 1 full steps precede a reuse step, its order is lower. A schedule without reuse steps
+        stays as it is. Raises `ScheduleError` for another order.
+        """
+        plan = forecast(self.plan, order)
+        if plan == self.plan:
+            return self
+        return replace(self, plan=plan, text=text_with_forecast(self.text, order), made_from={})
 
     @classmethod
     def from_file(cls, path: str | Path) -> Schedule:
@@ -204,18 +244,22 @@ class Schedule:
 
     def readers(self) -> dict[int, list[int]]:
         """For each full step, the reuse steps that read its sums; the full step folds one sum for each of them."""
-        readers: dict[int, list[int]] = {}
-        for number, step in enumerate(self.plan):
-            if step.is_full:
-                readers[number] = []
-            for full in [*readers][-len(step.weights) :] if step.weights else ():
-                readers[full].append(number)
-        return readers
+        return readers_of(self.plan)
 
     @property
     def longest_window(self) -> int:
-        """The largest number of steps from a full step to the last step that reads its sums; 0 without caching."""
-        return max(reading[-1] - full if reading else 0 for full, reading in self.readers().items())
+        """The largest number of reuse steps between two full steps; 0 without caching."""
+        return max(offsets_of(self.plan))
+
+    @property
+    def kept_sums(self) -> int:
+        """The largest number of reuse steps that one full step folds a sum for; `longest_window` for FORA."""
+        return max(map(len, self.readers().values()))
+
+    @property
+    def depth(self) -> int:
+        """The largest number of full steps that a reuse step reads: 1 for FORA, the order + 1 for a forecast."""
+        return depth_of(self.plan)
 
 
 def _counted(steps: int) -> int:
@@ -279,17 +323,155 @@ class ScheduleKind:
 KINDS: Registry[ScheduleKind] = Registry("kind of schedule", ScheduleError)
 
 
+def text_with_forecast(text: str, order: int) -> str:
+    """The text form with the option `forecast=ORDER`, which replaces the one that it has; order 0 is left out."""
+    kind, _, arguments = text.partition(":")
+    words = [word for word in arguments.split(",") if word and not word.startswith(f"{FORECAST}=")]
+    words += [f"{FORECAST}={order}"] if order and kind != NONE else []
+    return f"{kind}:{','.join(words)}" if words else kind
+
+
+@overload
+def with_forecast(schedule: str, order: int | None) -> str: ...
+
+
+@overload
+def with_forecast(schedule: Schedule | str, order: int | None) -> Schedule | str: ...
+
+
+def with_forecast(schedule: Schedule | str, order: int | None) -> Schedule | str:
+    """A schedule or text form with the forecast order that was given beside it; None changes nothing.
+
+    Raises `ScheduleError` for a file and for a text that has a forecast order already.
+    """
+    if order is None:
+        return schedule
+    if isinstance(schedule, Schedule):
+        return schedule.with_forecast(order)
+    _, _, given = _parts_of(schedule)
+    if given is not None:
+        raise ScheduleError(f"the schedule {schedule!r} has a forecast order already; give one order, here or there")
+    if Path(schedule).suffix == ".json":
+        raise ScheduleError(f"the schedule {schedule} has weights of its own; give the file without a forecast order")
+    _check_reuse(schedule, order)
+    return text_with_forecast(schedule, order)
+
+
+def _parts_of(text: str) -> tuple[str, str, int | None]:
+    """Kind, arguments without the forecast, and forecast order of a text form; None if it has none."""
+    kind, _, arguments = text.partition(":")
+    words = arguments.split(",")
+    given = [word for word in words if word.startswith(f"{FORECAST}=")]
+    if not given:
+        return kind, arguments, None
+    if len(given) > 1:
+        raise ScheduleError(f"{given[1]!r} in the schedule {text!r} comes after {given[0]!r}; give one of them")
+    where = f"{given[0]!r} in the schedule {text!r}"
+    order = _whole(given[0].removeprefix(f"{FORECAST}="), where, "the forecast order")
+    _check_reuse(kind, order)
+    return kind, ",".join(word for word in words if word not in given), order
+
+
+def _check_reuse(kind: str, order: int | None) -> None:
+    if kind == NONE and order:
+        raise ScheduleError(f"without caching no step can forecast; leave out the forecast order {order}")
+
+
+def _whole(word: str, where: str, what: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ScheduleError(f"{where} is not an integer; give {what}") from None
+
+
+class Arguments:
+    """The words after the colon of a text form, separated by commas; words with an equals sign are options.
+
+    Each is taken once. `finished` raises `ScheduleError` for the first word that was not taken.
+    """
+
+    def __init__(self, kind: str, arguments: str) -> None:
+        self._text = f"{kind}:{arguments}" if arguments else kind
+        words = arguments.split(",") if arguments else []
+        self._positional = [word for word in words if "=" not in word]
+        self._options: dict[str, str] = {}
+        for word in words:
+            name, equals, value = word.partition("=")
+            if equals and name in self._options:
+                raise ScheduleError(f"{word!r} in the schedule {self._text!r} gives {name} a second time; remove it")
+            if equals:
+                self._options[name] = value
+
+    def integer(self, what: str) -> int:
+        """The next word as an integer; `what` says in messages what it is."""
+        word = self._next(what)
+        return _whole(word, f"{word!r} in the schedule {self._text!r}", what)
+
+    def integers(self, what: str) -> list[int]:
+        """All remaining words as integers, at least one."""
+        return [self.integer(what) for _ in range(max(1, len(self._positional)))]
+
+    def number(self, what: str, default: float) -> float:
+        """The next word as a number; `default` if there is none."""
+        if not self._positional:
+            return default
+        try:
+            return float(word := self._next(what))
+        except ValueError:
+            raise ScheduleError(f"{word!r} in the schedule {self._text!r} is not a number; give {what}") from None
+
+    def option(self, name: str, what: str) -> int | None:
+        """The integer of the option `name=`; None if it is not given."""
+        if name not in self._options:
+            return None
+        value = self._options.pop(name)
+        return _whole(value, f"{f'{name}={value}'!r} in the schedule {self._text!r}", what)
+
+    def finished(self, usage: str) -> None:
+        """Raise `ScheduleError` if a word is left; `usage` is the form of the schedule."""
+        left = [*self._positional, *(f"{name}={value}" for name, value in self._options.items())]
+        if left:
+            raise ScheduleError(f"{left[0]!r} in the schedule {self._text!r} is not understood; the form is {usage}")
+
+    def _next(self, what: str) -> str:
+        if not self._positional:
+            raise ScheduleError(f"the schedule {self._text!r} lacks {what}")
+        return self._positional.pop(0)
+
+
+def _check_full_steps(steps: int, full_steps: int, first: int, last: int) -> None:
+    if not 1 <= full_steps <= steps:
+        raise ScheduleError(f"the number of full steps is {full_steps}; give 1 to {steps}, the number of steps")
+    if first < 1 or last < 0:
+        raise ScheduleError(f"first={first} and last={last} are not possible; give at least first=1 and last=0")
+    if first + last > full_steps:
+        raise ScheduleError(
+            f"first={first} and last={last} need {first + last} full steps; the schedule has {full_steps}"
+        )
+
+
+def _distributed(steps: int, full_steps: int, exponent: float, first: int, last: int) -> set[int]:
+    """Numbers of the full steps of `Schedule.dense`: quantiles of the density, rounded, each used once."""
+    begin, end, inner = first - 1, steps - last, full_steps - first - last
+    shares = [1 - (1 - k / (inner + 1)) ** (1 / (1 - exponent)) for k in range(1, inner + 1)]
+    chosen = [begin + round(share * (end - begin)) for share in shares]
+    for k in range(inner):  # apart from those before
+        chosen[k] = max(chosen[k], (chosen[k - 1] if k else begin) + 1)
+    for k in reversed(range(inner)):  # and from those after
+        chosen[k] = min(chosen[k], (chosen[k + 1] if k + 1 < inner else end) - 1)
+    return {*range(first), *chosen, *range(end, steps)}
+
+
 def _none_from(steps: int | None, arguments: str) -> Schedule:
-    if arguments:
-        raise ScheduleError(f"the schedule {NONE!r} takes no argument; remove ':{arguments}'")
+    Arguments(NONE, arguments).finished(NONE)
     return Schedule.none(OPEN_STEPS if steps is None else steps)
 
 
 def _interval_from(arguments: str) -> int:
-    try:
-        return int(arguments)
-    except ValueError:
-        raise ScheduleError(f"the cache interval of 'fora:{arguments}' is {arguments!r}; give an integer") from None
+    given = Arguments("fora", arguments)
+    interval = given.integer("the cache interval")
+    given.finished("fora:N")
+    return interval
 
 
 def _fora_from(steps: int, arguments: str) -> Schedule:
@@ -304,23 +486,36 @@ def _open_fora_from(steps: int | None, arguments: str) -> Schedule:
     return Schedule.from_flags((number % cache_interval == 0 for number in range(OPEN_STEPS)), text)
 
 
+ENDS = "the number of full steps at that end"
+
+
+def _even_from(steps: int, arguments: str) -> Schedule:
+    given = Arguments("even", arguments)
+    full_steps, first, last = given.integer(FULL_STEPS), given.option("first", ENDS), given.option("last", ENDS)
+    given.finished(EVEN)
+    return Schedule.even(steps, full_steps, 1 if first is None else first, last)
+
+
+def _dense_from(steps: int, arguments: str) -> Schedule:
+    given = Arguments("dense", arguments)
+    full_steps, exponent = given.integer(FULL_STEPS), given.number("the exponent of the density", DEFAULT_EXPONENT)
+    first, last = given.option("first", ENDS), given.option("last", ENDS)
+    given.finished(DENSE)
+    return Schedule.dense(steps, full_steps, exponent, 1 if first is None else first, last)
+
+
+def _full_from(steps: int, arguments: str) -> Schedule:
+    given = Arguments("full", arguments)
+    numbers = given.integers("the number of a full step")
+    given.finished("full:0,K,...")
+    return Schedule.of_full_steps(steps, numbers)
+
+
+FULL_STEPS = "the number of full steps"
+EVEN, DENSE = "even:F[,first=K][,last=K]", "dense:F[,EXPONENT][,first=K][,last=K]"
+
 KINDS.register(ScheduleKind(NONE, NONE, _none_from, _none_from))
 KINDS.register(ScheduleKind("fora", "fora:N", _fora_from, _open_fora_from))
-
-
-def offsets_in_windows(plan: Iterable[Step], longest: int | None = None) -> list[int]:
-    """The offset of each step in its window: 0 is the full step, k the k-th reuse step after it.
-
-    A plan may begin within a window; its first step then has offset 1. After `longest` reuse steps, the next step gets
-    offset 0: it runs in full. Raises `ScheduleError` for weights other than FORA's; no denoiser supports them yet.
-    """
-    offsets, offset = [], 0
-    for number, step in enumerate(plan):
-        if step.weights not in ((), LATEST):
-            raise ScheduleError(
-                f"step {number} of the schedule has the weights {list(step.weights)}; the only supported weights are "
-                f"{list(LATEST)}: a reuse step reads the last full step"
-            )
-        offset = 0 if step.is_full or offset == longest else offset + 1
-        offsets.append(offset)
-    return offsets
+KINDS.register(ScheduleKind("even", EVEN, _even_from))
+KINDS.register(ScheduleKind("dense", DENSE, _dense_from))
+KINDS.register(ScheduleKind("full", "full:0,K,...", _full_from))

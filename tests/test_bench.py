@@ -19,17 +19,17 @@ from fora_trt.errors import BackendError, InputError
 from fora_trt.evaluate import bench, peaks
 from fora_trt.evaluate.bench import Benchmark
 from fora_trt.evaluate.eager_fora import EagerFora, PlainPredictor, PlainRun
-from fora_trt.evaluate.peak_memory import PeakMemory, peak_memory
+from fora_trt.evaluate.peak_memory import PeakMemory, peak_memory, steps_until_full
 from fora_trt.evaluate.peaks import Roofline, measure_peaks
 from fora_trt.evaluate.targets import EngineClock, Target, targets_of
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.pipeline import Pipeline, PipelineConfig
+from fora_trt.plan import FULL_STEP, Plan, Step
 from fora_trt.report.results import EAGER, PeakRates
 from fora_trt.runtime.interface import Predictor
 from fora_trt.sampling.conditioning import Conditioning, example_conditioning
 from fora_trt.sampling.guidance import Guidance
-from fora_trt.sampling.loop import Sampler
-from fora_trt.schedule import FULL_STEP, Step
+from fora_trt.sampling.loop import Sampler, Watch
 from tests.conftest import BundleAt
 
 CPU = torch.device("cpu")
@@ -66,8 +66,8 @@ class Sleeper(PlainPredictor):
         self._engine, self._pass_by = engines.timed(pass_by), pass_by
         self._times, self._overhead = {True: full, False: reuse}, overhead
 
-    def predict(self, offset: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
-        self._engine(self._times[offset == 0])
+    def compute(self, step: Step, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+        self._engine(self._times[step.is_full])
         self._pass_by(self._overhead)
         return torch.cat([latents, latents], 1)  # its learned variance too
 
@@ -142,11 +142,16 @@ def test_what_is_interrupted_keeps_the_rows_that_are_done(exported: Bundle, cloc
 def test_a_backend_that_fails_is_a_line_and_not_the_end(exported: Bundle, clock: Time) -> None:
     class Full(Sleeper):
         def begin(
-            self, plan: Sequence[Step], timesteps: Tensor, conditioning: Mapping[str, Tensor], batches: Sequence[int]
+            self,
+            plan: Plan,
+            timesteps: Tensor,
+            conditioning: Mapping[str, Tensor],
+            batches: Sequence[int],
+            first: int = 0,
         ) -> PlainRun:
             if max(batches) > 2:
                 raise InputError(f"a batch of {max(batches)} needs more than there is")
-            return super().begin(plan, timesteps, conditioning, batches)
+            return super().begin(plan, timesteps, conditioning, batches, first)
 
     pipeline = Pipeline(exported, steps=4)
     small = sleeper(pipeline, "small", clock, 0.001, 0, kind=Full)
@@ -182,7 +187,7 @@ def test_the_eager_rival_of_a_half_bundle_is_cast_as_a_whole(bundle_at: BundleAt
     rival, reference = EagerFora(bundle, CPU, cast_whole=True), EagerFora(bundle, CPU)
     assert {one.dtype for one in rival.module.parameters()} == {torch.bfloat16}
     latents, labels = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-    rough, exact = (one.predict(0, latents, 500.0, class_labels=labels) for one in (rival, reference))
+    rough, exact = (one.compute(FULL_STEP, latents, 500.0, class_labels=labels) for one in (rival, reference))
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).norm() / exact.norm() < 0.05
 
@@ -318,14 +323,21 @@ def test_memory_is_measured_with_the_scheduler_and_the_guidance_of_the_benchmark
 ) -> None:
     taken: list[tuple[object, ...]] = []
 
-    def take(self: Sampler, given: Conditioning, seeds: object, guidance: object) -> None:
+    def take(self: Sampler, given: Conditioning, seeds: object, guidance: object, watch: Watch) -> None:
+        assert [*watch(range(6))] == [0, 1], "until a reuse step has run"
         taken.append((self.scheduler_step.timesteps.tolist(), self.schedule.full, given.digest(), guidance))
 
     monkeypatch.setattr(Sampler, "__call__", take)
     given = example_conditioning(exported.manifest, 3).at([2, 0, 1])
     settings = {"scheduler": "dpm-solver++", "timestep_spacing": "trailing", "guidance_scale": 3.5}
     assert measured_peak(exported, given, **settings) > 0
-    assert taken == [([999, 749, 499, 249], (True, False, False, True), given.digest(), Guidance(3.5))]
+    times = [999, 832, 666, 499, 332, 166]
+    assert taken == [(times, Schedule.fora(6, 3).full, given.digest(), Guidance(3.5))]
+
+
+def test_memory_of_a_forecast_is_measured_where_it_reads_all_its_full_steps() -> None:
+    steps = [steps_until_full(Schedule.from_text(text, 12)) for text in ("none", "fora:3", "fora:3,forecast=2")]
+    assert steps == [1, 2, 7]
 
 
 def test_the_peak_of_a_gpu_is_what_was_least_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ BAD = {
     ),
     "no number": (["--batch-sizes", "four"], 2, "'four' is not a list of integers"),
     "an unknown backend": (["--backends", "onnx"], 1, "unknown backend 'onnx'"),
-    "an unknown schedule": (["--schedule", "forra:3"], 1, "there is no schedule 'forra:3'; give none, fora:N, or a"),
+    "an unknown schedule": (["--schedule", "forra:3"], 1, "there is no schedule 'forra:3'; give none, fora:N, even"),
     "an unknown scheduler": (["--scheduler", "x"], 1, "no scheduler 'x'"),
     "no repeat": (["--repeats", "0"], 2, "0 is not in the range x>=1"),
     "a guidance scale that is none": (["--guidance-scale", "nan"], 1, "the guidance scale is nan"),

@@ -27,12 +27,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "is not the manifest of a bundle"),
     "another kind of JSON": (lambda f: (f / "manifest.json").write_text("[1]"), "is not the manifest of a bundle"),
     "a newer format": (
-        lambda f: rewrite(f, lambda m: m.update(format_version=6)),
-        "has format version 6; this fora-trt reads up to 5: pip install -U fora-trt",
+        lambda f: rewrite(f, lambda m: m.update(format_version=7)),
+        "has format version 7; this fora-trt reads up to 6: pip install -U fora-trt",
     ),
     "an older format": (
         lambda f: rewrite(f, lambda m: m.update(format_version=1)),
-        "has format version 1 of an older fora-trt; version 5 is needed; export the bundle again",
+        "has format version 1 of an older fora-trt; version 6 is needed; export the bundle again",
     ),
     "a path that leaves the folder": (
         lambda f: rewrite(f, lambda m: m["files"].update({"../full.onnx": m["files"].pop("full.onnx")})),

@@ -166,6 +166,17 @@ BAD = {
         1,
         "the cache interval 5 is larger than the number of steps 4",
     ),
+    "no such order": (["run", "BUNDLE", "--class-labels", "1", "--forecast", "4"], 2, "4 is not in the range 0<=x<=3"),
+    "an order for no caching": (
+        ["run", "BUNDLE", "--class-labels", "1", "--schedule", "none", "--forecast", "2"],
+        1,
+        "without caching no step can forecast; leave out the forecast order 2",
+    ),
+    "a word too many": (
+        ["run", "BUNDLE", "--class-labels", "1", "--schedule", "dense:18,0.3,0.4"],
+        1,
+        "'0.4' in the schedule 'dense:18,0.3,0.4' is not understood",
+    ),
     "unknown backend": (["run", "BUNDLE", "--class-labels", "1", "--backend", "mxnet"], 1, "unknown backend 'mxnet'"),
     "unknown device": (["run", "BUNDLE", "--class-labels", "1", "--device", "abacus"], 1, "unknown device 'abacus'"),
     "unknown scheduler": (["run", "BUNDLE", "--class-labels", "1", "--scheduler", "x"], 1, "no scheduler 'x'"),
@@ -255,3 +266,20 @@ def test_a_progress_bar_on_a_terminal(exported: Bundle, tmp_path: Path) -> None:
     process.wait()
     os.close(theirs)
     assert b"denoising" in os.read(ours, 1 << 16)
+
+
+def test_a_forecast_is_asked_for_in_two_ways(exported: Bundle, tmp_path: Path) -> None:
+    common = ["run", exported.folder, "--class-labels", "1,2", "--steps", 8, "--backend", "torch", "--json"]
+    ways: dict[str, list[object]] = {
+        "option": ["--cache-interval", 2, "--forecast", 2],
+        "text": ["--schedule", "fora:2,forecast=2"],
+        "none": ["--cache-interval", 2],
+    }
+    latents = {}
+    for way, options in ways.items():
+        done = fora(*common, *options, "--latents-out", tmp_path / f"{way}.npy")
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["schedule"] == ("fora:2" if way == "none" else "fora:2,forecast=2")
+        latents[way] = np.load(tmp_path / f"{way}.npy")
+    assert np.array_equal(latents["option"], latents["text"])
+    assert not np.array_equal(latents["option"], latents["none"])

@@ -140,6 +140,8 @@ def test_torch_and_its_reference_need_no_checkpoint(
         for schedule, error in trajectory_errors(pipeline, pipeline.over(one), ("none", "fora:3")):
             assert error.relative < 1e-5, schedule
     launch = Window._launch
-    monkeypatch.setattr(Window, "_launch", lambda self, offset: launch(self, min(offset, 1)))  # the sum of another step
+    monkeypatch.setattr(
+        Window, "_launch", lambda self, offset, *where: launch(self, min(offset, 1), *where)
+    )  # the sum of another step
     ((_, error),) = trajectory_errors(pipeline, pipeline.over(reference), ("fora:3",))
     assert (error.relative > 3e-5) == (level == "fold")

@@ -324,10 +324,10 @@ def test_a_reuse_step_that_reads_a_stale_address_fails(
     """A launch that was bound to the memory of before."""
     launch_of = Window._launch
 
-    def stale(self: Window, offset: int) -> Launch:
+    def stale(self: Window, offset: int, *where: int) -> Launch:
         with monkeypatch.context() as patched:
             patched.setattr(self, "_sums", {name: sums.clone() for name, sums in self._sums.items()})
-            return launch_of(self, offset)
+            return launch_of(self, offset, *where)
 
     monkeypatch.setattr(Window, "_launch", stale)
     status, deviations = FAULTY.judged(parity().values)
@@ -341,7 +341,7 @@ def test_a_reuse_step_that_reads_the_sum_of_another_fails(
 ) -> None:
     """On the digits: sums of random weights hardly differ within a window."""
     launch_of = Window._launch
-    monkeypatch.setattr(Window, "_launch", lambda self, offset: launch_of(self, min(offset, 1)))
+    monkeypatch.setattr(Window, "_launch", lambda self, offset, *where: launch_of(self, min(offset, 1), *where))
     bundles = {"fp32": digits, "fp16": half_digits}
     monkeypatch.setattr(gpu_work, "bundle_of", lambda exported, work: bundles[exported.precision])
     for row in (row for row in rows_of("cpu") if row.name in ("parity/fold/fp32/torch", "parity/fold/fp16/torch")):
@@ -355,8 +355,8 @@ def test_a_reuse_step_that_reads_the_sum_of_another_fails(
 def test_a_sum_that_is_scaled_fails(parity: Callable[[], Found], monkeypatch: pytest.MonkeyPatch) -> None:
     run = Window.run
 
-    def scaled(self: Window, offset: int) -> None:
-        run(self, offset)
+    def scaled(self: Window, offset: int, *where: int) -> None:
+        run(self, offset, *where)
         for sums in self._sums.values() if offset == 0 else ():
             sums.mul_(1.01)
 

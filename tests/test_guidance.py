@@ -15,11 +15,11 @@ from fora_trt.cli import main
 from fora_trt.engines.base import Launch
 from fora_trt.errors import InputError
 from fora_trt.pipeline import Pipeline
+from fora_trt.plan import FULL_STEP, REUSE_STEP
 from fora_trt.runtime.denoiser import EngineStep
 from fora_trt.sampling.conditioning import conditioning_of_classes
 from fora_trt.sampling.guidance import Guidance, mix_guidance
 from fora_trt.sampling.loop import Sampler
-from fora_trt.schedule import FULL_STEP, REUSE_STEP
 
 STEPS = 12
 LABELS = [5, 7]

@@ -18,6 +18,7 @@ from fora_trt import Denoiser, InputSpec, ModelSpec, Schedule, TensorSpec, load
 from fora_trt.bundle import Bundle, GraphError, GraphRecord
 from fora_trt.cli import main
 from fora_trt.contract import Optimization, Role
+from fora_trt.errors import ScheduleError
 from fora_trt.evaluate.verify import compare_with_pytorch
 from fora_trt.export.traced import TracedModel
 from fora_trt.export.write import bundle_from_model
@@ -237,7 +238,7 @@ def test_longer_windows_than_engines_admit_become_full_steps(
     pipeline = pipeline_of(optimized["fold"], 12)
     wanted = latents(pipeline, Schedule.from_flags(k % 4 in (0, 3) for k in range(12)))
     denoiser_of(pipeline).engines["full"].longest_window = 2
-    message = "the plans support at most 2 reuse steps per window: 6 of 12 steps run in full instead of 3"
+    message = "the plans support sums for at most 2 reuse steps per full step: 6 of 12 steps run in full instead of 3"
     with pytest.warns(UserWarning, match=message):
         got = latents(pipeline, Schedule.from_flags(k % 4 == 0 for k in range(12)))
     assert torch.equal(got, wanted)
@@ -351,6 +352,12 @@ def test_the_command_says_how_far_it_went(pipeline_folder: Path, tmp_path: Path)
     assert read["fold"] < read["conditioning"] < read["none"]
     assert kept["fold"]["kept_bytes_per_sample"] == 2 * 16 * 16 * 4
     assert kept["none"]["kept_bytes_per_sample"] == 6 * 16 * 16 * 4
+    assert kept["fold"]["forecast_bytes_per_sample"] == {
+        "1": 2 * (4 * 16 * 16 * 4),  # two full steps, each with the sums of two windows of two reuse steps
+        "2": 3 * (6 * 16 * 16 * 4),
+        "3": 4 * (8 * 16 * 16 * 4),
+    }
+    assert kept["none"]["forecast_bytes_per_sample"]["2"] == 3 * kept["none"]["kept_bytes_per_sample"]
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "tiny")]).stdout
     assert "optimization: fold" in shown
     wrong = CliRunner().invoke(main, [*command, "--optimize", "all"])
@@ -391,7 +398,7 @@ class Mixed(nn.Module):
     [
         ("gate", "fold", [("window", "batch", 4, 8)]),
         ("norm", "fold", [("window", "batch", 4, 8)]),
-        ("skip", "fold", [("window", "batch", 4, 8), ("window", "batch", 1, 8)]),
+        ("skip", "fold", [("window", "batch", 4, 8)]),
         ("matrix", "conditioning", None),  # a product of matrices does not take a window at once
         ("nothing", "none", None),  # the timestep changes nothing
     ],
@@ -415,6 +422,15 @@ def test_a_network_never_seen_goes_as_far_as_it_can(
         assert [one.shape for one in bundle.manifest.graphs["full"].outputs[1:]] == folded
     for comparison in compare_with_pytorch(pipeline_of(bundle), ["fora:2", "fora:3", "fora:5"]):
         assert comparison.error.relative < 1e-5, comparison
+    assert bundle.manifest.can_forecast == (how != "norm"), "a norm is not linear in the features"
+    if how == "norm":
+        with pytest.raises(ScheduleError, match=r"cannot forecast: .* export it with --optimize conditioning"):
+            [*compare_with_pytorch(pipeline_of(bundle), ["fora:3,forecast=2"])]
+        vars(importlib.import_module(f"net_{how}"))["made"] = (Mixed(how), spec)  # the first one has hooks by now
+        again = model_from_source(f"net_{how}:make")
+        bundle = bundle_from_model(again, tmp_path / "conditioning", optimization="conditioning")
+    (*_, forecast) = compare_with_pytorch(pipeline_of(bundle), ["fora:3,forecast=2"])
+    assert forecast.error.relative < 1e-5, forecast
 
 
 def test_graphs_that_compute_something_else_are_not_kept(

@@ -198,7 +198,7 @@ def test_a_factory_and_two_patterns_give_eager_fora(package: str, tmp_path: Path
     assert sites["blocks.1.mlp"] == ["feature.blocks.1.mlp"]
     for backend in ("onnxruntime", "torch"):
         pipeline = Pipeline(bundle, steps=10, backend=backend, device="cpu")
-        for comparison in compare_with_pytorch(pipeline, ["none", "fora:3"]):
+        for comparison in compare_with_pytorch(pipeline, ["none", "fora:3", "even:4,forecast=1", "fora:2,forecast=3"]):
             assert comparison.error.relative < 1e-4, comparison
 
     module, spec = sys.modules[package].make()

@@ -109,6 +109,11 @@ def test_a_configuration_is_plain_and_pickles(exported: Bundle) -> None:
     config = PipelineConfig(exported.folder, cache_interval=3, steps=8, backend="torch", device="cpu")
     assert config.schedule == "fora:3"
     assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301 # of this very line
+    assert PipelineConfig(exported.folder, forecast=2).schedule == "fora:3,forecast=2"
+    flags = [True, False, True, False]
+    forecast = PipelineConfig(exported.folder, schedule=Schedule.from_flags(flags), forecast=1, steps=4)
+    assert isinstance(forecast.schedule, Schedule)
+    assert forecast.schedule.plan[3].weights == (1.5, -0.5)
     own = PipelineConfig(exported.folder, schedule=Schedule.from_flags([True, False]), steps=2)
     assert pickle.loads(pickle.dumps(own)).schedule.full == (True, False)  # noqa: S301 # of this very line
     one = Pipeline(config)(class_labels=[1]).latents
@@ -154,6 +159,20 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]]
         InputError,
         "schedule='fora:5' and cache_interval=2 say the same",
     ),
+    "two orders": (
+        {"schedule": "fora:2,forecast=1", "forecast": 2},
+        {},
+        ScheduleError,
+        "the schedule 'fora:2,forecast=1' has a forecast order already; give one order, here or there",
+    ),
+    "an order for a file": (
+        {"schedule": "own.json", "forecast": 2},
+        {},
+        ScheduleError,
+        "the schedule own.json has weights of its own; give the file without a forecast order",
+    ),
+    "an order without caching": ({"cache_interval": 1, "forecast": 2}, {}, ScheduleError, "no step can forecast"),
+    "no such order": ({"forecast": 4}, {}, ScheduleError, "the forecast order is 4; give 0"),
     "no interval": ({"cache_interval": 0}, {}, ScheduleError, "the cache interval is 0"),
     "unknown schedule": ({"schedule": "often"}, {}, ScheduleError, "there is no schedule 'often'; give none, fora:N"),
     "schedule of others": (

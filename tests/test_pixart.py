@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipelin
 from PIL import Image
 from safetensors.torch import save_file
 
-from fora_trt import load
+from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
 from fora_trt.errors import InputError
@@ -27,6 +27,7 @@ from fora_trt.pipeline import Pipeline
 from fora_trt.sampling.conditioning import conditioning_from_file
 from fora_trt.sampling.prompts import conditioning_of_prompts
 from tests.checkpoints import pixart_pipeline
+from tests.hooks import Hooked
 from tests.shared import bundle_once, made_once
 
 TOKENS = 12
@@ -82,7 +83,8 @@ def test_projections_of_the_text_are_joined_for_each_block(kind: str, bundles: d
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_graphs_and_trajectories_equal_pytorch(kind: str, backend: str, bundles: dict[str, Bundle]) -> None:
     pipeline = Pipeline(bundles[kind], steps=50, backend=backend, device="cpu")
-    for comparison in compare_with_pytorch(pipeline, ["fora:2", "fora:3", "fora:5"]):
+    forecasts = [f"fora:3,forecast={order}" for order in (1, 2, 3)]
+    for comparison in compare_with_pytorch(pipeline, ["fora:2", "fora:3", "fora:5", *forecasts]):
         assert comparison.error.relative < 1e-4, comparison
 
 
@@ -93,6 +95,7 @@ def test_a_pipeline_makes_the_same_pictures_with_any_number_of_steps(
     pipe: DiffusionPipeline = CLASSES[kind].from_pretrained(folders[kind])
     pipe.set_progress_bar_config(disable=True)
     seen: list[int] = []
+    module = pipe.transformer
 
     def images(steps: int, **more: Any) -> np.ndarray:
         made = pipe(
@@ -107,6 +110,14 @@ def test_a_pipeline_makes_the_same_pictures_with_any_number_of_steps(
         assert np.abs(images(steps) - before[steps]).max() < 1 / 255
     images(4, callback=lambda step, timestep, latents: seen.append(step))
     assert seen == [0, 1, 2, 3]
+
+    pipe.transformer = module
+    sites = [site.module for site in bundles[kind].manifest.cache_sites]
+    Hooked(module, sites, Schedule.fora(9, 3).with_forecast(2).plan)
+    expected = images(9)
+    denoiser = load(bundles[kind], cache_interval=3, forecast=2, backend="onnxruntime", device="cpu")
+    pipe.transformer = denoiser.as_transformer()
+    assert np.abs(images(9) - expected).max() < 1 / 255
 
     denoiser = load(bundles[kind], cache_interval=3, backend="onnxruntime", device="cpu")
     pipe.transformer = denoiser.as_transformer()

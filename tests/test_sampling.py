@@ -15,12 +15,12 @@ from fora_trt.images.decode import Decoder
 from fora_trt.images.grid import grid, square_grid
 from fora_trt.models.spec import DEFAULT_SCHEDULER
 from fora_trt.pipeline import Pipeline
+from fora_trt.plan import FULL_STEP
 from fora_trt.sampling.conditioning import Conditioning, conditioning_of_classes
 from fora_trt.sampling.guidance import mix_guidance
 from fora_trt.sampling.loop import Trajectory
 from fora_trt.sampling.scheduler_step import takes_variance
 from fora_trt.sampling.schedulers import SHORT_NAMES, scheduler_from_config
-from fora_trt.schedule import FULL_STEP
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_loop_equals_diffusers_own_for_ddpm_with_learned_variance(denoiser: 
     latents = torch.randn(1, 4, 8, 8, generator=generator)
     for t in scheduler.timesteps:
         with torch.no_grad():
-            output = reference.predict(0, torch.cat([latents] * 2), t, class_labels=torch.tensor([5, 1000]))
+            output = reference.compute(FULL_STEP, torch.cat([latents] * 2), t, class_labels=torch.tensor([5, 1000]))
         cond, null = output.chunk(2)
         noise = null[:, :4] + 3.0 * (cond[:, :4] - null[:, :4])
         latents = scheduler.step(torch.cat([noise, cond[:, 4:]], 1), t, latents, generator=generator).prev_sample

@@ -8,7 +8,8 @@ import pytest
 
 from fora_trt.contract import REUSE
 from fora_trt.errors import ScheduleError
-from fora_trt.schedule import FULL_STEP, KINDS, OPEN_STEPS, REUSE_STEP, Schedule, ScheduleKind, Step, offsets_in_windows
+from fora_trt.plan import FULL_STEP, REUSE_STEP, Step
+from fora_trt.schedule import KINDS, OPEN_STEPS, Schedule, ScheduleKind
 
 BY_HAND = [  # steps, interval, F for full and r for reuse
     (1, 1, "F"),
@@ -89,12 +90,6 @@ def test_a_schedule_cannot_begin_with_reuse() -> None:
         Schedule(())
 
 
-def test_offsets_in_windows_are_counted_from_the_full_step() -> None:
-    assert offsets_in_windows(Schedule.fora(8, 3).plan) == [0, 0, 1, 2, 0, 1, 2, 0]
-    assert offsets_in_windows([REUSE_STEP, REUSE_STEP, FULL_STEP, REUSE_STEP]) == [1, 2, 0, 1]
-    assert offsets_in_windows([REUSE_STEP] * 4, longest=2) == [1, 2, 0, 1], "a longer window gets a full step"
-
-
 # -- the text form ---------------------------------------------------------------------------------------------------
 
 
@@ -109,18 +104,45 @@ def test_a_text_is_the_schedule_that_it_names(text: str, expected: Schedule) -> 
     assert Schedule.from_text(schedule.text, 8) == schedule
 
 
+KNOWN = r"none, fora:N, even:F\[,first=K\]\[,last=K\], dense:F\[,EXPONENT\]\[,first=K\]\[,last=K\], full:0,K,\.\.\."
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"^there is no schedule ''; give none, fora:N, or a \.json file$"),
-        ("forra:3", r"^there is no schedule 'forra:3'; give none, fora:N, or a \.json file$"),
+        ("", rf"^there is no schedule ''; give {KNOWN}, or a \.json file$"),
+        ("forra:3", rf"^there is no schedule 'forra:3'; give {KNOWN}, or a \.json file$"),
         ("FORA:3", "^there is no schedule 'FORA:3'"),
-        ("fora", "^the cache interval of 'fora:' is ''; give an integer$"),
-        ("fora:three", "^the cache interval of 'fora:three' is 'three'; give an integer$"),
-        ("fora:2:3", "^the cache interval of 'fora:2:3' is '2:3'; give an integer$"),
+        ("fora", "^the schedule 'fora' lacks the cache interval$"),
+        ("fora:three", "^'three' in the schedule 'fora:three' is not an integer; give the cache interval$"),
+        ("fora:2:3", "^'2:3' in the schedule 'fora:2:3' is not an integer; give the cache interval$"),
+        ("fora:2,3", "^'3' in the schedule 'fora:2,3' is not understood; the form is fora:N$"),
+        ("fora:2,frist=1", "^'frist=1' in the schedule 'fora:2,frist=1' is not understood; the form is fora:N$"),
         ("fora:0", r"^the cache interval is 0; it must be at least 1 \(no caching\)$"),
         ("fora:9", "^the cache interval 9 is larger than the number of steps 8; choose an interval from 1 to 8$"),
-        ("none:3", "^the schedule 'none' takes no argument; remove ':3'$"),
+        ("none:3", "^'3' in the schedule 'none:3' is not understood; the form is none$"),
+        ("even", "^the schedule 'even' lacks the number of full steps$"),
+        ("even:9", "^the number of full steps is 9; give 1 to 8, the number of steps$"),
+        ("even:0", "^the number of full steps is 0; give 1 to 8, the number of steps$"),
+        ("even:4,first=x", "^'first=x' in the schedule 'even:4,first=x' is not an integer; give the number of full"),
+        ("even:4,first=1,first=2", "^'first=2' in the schedule .* gives first a second time; remove it$"),
+        ("even:4,first=0", "^first=0 and last=1 are not possible; give at least first=1 and last=0$"),
+        ("even:4,first=3,last=2", "^first=3 and last=2 need 5 full steps; the schedule has 4$"),
+        ("dense:4,x", "^'x' in the schedule 'dense:4,x' is not a number; give the exponent of the density$"),
+        ("dense:4,1", "^the exponent of the density is 1.0; give a finite number below 1$"),
+        ("dense:4,nan", "^the exponent of the density is nan; give a finite number below 1$"),
+        ("dense:4,0.3,0.4", "^'0.4' in the schedule 'dense:4,0.3,0.4' is not understood; the form is dense:F"),
+        ("full:", "^the schedule 'full' lacks the number of a full step$"),
+        ("full:0,x", "^'x' in the schedule 'full:0,x' is not an integer; give the number of a full step$"),
+        ("full:1,2", "^the full steps are 1,2; give numbers of steps that rise from 0 to at most 7$"),
+        ("full:0,3,3", "^the full steps are 0,3,3; give numbers of steps that rise from 0 to at most 7$"),
+        ("full:0,8", "^the full steps are 0,8; give numbers of steps that rise from 0 to at most 7$"),
+        ("fora:2,forecast=4", "^the forecast order is 4; give 0 .FORA., 1 .linear., 2 .quadratic. or 3 .cubic.$"),
+        ("fora:2,forecast=x", "^'forecast=x' in the schedule 'fora:2,forecast=x' is not an integer; give the forecast"),
+        (
+            "fora:2,forecast=1,forecast=2",
+            "^'forecast=2' in the schedule .* comes after 'forecast=1'; give one of them$",
+        ),
         ("missing.json", r"^the schedule missing\.json cannot be read \(No such file or directory\)$"),
     ],
 )
@@ -144,7 +166,7 @@ def test_another_kind_of_schedule_can_be_registered() -> None:
             ScheduleError, match=r"^the schedule 'first:2' needs the number of steps; give Schedule.from_text"
         ):
             Schedule.open("first:2")
-        with pytest.raises(ScheduleError, match="give none, fora:N, first:K, or a"):
+        with pytest.raises(ScheduleError, match=r"give none, .*, full:0,K,\.\.\., first:K, or a"):
             Schedule.from_text("last:2", 4)
     finally:
         KINDS.unregister("first")
@@ -280,14 +302,10 @@ def test_readers_of_a_full_step_are_the_reuse_steps_whose_weights_reach_it() -> 
     assert schedule.longest_window == 2
     schedule = Schedule((FULL_STEP, REUSE_STEP, FULL_STEP, OF_TWO, FULL_STEP, REUSE_STEP, OF_TWO))
     assert schedule.readers() == {0: [1, 3], 2: [3, 6], 4: [5, 6]}
-    assert schedule.longest_window == 4
+    assert schedule.longest_window == 2
+    assert schedule.kept_sums == 2
+    assert Schedule.none(5).kept_sums == 0
     assert Schedule.none(5).longest_window == 0
-
-
-def test_weights_that_no_denoiser_can_read_yet_are_refused() -> None:
-    for weights in ((0.5,), (2.0, -1.0)):
-        with pytest.raises(ScheduleError, match=r"step 2 of .* has the weights \[.*; the only supported weights are"):
-            offsets_in_windows((FULL_STEP, FULL_STEP, Step(REUSE, weights)))
 
 
 def test_a_file_is_a_schedule_for_any_caller_of_its_number_of_steps(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ STAGES = [
     "quiet",
     "registry",
     "contract",
+    "plan",
     "schedule",
     "files",
     "models",

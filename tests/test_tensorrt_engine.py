@@ -36,9 +36,10 @@ from fora_trt.engines.tensorrt.plan_builder import PlanOptions, Profile, plan_fr
 from fora_trt.engines.tensorrt.plan_store import build_plans, target_of
 from fora_trt.errors import BackendError, InputError, PlanError
 from fora_trt.pipeline import Pipeline
+from fora_trt.plan import FULL_STEP, REUSE_STEP
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.sampling.conditioning import conditioning_of_classes
-from fora_trt.schedule import FULL_STEP, REUSE_STEP, Schedule
+from fora_trt.schedule import Schedule
 from tests.tensorrt_bindings import Bindings, NoBindings, names_of, names_of_installed
 from tests.tensorrt_standin import ENUM, GET, MILLISECONDS, SET, Cuda, Recorder, declared
 

@@ -229,7 +229,10 @@ def test_the_folded_sum_is_the_sum_of_gates_and_features(window: int | None, beg
     features = [torch.randn(2, 5, 4) for _ in range(3)]
     begun = [torch.randn(2, 5, 4)] if begins else []
     expected = sum(gate * feature for gate, feature in zip(gates, features, strict=True)) + sum(begun)
-    torch.testing.assert_close(weighted_sum(*begun, *gates, *features), expected)
+    torch.testing.assert_close(weighted_sum(*begun, *gates, *features, first=-1, begins=len(begun)), expected)
+    around = torch.randn_like(gates[0])  # gates as rows 1, 2, ... of one tensor
+    joined = torch.cat([around, *gates, around], dim=-2)
+    torch.testing.assert_close(weighted_sum(*begun, joined, *features, first=1, begins=len(begun)), expected)
 
 
 def test_missing_weights_are_a_sentence(without_source: BundleAt, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fora_trt import Schedule
 from fora_trt.bundle import Bundle
 from fora_trt.doctor import findings
 from fora_trt.engines.onnxruntime.weighted_sum import FuseWeightedSumsPass, kernel_library
+from tests.small_graphs import model_of
 
 
 def sums(
@@ -141,3 +142,49 @@ def test_a_folded_full_graph_uses_it_and_its_bundle_does_not_change(optimized: d
     assert path.read_bytes() == before
     (found,) = (one.found for one in findings() if one.what == "backend onnxruntime")
     assert "no C compiler" not in found
+
+
+def test_gates_are_read_where_a_split_would_cut_them_out() -> None:
+    """Two sums of three terms, one on top of the other, with gates of one tensor: one kernel, no copy of the gates."""
+    gates = " ".join(f"g{k}_ = Unsqueeze(g{k}, axis)" for k in range(6))
+    features = " ".join(f"f{k}_ = Unsqueeze(f{k}, axis)" for k in range(6))
+    sides = " ".join(
+        f"{side}{half} = Concat <axis: int = -4> ({', '.join(f'{letter}{k}_' for k in range(3 * half, 3 * half + 3))})"
+        for half in (0, 1)
+        for side, letter in (("gates", "g"), ("features", "f"))
+    )
+    added = " ".join(
+        f"p{half} = Mul(gates{half}, features{half}) s{half} = ReduceSum <keepdims: int = 0> (p{half}, axis)"
+        for half in (0, 1)
+    )
+    inputs = ", ".join(["float[4, 2, 8, 80] all", *(f"float[2, 37, 80] f{k}" for k in range(6))])
+    split = "g, g0, g1, g2, g3, g4, g5, rest = Split <axis: int = 2> (all, ones)"
+    text = (
+        f"sums ({inputs}) => (float[4, 2, 37, 80] y) "
+        "<int64[1] axis = {-4}, int64[8] ones = {1, 1, 1, 1, 1, 1, 1, 1}> "
+        f"{{ {split} {gates} {features} {sides} {added} y = Add(s0, s1) }}"
+    )
+    model = model_of(text)
+    generator = np.random.default_rng(0)
+    given = {"all": generator.normal(size=(4, 2, 8, 80)).astype(np.float32)}
+    given |= {f"f{k}": generator.normal(size=(2, 37, 80)).astype(np.float32) for k in range(6)}
+    expected = run(model, given)
+    assert FuseWeightedSumsPass()(model).modified
+    assert kinds(model) == ["WeightedSum"]
+    (node,) = model.graph
+    assert [str(value.name) for value in node.inputs if value is not None] == ["all", *(f"f{k}" for k in range(6))]
+    assert node.attributes.get_int("first") == 1, "the gates are rows 1 to 6 of eight"
+    assert np.abs(run(model, given) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("channels", [64, 72])
+def test_sums_that_are_larger_than_a_cache_are_the_same(channels: int) -> None:
+    """They are stored past the cache, where 72 channels are not aligned for it."""
+    model = sums([7], 1200, channels, 3, None)
+    generator = np.random.default_rng(0)
+    shapes = {str(value.name): value.shape.numpy() for value in model.graph.inputs if value.shape is not None}
+    given = {name: generator.normal(size=tuple(shape)).astype(np.float32) for name, shape in shapes.items()}
+    expected = run(model, given)
+    assert expected.size > 2**20
+    FuseWeightedSumsPass()(model)
+    assert np.abs(run(model, given) - expected).max() < 1e-5

@@ -9,6 +9,7 @@ import click
 
 from fora_trt.cli.options import AS_JSON, BUNDLE
 from fora_trt.cli.terminal import in_bytes, new_table, print_table
+from fora_trt.plan import HIGHEST_ORDER
 
 
 @click.command()
@@ -48,6 +49,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
         "ideal speed-up",
         "counting reuse steps",
         "memory per sample",
+        *(f"forecast {order}" for order in range(1, HIGHEST_ORDER + 1)),
     )
     for interval, row in found["cache_intervals"].items():
         table.add_row(
@@ -56,5 +58,6 @@ def inspect(bundle: Path, as_json: bool) -> None:
             f"{row['ideal_speedup']:.2f}x",
             f"{row['arithmetic_speedup']:.2f}x",
             in_bytes(row["kept_bytes_per_sample"]),
+            *map(in_bytes, row["forecast_bytes_per_sample"].values()),
         )
     print_table(table)

@@ -12,7 +12,8 @@ import click
 
 from fora_trt.cli.terminal import bar, say
 from fora_trt.errors import InputError
-from fora_trt.schedule import DEFAULT_INTERVAL, fora_text
+from fora_trt.plan import HIGHEST_ORDER
+from fora_trt.schedule import DEFAULT_INTERVAL, fora_text, with_forecast
 
 if TYPE_CHECKING:
     from fora_trt.pipeline import Pipeline
@@ -100,11 +101,12 @@ ENGINES = click.option(
     default="engines",
     help="Folder of TensorRT plans; missing plans are built there. Or one set of plans, which is used as it is.",
 )
+SCHEDULE_FORMS = "fora:3, even:18, dense:18,0.3 or full:0,1,4, each also with ,forecast=2; or a .json file"
 SCHEDULES = click.option(
     "--schedule",
     "schedules",
     multiple=True,
-    help="Schedule in addition to the cache intervals: a text form (fora:3) or a .json file. Repeatable.",
+    help=f"Schedule in addition to the cache intervals: {SCHEDULE_FORMS}. Repeatable.",
 )
 NEGATIVE_PROMPT = click.option("--negative-prompt", default="", help="Prompt of the unconditional half of guidance.")
 CONDITIONING = click.option(
@@ -178,11 +180,11 @@ def pipeline_of(bundle: Path, quiet: bool, **settings: Any) -> Pipeline:
     return Pipeline(bundle, report=lambda line: say(quiet, line), progress=progress, **settings)
 
 
-def schedule_of(cache_interval: int | None, schedule: str | None) -> str:
-    """The text form of the schedule given by --cache-interval or --schedule."""
+def schedule_of(cache_interval: int | None, schedule: str | None, forecast: int | None) -> str:
+    """The text form of the schedule given by --cache-interval or --schedule, with the order given by --forecast."""
     if cache_interval is not None and schedule is not None:
         raise InputError("--cache-interval and --schedule exclude each other; give one of them")
-    return schedule or fora_text(cache_interval or DEFAULT_INTERVAL)
+    return with_forecast(schedule or fora_text(cache_interval or DEFAULT_INTERVAL), forecast)
 
 
 def schedules_of(cache_intervals: Sequence[int], schedules: Sequence[str]) -> list[str]:
@@ -213,7 +215,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def taking(sampling: dict[str, Any], **given: Any) -> Any:
-        schedule = schedule_of(sampling.pop("cache_interval"), sampling.pop("schedule"))
+        schedule = schedule_of(*(sampling.pop(name) for name in ("cache_interval", "schedule", "forecast")))
         return command(sampling=SamplingOptions(schedule=schedule, **sampling), **given)
 
     decorated: Callable[..., Any] = grouped(
@@ -225,7 +227,13 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help=f"A full step every N steps; 1: no caching.  [default: {DEFAULT_INTERVAL}]",
             show_default=False,
         ),
-        click.option("--schedule", help="Schedule instead of --cache-interval: fora:3, none, or a .json file."),
+        click.option("--schedule", help=f"Schedule instead of --cache-interval: {SCHEDULE_FORMS}."),
+        click.option(
+            "--forecast",
+            type=click.IntRange(0, HIGHEST_ORDER),
+            help="Order in which reuse steps extrapolate: 1 linear, 2 quadratic, 3 cubic; 0 is FORA.  [default: 0]",
+            show_default=False,
+        ),
         GUIDANCE_SCALE,
         GUIDANCE_INTERVAL,
         SCHEDULER,

@@ -19,6 +19,7 @@ from fora_trt.cli.options import (
     schedules_of,
 )
 from fora_trt.cli.terminal import new_table, print_table, watched
+from fora_trt.schedule import fora_text, text_with_forecast
 
 
 @click.command()
@@ -42,6 +43,8 @@ def verify(
 ) -> None:
     """Compare a bundle with PyTorch: a full and a reuse step, then whole cached trajectories.
 
+    Without --schedule, one more trajectory forecasts features, at the largest of the cache intervals.
+
     The reference is the checkpoint in PyTorch with caching hooks, in fp32. If the checkpoint is not available, it is
     the bundle's full graph without folding, in fp32; the output names the reference. Exits with 1 if an error exceeds
     the tolerance for the bundle's precision.
@@ -56,6 +59,8 @@ def verify(
     settings = {"steps": steps, "backend": backend, "device": device, "engines": engines, "batch_size": 2}
     pipeline = pipeline_of(bundle, as_json, **settings)
     reference, description = reference_from_bundle(pipeline.bundle, pipeline.device)
+    if not schedules and pipeline.manifest.can_forecast:
+        schedules = (text_with_forecast(fora_text(max(cache_intervals)), 2),)
     comparisons = compare_with_pytorch(pipeline, schedules_of(cache_intervals, schedules), reference)
     title = f"{bundle} on {pipeline.backend.name} ({pipeline.device}) against {description}"
     table = new_table(title, "compared", "maximum error", "relative", "tolerance", "")

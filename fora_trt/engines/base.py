@@ -24,10 +24,13 @@ class Engine(ABC):
     """
 
     longest_window: int | None = None
-    """Largest number of reuse steps in window tensors that can be bound; None for no limit."""
+    """Largest number of rows (reuse steps) of window tensors that can be bound; None for no limit."""
 
     shortest_window: int = 0
-    """Smallest number of reuse steps in window tensors; 1 for a runtime that does not support empty tensors."""
+    """Smallest number of rows of window tensors; 1 for a runtime that does not support empty tensors."""
+
+    any_window: bool = False
+    """Whether another number of rows in window tensors costs next to nothing, so that a step can bind just its own."""
 
     most_rows: int | None = None
     """Largest batch of a conditioning engine; None for no limit."""

@@ -18,7 +18,7 @@ from fora_trt.report.results import EAGER, NO_CACHE, Absent, Bench, BenchRow, Pe
 from fora_trt.sampling.conditioning import Conditioning, example_conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.loop import Sampler, Trajectory
-from fora_trt.schedule import NONE
+from fora_trt.schedule import DEFAULT_INTERVAL, NONE, fora_text
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Benchmark:
             )
         self.rows: dict[int, list[Timing]] = {}
         self.notes: list[str] = []
-        self._memory: dict[tuple[str, str, int, bool], int] = {}
+        self._memory: dict[tuple[str, str, int, str], int] = {}
         self._peaks: PeakRates | None = None
 
     def measure(self, given: Conditioning, repeats: int) -> Iterator[str]:
@@ -162,15 +162,15 @@ class Benchmark:
                 warmed[-1].run(given, self.guidance, keep=False)
         return warmed
 
-    def _measure_memory(self, key: tuple[str, str, int, bool], given: Conditioning) -> None:
+    def _measure_memory(self, key: tuple[str, str, int, str], given: Conditioning) -> None:
         """Measure peak memory for the rows of a key, with their conditioning, scheduler and guidance."""
-        backend, device, images, cached = key
+        backend, device, images, schedule = key
         config = replace(
             self.pipeline.config,
             bundle=self.pipeline.bundle.folder,
             backend=backend,
             device=device,
-            schedule="fora:3" if cached else NONE,
+            schedule=schedule,
             guidance_scale=self.guidance.scale,
         )
         try:
@@ -178,13 +178,16 @@ class Benchmark:
         except BackendError as error:
             self.notes.append(f"peak memory of {backend} at a batch of {images} could not be measured: {error}")
 
-    def _memory_key(self, images: int, row: Timing) -> tuple[str, str, int, bool]:
-        """Rows with the same key need the same memory.
+    def _memory_key(self, images: int, row: Timing) -> tuple[str, str, int, str]:
+        """Rows with the same key need about the same memory; the last part is the schedule for which it is measured.
 
-        Engines always allocate the features; eager PyTorch allocates them only if the schedule reuses them.
+        A forecast keeps what several full steps computed. Otherwise engines always allocate the features or the sums of
+        a window; eager PyTorch allocates the features only if the schedule reuses them.
         """
         cached = row.target.backend != EAGER or row.setting.caches
-        return row.target.backend, str(row.target.pipeline.device), images, cached
+        usual = fora_text(min(DEFAULT_INTERVAL, row.setting.nfe)) if cached else NONE
+        schedule = row.setting.schedule if row.sampler.schedule.depth > 1 else usual
+        return row.target.backend, str(row.target.pipeline.device), images, schedule
 
     def result(self, interrupted: bool = False) -> Bench:
         """The results so far, without rows that have no timed run. Raises `BackendError` if there is none."""

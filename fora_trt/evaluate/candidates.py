@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fora_trt.errors import InputError
 from fora_trt.pipeline import Pipeline, Sampling
+from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.report.results import Setting
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
@@ -114,7 +115,7 @@ def reuse_share_of(pipeline: Pipeline, candidate: Candidate, conditioning: Condi
     """Time of a reuse step divided by the time of a full step, from a few short trajectories after a warm-up.
 
     The first reuse step of a window takes longer than the next ones. So the pilot uses windows as long as the
-    candidate's longest (at most `LONGEST_PILOT`), and takes medians over the windows. A schedule
+    candidate's longest (at most `LONGEST_PILOT`) and its forecast order, and takes medians over the windows. A schedule
     without reuse steps has 1.
     """
     if not candidate.sampling.schedule.caches:
@@ -122,7 +123,8 @@ def reuse_share_of(pipeline: Pipeline, candidate: Candidate, conditioning: Condi
     length = min(candidate.sampling.schedule.longest_window + 1, LONGEST_PILOT)
     plain = Sampling.of(candidate.sampling.scheduler, length * PILOT_WINDOWS)
     flags = [number % length == 0 for number in range(plain.nfe)]
-    sampler = pipeline.sampler(plain.with_schedule(Schedule.from_flags(flags)))
+    order = min(candidate.sampling.schedule.depth - 1, HIGHEST_ORDER)
+    sampler = pipeline.sampler(plain.with_schedule(Schedule.from_flags(flags).with_forecast(order)))
     seeds = range(conditioning.images)
     done = [sampler(conditioning, seeds, guidance) for _ in range(1 + PILOT_REPEATS)][1:]
     reuse = length - 1

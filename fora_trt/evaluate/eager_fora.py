@@ -1,7 +1,7 @@
 """FORA in eager PyTorch: the reference for the results and times of the two-graph runtime.
 
 It shares no code with the split: hooks keep the output of each cache site in a full step and return it in a reuse
-step.
+step. For a forecast they keep those of several full steps and return their weighted sum.
 """
 
 from __future__ import annotations
@@ -20,29 +20,39 @@ from fora_trt.engines.memory import bytes_of, check_room
 from fora_trt.engines.tf32 import without_tf32
 from fora_trt.evaluate.source_module import model_from_bundle
 from fora_trt.models.precision import cast_all
+from fora_trt.plan import FULL_STEP, LATEST, Plan, Step, depth_of, offsets_of
 from fora_trt.quiet import quiet
-from fora_trt.schedule import Step, offsets_in_windows
 
 
 class PlainPredictor(ABC):
-    """A `Predictor` in plain PyTorch, which computes and allocates nothing before the loop."""
+    """A `Predictor` in plain PyTorch, which computes and allocates nothing before the loop.
+
+    `depth` is the number of full steps whose features the trajectory at hand reads.
+    """
 
     manifest: Manifest
     device: torch.device
-    _room_for = 0
+    depth = 1
+    _room_for = (0, 0)
 
     def begin(
-        self, plan: Sequence[Step], timesteps: Tensor, conditioning: Mapping[str, Tensor], batches: Sequence[int]
+        self,
+        plan: Plan,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Tensor],
+        batches: Sequence[int],
+        first: int = 0,
     ) -> PlainRun:
         """Check that the batch fits the device's memory (`InputError` if not); compute nothing."""
-        if (batch := max(batches)) > self._room_for:  # once per size: the features kept later would count as used
-            check_room(batch, self.device, lambda count: bytes_of(self.manifest.features(), count))
-            self._room_for = batch
-        return PlainRun(self, offsets_in_windows(plan))
+        self.depth, batch = depth_of(plan), max(batches)
+        if (self.depth, batch) > self._room_for:  # once per size: the features kept later would count as used
+            check_room(batch, self.device, lambda count: self.depth * bytes_of(self.manifest.features(), count))
+            self._room_for = self.depth, batch
+        return PlainRun(self, plan[first:], offsets_of(plan)[first:])
 
     @abstractmethod
-    def predict(self, offset: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
-        """Compute every layer at offset 0; at other offsets reuse the features of the last full step."""
+    def compute(self, step: Step, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+        """Compute every layer in a full step; in a reuse step read the weighted features of the last full steps."""
 
     def first_not_finite(self) -> str | None:
         """Always None: no tensors are kept to check."""
@@ -51,23 +61,51 @@ class PlainPredictor(ABC):
 
 @dataclass(frozen=True)
 class PlainRun:
-    """A run, and also each of its steps: a step needs no data except the arguments of its call."""
+    """A run; its steps need no preparation."""
 
     predictor: PlainPredictor
+    plan: Plan
     offsets: Sequence[int]
     generation: object = None
 
-    def at(self, step: int, batch: int) -> PlainRun:
-        """Return the run itself; there is nothing to prepare."""
-        return self
+    def at(self, step: int, batch: int) -> PlainStep:
+        """Step number `step` of the run."""
+        return PlainStep(self, step)
+
+
+@dataclass(frozen=True)
+class PlainStep:
+    """A step of a run, and the steps after it in its window."""
+
+    run: PlainRun
+    step: int
+    turn: int = 0
 
     def predict(self, offset: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
-        """Run a step."""
-        return self.predictor.predict(offset, latents, timestep, **conditioning)
+        """Run the step at an offset in the window."""
+        step = self.run.plan[self.step + offset - self.run.offsets[self.step]]
+        return self.run.predictor.compute(step, latents, timestep, **conditioning)
 
     def is_capturable(self) -> bool:
         """Always False: the reference is eager PyTorch without CUDA graphs."""
         return False
+
+
+def forecast_of(kept: Sequence[Any], weights: Sequence[float], batch: int) -> Any:
+    """What a reuse step reads: the weighted sum of what the last full steps kept, the latest first.
+
+    Tensors (B, ...) are cut to the first `batch` samples and added in fp32. Tuples and lists are added element by
+    element; from anything but tensors of numbers the latest is taken.
+    """
+    latest = kept[0]
+    if isinstance(latest, (tuple, list)):
+        return type(latest)(forecast_of(parts, weights, batch) for parts in zip(*kept, strict=True))
+    if not isinstance(latest, Tensor):
+        return latest
+    if weights == LATEST or not latest.is_floating_point():
+        return latest if len(latest) == batch else latest[:batch]
+    total = sum(weight * one[:batch].float() for weight, one in zip(weights, kept, strict=False))
+    return torch.as_tensor(total).to(latest.dtype)
 
 
 class EagerFora(PlainPredictor):
@@ -87,14 +125,14 @@ class EagerFora(PlainPredictor):
             self.module, self.call = model.module.to(device, self._dtype), model.spec.call
         self._inputs = [tensor.name for tensor in model.spec.inputs]
         self._dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in model.spec.inputs}
-        self._full = True
+        self._step, self._batch = FULL_STEP, 0
         for site in bundle.manifest.cache_sites:
             module = self.module.get_submodule(site.module)
             module.forward = self._cached(module.forward)
 
     @torch.no_grad()
-    def predict(self, offset: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
-        self._full = offset == 0
+    def compute(self, step: Step, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+        self._step, self._batch = step, len(latents)
         times = torch.as_tensor(timestep, device=self.device).to(self._dtypes[TIMESTEP]).expand(len(latents))
         given: dict[str, Tensor] = cast_all({LATENTS: latents, **conditioning}, self._dtype) | {TIMESTEP: times}
         with without_tf32(self.device):
@@ -104,8 +142,9 @@ class EagerFora(PlainPredictor):
         kept: list[Any] = []
 
         def cached(*args: Any, **kwargs: Any) -> Any:
-            if self._full:
-                kept[:] = [forward(*args, **kwargs)]
-            return kept[0]
+            if self._step.is_full:
+                kept[:] = [forward(*args, **kwargs), *kept[: self.depth - 1]]
+                return kept[0]
+            return forecast_of(kept, self._step.weights, self._batch)
 
         return cached

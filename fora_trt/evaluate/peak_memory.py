@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -19,14 +20,11 @@ import torch
 
 from fora_trt.bundle import Bundle
 from fora_trt.engines.options import EngineOptions
-from fora_trt.errors import BackendError, ForaError, InputError, first_line
+from fora_trt.errors import BackendError, ForaError, first_line
 from fora_trt.evaluate.targets import predictor_of
-from fora_trt.pipeline import Pipeline, PipelineConfig, Sampling
+from fora_trt.pipeline import Pipeline, PipelineConfig
 from fora_trt.sampling.conditioning import Conditioning, conditioning_of_tensors
 from fora_trt.schedule import NONE, Schedule
-
-STEPS = 4
-"""Steps of the measured trajectory: with `fora:3` a full step, two reuse steps and a full step."""
 
 SAMPLED_EVERY = 0.002
 """Seconds between two samples of a GPU's free memory."""
@@ -99,11 +97,11 @@ def release(device: torch.device) -> None:
 
 
 def peak_memory(config: PipelineConfig, given: Conditioning) -> int:
-    """Peak memory of a short trajectory in bytes: of the process on the CPU, of the device on a GPU.
+    """Peak memory of the begin of a trajectory in bytes: of the process on the CPU, of the device on a GPU.
 
-    `config` has the settings of the timed trajectories; the number of steps is reduced to `STEPS`, or to the next
-    larger number that the scheduler supports. `config.backend` may also be a reference (`EAGER`, `COMPILED`). Raises
-    `BackendError` with the reason if the process fails.
+    `config` has the settings of the timed trajectories. All memory is allocated when a reuse step has run that reads as
+    many full steps as the schedule has one read; later steps do not run. `config.backend` may also be a reference
+    (`EAGER`, `COMPILED`). Raises `BackendError` with the reason if the process fails.
     """
     release(torch.device(config.device))
     command = [sys.executable, "-m", "fora_trt.evaluate.peak_memory"]
@@ -139,23 +137,19 @@ def measure(config: PipelineConfig, given: Conditioning) -> int:
     with PeakMemory(device) as peak:
         plans = EngineOptions(Path(config.engines), batch=2 * given.images)
         pipeline = Pipeline(config, opened=bundle, predictor=predictor_of(bundle, config.backend, device, plans))
-        sampling = _shortest(pipeline)
-        pipeline.sampler(sampling)(given, range(given.images), pipeline.guidance(given, sampling))
+        plain = pipeline.sampling(schedule=NONE)
+        schedule = pipeline.config.schedule
+        sampling = plain.with_schedule(Schedule.open(schedule, plain.nfe) if isinstance(schedule, str) else schedule)
+        few = steps_until_full(sampling.schedule)
+        guidance = pipeline.guidance(given, sampling)
+        pipeline.sampler(sampling)(given, range(given.images), guidance, lambda steps: islice(steps, few))
     return peak.bytes
 
 
-def _shortest(pipeline: Pipeline) -> Sampling:
-    """The shortest trajectory of at least `STEPS` steps that the scheduler supports, at most the configured steps."""
-    steps, text = pipeline.config.steps, pipeline.config.schedule
-    assert isinstance(text, str)
-    for fewer in range(min(STEPS, steps), steps):
-        with suppress(InputError):
-            return _open(pipeline.sampling(fewer, NONE), text)
-    return _open(pipeline.sampling(steps, NONE), text)
-
-
-def _open(sampling: Sampling, schedule: str) -> Sampling:
-    return sampling.with_schedule(Schedule.open(schedule, sampling.nfe))
+def steps_until_full(schedule: Schedule) -> int:
+    """Number of steps after which a trajectory has allocated all its memory."""
+    deep = [number for number, step in enumerate(schedule.plan) if len(step.weights) == schedule.depth]
+    return deep[0] + 1 if deep else 1
 
 
 def main() -> None:

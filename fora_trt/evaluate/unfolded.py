@@ -1,7 +1,7 @@
 """FORA on the full graph of a bundle: the reference if the module that it was exported from is not available.
 
 Nothing is precomputed or folded, and the reuse graph is not used: a reuse step runs the full graph with the features of
-the last full step as inputs in place of its own. Everything is computed in fp32.
+the last full step, or a forecast from the last ones, as inputs in place of its own. Everything is computed in fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from fora_trt.contract import CONDITIONING, FULL, FULL_CONDITIONING, LATENTS, NO
 from fora_trt.engines.tf32 import without_tf32
 from fora_trt.engines.torch.graph import TorchGraph
 from fora_trt.errors import BackendError, SourceError
-from fora_trt.evaluate.eager_fora import EagerFora, PlainPredictor
+from fora_trt.evaluate.eager_fora import EagerFora, PlainPredictor, forecast_of
+from fora_trt.plan import Step
 from fora_trt.runtime.interface import Predictor
 
 
@@ -45,10 +46,10 @@ class UnfoldedFora(PlainPredictor):
                 f"the full graph of {bundle.folder} has no tensor {missing[0]!r}, a feature of its manifest; "
                 "export it again"
             )
-        self._kept: dict[str, Tensor] = {}
+        self._kept: list[Sequence[Tensor]] = []
 
     @torch.no_grad()
-    def predict(self, offset: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+    def compute(self, step: Step, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
         batch = len(latents)
         given: dict[str, Tensor] = {LATENTS: latents, TIMESTEP: torch.as_tensor(timestep, device=self.device)}
         given = {name: one.expand(batch, *one.shape[1:]) for name, one in {**given, **conditioning}.items()}
@@ -57,16 +58,19 @@ class UnfoldedFora(PlainPredictor):
                 outputs = [one.name for one in self.manifest.graphs[name].outputs]
                 given |= zip(outputs, _computed(graph, given, outputs, self._inputs_of(name)), strict=True)
             read = [one for one in self._inputs_of(FULL) if one in given]  # without inputs of the folded sums
-            if offset:
-                (prediction,) = _computed(self._graph, given | self._kept, [NOISE_PREDICTION], [*read, *self._kept])
+            if not step.is_full:
+                features = [forecast_of(of_site, step.weights, batch) for of_site in zip(*self._kept, strict=True)]
+                given |= zip(self._features, features, strict=True)
+                (prediction,) = _computed(self._graph, given, [NOISE_PREDICTION], [*read, *self._features])
                 return prediction
             prediction, *features = _computed(self._graph, given, [NOISE_PREDICTION, *self._features], read)
-        self._kept = dict(zip(self._features, features, strict=True))
+        self._kept = [features, *self._kept[: self.depth - 1]]
         return prediction
 
     def first_not_finite(self) -> str | None:
         """Name of the first kept feature that is not finite."""
-        return next((name for name, one in self._kept.items() if not one.isfinite().all()), None)
+        latest = zip(self._features, *self._kept[:1], strict=False)
+        return next((name for name, *one in latest if not one[0].isfinite().all()), None)
 
     def _inputs_of(self, graph: str) -> list[str]:
         return [one.name for one in self.manifest.graphs[graph].inputs]

@@ -17,11 +17,12 @@ from fora_trt.export.check import GRAPH_TOLERANCE
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.models.examples import example_inputs
 from fora_trt.pipeline import Pipeline
+from fora_trt.plan import FULL_STEP, REUSE_STEP
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.interface import Predictor
 from fora_trt.sampling.conditioning import example_conditioning
 from fora_trt.sampling.guidance import Guidance
-from fora_trt.schedule import FULL_STEP, NONE, REUSE_STEP, Schedule
+from fora_trt.schedule import NONE, Schedule
 
 MEASURED_STEPS, MEASURED_SCHEDULES = 50, (NONE, "fora:3")
 """Steps and schedules of the trajectories whose error is recorded in the manifest."""

@@ -4,17 +4,22 @@ A reuse step adds `gate * feature` of every cache site to the embedded latents. 
 on the latents and can be computed first: `(h + u_1) + u_2` becomes `h + (u_1 + u_2)`. The nodes that compute
 `u_1 + u_2` move to the full graph, which computes the features. There they compute the sums of all reuse steps of the
 window and read each feature once: gates and sums get a leading dimension, the reuse steps of the window.
+
+Terms that are independent of the features, such as the position embedding, stay in the reuse graph. So a sum is linear
+in the features, and a forecast can add up sums. Folded values that are not linear get the role `function` instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import zip_longest
 
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
-from fora_trt.contract import FOLDED, LATENTS, WINDOW, of_window
+from fora_trt.contract import FOLDED, LATENTS, WINDOW, Role, of_window
 from fora_trt.export.hoist import EarlyPart, drop_unread, early_part, replace_reads
+from fora_trt.export.linear import featured_values, linear_values
 from fora_trt.export.nodes import (
     before_cast,
     constant,
@@ -42,30 +47,46 @@ ALONG_AN_AXIS = {"Concat", "Unsqueeze", "ReduceSum"}
 def fold(full: ir.Model, reuse: ir.Model) -> bool:
     """Move all nodes of `reuse` that do not depend on the latents to `full`; return False if that is not possible.
 
-    `full` outputs the features that `reuse` reads. The hoisted inputs of `reuse` differ between steps. Folding is
-    impossible if an operator that does not accept an additional leading dimension reads a value that differs between
-    steps. Then no node moves; only the order of the sums in `reuse` changes.
+    `full` outputs the features that `reuse` reads. The hoisted inputs of `reuse` differ between steps. Nodes that do
+    not depend on a feature stay. Folding is impossible if an operator that does not accept an additional leading
+    dimension reads a value that differs between steps. Then no node moves; only the order of the sums in `reuse`
+    changes.
     """
     _reassociate(reuse.graph)
     drop_unread(reuse)  # the replaced sums
     _group(reuse.graph)
     drop_unread(reuse)
-    part = early_part(reuse.graph, {LATENTS})
+    featured = featured_values(reuse.graph)
+    part = _of_features(early_part(reuse.graph, {LATENTS}), featured)
     differing = _differing(part)
     if differing is None or not part.boundary:
         return False
-    folded = _append(full.graph, part, differing)
-    replace_reads(reuse, {value: edge(name, value, "sum") for name, value in folded.items()})
+    linear = linear_values(reuse.graph, part.nodes, featured)
+    roles: dict[ir.Value, Role] = {value: "sum" if value in linear else "function" for value in part.boundary}
+    folded = _append(full.graph, part, differing, roles)
+    replace_reads(reuse, {value: edge(name, value, roles[value]) for name, value in folded.items()})
     _drop_features(full, {value.name for value in reuse.graph.inputs})
     return True
+
+
+def _of_features(part: EarlyPart, featured: set[ir.Value]) -> EarlyPart:
+    """The part of an early part that computes the boundary values which depend on features."""
+    boundary = tuple(value for value in part.boundary if value in featured)
+    needed: set[ir.Node | None] = {value.producer() for value in boundary}
+    for node in reversed(part.nodes):
+        if node in needed:
+            needed.update(value.producer() for value in node.inputs if value is not None)
+    return EarlyPart(tuple(node for node in part.nodes if node in needed), boundary)
 
 
 def _reassociate(graph: ir.Graph) -> None:
     """Turn `(late + early) + early` into `late + (early + early)` if the inner sum has no other reader.
 
-    A late value depends on the latents, an early value does not.
+    A late value depends on the latents, an early value does not. Only early values that depend on features are brought
+    together; others are added to the late value before them.
     """
     late = {value for value in graph.inputs if value.name == LATENTS}
+    featured = featured_values(graph)
     for node in tuple(graph):
         if not any(value in late for value in node.inputs):
             continue
@@ -75,13 +96,17 @@ def _reassociate(graph: ir.Graph) -> None:
         if outer is None or inner is None or len(outer[0].uses()) != 1 or outer[0].is_graph_output():
             continue
         (_, added), (begin, first) = outer, inner
-        shape = _broadcast(first.shape, added.shape)
-        if shape is None:
+        joins = added in featured
+        one, other = (first, added) if joins else (begin, added)
+        shape = _broadcast(one.shape, other.shape)
+        if first not in featured or shape is None:
             continue
-        both = ir.Node("", "Add", [first, added], num_outputs=1)
-        both.outputs[0].type, both.outputs[0].shape = added.type, shape
+        both = ir.Node("", "Add", [one, other], num_outputs=1)
+        total = both.outputs[0]
+        total.type, total.shape = added.type, shape
         graph.insert_before(node, [both])
-        for k, value in enumerate((begin, both.outputs[0])):
+        (featured if joins else late).add(total)
+        for k, value in enumerate((begin, total) if joins else (total, first)):
             node.replace_input_with(k, value)
 
 
@@ -243,7 +268,9 @@ def _rank(value: ir.Value) -> int:
     return len(value.shape) if value.shape is not None else 1_000
 
 
-def _append(full: ir.Graph, part: EarlyPart, differing: set[ir.Value]) -> dict[str, ir.Value]:
+def _append(
+    full: ir.Graph, part: EarlyPart, differing: set[ir.Value], roles: Mapping[ir.Value, Role]
+) -> dict[str, ir.Value]:
     """Copy the nodes of `part` into the full graph; return its boundary values by the names of the new reuse inputs.
 
     Each node is inserted as early as its inputs allow. Each feature is thus added to the sums right after it is
@@ -292,7 +319,7 @@ def _append(full: ir.Graph, part: EarlyPart, differing: set[ir.Value]) -> dict[s
         name = f"{FOLDED}{k}"
         named[name] = value
         copies[value].name = of_window(name) if value in differing else name
-        full.outputs.append(with_role(copies[value], "sum"))
+        full.outputs.append(with_role(copies[value], roles[value]))
     return named
 
 

@@ -46,7 +46,7 @@ class Buffers:
 
     def _allocate(self, batch: int) -> None:
         self.free()  # freed first, so that old and new memory need not fit together
-        check_room(batch, self._device, self._bytes_of)
+        check_room(batch, self._device, self.bytes_of)
         with torch.inference_mode(False):  # inference tensors cannot be written outside inference mode
             for one in self._specs:
                 size = max(1, self._size(one, batch))  # an empty tensor has no address to bind
@@ -55,5 +55,6 @@ class Buffers:
     def _size(self, tensor: TensorSpec, batch: int) -> int:
         return math.prod(tensor.sized(batch, self._window))
 
-    def _bytes_of(self, batch: int) -> int:
+    def bytes_of(self, batch: int) -> int:
+        """Bytes that a batch needs, with the memory of the engines."""
         return bytes_of(self._specs, batch, self._window) + self._scratch_bytes(batch)

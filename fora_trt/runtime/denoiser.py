@@ -32,12 +32,15 @@ from fora_trt.contract import (
 from fora_trt.engines.backends import AUTO, backend_from_name, device_from_name
 from fora_trt.engines.base import Engine
 from fora_trt.engines.options import EngineOptions
-from fora_trt.errors import InputError, RoomError
+from fora_trt.errors import InputError, RoomError, ScheduleError
+from fora_trt.plan import Plan, depth_of, readers_of
+from fora_trt.runtime.forecast import ForecastWindow
+from fora_trt.runtime.layout import Layout, within
 from fora_trt.runtime.precomputed import PrecomputedConditioning
 from fora_trt.runtime.step_by_step import StepByStep
 from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.runtime.window import Window, folded_of
-from fora_trt.schedule import NONE, Schedule, Step, fora_text, offsets_in_windows
+from fora_trt.schedule import NONE, Schedule, fora_text, with_forecast
 
 
 def load(
@@ -45,6 +48,7 @@ def load(
     *,
     schedule: Schedule | str | None = None,
     cache_interval: int | None = None,
+    forecast: int | None = None,
     backend: str = AUTO,
     device: str | torch.device = AUTO,
     plans: EngineOptions | None = None,
@@ -53,7 +57,8 @@ def load(
 
     `schedule` is a `Schedule` or a text form (`fora:3`). A text form leaves the number of steps open: a diffusers
     pipeline sets it at every call (`as_transformer`), other callers with `reset(schedule)`. `cache_interval=3` is short
-    for `schedule="fora:3"`. `backend` is `auto` or a name that `fora-trt doctor` lists; `device` is `auto`, `cpu` or
+    for `schedule="fora:3"`, and with `forecast=2` for `schedule="fora:3,forecast=2"`: reuse steps extrapolate features
+    with this order (0 to 3). `backend` is `auto` or a name that `fora-trt doctor` lists; `device` is `auto`, `cpu` or
     `cuda:N`. `plans` names the folder in which the TensorRT backends find or build their plans, `engines/` by default.
     Raises `BundleError` for a damaged bundle and `BackendError` if the backend does not work here.
     """
@@ -65,14 +70,14 @@ def load(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen = backend_from_name(backend, opened.manifest, str(device))
     where = device if isinstance(device, torch.device) else device_from_name(device, chosen)
-    rule = fora_text(cache_interval) if cache_interval is not None else schedule or NONE
+    rule = with_forecast(fora_text(cache_interval) if cache_interval is not None else schedule or NONE, forecast)
     return Denoiser(chosen.engines(opened, where, plans), opened.manifest, chosen.name, rule)
 
 
 class Denoiser(StepByStep):
     """Alternates the engines of one bundle, along an announced trajectory (`begin`) or called step by step.
 
-    It keeps one `Window` with its own buffers per window length. So schedules can alternate without rebinding engines.
+    It keeps one `Window` with its own buffers per window shape. So schedules can alternate without rebinding engines.
     """
 
     def __init__(
@@ -84,28 +89,43 @@ class Denoiser(StepByStep):
         conditioning, of_full_steps = (engines.get(name) for name in (CONDITIONING, FULL_CONDITIONING))
         self.precomputed = None if conditioning is None else PrecomputedConditioning(conditioning, of_full_steps)
         self.run: EngineRun | None = None
-        self._windows: dict[int, Window] = {}
+        self._windows: dict[tuple[int, ...], Window] = {}
 
     def begin(
-        self, plan: Sequence[Step], timesteps: Tensor, conditioning: Mapping[str, Tensor], batches: Sequence[int]
+        self,
+        plan: Plan,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Tensor],
+        batches: Sequence[int],
+        first: int = 0,
     ) -> EngineRun:
         """Announce a trajectory; compute its conditioning and allocate the memory of its largest step.
 
-        `timesteps` is (S,), or (S, B) if samples differ. `conditioning` has as many rows as the largest of `batches`,
-        or one row for all samples. A window longer than the engines support is split by additional full steps.
+        `plan` is the plan of the whole trajectory. `timesteps` is (S,), or (S, B) if samples differ, for the S steps
+        from number `first` on; those before have run already. `conditioning` has as many rows as the largest of
+        `batches`, or one row for all samples. If the engines support fewer rows in window tensors than the plan needs,
+        the order of its forecast is lower and longer windows are split by additional full steps, with a warning.
         A run ends with the next `begin`, because both use the same buffers. Raises `InputError` for a batch that does
-        not fit the device's memory.
+        not fit the device's memory, `ScheduleError` for a forecast with a bundle that cannot.
         """
         if min(batches) < 1:
             raise InputError(f"the batch is {min(batches)}; at least one latent is needed")
         if self.run is not None:
             self.run.ended = True
-        offsets = self._offsets(plan)
-        longest = max(*offsets, self.engines[FULL].shortest_window)
+        known = self.run is not None and self.run.plan is plan  # step-by-step calls begin many runs of one plan
+        whole = self.run.whole if self.run is not None and known else Layout.of(self._supported(plan))
+        if whole.weighted and not self.manifest.can_forecast:
+            raise ScheduleError(
+                f"{self.manifest.name} cannot forecast: its full graph folds values that are not linear in the "
+                "features; export it with --optimize conditioning, or leave the forecast out"
+            )
+        layout = whole.part(first, len(timesteps))
+        rows = max(whole.rows, self.engines[FULL].shortest_window) if self.folds else 0
         if self.precomputed is not None:
-            self.precomputed.begin(timesteps, offsets, conditioning, max(batches), longest)
-        window = self._prepared(longest if self.folds else 0, batches)
-        self.run = EngineRun(window, self.precomputed, offsets)
+            self.precomputed.begin(timesteps, layout, conditioning, max(batches), rows)
+        window = self._prepared((rows, whole.depth, whole.longest_window) if whole.weighted else (rows,), batches)
+        window.begin(layout)
+        self.run = EngineRun(window, self.precomputed, layout, plan, whole)
         return self.run
 
     @property
@@ -125,7 +145,7 @@ class Denoiser(StepByStep):
 
     def first_not_finite(self) -> str | None:
         """Name of the first non-finite tensor after a step: input latents, features or sums, then the prediction."""
-        tensors = {} if self.window is None else self.window.buffers.tensors
+        tensors = {} if self.window is None else self.window.tensors
         features = [feature.name for feature in self.manifest.features()]
         sums = map(of_window, folded_of(self.engines[FULL], self.engines[REUSE]))
         for name in (LATENTS, *features, *sums, NOISE_PREDICTION):
@@ -142,23 +162,32 @@ class Denoiser(StepByStep):
         """
         return DenoiserTransformer(self, scheduler)
 
-    def _offsets(self, plan: Sequence[Step]) -> list[int]:
-        """The offset of each step in its window; a window longer than the engines support is split."""
-        longest = self.engines[FULL].longest_window if self.folds else None
-        offsets, wanted = offsets_in_windows(plan, longest), sum(step.is_full for step in plan)
-        if (full_steps := offsets.count(0)) > wanted:
-            warn(
-                f"the plans support at most {longest} reuse steps per window: {full_steps} of {len(plan)} steps run in "
-                f"full instead of {wanted}",
-                stacklevel=4,
-            )
-        return offsets
+    def _supported(self, plan: Plan) -> Plan:
+        """The plan, changed if the engines support fewer rows in window tensors than it needs."""
+        limit = self.engines[FULL].longest_window if self.folds else None
+        if limit is None or max(map(len, readers_of(plan).values())) <= limit:
+            return plan
+        supported = within(plan, limit)
+        full_steps, wanted = (sum(step.is_full for step in one) for one in (supported, plan))
+        orders = depth_of(supported) - 1, depth_of(plan) - 1
+        changes = [
+            *([f"{full_steps} of {len(plan)} steps run in full instead of {wanted}"] if full_steps > wanted else []),
+            *([f"the forecast order is {orders[0]} instead of {orders[1]}"] if orders[0] < orders[1] else []),
+        ]
+        what = "the plans support sums for at most"
+        warn(f"{what} {limit} reuse steps per full step: {' and '.join(changes)}", stacklevel=4)
+        return supported
 
-    def _prepared(self, length: int, batches: Sequence[int]) -> Window:
-        """The window of a length, prepared for each batch size; if memory is short, the other windows are freed."""
-        if length not in self._windows:
-            self._windows[length] = Window(self.engines[FULL], self.engines[REUSE], length)
-        window = self._windows[length]
+    def _prepared(self, shape: tuple[int, ...], batches: Sequence[int]) -> Window:
+        """The window of a shape, prepared for each batch size; if memory is short, the other windows are freed.
+
+        The shape is the number of rows; for a forecast also the number of full steps that a reuse step reads, and the
+        largest number of reuse steps in a window.
+        """
+        if shape not in self._windows:
+            kind = Window if len(shape) == 1 else ForecastWindow
+            self._windows[shape] = kind(self.engines[FULL], self.engines[REUSE], *shape)
+        window = self._windows[shape]
         try:
             self._prepare(window, batches)
         except RoomError:
@@ -167,7 +196,7 @@ class Denoiser(StepByStep):
                 raise
             for other in others:
                 other.free()
-            self._windows = {length: window}
+            self._windows = {shape: window}
             self._prepare(window, batches)
         return window
 
@@ -179,15 +208,23 @@ class Denoiser(StepByStep):
 
 @dataclass
 class EngineRun:
-    """An announced trajectory: its window, its conditioning, and the offset of each step in its window.
+    """An announced trajectory: its window, its conditioning, and where each of its steps finds what it reads.
 
-    `ended` says that another trajectory has begun on the same buffers.
+    `whole` is the layout of the whole plan, `layout` that of the steps of the run. `ended` says that another trajectory
+    has begun on the same buffers.
     """
 
     window: Window
     precomputed: PrecomputedConditioning | None
-    offsets: Sequence[int]
+    layout: Layout
+    plan: Plan
+    whole: Layout
     ended: bool = False
+
+    @property
+    def offsets(self) -> Sequence[int]:
+        """The offset of each step in its window."""
+        return self.layout.offsets
 
     @property
     def generation(self) -> object:
@@ -202,6 +239,7 @@ class EngineRun:
         if self.ended:
             raise InputError("another trajectory has begun on this denoiser; a denoiser runs one trajectory at a time")
         self.window.prepare(batch)
+        self.window.select(step)
         if self.precomputed is not None:
             self.precomputed.select(step)
         return EngineStep(self, step)
@@ -214,6 +252,11 @@ class EngineStep:
     run: EngineRun
     step: int
 
+    @property
+    def turn(self) -> int:
+        """Which of the window's bindings the step uses; steps that are captured at one turn cannot run at another."""
+        return self.run.layout.windows[self.step] % self.run.window.turns
+
     def predict(self, offset: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
         """Run the engine for an offset in the window; return the prediction, which is a buffer of the window."""
         window, precomputed = self.run.window, self.run.precomputed
@@ -224,12 +267,21 @@ class EngineStep:
         for name, value in conditioning.items():
             if name in buffers:
                 buffers[name].copy_(value)
+        rows = self._rows()
         if precomputed is not None:
-            precomputed.copy(window.reuse if offset else window.full, offset, buffers, window.batch)
-        window.run(offset)
+            precomputed.copy(window.reuse if offset else window.full, offset, buffers, window.batch, rows)
+        window.run(offset, self.turn, rows)
         return buffers[NOISE_PREDICTION]
+
+    def _rows(self) -> int:
+        """Number of rows of window tensors that a full step computes: only those that are read, if that is cheap."""
+        window, layout = self.run.window, self.run.layout
+        if not window.full.any_window or not window.rows:
+            return window.rows
+        return max(len(layout.readers[self.step]), window.full.shortest_window)
 
     def is_capturable(self) -> bool:
         """Whether the steps from this one to the end of its window can be captured in a CUDA graph."""
         rest = self.run.offsets[self.step :]
-        return self.run.window.can_capture([rest[0], *takewhile(lambda offset: offset > 0, rest[1:])])
+        offsets = [rest[0], *takewhile(lambda offset: offset > 0, rest[1:])]
+        return self.run.window.can_capture(offsets, self.turn)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Manifest
-from fora_trt.schedule import Step
+from fora_trt.plan import Plan
 
 
 class ReadyStep(Protocol):
@@ -26,6 +26,10 @@ class ReadyStep(Protocol):
         `latents` is (B, C, H, W), `timestep` a scalar or (B,), `conditioning` the other inputs by name. The prediction
         (B, out_channels, H, W) is valid until the next call.
         """
+
+    @property
+    def turn(self) -> int:
+        """Number of the set of addresses that the step uses; captured steps of another turn cannot replace it."""
 
     def is_capturable(self) -> bool:
         """Whether the steps from this one to the end of its window can be captured in a CUDA graph."""
@@ -58,10 +62,16 @@ class Predictor(Protocol):
         """The device that computes the steps."""
 
     def begin(
-        self, plan: Sequence[Step], timesteps: Tensor, conditioning: Mapping[str, Tensor], batches: Sequence[int]
+        self,
+        plan: Plan,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Tensor],
+        batches: Sequence[int],
+        first: int = 0,
     ) -> Run:
-        """Announce a trajectory: its steps, their timesteps (S,) or (S, B), and the conditioning inputs.
+        """Announce a trajectory: its plan, the timesteps (S,) or (S, B), and the conditioning inputs.
 
+        The run consists of the S steps of the plan from number `first` on; those before have run already.
         `batches` are the batch sizes that the steps will be called with. `conditioning` has as many rows as the largest
         of them, or one row for all samples.
         """

@@ -6,7 +6,7 @@ Shapes: S steps, B samples of a batch (twice the images under guidance), U disti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from fora_trt.contract import TIMESTEP, TensorSpec, of_window
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.memory import bytes_of, content_of
+from fora_trt.runtime.layout import Layout
 
 MOST_BYTES = 256 * 2**20
 """Limit for the rows and the inputs of their engines; a longer trajectory computes them in several parts."""
@@ -38,20 +39,20 @@ class PrecomputedConditioning:
         self._names = [name for name in dict.fromkeys(names) if name != TIMESTEP and name not in engine.outputs]
         self._of_full_steps = frozenset(full_engine.outputs if full_engine else ())
         self.rows: dict[str, Tensor] = {}
-        self.generation = (0, 0, 0)
+        self.generation = (0, 0, 0, 0)
         self.launches: list[tuple[Engine, Launch]] = []
         self._inputs: dict[Engine, dict[str, Tensor]] = {}
-        self._selections: dict[tuple[int, int], _Selection] = {}
+        self._selections: dict[tuple[int, int, int], _Selection] = {}
 
     def begin(
-        self, timesteps: Tensor, offsets: Sequence[int], given: Mapping[str, Tensor], batch: int, longest: int
+        self, timesteps: Tensor, layout: Layout, given: Mapping[str, Tensor], batch: int, window_rows: int
     ) -> None:
         """Compute the rows of a trajectory, or of its first steps if not all fit.
 
-        `timesteps` is (S,) or (S, B), `offsets` has the offset of each step in its window, `given` the inputs (B, ...)
-        or (1, ...). `longest` is the largest number of reuse steps in a window.
+        `timesteps` is (S,) or (S, B), `layout` that of the same steps, `given` the inputs (B, ...) or (1, ...).
+        `window_rows` is the number of rows in window tensors.
         """
-        full = [offset == 0 for offset in offsets]
+        full = [offset == 0 for offset in layout.offsets]
         samples = {name: given[name].expand(batch, *given[name].shape[1:]) for name in self._names}
         times = timesteps.cpu().float().reshape(len(timesteps), -1).expand(-1, batch)
         whole = [*samples.values(), times.T]
@@ -62,17 +63,18 @@ class PrecomputedConditioning:
         self._distinct, self._timesteps, self._full = len(distinct), times[:, distinct], torch.tensor(full)
         engines = [self.engine, *([self.full_engine] if self.full_engine is not None else [])]
         row = sum(bytes_of((*engine.inputs.values(), *engine.outputs.values()), 1) for engine in engines)
-        self._steps = min(len(timesteps), max(longest + 1, MOST_BYTES // (row * self._distinct)))
+        self._steps = min(len(timesteps), max(layout.reach + 1, MOST_BYTES // (row * self._distinct)))
         self.launches = []  # dropped before the tensors that they are bound to are freed
         self._make_room(self.engine, self._steps)
         if self.full_engine is not None:
             self._make_room(self.full_engine, min(self._steps, sum(full)))
         self._fill(0)
-        if (longest, batch) not in self._selections:
-            self._selections[longest, batch] = _Selection(longest, batch, self.engine.device)
-        self._selection = self._selections[longest, batch]
-        self._selection.begin(offsets, torch.tensor([[*first_samples].index(key) for key in keys]), self._distinct)
-        self.generation = (self.generation[0], longest, batch)
+        shape = (layout.longest_window, window_rows, batch)
+        if shape not in self._selections:
+            self._selections[shape] = _Selection(*shape, self.engine.device)
+        self._selection = self._selections[shape]
+        self._selection.begin(layout, torch.tensor([[*first_samples].index(key) for key in keys]), self._distinct)
+        self.generation = (self.generation[0], *shape)
 
     def select(self, step: int) -> None:
         """Select the conditioning rows of step number `step` (from 0) and of the rest of its window.
@@ -81,19 +83,23 @@ class PrecomputedConditioning:
         """
         if self._selection.is_in_window(step):
             return
-        if self._selection.end_of_window(step) > self._end or step < self._first:
+        if self._selection.end_of_rows(step) > self._end or step < self._first:
             self._fill(step)
         self._selection.select(step, self._first * self._distinct, self._first_full * self._distinct)
 
-    def copy(self, engine: Engine, offset: int, tensors: Mapping[str, Tensor], batch: int) -> None:
-        """Copy the rows that an engine reads at an offset in the window to its input `tensors` of this batch."""
+    def copy(self, engine: Engine, offset: int, tensors: Mapping[str, Tensor], batch: int, ahead_rows: int) -> None:
+        """Copy the rows that an engine reads at an offset in the window to its input `tensors` of this batch.
+
+        Of window tensors, the first `ahead_rows` entries are filled.
+        """
         selected = self._selection
         for name, rows in self.rows.items():
             if name in engine.inputs:
                 here = selected.full if name in self._of_full_steps else selected.window[offset]
                 take(rows, here[:batch], tensors[name])
             if (ahead := of_window(name)) in engine.inputs:
-                take(rows, selected.window[1:, :batch].flatten(), tensors[ahead].flatten(0, 1))
+                index = selected.ahead[:ahead_rows, :batch].flatten()
+                take(rows, index, tensors[ahead][:ahead_rows].flatten(0, 1))
 
     def _fill(self, first: int) -> None:
         """Compute the rows of as many steps as fit, starting at step `first`."""
@@ -125,7 +131,7 @@ class PrecomputedConditioning:
         """Allocate inputs and outputs of an engine for `steps` steps, unless those of an earlier trajectory suffice."""
         rows, kept = steps * self._distinct, self._inputs.setdefault(engine, {})
         if _shortest(self.rows, engine.outputs) < rows:
-            self.generation = (self.generation[0] + 1, 0, 0)
+            self.generation = (self.generation[0] + 1, 0, 0, 0)
             _allocate(self.rows, engine.outputs.values(), rows, engine.device)
         if _shortest(kept, engine.inputs) < rows:
             _allocate(kept, engine.inputs.values(), rows, engine.device)
@@ -134,42 +140,52 @@ class PrecomputedConditioning:
 class _Selection:
     """Row indices that the steps of the current window read, at fixed addresses for captured steps.
 
-    `window` is (longest + 1, B): the row of each sample at each offset. `full` is (B,): rows in the tensors that only
-    full steps read.
+    `window` is (longest + 1, B): the row of each sample at each offset. `ahead` is (R, B): the rows of the R reuse
+    steps that read the window's full step. `full` is (B,): rows in the tensors that only full steps read.
     """
 
-    def __init__(self, longest: int, batch: int, device: torch.device) -> None:
+    def __init__(self, longest: int, rows: int, batch: int, device: torch.device) -> None:
         with torch.inference_mode(False):  # tensors made in that mode cannot be written outside it
             self.window = torch.zeros(longest + 1, batch, dtype=torch.int64, device=device)
+            self.ahead = torch.zeros(rows, batch, dtype=torch.int64, device=device)
             self.full = torch.zeros(batch, dtype=torch.int64, device=device)
 
-    def begin(self, offsets: Sequence[int], samples: Tensor, distinct: int) -> None:
+    def begin(self, layout: Layout, samples: Tensor, distinct: int) -> None:
         """Start a trajectory: `samples` (B,) are indices of the `distinct` samples.
 
-        In a window shorter than the longest, the unused offsets select rows of later steps or of the last step; no step
-        uses their values.
+        In a window shorter than the longest, the unused offsets select rows of later steps or of the last step; unused
+        entries of `ahead` select the row of the full step. No step uses their values.
         """
-        self._offsets, count = offsets, len(offsets)
+        self._layout, count = layout, len(layout.offsets)
         steps = torch.arange(count + len(self.window) - 1).clamp_(max=count - 1)
-        full = (torch.tensor([offset == 0 for offset in offsets]).cumsum(0) - 1).clamp_(min=0)
-        self._rows, self._full_rows = (
-            (number[:, None] * distinct + samples).to(self.window.device) for number in (steps, full)
+        full = [number for number, offset in enumerate(layout.offsets) if offset == 0]
+        ahead = torch.tensor(full, dtype=torch.int64)[:, None].repeat(1, len(self.ahead))
+        for numbers, step in zip(ahead, full, strict=True):
+            readers = layout.readers[step][: len(numbers)]
+            numbers[: len(readers)] = torch.tensor(readers)
+        ordinals = (torch.tensor([offset == 0 for offset in layout.offsets]).cumsum(0) - 1).clamp_(min=0)
+        self._ordinals = ordinals.tolist()
+        self._rows, self._ahead, self._full_rows = (
+            (number[..., None] * distinct + samples).to(self.window.device) for number in (steps, ahead, ordinals)
         )
 
     def is_in_window(self, step: int) -> bool:
         """Whether the step belongs to a window whose first step was selected."""
-        return step > 0 and self._offsets[step] > 0
+        return step > 0 and self._layout.offsets[step] > 0
 
-    def end_of_window(self, step: int) -> int:
-        """One more than the last step whose rows the window of this step selects."""
-        return min(step + len(self.window) - self._offsets[step], len(self._offsets))
+    def end_of_rows(self, step: int) -> int:
+        """One more than the last step whose rows are selected together with this step."""
+        offsets, readers = self._layout.offsets, self._layout.readers[step]
+        return max([min(step + len(self.window) - offsets[step], len(offsets)), *(one + 1 for one in readers[-1:])])
 
     def select(self, step: int, first_row: int, first_full_row: int) -> None:
         """Select the rows of the window from a step on; memory begins with rows `first_row` and `first_full_row`."""
-        offset = self._offsets[step]
+        offset = self._layout.offsets[step]
         rows = self._rows[step : step + len(self.window) - offset]
         torch.sub(rows, first_row, out=self.window[offset:])
         torch.sub(self._full_rows[step], first_full_row, out=self.full)
+        if offset == 0 and len(self.ahead):
+            torch.sub(self._ahead[self._ordinals[step]], first_row, out=self.ahead)
 
 
 def _shortest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> int:

@@ -17,19 +17,21 @@ from torch import Tensor
 
 from fora_trt.bundle import Manifest
 from fora_trt.errors import ScheduleError
+from fora_trt.plan import Plan, adapted
 from fora_trt.runtime.inputs import check_latents, completed_inputs
 from fora_trt.runtime.interface import Run
-from fora_trt.schedule import FULL_STEP, Schedule, Step
+from fora_trt.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class _Followed:
-    """A run, its first step in the schedule, and its batch and conditioning.
+    """A run, the plan of the whole trajectory, the run's first step in it, and its batch and conditioning.
 
     `conditioning` is None for a run of a single step: no later step can continue it.
     """
 
     run: Run
+    plan: Plan
     first: int
     batch: int
     conditioning: Mapping[str, Tensor] | None
@@ -50,7 +52,12 @@ class StepByStep(ABC):
 
     @abstractmethod
     def begin(
-        self, plan: Sequence[Step], timesteps: Tensor, conditioning: Mapping[str, Tensor], batches: Sequence[int]
+        self,
+        plan: Plan,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Tensor],
+        batches: Sequence[int],
+        first: int = 0,
     ) -> Run:
         """Announce a trajectory; see `Predictor.begin`."""
 
@@ -125,36 +132,44 @@ class StepByStep(ABC):
     @property
     def next_step_is_full(self) -> bool:
         """Whether the next call computes every layer."""
-        return not self.finished and self.schedule.plan[self._step].is_full
+        return not self.finished and self._plan[self._step].is_full
+
+    @property
+    def _plan(self) -> Plan:
+        """The plan of the trajectory at hand: the schedule's, adapted to what has happened since its first step."""
+        return self.schedule.plan if self._followed is None else self._followed.plan
 
     def _follow(self, timestep: Tensor, given: Mapping[str, Tensor], batch: int) -> _Followed:
         """The run that the next step belongs to; a new run if the step does not continue the last one."""
-        rest = self.schedule.plan[self._step :]
+        plan, first = self._plan, self._step
+        known = self._followed
+        changed = known is None or known.batch != batch
         if not self.foresees:
-            if self._followed is None or self._followed.batch != batch:
-                self._followed = _Followed(
-                    self.begin(rest, torch.zeros(len(rest)), given, [batch]), self._step, batch, {}
-                )
+            if changed:
+                plan = adapted(plan, forgotten=[first])
+                times = torch.zeros(len(plan) - first)
+                self._followed = _Followed(self.begin(plan, times, given, [batch], first), plan, first, batch, {})
+            assert self._followed is not None
             return self._followed
         on_cpu = {name: value.cpu().clone() for name, value in given.items()}
         announced = self._is_announced(timestep)
-        known = self._followed
-        if announced and known is not None and known.batch == batch and _same(on_cpu, known.conditioning):
+        if announced and known is not None and not changed and _same(on_cpu, known.conditioning):
             return known
-        if self.folds and not rest[0].is_full:
+        if self.folds and not plan[first].is_full:
             warn(
                 "running a full step instead of a reuse step: this timestep was not announced, so no sum was "
                 "precomputed; call as_transformer(pipe.scheduler) or reset(timesteps=...), keep the conditioning fixed "
                 "during a trajectory, or export with --optimize conditioning",
                 stacklevel=3,
             )
-            rest = (FULL_STEP, *rest[1:])
+        if self.folds or changed:  # what earlier full steps have kept is not for this run
+            plan = adapted(plan, full=[first], forgotten=[first])
         if announced and self._timesteps is not None:
-            run = self.begin(rest, self._timesteps[self._step :], given, [batch])
-            self._followed = _Followed(run, self._step, batch, on_cpu)
+            run = self.begin(plan, self._timesteps[first:], given, [batch], first)
+            self._followed = _Followed(run, plan, first, batch, on_cpu)
         else:
-            run = self.begin(rest[:1], timestep.reshape(1, -1), given, [batch])
-            self._followed = _Followed(run, self._step, batch, None)
+            run = self.begin(plan, timestep.reshape(1, -1), given, [batch], first)
+            self._followed = _Followed(run, plan, first, batch, None)
         return self._followed
 
     def _is_announced(self, timestep: Tensor) -> bool:

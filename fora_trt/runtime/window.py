@@ -5,40 +5,58 @@ A step is identified by its offset in the window: 0 is the full step, k the k-th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
+from typing import NamedTuple
 
 from torch import Tensor
 
-from fora_trt.contract import LATENTS, of_window
+from fora_trt.contract import LATENTS, TensorSpec, of_window
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.errors import InputError
 from fora_trt.runtime.buffers import Buffers
+from fora_trt.runtime.layout import Layout
 
 _GENERATIONS = count(1)
 """One counter for all windows, so that no two windows ever have the same generation."""
 
 
+class Binding(NamedTuple):
+    """A set of tensors that an engine is bound to, by its number; `rows` is the number of rows of window tensors."""
+
+    is_full: bool
+    number: int
+    rows: int = 0
+
+
 class Window:
-    """Engines bound for windows of up to `length` reuse steps, at one batch size at a time.
+    """Engines bound for windows of up to `rows` reuse steps that read the last full step, at one batch size at a time.
 
     The reuse engine reads the memory that the full engine writes: a tensor has the same name in both graphs. The full
     engine writes the folded sums of all reuse steps of the window into one tensor, and each reuse step reads its own
     slice of it. So the reuse engine has one binding per offset.
     """
 
-    def __init__(self, full: Engine, reuse: Engine, length: int) -> None:
-        self.full, self.reuse, self.length = full, reuse, length
+    turns = 1
+    """Number of bindings of the full engine; consecutive windows use them in turn."""
+
+    def __init__(self, full: Engine, reuse: Engine, rows: int) -> None:
+        self.full, self.reuse, self.rows = full, reuse, rows
         self.batch = 0
         self.generation = next(_GENERATIONS)
         self._folded = folded_of(full, reuse)
-        edges = (full.inputs, full.outputs, reuse.inputs, reuse.outputs)
-        specs = {name: one for tensors in edges for name, one in tensors.items() if name not in self._folded}
-        self.buffers = Buffers(specs.values(), length, full.device, self._scratch_bytes)
-        self._launches: dict[int, Launch] = {}
+        self._of_window = {name for name, one in {**full.inputs, **full.outputs}.items() if one.is_of_window}
+        self.buffers = Buffers(self._buffered(), rows, full.device, self._scratch_bytes)
+        self._launches: dict[Binding, Launch] = {}
         self._sums: dict[str, Tensor] = {}
         self._summed_batch = 0
         self._scratch: tuple[int, int] | None = None
+
+    def begin(self, layout: Layout) -> None:
+        """Start a trajectory with this layout."""
+
+    def select(self, step: int) -> None:
+        """Select what step number `step` of the layout and the rest of its window read."""
 
     def prepare(self, batch: int) -> None:
         """Bind the engines to tensors of this batch size; `generation` changes if captured steps become invalid.
@@ -49,25 +67,26 @@ class Window:
         if batch < 1:
             raise InputError(f"the batch is {batch}; at least one latent is needed")
         if batch != self.batch:
-            self.batch = 0
-            if not self.buffers.have_room(batch):  # drop the bindings to memory that `resize` frees
-                self._launches, self._sums, self._summed_batch = {}, {}, 0
-            self.buffers.resize(batch)
-            self._launches = {0: self.full.bind(self.buffers.tensors)}
+            before, self.batch = self.batch, 0
+            self._resize(batch, before)
             self._renew()
-            if batch > self._summed_batch:
-                self._sum_at(batch)
-            self._launch(1)
+            for turn in range(self.turns):
+                self._launch(0, turn, self.rows)
+            if self._has_reuse:
+                self._launch(1)
             self.batch = batch
         if (scratch := (self.full.scratch_address(), self.reuse.scratch_address())) != self._scratch:
             self._scratch = scratch
             self._renew()
 
-    def run(self, offset: int) -> None:
-        """Launch the engine of the step at this offset on the current buffers."""
+    def run(self, offset: int, turn: int = 0, rows: int | None = None) -> None:
+        """Launch the engine of the step at this offset on the current buffers.
+
+        `turn` is that of the window, `rows` the number of rows that its full step computes (None: all).
+        """
         if offset == 0 and self.batch != self._summed_batch:
             self._sum_at(self.batch)
-        self._launch(offset)()
+        self._launch(offset, turn, self.rows if rows is None else rows)()
 
     def free(self) -> None:
         """Give back all memory, also to holders of this window; it must be prepared again before it is used."""
@@ -75,42 +94,76 @@ class Window:
         self.buffers.free()
         self._renew()
 
-    def launches(self) -> dict[bool, Launch]:
-        """The current launches: of the full engine under True, of the reuse engine under False."""
-        return {True: self._launches[0], False: self._launch(1)}
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All tensors that the engines are bound to, by name."""
+        return self.buffers.tensors
 
-    def can_capture(self, offsets: Sequence[int]) -> bool:
+    def launches(self) -> dict[bool, Launch]:
+        """The current launches: of the full engine under True, of the reuse engine (if there is room) under False."""
+        full = self._launch(0, 0, self.rows)
+        return {True: full, False: self._launch(1)} if self._has_reuse else {True: full}
+
+    def can_capture(self, offsets: Sequence[int], turn: int = 0) -> bool:
         """Whether the steps at these offsets have run once and can be captured in a CUDA graph."""
-        launches = {binding: self._launches.get(binding) for binding in map(self._binding, offsets)}
+        bindings = {self._binding(offset, turn, self.rows) for offset in offsets}
+        launches = {binding: self._launches.get(binding) for binding in bindings}
         return bool(launches) and all(
-            launch is not None and (self.reuse if binding else self.full).can_capture(launch)
+            launch is not None and (self.full if binding.is_full else self.reuse).can_capture(launch)
             for binding, launch in launches.items()
         )
 
-    def _binding(self, offset: int) -> int:
-        """Number of the binding that an offset uses; without folded sums all reuse steps share binding 1."""
-        return min(offset, self.length if self._folded else 1)
+    @property
+    def _has_reuse(self) -> bool:
+        """Whether a reuse step can run: not without room for a sum."""
+        return self.rows > 0 or not self._folded
 
-    def _launch(self, offset: int) -> Launch:
-        binding = self._binding(offset)
+    def _buffered(self) -> list[TensorSpec]:
+        """The tensors that the engines share, without the sums of single steps: those are slices."""
+        edges = (self.full.inputs, self.full.outputs, self.reuse.inputs, self.reuse.outputs)
+        specs = {name: one for tensors in edges for name, one in tensors.items() if name not in self._folded}
+        return [*specs.values()]
+
+    def _resize(self, batch: int, before: int) -> None:
+        """Give the tensors the shapes of a batch and drop the bindings; `before` is the previous batch, 0 for none."""
+        if not self.buffers.have_room(batch):  # drop the bindings to memory that `resize` frees
+            self._launches, self._sums, self._summed_batch = {}, {}, 0
+        self.buffers.resize(batch)
+        self._launches = {}
+        if batch > self._summed_batch:
+            self._sum_at(batch)
+
+    def _binding(self, offset: int, turn: int, rows: int) -> Binding:
+        """The binding that an offset uses; without folded sums all reuse steps share one."""
+        return Binding(True, turn, rows) if offset == 0 else Binding(False, min(offset, self.rows) or 1)
+
+    def _launch(self, offset: int, turn: int = 0, rows: int = 0) -> Launch:
+        binding = self._binding(offset, turn, rows)
         if binding not in self._launches:
-            tensors = self.buffers.tensors
-            sums = {name: one[binding - 1, : len(tensors[LATENTS])] for name, one in self._sums.items()}
-            self._launches[binding] = self.reuse.bind({**tensors, **sums})
+            engine = self.full if offset == 0 else self.reuse
+            self._launches[binding] = engine.bind(self._bound(binding))
         return self._launches[binding]
+
+    def _bound(self, binding: Binding) -> dict[str, Tensor]:
+        """The tensors of a binding, by name."""
+        tensors = self.buffers.tensors
+        if binding.is_full:
+            return {name: one[: binding.rows] if name in self._of_window else one for name, one in tensors.items()}
+        here = slice(len(tensors[LATENTS]))
+        return {**tensors, **{name: one[binding.number - 1, here] for name, one in self._sums.items()}}
 
     def _sum_at(self, batch: int) -> None:
         """Point reuse steps to the sums that the full engine writes at this batch; smaller batches read first rows."""
         self._sums = {name: self.buffers.tensors[of_window(name)] for name in self._folded}
         self._summed_batch = batch
-        self._launches = {0: self._launches[0]}
+        self._launches = {binding: launch for binding, launch in self._launches.items() if binding.is_full}
         self._renew()
 
     def _renew(self) -> None:
         self.generation = next(_GENERATIONS)
 
     def _scratch_bytes(self, batch: int) -> int:
-        return max(engine.scratch_bytes(batch, self.length) for engine in (self.full, self.reuse))
+        return max(engine.scratch_bytes(batch, self.rows) for engine in (self.full, self.reuse))
 
 
 def folded_of(full: Engine, reuse: Engine) -> list[str]:

@@ -19,11 +19,12 @@ from torch import Tensor
 from fora_trt.contract import FULL, REUSE
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.errors import BackendError, InputError
+from fora_trt.plan import adapted
 from fora_trt.runtime.interface import Predictor, ReadyStep, Run, overflow_remedy
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance, mix_guidance
 from fora_trt.sampling.scheduler_step import SchedulerStep
-from fora_trt.schedule import FULL_STEP, Schedule, Step
+from fora_trt.schedule import Schedule
 
 Watch = Callable[[Iterable[Any]], Iterator[Any]]
 """Wraps an iterable, for a progress bar."""
@@ -70,9 +71,9 @@ class Sampler:
     """Denoises batches with one denoiser, one scheduler and one schedule.
 
     A step scales the latents, runs the engine, applies guidance and runs the scheduler step. If all of that stays on
-    the GPU, the steps of a window are captured as one CUDA graph per window length, which is kept from batch to batch.
-    A trajectory is then one graph launch per window, after a few index updates, without copies to or from the host
-    between the first and the last.
+    the GPU, the steps of a window are captured as one CUDA graph per window length and turn, which is kept from batch
+    to batch. A trajectory is then one graph launch per window, after a few index updates, without copies to or from the
+    host between the first and the last.
     """
 
     def __init__(self, denoiser: Predictor, scheduler_step: SchedulerStep, schedule: Schedule) -> None:
@@ -133,14 +134,16 @@ class Sampler:
     def begin(self, conditioning: Conditioning, seeds: Sequence[int], guidance: Guidance) -> BegunTrajectory:
         """Announce a trajectory to the denoiser, draw its noise, and fill the tensors that its steps read.
 
-        The step at which guidance begins runs in full: the unconditional half has no features before it.
+        The step at which guidance begins runs in full, and a forecast begins anew: the unconditional half has no
+        features before it.
         """
         assert len(seeds) == conditioning.images
         guided = [guidance.guides(step) for step in range(self.schedule.steps)]
         given = _both_halves(conditioning, any(guided), self.denoiser.manifest.name)
         kinds = {*guided}
         with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside that mode
-            plan = _with_full_steps(self.schedule.plan, guided)
+            onsets = [step for step in range(1, len(guided)) if guided[step] and not guided[step - 1]]
+            plan = adapted(self.schedule.plan, full=onsets, forgotten=onsets) if onsets else self.schedule.plan
             batches = [conditioning.images * (1 + now) for now in kinds]
             run = self.denoiser.begin(plan, self.scheduler_step.timesteps, given, batches)
             memory = self.scheduler_step.begin(self.denoiser.manifest.latents.shape, seeds, self.denoiser.device)
@@ -157,14 +160,14 @@ class Sampler:
             self._key, self._images, self._guided = key, images, guided
             self._scale = torch.empty((), device=device)
             self._given = {name: tensor.to(device, copy=True) for name, tensor in given.items()}
-            self._launches: dict[tuple[int, int, bool], tuple[StepClock, Replay]] = {}
+            self._launches: dict[tuple[int, int, bool, int], tuple[StepClock, Replay]] = {}
         for name, tensor in given.items():
             self._given[name].copy_(tensor)
         self._scale.fill_(scale)
 
     def _launch(self, ready: ReadyStep, first: GuidedStep, count: int) -> list[TimedStep]:
         """Run `count` steps of a window from a prepared one on; as a CUDA graph if they could be captured."""
-        key = (first.offset, count, first.guided)
+        key = (first.offset, count, first.guided, ready.turn)
         self._ready = ready
         if key not in self._launches:
             clock = StepClock(range(first.offset, first.offset + count), self.denoiser.device)
@@ -244,12 +247,6 @@ def _both_halves(conditioning: Conditioning, guided: bool, name: str) -> dict[st
         )
     halves = [conditioning.conditional, *([conditioning.unconditional or {}] if guided else [])]
     return {name: torch.cat([half[name] for half in halves]) for name in conditioning.conditional}
-
-
-def _with_full_steps(plan: Sequence[Step], guided: Sequence[bool]) -> list[Step]:
-    """The plan with a full step wherever guidance begins."""
-    before = [guided[0], *guided]
-    return [FULL_STEP if now and not was else step for step, now, was in zip(plan, guided, before, strict=False)]
 
 
 def stretches_of(steps: Sequence[GuidedStep]) -> dict[int, int]:

@@ -80,6 +80,7 @@ class OnnxRuntimeEngine(Engine):
         super().__init__(record.inputs, record.outputs, device)
         # Before 1.32, ReduceSum of an empty tensor wrongly keeps the reduced axis.
         self.shortest_window = 0 if release_of(onnxruntime.__version__) >= (1, 32) else 1
+        self.any_window = device.type == "cpu"
         self._session, self._stream = _session(bundle, graph, device, stream), stream
         self._run_options = onnxruntime.RunOptions()
         if stream is not None:  # without this entry, the session waits for its stream at the end of each run

@@ -1,14 +1,18 @@
 /* The custom operator WeightedSum for ONNX Runtime on a CPU: the sum of gate * feature over many features, in one pass.
 
-   Inputs, all float32: K gates (W, B, 1, C), then K features (B, N, C). If the number of inputs is odd, the first input
-   is an initial value of the sum, (W, B, N, C) or (B, N, C) or (1, N, C). The output is (W, B, N, C). If the gates have
-   no dimension W, the output has none.
+   Inputs, all float32: with the attribute begins=1 an initial value of the sum, (W, B, N, C) or (B, N, C) or (1, N, C);
+   the gates; K features (B, N, C). With the attribute first=-1 there are K gates (W, B, 1, C). With first=F there is
+   one tensor (W, B, G, C), and the gates are its rows from F on. The output is (W, B, N, C). If the gates have no
+   dimension W, the output has none.
 
    The C API of ONNX Runtime is a table of functions in a fixed order. This file declares only the used part, of API
    version 17 (onnxruntime_c_api.h, ONNX Runtime 1.17). */
 
 #include <stddef.h>
 #include <stdint.h>
+#if defined(__AVX512F__) || defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 typedef void (*Function)(void);
 typedef struct Status Status;
@@ -29,6 +33,7 @@ enum {
   SHAPE_RANK = 61,
   SHAPE_SIZES = 62,
   TENSOR_SHAPE = 65,
+  ATTRIBUTE_INT = 86,
   INPUT_COUNT = 88,
   INPUT = 90,
   OUTPUT = 91,
@@ -81,13 +86,13 @@ static const Function *api;
 
 /* ---- the sum ---- */
 
-enum { MOST_TERMS = 64, TOKENS = 16, MOST_RANK = 8, STEPS = 6 };
+enum { MOST_TERMS = 64, TOKENS = 16, MOST_RANK = 8, STEPS = 6, PAIR = 2, CACHED = 1 << 20 };
 
 /* Sums of STEPS steps and VECTORS * LANES channels are kept in registers; AVX-512 has 32. */
 #ifdef __AVX512F__
-enum { LANES = 16, VECTORS = 4 };
+enum { LANES = 16, VECTORS = 2 };
 #else
-enum { LANES = 8, VECTORS = 2 };
+enum { LANES = 8, VECTORS = 1 };
 #endif
 enum { STRIDE = LANES * VECTORS };
 
@@ -97,49 +102,86 @@ typedef struct {
   const float *begun, *gates[MOST_TERMS], *features[MOST_TERMS];
   float *sums;
   size_t terms, window, batch, tokens, channels, blocks;
-  size_t begun_step, begun_sample, gate_step, sum_step; /* strides */
+  size_t begun_step, begun_sample, gate_step, gate_sample, sum_step; /* strides */
+  int past_cache;
 } Sum;
 
-/* Offsets of STRIDE consecutive channels of one token at the first step: in the initial value, in its gates, in a
+/* Offsets of consecutive channels of one token at the first step: in the initial value, in its gates, in a
    feature, and in its sum. The next step adds the step stride of `Sum` to them. */
 typedef struct {
   size_t begun, gate, feature, sum;
 } Offsets;
 
-/* Sums STRIDE channels of one token for a few steps and reads each feature once. The next channels are prefetched. */
-static inline __attribute__((always_inline)) void add_stretch(const Sum *sum, Offsets at, const size_t steps) {
-  Lanes totals[STEPS][VECTORS] = {0};
-  if (sum->begun)
-    for (size_t step = 0; step < steps; step++)
-      for (int v = 0; v < VECTORS; v++) {
-        const float *begun = sum->begun + at.begun + step * sum->begun_step + v * LANES;
-        totals[step][v] = *(const Lanes *)begun;
-        __builtin_prefetch(begun + STRIDE);
-      }
-  for (size_t term = 0; term < sum->terms; term++) {
-    const float *feature = sum->features[term] + at.feature, *gate = sum->gates[term] + at.gate;
-    Lanes stretch[VECTORS];
-    for (int v = 0; v < VECTORS; v++) {
-      stretch[v] = ((const Lanes *)feature)[v];
-      __builtin_prefetch(feature + STRIDE + v * LANES);
-    }
-    for (size_t step = 0; step < steps; step++)
-      for (int v = 0; v < VECTORS; v++)
-        totals[step][v] += ((const Lanes *)(gate + step * sum->gate_step))[v] * stretch[v];
-  }
-  for (size_t step = 0; step < steps; step++)
-    for (int v = 0; v < VECTORS; v++) ((Lanes *)(sum->sums + at.sum + step * sum->sum_step))[v] = totals[step][v];
+/* Stores LANES sums, past the cache if the window of sums is large: it would not stay there until it is read. */
+static inline __attribute__((always_inline)) void store(float *sums, Lanes value, int past_cache) {
+#if defined(__AVX512F__)
+  if (past_cache)
+    _mm512_stream_ps(sums, (__m512)value);
+  else
+#elif defined(__AVX__)
+  if (past_cache)
+    _mm256_stream_ps(sums, (__m256)value);
+  else
+#endif
+    *(Lanes *)sums = value;
 }
 
-/* The same for the last channels, if they are fewer than STRIDE. */
-static void add_rest(const Sum *sum, Offsets at, size_t steps, size_t channels) {
+/* Sums vectors * LANES channels of one or two tokens for a few steps: reads each feature once, and each gate once for
+   both tokens. The next channels are prefetched. */
+static inline __attribute__((always_inline)) void add_stretch(const Sum *sum, Offsets at, const size_t steps,
+                                                              const int vectors, const int tokens) {
+  Lanes totals[STEPS][PAIR][VECTORS] = {0};
+  if (sum->begun)
+    for (size_t step = 0; step < steps; step++)
+      for (int t = 0; t < tokens; t++)
+        for (int v = 0; v < vectors; v++)
+          totals[step][t][v] =
+              *(const Lanes *)(sum->begun + at.begun + step * sum->begun_step + t * sum->channels + v * LANES);
+  for (size_t term = 0; term < sum->terms; term++) {
+    const float *feature = sum->features[term] + at.feature, *gate = sum->gates[term] + at.gate;
+    Lanes stretch[PAIR][VECTORS];
+    for (int t = 0; t < tokens; t++)
+      for (int v = 0; v < vectors; v++) {
+        stretch[t][v] = ((const Lanes *)(feature + t * sum->channels))[v];
+        __builtin_prefetch(feature + t * sum->channels + STRIDE + v * LANES);
+      }
+    for (size_t step = 0; step < steps; step++)
+      for (int v = 0; v < vectors; v++) {
+        Lanes factor = ((const Lanes *)(gate + step * sum->gate_step))[v];
+        for (int t = 0; t < tokens; t++) totals[step][t][v] += factor * stretch[t][v];
+      }
+  }
   for (size_t step = 0; step < steps; step++)
-    for (size_t c = 0; c < channels; c++) {
-      float total = sum->begun ? sum->begun[at.begun + step * sum->begun_step + c] : 0;
-      for (size_t term = 0; term < sum->terms; term++)
-        total += sum->gates[term][at.gate + step * sum->gate_step + c] * sum->features[term][at.feature + c];
-      sum->sums[at.sum + step * sum->sum_step + c] = total;
-    }
+    for (int t = 0; t < tokens; t++)
+      for (int v = 0; v < vectors; v++)
+        store(sum->sums + at.sum + step * sum->sum_step + t * sum->channels + v * LANES, totals[step][t][v],
+              sum->past_cache);
+}
+
+/* The same with a constant number of steps, so that the compiler keeps the sums in registers. */
+static inline __attribute__((always_inline)) void add_steps(const Sum *sum, Offsets at, size_t steps,
+                                                            const int vectors, const int tokens) {
+  switch (steps) {
+    case 1: add_stretch(sum, at, 1, vectors, tokens); break;
+    case 2: add_stretch(sum, at, 2, vectors, tokens); break;
+    case 3: add_stretch(sum, at, 3, vectors, tokens); break;
+    case 4: add_stretch(sum, at, 4, vectors, tokens); break;
+    case 5: add_stretch(sum, at, 5, vectors, tokens); break;
+    default: add_stretch(sum, at, STEPS, vectors, tokens);
+  }
+}
+
+/* The same for the last channels, if they are fewer than LANES. */
+static void add_rest(const Sum *sum, Offsets at, size_t steps, size_t channels, size_t tokens) {
+  for (size_t step = 0; step < steps; step++)
+    for (size_t token = 0; token < tokens; token++)
+      for (size_t c = 0; c < channels; c++) {
+        size_t here = token * sum->channels + c;
+        float total = sum->begun ? sum->begun[at.begun + step * sum->begun_step + here] : 0;
+        for (size_t term = 0; term < sum->terms; term++)
+          total += sum->gates[term][at.gate + step * sum->gate_step + c] * sum->features[term][at.feature + here];
+        sum->sums[at.sum + step * sum->sum_step + here] = total;
+      }
 }
 
 /* Computes block k: up to TOKENS tokens of one sample. */
@@ -147,28 +189,27 @@ static void add_up(void *data, size_t k) {
   const Sum *sum = data;
   size_t sample = k / sum->blocks, first = k % sum->blocks * TOKENS, channels = sum->channels;
   size_t last = first + TOKENS < sum->tokens ? first + TOKENS : sum->tokens;
-  for (size_t token = first; token < last; token++)
-    for (size_t channel = 0; channel < channels; channel += STRIDE)
+  for (size_t token = first, tokens; token < last; token += tokens) {
+    tokens = last - token < PAIR ? 1 : PAIR;
+    for (size_t channel = 0, width; channel < channels; channel += width) {
+      size_t left = channels - channel;
+      width = left >= STRIDE ? STRIDE : left >= LANES ? LANES : left;
       for (size_t step = 0; step < sum->window; step += STEPS) {
         size_t steps = sum->window - step < STEPS ? sum->window - step : STEPS;
         Offsets at;
         at.begun = step * sum->begun_step + sample * sum->begun_sample + token * channels + channel;
-        at.gate = step * sum->gate_step + sample * channels + channel;
+        at.gate = step * sum->gate_step + sample * sum->gate_sample + channel;
         at.feature = (sample * sum->tokens + token) * channels + channel;
         at.sum = step * sum->sum_step + at.feature;
-        if (channel + STRIDE > channels) {
-          add_rest(sum, at, steps, channels - channel);
-          continue;
-        }
-        switch (steps) { /* a constant number of steps, so that the compiler keeps the sums in registers */
-          case 1: add_stretch(sum, at, 1); break;
-          case 2: add_stretch(sum, at, 2); break;
-          case 3: add_stretch(sum, at, 3); break;
-          case 4: add_stretch(sum, at, 4); break;
-          case 5: add_stretch(sum, at, 5); break;
-          default: add_stretch(sum, at, STEPS);
-        }
+        if (width < LANES)
+          add_rest(sum, at, steps, width, tokens);
+        else if (width < STRIDE)
+          tokens == PAIR ? add_steps(sum, at, steps, 1, PAIR) : add_steps(sum, at, steps, 1, 1);
+        else
+          tokens == PAIR ? add_steps(sum, at, steps, VECTORS, PAIR) : add_steps(sum, at, steps, VECTORS, 1);
       }
+    }
+  }
 }
 
 /* ---- callbacks of ONNX Runtime ---- */
@@ -189,19 +230,25 @@ static Status *compute(void *kernel, Context *context) {
   Sum sum = {0};
   size_t count, rank, gate_rank, begun_rank = 0;
   int64_t sizes[MOST_RANK], gate_sizes[MOST_RANK], begun_sizes[MOST_RANK];
-  (void)kernel;
+  intptr_t attributes = (intptr_t)kernel; /* see `create` */
+  size_t begun = attributes & 1, joined = attributes > 1;
   TRY(CALL(INPUT_COUNT, context, &count));
-  size_t begun = count % 2;
-  sum.terms = count / 2;
+  sum.terms = joined ? count - begun - 1 : (count - begun) / 2;
+  size_t first_feature = count - sum.terms;
   if (begun) TRY(input(context, 0, &sum.begun, begun_sizes, &begun_rank));
-  for (size_t k = 0; k < sum.terms; k++) TRY(input(context, begun + k, &sum.gates[k], gate_sizes, &gate_rank));
-  for (size_t k = 0; k < sum.terms; k++)
-    TRY(input(context, begun + sum.terms + k, &sum.features[k], sizes, &rank));
+  for (size_t k = 0; k < sum.terms; k++) {
+    TRY(input(context, joined ? begun : begun + k, &sum.gates[k], gate_sizes, &gate_rank));
+    TRY(input(context, first_feature + k, &sum.features[k], sizes, &rank));
+  }
+  size_t rows = (size_t)gate_sizes[gate_rank - 2];
+  for (size_t k = 0; k < sum.terms && joined; k++)
+    sum.gates[k] += ((size_t)(attributes >> 1) - 1 + k) * (size_t)sizes[2];
   sum.window = gate_rank == 4 ? (size_t)gate_sizes[0] : 1;
   sum.batch = (size_t)sizes[0], sum.tokens = (size_t)sizes[1], sum.channels = (size_t)sizes[2];
   sum.blocks = (sum.tokens + TOKENS - 1) / TOKENS;
   size_t sample = sum.tokens * sum.channels;
-  sum.gate_step = sum.batch * sum.channels;
+  sum.gate_sample = rows * sum.channels;
+  sum.gate_step = sum.batch * sum.gate_sample;
   sum.sum_step = sum.batch * sample;
   sum.begun_step = begun_rank == 4 ? sum.sum_step : 0;
   sum.begun_sample = begun_rank == 4 || (begun_rank == 3 && begun_sizes[0] != 1) ? sample : 0;
@@ -210,12 +257,18 @@ static Status *compute(void *kernel, Context *context) {
   TRY(CALL(OUTPUT, context, (size_t)0, all + 4 - gate_rank, gate_rank, &output));
   TRY(CALL(TENSOR_DATA, output, &sum.sums));
   if (sum.window == 0) return NULL;
+  sum.past_cache = sum.window * sum.sum_step > CACHED && sum.channels % LANES == 0 &&
+                   (uintptr_t)sum.sums % sizeof(Lanes) == 0; /* such stores must be aligned */
   return CALL(PARALLEL_FOR, context, add_up, sum.batch * sum.blocks, (size_t)0, &sum);
 }
 
+/* The kernel has no memory: its address holds the attributes, 2 * (first + 1) + begins. */
 static Status *create(const Operator *operator, const Function *table, const void *info, void **kernel) {
-  (void)operator, (void)table, (void)info;
-  *kernel = NULL;
+  int64_t first, begins;
+  (void)operator, (void)table;
+  TRY(CALL(ATTRIBUTE_INT, info, "first", &first));
+  TRY(CALL(ATTRIBUTE_INT, info, "begins", &begins));
+  *kernel = (void *)(intptr_t)(2 * (first + 1) + begins);
   return NULL;
 }
 

@@ -27,6 +27,10 @@ DOMAIN, OPERATOR = "fora_trt", "WeightedSum"
 MOST_TERMS = 64
 """Largest number of terms in one sum; the size of the kernel's arrays."""
 
+MERGED_TERMS = 16
+"""Largest number of terms of two consecutive sums that are merged. One sum writes its result once, but the features of
+all its terms stay in memory until then."""
+
 OPTIONS = ("-std=gnu17", "-O3", "-march=native", "-shared", "-fPIC")
 
 
@@ -58,6 +62,13 @@ class FuseWeightedSumsPass(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         fused = [_fused(model.graph, node) for node in tuple(model.graph) if node.op_type == "ReduceSum"]
         if any(fused):
+            for node in tuple(model.graph):
+                if node.op_type == OPERATOR:
+                    _merge(node)
+            RemoveUnusedNodesPass()(model)
+            for node in model.graph:
+                if node.op_type == OPERATOR:
+                    _join_gates(node)
             RemoveUnusedNodesPass()(model)
             model.graph.opset_imports[DOMAIN] = 1
         return PassResult(model, modified=any(fused))
@@ -79,13 +90,64 @@ def _fused(graph: ir.Graph, node: ir.Node) -> bool:
         (other,) = (value for value in adding[0].inputs if value is not total)
         if other is not None and other.dtype == total.dtype and _begins(other.shape, features[0].shape, total.shape):
             begun, node, total = [other], adding[0], adding[0].outputs[0]
-    fused = ir.Node(DOMAIN, OPERATOR, [*begun, *gates, *features], num_outputs=1)
+    fused = _weighted_sum(begun, gates, features)
     result = fused.outputs[0]
     result.name, result.type, result.shape = total.name, total.type, total.shape
     total.name = f"{total.name}.unfused"
     graph.insert_before(node, [fused])
     ir.convenience.replace_all_uses_with(total, result, replace_graph_outputs=True)
     return True
+
+
+def _merge(node: ir.Node) -> None:
+    """Merge a WeightedSum with the one that it begins with, if only it reads that sum and both have few terms."""
+    earlier = only_maker(node.inputs[0], OPERATOR) if node.attributes.get_int("begins") else None
+    if earlier is None:
+        return
+    (begun, gates, features), (_, more_gates, more_features) = map(_parts_of, (earlier, node))
+    shapes = [[value.shape for value in values] for values in ([*gates, *more_gates], [*features, *more_features])]
+    if len(shapes[0]) > MERGED_TERMS or any(shape != alike[0] for alike in shapes for shape in alike):
+        return
+    merged = _weighted_sum(begun, [*gates, *more_gates], [*features, *more_features])
+    old, new = node.outputs[0], merged.outputs[0]
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    old.name = f"{old.name}.unmerged"
+    assert node.graph is not None
+    node.graph.insert_before(node, [merged])
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _parts_of(node: ir.Node) -> tuple[list[ir.Value], list[ir.Value], list[ir.Value]]:
+    """The initial value (at most one), the gates and the features of a WeightedSum."""
+    values = [value for value in node.inputs if value is not None]
+    first = node.attributes.get_int("begins", 0)
+    terms = (len(values) - first) // 2
+    return values[:first], values[first : first + terms], values[first + terms :]
+
+
+def _weighted_sum(begun: Sequence[ir.Value], gates: Sequence[ir.Value], features: Sequence[ir.Value]) -> ir.Node:
+    """A WeightedSum with one input per gate."""
+    attributes = [ir.AttrInt64("first", -1), ir.AttrInt64("begins", len(begun))]
+    return ir.Node(DOMAIN, OPERATOR, [*begun, *gates, *features], attributes, num_outputs=1)
+
+
+def _join_gates(node: ir.Node) -> None:
+    """Read the gates from the tensor that a Split cuts them from: the Split would copy all of them."""
+    begun, gates, features = _parts_of(node)
+    split = gates[0].producer()
+    if split is None or split.op_type != "Split" or any(gate.producer() is not split for gate in gates):
+        return
+    whole, first = split.inputs[0], gates[0].index()
+    assert first is not None
+    axis, rows = split.attributes.get_int("axis", 0), [one.shape[-2] if one.shape else None for one in split.outputs]
+    rank = len(whole.shape) if whole is not None and whole.shape is not None else 0
+    follow = all(gate.index() == first + k for k, gate in enumerate(gates))
+    if whole is None or axis not in (-2, rank - 2) or not follow or any(size != 1 for size in rows):
+        return
+    node.resize_inputs(len(begun) + 1 + len(features))
+    for k, value in enumerate([*begun, whole, *features]):
+        node.replace_input_with(k, value)
+    node.attributes["first"] = ir.AttrInt64("first", first)
 
 
 def _begins(shape: ir.Shape | None, feature: ir.Shape | None, total: ir.Shape | None) -> bool:

@@ -36,8 +36,9 @@ class Profile(Record):
 CONDITIONING_ROWS = Profile(minimum=1, optimum=64, maximum=256)
 """Profile of a conditioning graph, whose batch is steps times distinct samples; larger batches need several calls."""
 
-WINDOWS = (0, 2, 19)
-"""Supported numbers of reuse steps in a window (min, opt, max), for plans of graphs with folded sums."""
+WINDOWS = (0, 4, 63)
+"""Supported numbers of sums that a full step computes (min, opt, max), for plans of graphs with folded sums: one for
+each reuse step of its window, and for a forecast also for those of the next windows."""
 
 
 class PlanOptions(Record):

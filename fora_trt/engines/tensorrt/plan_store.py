@@ -36,7 +36,7 @@ from fora_trt.files import (
     write_manifest,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PORTABLE = ("8.0", "8.6", "8.9", "12.0")
 """Default compute capabilities of a TensorRT-RTX plan: those that TensorRT-RTX calls Ampere and later."""
 

@@ -35,6 +35,7 @@ class TorchEngine(Engine):
     def __init__(self, path: Path, record: GraphRecord, device: torch.device, replays: bool = False) -> None:
         super().__init__(record.inputs, record.outputs, device)
         self._graph, self._replays = TorchGraph(path, device), replays
+        self.any_window = device.type == "cpu"
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
         shapes = {name: tuple(tensors[name].shape) for name in self.inputs}
@@ -60,6 +61,7 @@ class TorchCompileEngine(TorchEngine):
 
     def __init__(self, path: Path, record: GraphRecord, device: torch.device) -> None:
         super().__init__(path, record, device, replays=True)
+        self.any_window = False  # each number of rows is compiled on its own
         self._compiled: dict[object, Step] = {}
 
     def _step_of(self, shapes: Mapping[str, Shape]) -> Step:

@@ -571,15 +571,20 @@ def attention(
 
 
 @operator("WeightedSum")
-def weighted_sum(*tensors: Tensor) -> Tensor:
+def weighted_sum(*tensors: Tensor, first: int, begins: int) -> Tensor:
     """The folded sum of `engines.onnxruntime.weighted_sum`: sum over k of gate_k * feature_k.
 
-    Gates are (W, B, 1, C) or (B, 1, C), features (B, N, C), the result (W, B, N, C) or (B, N, C). An initial value of
-    the sum may precede the gates. The sums of all W steps are independent, so a compiler can fuse them into one pass
-    over the features.
+    Gates are (W, B, 1, C) or (B, 1, C), features (B, N, C), the result (W, B, N, C) or (B, N, C). If `begins` is 1, an
+    initial value of the sum precedes the gates. If `first` is not -1, the gates are one tensor (W, B, G, C) or
+    (B, G, C), and that of the first feature is its row `first`. The sums of all W steps are independent, so a compiler
+    can fuse them into one pass over the features.
     """
-    begun, terms = tensors[: len(tensors) % 2], tensors[len(tensors) % 2 :]
-    gates, features = terms[: len(terms) // 2], terms[len(terms) // 2 :]
+    begun, terms = tensors[:begins], tensors[begins:]
+    if first < 0:
+        gates, features = terms[: len(terms) // 2], terms[len(terms) // 2 :]
+    else:
+        features = terms[1:]
+        gates = tuple(terms[0][..., first + k : first + k + 1, :] for k in range(len(features)))
     if gates[0].dim() == features[0].dim():
         return _sum_of_step(begun, gates, features)
     if not len(gates[0]):

@@ -1,0 +1,103 @@
+"""The layout of a plan: in which window each step is, and where a reuse step finds what it reads.
+
+A full step computes window tensors with one row for each reuse step that reads it: those of its own window, and for a
+forecast also those of the next ones. No tensors here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fora_trt.plan import HIGHEST_ORDER, LATEST, Plan, Step, adapted, depth_of, offsets_of, readers_of
+
+
+@dataclass(frozen=True)
+class Read:
+    """One term of what a reuse step reads: `weight` times the row `row` that the full step of window `window` wrote."""
+
+    window: int
+    row: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One entry per step of the plan, or of a part of it; `readers` counts steps from the first of the part.
+
+    `offsets` are counted within a window (0 is the full step), `windows` from the first window of the plan. `readers`
+    has for a full step the reuse steps that read it, in the order of their rows. `reads` has for a reuse step what it
+    reads, the latest full step first. `rows` is the largest number of readers of a full step, `depth` the largest
+    number of full steps that a reuse step reads, and `weighted` says whether one reads anything but the last full step
+    with weight 1.
+    """
+
+    offsets: Sequence[int]
+    windows: Sequence[int]
+    readers: Sequence[Sequence[int]]
+    reads: Sequence[Sequence[Read]]
+    rows: int
+    depth: int
+    weighted: bool
+
+    @classmethod
+    def of(cls, plan: Plan) -> Layout:
+        """The layout of a whole plan, which begins with a full step."""
+        readers = readers_of(plan)
+        row_of = [{step: row for row, step in enumerate(steps)} for steps in readers.values()]
+        windows: list[int] = []
+        for step in plan:
+            windows.append((windows[-1] if windows else -1) + step.is_full)
+        reads = [
+            [Read(window - back, row_of[window - back][number], weight) for back, weight in enumerate(step.weights)]
+            for number, (step, window) in enumerate(zip(plan, windows, strict=True))
+        ]
+        return cls(
+            offsets_of(plan),
+            windows,
+            [readers.get(number, []) for number in range(len(plan))],
+            reads,
+            max(map(len, readers.values())),
+            depth_of(plan),
+            any(step.weights not in ((), LATEST) for step in plan),
+        )
+
+    def part(self, first: int, count: int) -> Layout:
+        """The layout of `count` steps from step `first` on; readers after them are left out."""
+        taken = slice(first, first + count)
+        return Layout(
+            self.offsets[taken],
+            self.windows[taken],
+            [[step - first for step in steps if step < first + count] for steps in self.readers[taken]],
+            self.reads[taken],
+            self.rows,
+            self.depth,
+            self.weighted,
+        )
+
+    @property
+    def longest_window(self) -> int:
+        """The largest number of reuse steps in a window."""
+        return max(self.offsets)
+
+    @property
+    def reach(self) -> int:
+        """The largest number of steps from a full step to the last step that reads it."""
+        return max((steps[-1] - number for number, steps in enumerate(self.readers) if steps), default=0)
+
+
+def within(plan: Plan, most_rows: int) -> tuple[Step, ...]:
+    """The plan for engines whose window tensors have at most `most_rows` rows.
+
+    A longer window is split by additional full steps. Where a forecast needs more rows, its order is lower.
+    """
+    full, offset = [], 0
+    for number, step in enumerate(plan):
+        offset = 0 if step.is_full or offset == most_rows else offset + 1
+        if offset == 0:
+            full.append(number)
+    for order in range(HIGHEST_ORDER, -1, -1):
+        fitting = adapted(plan, full, order=order)
+        if max(map(len, readers_of(fitting).values())) <= most_rows:
+            break
+    return fitting
