@@ -80,12 +80,15 @@ print(status.partition("VmHWM:")[2].split()[0])
 
 
 def test_peak_memory_does_not_grow_with_steps(dit_s: Bundle) -> None:
-    """All features of DiT-S/2 at this batch are 37 MiB; a copy of them per step, or of their sum, would show."""
+    """All features of DiT-S/2 at this batch are 37 MiB; a copy of them per step, or of their sum, would show.
+
+    Seven steps have three full steps: ONNX Runtime plans its memory at the second run of a shape.
+    """
 
     def peak(steps: int) -> float:
         command = [sys.executable, "-c", PEAK, str(dit_s.folder), str(steps)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024  # MiB
 
-    few, many = peak(4), peak(16)
-    print(f"peak memory {few:.0f} MiB at 4 steps, {many:.0f} MiB at 16")
+    few, many = peak(7), peak(16)
+    print(f"peak memory {few:.0f} MiB at 7 steps, {many:.0f} MiB at 16")
     assert many - few < 20
