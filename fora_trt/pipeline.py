@@ -116,7 +116,7 @@ class Sampling:
     def of(cls, scheduler: SchedulerMixin, steps: int, schedule: Schedule | str = NONE) -> Sampling:
         """Create both. Raises `InputError` or `ScheduleError` if one of them does not support the number of steps."""
         scheduler_step = scheduler_step_from(scheduler, steps)
-        return cls(scheduler, steps, scheduler_step, _schedule_for(scheduler_step.nfe, schedule))
+        return cls(scheduler, steps, scheduler_step, _schedule_for(scheduler, scheduler_step, schedule))
 
     @property
     def nfe(self) -> int:
@@ -125,11 +125,14 @@ class Sampling:
 
     def with_schedule(self, schedule: Schedule | str) -> Sampling:
         """The same scheduler and steps with another schedule."""
-        return replace(self, schedule=_schedule_for(self.nfe, schedule))
+        return replace(self, schedule=_schedule_for(self.scheduler, self.scheduler_step, schedule))
 
 
-def _schedule_for(nfe: int, schedule: Schedule | str) -> Schedule:
-    return Schedule.from_text(schedule, nfe) if isinstance(schedule, str) else schedule.checked(nfe)
+def _schedule_for(scheduler: SchedulerMixin, scheduler_step: SchedulerStep, schedule: Schedule | str) -> Schedule:
+    nfe = scheduler_step.nfe
+    made = Schedule.from_text(schedule, nfe) if isinstance(schedule, str) else schedule.checked(nfe)
+    made.check_scheduler(type(scheduler).__name__, scheduler_step.timesteps.tolist())
+    return made
 
 
 class Pipeline:
@@ -231,7 +234,9 @@ class Pipeline:
         """
         config = self.config
         taken = config.steps if steps is None else steps
-        return Sampling.of(self.scheduler, taken, config.schedule if schedule is None else schedule)
+        sampling = Sampling.of(self.scheduler, taken, config.schedule if schedule is None else schedule)
+        self._check_model(sampling.schedule)
+        return sampling
 
     def conditioning(
         self,
@@ -262,6 +267,10 @@ class Pipeline:
             )
         return guidance
 
+    def _check_model(self, schedule: Schedule) -> None:
+        model = self.manifest.model
+        schedule.check_model(model.weights_sha256, model.options.source)
+
     def over(self, predictor: Predictor) -> Pipeline:
         """A pipeline with the same settings that runs its steps with another predictor."""
         settings = {one.name: getattr(self.config, one.name) for one in fields(self.config) if one.name != "bundle"}
@@ -282,5 +291,9 @@ class Pipeline:
         return self._predictor
 
     def sampler(self, sampling: Sampling) -> Sampler:
-        """The sampling loop with this pipeline's denoiser, which is started if it is not running."""
+        """The sampling loop with this pipeline's denoiser, which is started if it is not running.
+
+        Raises `ScheduleError` for a schedule that was calibrated for another model.
+        """
+        self._check_model(sampling.schedule)
         return Sampler(self.denoiser, sampling.scheduler_step, sampling.schedule)

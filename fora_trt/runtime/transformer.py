@@ -82,7 +82,10 @@ class DenoiserTransformer(nn.Module):
             step, timesteps = located
             begins = step == 0 or step != self._step + 1
             if begins:
-                self.denoiser.reset(self._schedule_of(len(timesteps) - step), timesteps[step:])
+                schedule = self._schedule_of(len(timesteps) - step)
+                if self._scheduler is not None:
+                    schedule.check_scheduler(type(self._scheduler).__name__, timesteps[step:].tolist())
+                self.denoiser.reset(schedule, timesteps[step:])
             self._step = step
         elif begins:
             self.denoiser.reset(self._rule if isinstance(self._rule, Schedule) else Schedule.open(self._rule))

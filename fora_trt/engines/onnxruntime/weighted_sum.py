@@ -27,10 +27,6 @@ DOMAIN, OPERATOR = "fora_trt", "WeightedSum"
 MOST_TERMS = 64
 """Largest number of terms in one sum; the size of the kernel's arrays."""
 
-MERGED_TERMS = 16
-"""Largest number of terms of two consecutive sums that are merged. One sum writes its result once, but the features of
-all its terms stay in memory until then."""
-
 OPTIONS = ("-std=gnu17", "-O3", "-march=native", "-shared", "-fPIC")
 
 
@@ -62,10 +58,6 @@ class FuseWeightedSumsPass(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         fused = [_fused(model.graph, node) for node in tuple(model.graph) if node.op_type == "ReduceSum"]
         if any(fused):
-            for node in tuple(model.graph):
-                if node.op_type == OPERATOR:
-                    _merge(node)
-            RemoveUnusedNodesPass()(model)
             for node in model.graph:
                 if node.op_type == OPERATOR:
                     _join_gates(node)
@@ -97,24 +89,6 @@ def _fused(graph: ir.Graph, node: ir.Node) -> bool:
     graph.insert_before(node, [fused])
     ir.convenience.replace_all_uses_with(total, result, replace_graph_outputs=True)
     return True
-
-
-def _merge(node: ir.Node) -> None:
-    """Merge a WeightedSum with the one that it begins with, if only it reads that sum and both have few terms."""
-    earlier = only_maker(node.inputs[0], OPERATOR) if node.attributes.get_int("begins") else None
-    if earlier is None:
-        return
-    (begun, gates, features), (_, more_gates, more_features) = map(_parts_of, (earlier, node))
-    shapes = [[value.shape for value in values] for values in ([*gates, *more_gates], [*features, *more_features])]
-    if len(shapes[0]) > MERGED_TERMS or any(shape != alike[0] for alike in shapes for shape in alike):
-        return
-    merged = _weighted_sum(begun, [*gates, *more_gates], [*features, *more_features])
-    old, new = node.outputs[0], merged.outputs[0]
-    new.name, new.type, new.shape = old.name, old.type, old.shape
-    old.name = f"{old.name}.unmerged"
-    assert node.graph is not None
-    node.graph.insert_before(node, [merged])
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def _parts_of(node: ir.Node) -> tuple[list[ir.Value], list[ir.Value], list[ir.Value]]:

@@ -1,0 +1,160 @@
+"""The command `calibrate`: finds the schedule of a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fora_trt.cli.options import (
+    AS_JSON,
+    BACKEND,
+    BATCH_SIZE,
+    BUNDLE,
+    CONDITIONING,
+    DEVICE,
+    ENGINES,
+    GUIDANCE_INTERVAL,
+    GUIDANCE_SCALE,
+    NEGATIVE_PROMPT,
+    SCHEDULER,
+    SEED,
+    TIMESTEP_SPACING,
+    grouped,
+    pipeline_of,
+)
+from fora_trt.cli.terminal import new_table, print_table, status
+
+if TYPE_CHECKING:
+    from fora_trt.evaluate.calibrate import Calibrated, Calibration
+    from fora_trt.pipeline import Pipeline
+
+
+@click.command()
+@BUNDLE
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Schedule file to write, .json.")
+@grouped(
+    "goal",
+    click.option("--full-steps", type=click.IntRange(min=2), help="Number of full steps."),
+    click.option("--speedup", type=click.FloatRange(min=1), help="Ideal speed-up: as many full steps as it allows."),
+    click.option("--max-loss", type=float, help="PSNR in dB: as few full steps as reach it."),
+)
+@click.option("--num-images", type=click.IntRange(min=1), default=16, help="Images of the calibration.")
+@grouped(
+    "wanted",
+    click.option("--prompt", multiple=True, help="Prompt; repeatable. The images cycle through all prompts."),
+    NEGATIVE_PROMPT,
+    CONDITIONING,
+)
+@grouped(
+    "settings",
+    click.option("--steps", type=click.IntRange(min=3), default=50, help="Denoising steps."),
+    GUIDANCE_SCALE,
+    GUIDANCE_INTERVAL,
+    SCHEDULER,
+    TIMESTEP_SPACING,
+    BATCH_SIZE,
+    BACKEND,
+    DEVICE,
+    ENGINES,
+)
+@SEED
+@AS_JSON
+def calibrate(
+    bundle: Path,
+    output: Path,
+    goal: dict[str, Any],
+    num_images: int,
+    wanted: dict[str, Any],
+    settings: dict[str, Any],
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Find the schedule with which cached images come closest to those without caching, and write it to a file.
+
+    It places the full steps where they help most and chooses the order of the forecast, for one model, scheduler and
+    number of steps. It computes less than ten samplings of its images without caching, and measures the result on other
+    images, beside FORA and fewer steps of the best of several solvers. Ctrl-C writes the best schedule so far; the same
+    command then goes on where it stopped. `run`, `sample`, `bench` and `quality` take the file with --schedule.
+
+    \b
+    Examples:
+      fora-trt calibrate export/digits --full-steps 18 -o digits-18.json
+      fora-trt calibrate export/dit-xl-2-256 --speedup 3 --steps 50 -o dit-3x.json
+    """
+    pipeline = pipeline_of(bundle, as_json, **settings)
+    from fora_trt.evaluate.calibrate import Calibration, Wanted, read_trials, trials_file
+    from fora_trt.images.save import writable_file
+
+    if output.suffix != ".json":
+        raise click.BadParameter(f"{output} does not end in .json", param_hint="--output")
+    writable_file(output)
+    asked = Wanted(images=num_images, seed=seed, **goal)
+    given = _conditioning(pipeline, wanted, 2 * num_images)
+    identity = _identity(pipeline, asked, given.digest(), settings)
+    calibration = Calibration(pipeline, given, asked, read_trials(trials_file(output), identity))
+    found = _found(calibration, trials_file(output), identity, as_json)
+    calibration.write(output, found)
+    if not found.interrupted:
+        trials_file(output).unlink(missing_ok=True)
+    if as_json:
+        click.echo(json.dumps({"output": str(output), **found.model_dump(mode="json")}))
+    else:
+        _show(found, output, calibration.plain.nfe)
+    if found.interrupted:
+        click.echo("interrupted: this is the best schedule so far; the same command goes on from here", err=True)
+        click.get_current_context().exit(130)
+
+
+def _conditioning(pipeline: Pipeline, wanted: dict[str, Any], images: int) -> Any:
+    """Conditioning of the images: all classes in turn, or prompts, or a file."""
+    from fora_trt.sampling.conditioning import balanced_labels
+
+    without_classes = wanted["prompt"] or wanted["conditioning"] or pipeline.manifest.guidance is None
+    return pipeline.conditioning(None if without_classes else balanced_labels(pipeline.manifest, images), **wanted)
+
+
+def _identity(pipeline: Pipeline, asked: Any, conditioning: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that trials depend on, as values for JSON."""
+    kept = ("steps", "guidance_scale", "guidance_interval", "scheduler", "timestep_spacing")
+    return json.loads(  # type: ignore[no-any-return] # an object
+        json.dumps(
+            {
+                "model": pipeline.manifest.model.weights_sha256,
+                "conditioning": conditioning,
+                **asked.model_dump(mode="json"),
+                **{name: settings[name] for name in kept},
+            }
+        )
+    )
+
+
+def _found(calibration: Calibration, trials: Path, identity: dict[str, Any], quiet: bool) -> Calibrated:
+    """Search and measure; after Ctrl-C the best schedule so far."""
+    from fora_trt.evaluate.calibrate import write_trials
+
+    try:
+        with status(quiet) as tell:
+            for line in calibration.run():
+                tell(line)
+                write_trials(trials, identity, calibration.trials.known)
+            return calibration.result(tell)
+    except KeyboardInterrupt:
+        write_trials(trials, identity, calibration.trials.known)
+        return calibration.so_far()
+
+
+def _show(found: Calibrated, output: Path, nfe: int) -> None:
+    """Print the comparison on other images."""
+    if found.compared:
+        title = f"{found.images} other images; PSNR against no caching"
+        table = new_table(title, "setting", "steps", "full steps", "ideal speed-up", "PSNR")
+        for row in found.compared:
+            speedup = f"{nfe / row.full_steps:.2f}x"
+            table.add_row(row.label, str(row.steps), str(row.full_steps), speedup, f"{row.psnr:.1f} dB")
+        print_table(table)
+    steps = ", ".join(map(str, found.full_steps))
+    click.echo(f"full steps {steps}; forecast order {found.order}; computed as much as {found.spent:.1f} samplings")
+    click.echo(f"wrote {output}")

@@ -1,0 +1,384 @@
+"""Calibration: finds the schedule of a model with which cached images come closest to those without caching.
+
+Positions of the full steps matter most. First a family of schedules is tried (`Schedule.dense` with several exponents,
+orders of the forecast), then full steps of the best are moved as long as that helps. Trials run on a few images; the
+best schedules are compared on all. The result is measured on other images, beside FORA, schedules that were not
+calibrated, and fewer steps of the best of several solvers.
+
+Errors are differences of final latents, as PSNR: for pixels of the images before they are rounded, else relative to the
+range of the latents without caching.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fora_trt import __version__
+from fora_trt.errors import InputError, ScheduleError
+from fora_trt.evaluate.solvers import SOLVERS, solvers_for
+from fora_trt.files import Record, write_whole
+from fora_trt.pipeline import Pipeline, Sampling
+from fora_trt.plan import HIGHEST_ORDER
+from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.schedule import NONE, Schedule
+
+BUDGET = 9.5
+"""All computation, in trajectories without caching of all calibration images."""
+
+FEW = 4
+"""Trials take one of so many images; all only to compare the best."""
+
+EXPONENTS = (0.3, 0.45, 0.15, 0.6, 0.0)
+ORDER = 2
+HIGHER_ORDER_GAINS = 1.5
+"""PSNR in dB that a higher order must gain: it takes more memory and time, and amplifies more."""
+
+GAINS = 0.02
+"""PSNR in dB by which a moved full step must be better."""
+
+FINALISTS = 3
+RUNS, DISTANCES = (1, 2, 3, 5), (-1, 1, -2, 2)
+"""Numbers of consecutive full steps that are moved together, and by how many steps."""
+
+
+class Wanted(Record):
+    """What to calibrate for: exactly one of the number of full steps, the speed-up, and the smallest PSNR in dB."""
+
+    full_steps: int | None = None
+    speedup: float | None = None
+    max_loss: float | None = None
+    images: int = 16
+    seed: int = 0
+
+
+class Compared(Record):
+    """A setting on images that the calibration did not use; PSNR in dB is the mean over the images."""
+
+    label: str
+    steps: int
+    full_steps: int
+    psnr: float
+
+
+class Calibrated(Record):
+    """The result: the schedule's text of origin, its full steps, and the comparison on other images, the best first."""
+
+    full_steps: tuple[int, ...]
+    order: int
+    images: int
+    spent: float
+    interrupted: bool
+    compared: tuple[Compared, ...]
+
+
+class Trials:
+    """Compares settings with no caching on numbered images, and counts what was computed.
+
+    `known` has the results of earlier trials, by setting and images; it makes an interrupted calibration go on where it
+    was. `spent` is in trajectories without caching of all calibration images.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, plain: Sampling, given: Conditioning, wanted: Wanted, known: dict[str, float]
+    ) -> None:
+        self.plain, self.known, self.spent = plain, known, 0.0
+        self._pipeline, self._given, self._wanted = pipeline, given, wanted
+        self.guidance = pipeline.guidance(given, plain)
+        self._references: dict[int, Tensor] = {}
+        self._charged: set[str | int] = set()
+
+    def psnr(self, sampling: Sampling, images: Sequence[int], label: str = "") -> float:
+        """Mean PSNR in dB of these images."""
+        key = f"{label or sampling.schedule.digest()} on {len(images)} from {images[0]}"
+        self._charge(key, len(images) * sampling.schedule.full_steps)
+        for image in images:
+            self._charge(image, self.plain.nfe)
+        if key not in self.known:
+            missing = [image for image in images if image not in self._references]
+            for image, latents in zip(missing, self._latents(self.plain, missing), strict=True):
+                self._references[image] = latents
+            reference = torch.stack([self._references[image] for image in images])
+            self.known[key] = psnr(self._latents(sampling, images), reference, self._pipeline.manifest.latents.pixels)
+        return self.known[key]
+
+    def _latents(self, sampling: Sampling, images: Sequence[int]) -> Tensor:
+        """Final latents (N, C, H, W)."""
+        sampler, size = self._pipeline.sampler(sampling), self._pipeline.config.batch_size
+        parts = [torch.empty(0)]
+        for start in range(0, len(images), size):
+            some = images[start : start + size]
+            given = self._given.at([image % self._given.images for image in some])
+            seeds = [self._wanted.seed + image for image in some]
+            parts.append(sampler(given, seeds, self.guidance).latents)
+        return torch.cat(parts[1:] or parts)
+
+    def _charge(self, what: str | int, evaluations: int) -> None:
+        """Count what a trial or a reference image takes, once; also where its result is known from before."""
+        if what not in self._charged:
+            self._charged.add(what)
+            self.spent += evaluations / (self.plain.nfe * self._wanted.images)
+
+
+def psnr(latents: Tensor, reference: Tensor, pixels: bool) -> float:
+    """Mean over the images of the PSNR in dB; the peak of pixels is 2 (from -1 to 1), else the reference's range."""
+    if pixels:
+        latents, reference = latents.clamp(-1, 1), reference.clamp(-1, 1)
+    peak = 2.0 if pixels else float(reference.max() - reference.min())
+    errors = (latents.double() - reference.double()).square().flatten(1).mean(1).clamp_min(1e-20 * peak**2)
+    return float((10 * torch.log10(peak**2 / errors)).mean())
+
+
+@dataclass(frozen=True)
+class Found:
+    """A schedule and its PSNR in dB on the images of a trial."""
+
+    psnr: float
+    schedule: Schedule
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Numbers of the full steps."""
+        return tuple(number for number, full in enumerate(self.schedule.full) if full)
+
+
+class Calibration:
+    """One calibration. `run` searches, `result` measures the schedule that it found.
+
+    `known` are the results of an interrupted calibration with the same settings, which are not computed again.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, given: Conditioning, wanted: Wanted, known: dict[str, float] | None = None
+    ) -> None:
+        """Raises `InputError` or `ScheduleError` for settings that are not possible."""
+        self.pipeline, self.wanted = pipeline, wanted
+        self.plain = pipeline.sampling(schedule=NONE)
+        if not pipeline.manifest.can_forecast:
+            raise ScheduleError(
+                f"{pipeline.manifest.name} cannot forecast, so it cannot be calibrated: its full graph folds values "
+                "that are not linear in the features; export it with --optimize conditioning"
+            )
+        if wanted.images < 1:
+            raise InputError(f"the number of images is {wanted.images}; at least 1 is needed")
+        self.trials = Trials(pipeline, self.plain, given, wanted, {} if known is None else known)
+        self.best: Found | None = None
+        self._images = range(wanted.images)
+        self._few = range(0, wanted.images, FEW)
+        self._others = range(wanted.images, 2 * wanted.images)
+        self._full_steps = self._number()
+
+    def _number(self) -> int:
+        """The number of full steps; with `max_loss` it is found later, and 0 until then."""
+        wanted, nfe = self.wanted, self.plain.nfe
+        if [wanted.full_steps, wanted.speedup, wanted.max_loss].count(None) != 2:
+            raise InputError("give exactly one of --full-steps, --speedup and --max-loss")
+        if wanted.max_loss is not None:
+            return 0
+        number = wanted.full_steps if wanted.speedup is None else math.floor(nfe / max(wanted.speedup, 1e-9))
+        assert number is not None
+        if not 2 <= number < nfe:
+            asked = f"the speed-up {wanted.speedup:g}" if wanted.speedup is not None else f"{number} full steps"
+            raise InputError(
+                f"{asked} is not possible with {nfe} evaluations of the model; give 2 to {nfe - 1} full steps"
+            )
+        return number
+
+    def run(self) -> Iterator[str]:
+        """Search; yield a line before each stage and trial. Stop iterating at any moment to keep the best so far."""
+        if not self._full_steps:
+            yield from self._search_number()
+        yield f"{self._full_steps} full steps: trying a family of schedules"
+        fora = [one for one in self._rivals()[:1] if one.full_steps == self._full_steps]
+        for schedule in (*map(self._dense, EXPONENTS), *fora):
+            yield from self._try(schedule.with_forecast(ORDER), 0.0)
+        assert self.best is not None
+        base = self.best.schedule
+        for order in (0, 1, HIGHEST_ORDER):
+            yield from self._try(base.with_forecast(order), HIGHER_ORDER_GAINS if order > ORDER else 0.0)
+        for schedule in fora:
+            yield from self._try(schedule, 0.0)
+        yield from self._move()
+        yield from self._confirm()
+
+    def _search_number(self) -> Iterator[str]:
+        """The smallest number of full steps that a schedule of the family needs for the PSNR, by bisection."""
+        least, most = 2, self.plain.nfe - 1
+        assert self.wanted.max_loss is not None
+        while least < most:
+            middle = (least + most) // 2
+            schedule = Schedule.dense(self.plain.nfe, middle).with_forecast(ORDER)
+            found = self.trials.psnr(self.plain.with_schedule(schedule), self._few)
+            yield f"{middle} full steps: {found:.1f} dB"
+            least, most = (least, middle) if found >= self.wanted.max_loss else (middle + 1, most)
+        self._full_steps = least
+
+    def _dense(self, exponent: float) -> Schedule:
+        return Schedule.dense(self.plain.nfe, self._full_steps, exponent).with_forecast(ORDER)
+
+    def _try(self, schedule: Schedule, gains: float) -> Iterator[str]:
+        """Compute a schedule; it becomes the best if it is better by `gains`."""
+        found = Found(self.trials.psnr(self.plain.with_schedule(schedule), self._few), schedule)
+        if self.best is None or found.psnr > self.best.psnr + gains:
+            self.best = found
+        yield f"{schedule.text}: {found.psnr:.1f} dB (best {self.best.psnr:.1f} dB)"
+
+    def _move(self) -> Iterator[str]:
+        """Move full steps of the best schedule while that helps and the budget lasts."""
+        assert self.best is not None
+        order, drawn = self.best.schedule.depth - 1, random.Random(self.wanted.seed)
+        self._ranked = [self.best]
+        tried = {self.best.positions}
+        moved = True
+        while moved:
+            moved = False
+            for positions in _neighbours(self.best.positions, self.plain.nfe, drawn):
+                if positions in tried:
+                    continue
+                if self.trials.spent > BUDGET - self._reserve():
+                    return
+                tried.add(positions)
+                schedule = Schedule.of_full_steps(self.plain.nfe, positions).with_forecast(order)
+                before = self.best
+                yield from self._try(schedule, GAINS)
+                if self.best is not before:
+                    self._ranked.insert(0, self.best)
+                    moved = True
+                    break
+
+    def _confirm(self) -> Iterator[str]:
+        """Compare the last improvements on all images: on a few of them chance helps too."""
+        assert self.best is not None
+        finalists = []
+        for one in self._ranked[:FINALISTS]:
+            psnr_of_all = self.trials.psnr(self.plain.with_schedule(one.schedule), self._images)
+            finalists.append(Found(psnr_of_all, one.schedule))
+            yield f"{one.schedule.text} on all images: {psnr_of_all:.1f} dB"
+        self.best = max(finalists, key=lambda one: one.psnr)
+
+    def _reserve(self) -> float:
+        """What the stages after the search take."""
+        share = self._full_steps / self.plain.nfe
+        rows, on_few = FINALISTS + len(self._rivals()) + 2, len(SOLVERS) * len(self._few) / self.wanted.images
+        return 2.0 + (rows + on_few) * share
+
+    def _rivals(self) -> list[Schedule]:
+        """FORA at about as many full steps, the same with a forecast, and the schedule of the family without trials."""
+        nfe, number = self.plain.nfe, self._full_steps
+        intervals = range(2, nfe + 1)
+        nearest = min(intervals, key=lambda one: abs(Schedule.fora(nfe, one).full_steps - number))
+        fora = Schedule.fora(nfe, nearest)
+        return [fora, fora.with_forecast(ORDER), self._dense(EXPONENTS[0])]
+
+    def result(self, report: Callable[[str], None] = lambda line: None) -> Calibrated:
+        """Measure the best schedule on other images, beside its rivals."""
+        assert self.best is not None
+        rows = [self._row("calibrated", self.plain.with_schedule(self.best.schedule))]
+        for rival in self._rivals():
+            report(f"measuring {rival.text} on other images")
+            rows.append(self._row(rival.text, self.plain.with_schedule(rival)))
+        report("choosing the best solver for as many evaluations")
+        solvers = dict(solvers_for(self.pipeline, self._full_steps))
+        on_few = {label: self.trials.psnr(one, self._few, f"{label}, {one.steps}") for label, one in solvers.items()}
+        chosen = max(on_few, key=lambda label: on_few[label])
+        rows.append(self._row(chosen, solvers[chosen]))
+        return self._calibrated(rows)
+
+    def so_far(self) -> Calibrated:
+        """The best schedule so far, without a comparison. Raises `InputError` before the first trial."""
+        if self.best is None:
+            raise InputError("the calibration was interrupted before the first trial; run it again")
+        return self._calibrated([], interrupted=True)
+
+    def _calibrated(self, rows: Sequence[Compared], interrupted: bool = False) -> Calibrated:
+        assert self.best is not None
+        return Calibrated(
+            full_steps=self.best.positions,
+            order=self.best.schedule.depth - 1,
+            images=self.wanted.images,
+            spent=round(self.trials.spent, 2),
+            interrupted=interrupted,
+            compared=tuple(sorted(rows, key=lambda row: -row.psnr)),
+        )
+
+    def _row(self, label: str, sampling: Sampling) -> Compared:
+        known = f"{label}, {sampling.steps}" if sampling.schedule.text == NONE else ""
+        found = self.trials.psnr(sampling, self._others, known)
+        return Compared(
+            label=label, steps=sampling.steps, full_steps=sampling.schedule.full_steps, psnr=round(found, 2)
+        )
+
+    def write(self, path: Path, found: Calibrated) -> None:
+        """Write the schedule file, with what it was made from. Raises `InputError` if it cannot be written."""
+        assert self.best is not None
+        model, plain = self.pipeline.manifest, self.plain
+        made_from = {
+            "command": f"fora-trt calibrate, {__version__}",
+            "model": {
+                "name": model.name,
+                "source": model.model.options.source,
+                "weights_sha256": model.model.weights_sha256,
+            },
+            "scheduler": type(plain.scheduler).__name__,
+            "timesteps": [round(time, 4) for time in plain.scheduler_step.timesteps.tolist()],
+            "guidance_scale": self.trials.guidance.scale,
+            "seed": self.wanted.seed,
+            **found.model_dump(mode="json"),
+        }
+        text = replace(self.best.schedule, made_from=made_from).to_json()
+        write_whole(path, lambda file: file.write(text.encode()))
+
+
+def _neighbours(positions: Sequence[int], steps: int, drawn: random.Random) -> list[tuple[int, ...]]:
+    """The positions with one or several consecutive full steps moved, in random order; the first stays."""
+    moved = set()
+    for begin in range(1, len(positions)):
+        for count in RUNS:
+            for by in DISTANCES:
+                taken = range(begin, min(begin + count, len(positions)))
+                moved.add(tuple(one + by if k in taken else one for k, one in enumerate(positions)))
+    possible = [one for one in sorted(moved) if one[-1] < steps and all(a < b for a, b in pairwise(one))]
+    drawn.shuffle(possible)
+    return possible
+
+
+# -- what an interrupted calibration has found -------------------------------------------------------------------------
+
+
+def trials_file(output: Path) -> Path:
+    """The file beside the output that keeps the trials of a calibration until it is finished."""
+    return output.with_name(f"{output.name}.trials")
+
+
+def read_trials(path: Path, settings: Mapping[str, Any]) -> dict[str, float]:
+    """The trials of an interrupted calibration. Raises `InputError` if it had other settings or the file is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        before, known = dict(content["settings"]), {str(key): float(one) for key, one in content["trials"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read; remove it to begin anew") from error
+    if before != settings:
+        differing = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+        raise InputError(
+            f"{path} is of an interrupted calibration with another {differing[0]} "
+            f"({before.get(differing[0])} instead of {settings.get(differing[0])}); remove it to begin anew, or give "
+            "another output"
+        )
+    return known
+
+
+def write_trials(path: Path, settings: Mapping[str, Any], known: Mapping[str, float]) -> None:
+    """Keep the trials. Raises `InputError` if the file cannot be written."""
+    text = json.dumps({"settings": dict(settings), "trials": dict(known)})
+    write_whole(path, lambda file: file.write(text.encode()))
