@@ -18,25 +18,19 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from benchmarks.readme_tables import newest_result
 from fora_trt import Pipeline
+from fora_trt.images.sheet import SheetRow, comparison_sheet
 from fora_trt.metrics import mean_psnr, psnr
 
 PICTURE = Path(__file__).parents[1] / "docs" / "digits.png"
 SCHEDULES = ("none", "fora:2", "fora:3", "fora:5")
 LABELS = tuple(range(10))
 STEPS, SEED, BACKEND = 50, 0, "onnxruntime"
-
-FACTOR = 8
-"""Differences are shown this many times as large."""
-
-SCALE, GAP, MARGIN, COLUMN = 8, 6, 28, 372  # pixels: of a pixel, between pictures, around all, for the labels
-INK, PALE = (28, 30, 34), (110, 116, 124)
-HIGHER, LOWER = np.array((178, 24, 43)), np.array((33, 102, 172))  # where a picture is brighter or darker
 
 
 @dataclass(frozen=True)
@@ -78,40 +72,9 @@ def rows_of(pictures: dict[str, Tensor]) -> list[Row]:
 
 def sheet_of(pictures: dict[str, Tensor], rows: Sequence[Row]) -> Image.Image:
     """The rows below each other: labels, pictures, and differences to the first row."""
-    plain = next(iter(pictures.values()))
-    side = plain.shape[1] * SCALE
-    width = len(LABELS) * (side + GAP) - GAP
-    left, right = MARGIN + COLUMN, MARGIN + COLUMN + width + MARGIN
-    top, height = MARGIN + 44, side + 3 * GAP
-    sheet = Image.new("RGB", (right + width + MARGIN, top + len(rows) * height + MARGIN - 3 * GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    large, small = (ImageFont.load_default(size) for size in (26, 22))
-    draw.text((left, MARGIN), "the same noise along four schedules", PALE, small)
-    draw.text((right, MARGIN), f"difference to no caching, {FACTOR} times amplified", PALE, small)
-    for number, (row, made) in enumerate(zip(rows, pictures.values(), strict=True)):
-        y = top + number * height
-        for line, (font, ink, shift) in zip(row.lines, ((large, INK, -3), (small, PALE, 34)), strict=True):
-            draw.text((MARGIN, y + shift), line, ink, font)
-        for column, (picture, reference) in enumerate(zip(made.numpy(), plain.numpy(), strict=True)):
-            x = column * (side + GAP)
-            grey = np.broadcast_to(picture, (*picture.shape[:2], 3))
-            sheet.paste(_enlarged(grey), (left + x, y))
-            if number:
-                sheet.paste(_enlarged(_difference(picture, reference)), (right + x, y))
-    return sheet
-
-
-def _difference(picture: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """(H, W, C) twice -> (H, W, 3): white where nothing differs, red where brighter, blue where darker."""
-    signed = (picture.astype(float) - reference.astype(float)).mean(axis=2, keepdims=True) * FACTOR / 255
-    strength = np.abs(signed).clip(0, 1)
-    coloured: np.ndarray = 244 * (1 - strength) + np.where(signed > 0, HIGHER, LOWER) * strength
-    return coloured
-
-
-def _enlarged(levels: np.ndarray) -> Image.Image:
-    image = Image.fromarray(levels.astype(np.uint8))
-    return image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.NEAREST)
+    return comparison_sheet(
+        [SheetRow(*row.lines, made.numpy()) for row, made in zip(rows, pictures.values(), strict=True)]
+    )
 
 
 @click.command()

@@ -17,19 +17,23 @@ from fora_trt.cli.verify import verify
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fora_trt.evaluate.bench import Benchmark, Timing
+    from fora_trt.evaluate.bench import Benchmark
+    from fora_trt.evaluate.pictures import Shown
     from fora_trt.pipeline import Pipeline
     from fora_trt.report.results import Bench
 
 CONTROLLED = "fora:3"
 """The schedule that gets an equal-time control: fewer steps, no caching."""
 
+CALIBRATED_STEPS = 50
+"""Steps for which the schedule that comes with the digits was calibrated."""
+
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default="export", help="Folder in which the bundle is written.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="digits-demo.png", help="Image to write.")
-@click.option("--steps", type=click.IntRange(min=5), default=50, help="Denoising steps.")
-@click.option("--cache-intervals", type=Numbers(), default="1,2,3,5", help="Cache intervals; the first must be 1.")
+@click.option("--steps", type=click.IntRange(min=5), default=CALIBRATED_STEPS, help="Denoising steps.")
+@click.option("--cache-intervals", type=Numbers(), default="1,3", help="Cache intervals; the first must be 1.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, help="Timed runs of each row.")
 @BACKEND
 @DEVICE
@@ -44,9 +48,10 @@ def demo(
     device: str,
     engines: Path,
 ) -> None:
-    """Export, verify and run the digits model at several cache intervals, from the same noise.
+    """Export, verify and run the digits model: FORA, fewer steps, and a calibrated schedule, from the same noise.
 
-    Prints a table and writes one image with the digits of every row.
+    Prints a table and a conclusion, and writes one image with the digits of every row and their differences. The
+    calibrated schedule comes with the model and is for 50 steps; with other steps it is left out.
 
     \b
     Example:
@@ -56,7 +61,7 @@ def demo(
         raise click.BadParameter(
             "the first must be 1 (no caching): all others are compared with it", param_hint="--cache-intervals"
         )
-    from fora_trt.evaluate.pictures import picture_of
+    from fora_trt.evaluate.pictures import conclusion_of, sheet_of, shown_of
     from fora_trt.images.save import save_image, writable_file
 
     writable_file(output)
@@ -69,20 +74,25 @@ def demo(
     benchmark = _timed(pipeline, cache_intervals, repeats)
     (timings,) = benchmark.rows.values()
     found = benchmark.result()
-    print_table(_table(found, timings, f"10 digits ({pipeline.device}), median of {repeats} (fastest to slowest)"))
-    save_image(picture_of(pipeline, zip(timings, found.rows, strict=True)), output)
-    click.echo(f"wrote {output}: the images of each row of the table, from the same noise")
+    shown = shown_of(pipeline, timings, found.rows)
+    print_table(_table(found, shown, f"10 digits ({pipeline.device}), median of {repeats} (fastest to slowest)"))
+    save_image(sheet_of([one for one in shown if one.row.backend == pipeline.backend.name]), output)
+    click.echo(f"wrote {output}: the images of each row, from the same noise, and their differences")
+    click.echo(conclusion_of(shown))
 
 
 def _timed(pipeline: Pipeline, cache_intervals: tuple[int, ...], repeats: int) -> Benchmark:
-    """Time ten digits at every cache interval, one control and eager PyTorch."""
+    """Time ten digits at every cache interval and along the calibrated schedule, one control, and eager PyTorch."""
     from fora_trt.evaluate.bench import Benchmark
+    from fora_trt.evaluate.pictures import calibrated_schedule
     from fora_trt.evaluate.targets import targets_of
     from fora_trt.report.results import EAGER
     from fora_trt.sampling.conditioning import conditioning_of_classes
 
     backend, config = pipeline.backend.name, pipeline.config
     schedules = [pipeline.sampling(schedule=text).schedule for text in schedules_of(cache_intervals, ())]
+    if config.steps == CALIBRATED_STEPS:
+        schedules.append(calibrated_schedule())
     with plan_source(Path(config.engines), 20, False) as plans:
         targets, _ = targets_of(pipeline, [backend], schedules, lambda name: pipeline.device, plans, [EAGER])
     kept = [replace(one, controls=tuple({CONTROLLED}.intersection(one.controls))) for one in targets]
@@ -93,12 +103,11 @@ def _timed(pipeline: Pipeline, cache_intervals: tuple[int, ...], repeats: int) -
     return benchmark
 
 
-def _table(found: Bench, timings: Sequence[Timing], title: str) -> Table:
-    from fora_trt.evaluate.pictures import grey_levels_between
-
-    columns = ("", "full steps", "seconds", "ideal", "speed-up", "over PyTorch", "difference (0-255)")
+def _table(found: Bench, shown: Sequence[Shown], title: str) -> Table:
+    columns = ("", "full steps", "seconds", "ideal", "speed-up", "over PyTorch", "PSNR to no cache")
     table = new_table(title, *columns)
-    for timing, row in zip(timings, found.rows, strict=True):
+    for one in shown:
+        row = one.row
         table.add_row(
             f"{row.backend}, {row.setting.label}",
             f"{row.setting.full_steps} of {row.setting.steps}",
@@ -106,6 +115,6 @@ def _table(found: Bench, timings: Sequence[Timing], title: str) -> Table:
             f"{row.ideal_speedup:.2f}x",
             f"{row.speedup:.2f}x",
             f"{found.over_eager(row):.2f}x",
-            f"{grey_levels_between(timing.latents, timings[0].latents):.1f}",
+            "same" if one.psnr is None else f"{one.psnr:.1f} dB",
         )
     return table

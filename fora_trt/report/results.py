@@ -89,8 +89,8 @@ class BenchRow(Record):
     with its fewer steps. `ideal_speedup` assumes that reuse steps cost nothing. `overhead` is the fraction of
     the time outside the engines; None for eager PyTorch on a GPU. `roofline_seconds` is the time that the arithmetic
     and memory traffic of the graphs take at the peak rates of this machine. `peak_memory_bytes` is measured in a
-    separate process that runs four steps without caching or with `fora:3`: memory of the process on the CPU, memory of
-    the device on a GPU.
+    separate process that runs the first steps without caching, with `fora:3` or with a forecast: memory of the process
+    on the CPU, memory of the device on a GPU.
     """
 
     backend: str
