@@ -39,7 +39,7 @@ def digits_accuracy(bundle: Bundle, schedules: Sequence[str], per_class: int = 5
     accuracy = {"real": float(classifier.score(held_out, held_out_classes))}
     for schedule in schedules:
         sampler = pipeline.sampler(pipeline.sampling(schedule=schedule))
-        done = sampler.in_batches(wanted, 0, GUIDANCE_SCALE, batch_size=100)
+        done = sampler.in_batches(wanted, range(wanted.images), GUIDANCE_SCALE, batch_size=100)
         accuracy[schedule] = float(np.mean(classifier.predict(_as_data(done.latents)) == labels))
     return accuracy
 

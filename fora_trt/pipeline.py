@@ -182,7 +182,8 @@ class Pipeline:
         given = self.conditioning(class_labels, prompt, negative_prompt, conditioning, num_images)
         guidance, batch_size = self.guidance(given, sampling), self.config.batch_size
         self.start(given.images, guidance)
-        done = self.sampler(sampling).in_batches(given, seed, guidance, batch_size, watch)
+        seeds = range(seed, seed + given.images)
+        done = self.sampler(sampling).in_batches(given, seeds, guidance, batch_size, watch)
         return PipelineOutput(
             done.latents,
             done,

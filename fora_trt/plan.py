@@ -114,6 +114,11 @@ def readers_of(plan: Plan) -> dict[int, list[int]]:
     return readers
 
 
+def rows_of(plan: Plan) -> int:
+    """The largest number of reuse steps that read one full step: the rows of a window tensor."""
+    return max(map(len, readers_of(plan).values()))
+
+
 def offsets_of(plan: Plan) -> list[int]:
     """The offset of each step in its window: 0 is the full step, k the k-th reuse step after it."""
     offsets: list[int] = []

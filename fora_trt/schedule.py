@@ -19,7 +19,7 @@ from typing import Any, overload
 
 from fora_trt.contract import FULL, REUSE
 from fora_trt.errors import ScheduleError
-from fora_trt.plan import FULL_STEP, LATEST, REUSE_STEP, Step, depth_of, forecast, offsets_of, readers_of
+from fora_trt.plan import FULL_STEP, LATEST, REUSE_STEP, Step, depth_of, forecast, offsets_of, readers_of, rows_of
 from fora_trt.registry import Registry
 
 FORMAT_VERSION = 1
@@ -283,7 +283,7 @@ class Schedule:
     @property
     def kept_sums(self) -> int:
         """The largest number of reuse steps that one full step folds a sum for; `longest_window` for FORA."""
-        return max(map(len, self.readers().values()))
+        return rows_of(self.plan)
 
     @property
     def depth(self) -> int:

@@ -1,4 +1,4 @@
-"""Calibration: what is searched and counted, what is written, and for whom the file is."""
+"""Calibration: the search and its budget, the file that it writes, and the runs that may use the file."""
 
 import json
 import random

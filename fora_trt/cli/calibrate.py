@@ -13,15 +13,15 @@ from fora_trt.cli.options import (
     BACKEND,
     BATCH_SIZE,
     BUNDLE,
-    CONDITIONING,
     DEVICE,
     ENGINES,
     GUIDANCE_INTERVAL,
     GUIDANCE_SCALE,
-    NEGATIVE_PROMPT,
+    INPUTS_IN_TURN,
     SCHEDULER,
     SEED,
     TIMESTEP_SPACING,
+    conditioning_in_turn,
     grouped,
     pipeline_of,
 )
@@ -42,12 +42,7 @@ if TYPE_CHECKING:
     click.option("--max-loss", type=float, help="PSNR in dB: as few full steps as reach it."),
 )
 @click.option("--num-images", type=click.IntRange(min=1), default=16, help="Images of the calibration.")
-@grouped(
-    "wanted",
-    click.option("--prompt", multiple=True, help="Prompt; repeatable. The images cycle through all prompts."),
-    NEGATIVE_PROMPT,
-    CONDITIONING,
-)
+@INPUTS_IN_TURN
 @grouped(
     "settings",
     click.option("--steps", type=click.IntRange(min=3), default=50, help="Denoising steps."),
@@ -92,7 +87,7 @@ def calibrate(
         raise click.BadParameter(f"{output} does not end in .json", param_hint="--output")
     writable_file(output)
     asked = Wanted(images=num_images, seed=seed, **goal)
-    given = _conditioning(pipeline, wanted, 2 * num_images)
+    given = conditioning_in_turn(pipeline, wanted, 2 * num_images)
     identity = _identity(pipeline, asked, given.digest(), settings)
     calibration = Calibration(pipeline, given, asked, read_trials(trials_file(output), identity))
     found = _found(calibration, trials_file(output), identity, as_json)
@@ -106,14 +101,6 @@ def calibrate(
     if found.interrupted:
         click.echo("interrupted: this is the best schedule so far; the same command goes on from here", err=True)
         click.get_current_context().exit(130)
-
-
-def _conditioning(pipeline: Pipeline, wanted: dict[str, Any], images: int) -> Any:
-    """Conditioning of the images: all classes in turn, or prompts, or a file."""
-    from fora_trt.sampling.conditioning import balanced_labels
-
-    without_classes = wanted["prompt"] or wanted["conditioning"] or pipeline.manifest.guidance is None
-    return pipeline.conditioning(None if without_classes else balanced_labels(pipeline.manifest, images), **wanted)
 
 
 def _identity(pipeline: Pipeline, asked: Any, conditioning: str, settings: dict[str, Any]) -> dict[str, Any]:

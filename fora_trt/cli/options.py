@@ -17,6 +17,7 @@ from fora_trt.schedule import DEFAULT_INTERVAL, fora_text, with_forecast
 
 if TYPE_CHECKING:
     from fora_trt.pipeline import Pipeline
+    from fora_trt.sampling.conditioning import Conditioning
 
 
 class Numbers(click.ParamType["tuple[int, ...]"]):
@@ -208,6 +209,23 @@ def grouped(name: str, *options: Callable[..., Any]) -> Callable[..., Any]:
         return decorated
 
     return decorate
+
+
+INPUTS_IN_TURN = grouped(
+    "wanted",
+    click.option("--prompt", multiple=True, help="Prompt; repeatable. The images cycle through all prompts."),
+    NEGATIVE_PROMPT,
+    CONDITIONING,
+)
+"""The inputs of many images; `conditioning_in_turn` takes their values."""
+
+
+def conditioning_in_turn(pipeline: Pipeline, wanted: dict[str, Any], images: int) -> Conditioning:
+    """The conditioning of `INPUTS_IN_TURN`: prompts or a file, or else all classes in turn for this many images."""
+    from fora_trt.sampling.conditioning import balanced_labels
+
+    without_classes = wanted["prompt"] or wanted["conditioning"] or pipeline.manifest.guidance is None
+    return pipeline.conditioning(None if without_classes else balanced_labels(pipeline.manifest, images), **wanted)
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,16 +13,16 @@ from fora_trt.cli.options import (
     BACKEND,
     BATCH_SIZE,
     BUNDLE,
-    CONDITIONING,
     DEVICE,
     ENGINES,
     GUIDANCE_SCALE,
-    NEGATIVE_PROMPT,
+    INPUTS_IN_TURN,
     SCHEDULES,
     SEED,
     VAE,
     Numbers,
     Words,
+    conditioning_in_turn,
     grouped,
     pipeline_of,
     schedules_of,
@@ -41,12 +41,7 @@ from fora_trt.cli.terminal import print_found, watched
     type=Words(),
     help="Schedulers to compare, such as ddim,dpm-solver++.  [default: the model's own]",
 )
-@grouped(
-    "wanted",
-    click.option("--prompt", multiple=True, help="Prompt; repeatable. The images cycle through all prompts."),
-    NEGATIVE_PROMPT,
-    CONDITIONING,
-)
+@INPUTS_IN_TURN
 @grouped("settings", GUIDANCE_SCALE, BATCH_SIZE, BACKEND, DEVICE, ENGINES, VAE)
 @SEED
 @grouped(
@@ -102,12 +97,9 @@ def quality(
     from fora_trt.report.page import check_report_folder, write_report
     from fora_trt.report.results import About
     from fora_trt.report.tables import quality_table
-    from fora_trt.sampling.conditioning import balanced_labels
 
-    manifest, about = pipeline.manifest, About.of(pipeline.bundle)
+    about = About.of(pipeline.bundle)
     check_report_folder(out, "quality", about, resume)
-    without_classes = wanted["prompt"] or wanted["conditioning"] or manifest.guidance is None
-    labels = None if without_classes else balanced_labels(manifest, num_images)
     options = QualityOptions(
         images=num_images,
         schedulers=schedulers or (None,),
@@ -116,7 +108,7 @@ def quality(
         seed=seed,
         keep_images=not no_images,
     )
-    given = pipeline.conditioning(labels, **wanted)
+    given = conditioning_in_turn(pipeline, wanted, num_images)
     watch = watched("comparing", as_json)
     found = measure_quality(pipeline, options, given, out, **compared, resume=resume, watch=watch)
     report = write_report(out, about, environment(), quality=found, min_psnr=min_psnr)

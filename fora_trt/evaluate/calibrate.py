@@ -71,7 +71,11 @@ class Compared(Record):
 
 
 class Calibrated(Record):
-    """The result: the schedule's text of origin, its full steps, and the comparison on other images, the best first."""
+    """The result: the full steps and the forecast order of the schedule, and the comparison on other images.
+
+    `images` is the number of calibration images, `spent` what was computed in samplings of them without caching. The
+    best of `compared` comes first; there is none if the calibration was interrupted.
+    """
 
     full_steps: tuple[int, ...]
     order: int
@@ -105,22 +109,18 @@ class Trials:
             self._charge(image, self.plain.nfe)
         if key not in self.known:
             missing = [image for image in images if image not in self._references]
-            for image, latents in zip(missing, self._latents(self.plain, missing), strict=True):
-                self._references[image] = latents
+            if missing:
+                self._references |= zip(missing, self._latents(self.plain, missing), strict=True)
             reference = torch.stack([self._references[image] for image in images])
             self.known[key] = psnr(self._latents(sampling, images), reference, self._pipeline.manifest.latents.pixels)
         return self.known[key]
 
     def _latents(self, sampling: Sampling, images: Sequence[int]) -> Tensor:
         """Final latents (N, C, H, W)."""
-        sampler, size = self._pipeline.sampler(sampling), self._pipeline.config.batch_size
-        parts = [torch.empty(0)]
-        for start in range(0, len(images), size):
-            some = images[start : start + size]
-            given = self._given.at([image % self._given.images for image in some])
-            seeds = [self._wanted.seed + image for image in some]
-            parts.append(sampler(given, seeds, self.guidance).latents)
-        return torch.cat(parts[1:] or parts)
+        given = self._given.at([image % self._given.images for image in images])
+        seeds = [self._wanted.seed + image for image in images]
+        size = self._pipeline.config.batch_size
+        return self._pipeline.sampler(sampling).in_batches(given, seeds, self.guidance, size).latents
 
     def _charge(self, what: str | int, evaluations: int) -> None:
         """Count what a trial or a reference image takes, once; also where its result is known from before."""

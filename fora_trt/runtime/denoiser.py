@@ -33,7 +33,7 @@ from fora_trt.engines.backends import AUTO, backend_from_name, device_from_name
 from fora_trt.engines.base import Engine
 from fora_trt.engines.options import EngineOptions
 from fora_trt.errors import InputError, RoomError, ScheduleError
-from fora_trt.plan import Plan, depth_of, readers_of
+from fora_trt.plan import Plan, depth_of, rows_of
 from fora_trt.runtime.forecast import ForecastWindow
 from fora_trt.runtime.layout import Layout, within
 from fora_trt.runtime.precomputed import PrecomputedConditioning
@@ -116,10 +116,11 @@ class Denoiser(StepByStep):
         """
         if min(batches) < 1:
             raise InputError(f"the batch is {min(batches)}; at least one latent is needed")
-        if self.run is not None:
-            self.run.ended = True
-        known = self.run is not None and self.run.plan is plan  # step-by-step calls begin many runs of one plan
-        whole = self.run.whole if self.run is not None and known else Layout.of(self._supported(plan))
+        last = self.run
+        if last is not None:
+            last.ended = True
+        known = last is not None and last.plan is plan  # step-by-step calls begin many runs of one plan
+        whole = last.whole if last is not None and known else Layout.of(self._supported(plan))
         if whole.weighted and not self.manifest.can_forecast:
             raise ScheduleError(
                 f"{self.manifest.name} cannot forecast: its full graph folds values that are not linear in the "
@@ -171,7 +172,7 @@ class Denoiser(StepByStep):
     def _supported(self, plan: Plan) -> Plan:
         """The plan, changed if the engines support fewer rows in window tensors than it needs."""
         limit = self.engines[FULL].longest_window if self.folds else None
-        if limit is None or max(map(len, readers_of(plan).values())) <= limit:
+        if limit is None or rows_of(plan) <= limit:
             return plan
         supported = within(plan, limit)
         full_steps, wanted = (sum(step.is_full for step in one) for one in (supported, plan))

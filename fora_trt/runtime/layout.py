@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fora_trt.plan import HIGHEST_ORDER, LATEST, Plan, Step, adapted, depth_of, offsets_of, readers_of
+from fora_trt.plan import HIGHEST_ORDER, LATEST, Plan, Step, adapted, depth_of, offsets_of, readers_of, rows_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Layout:
             windows,
             [readers.get(number, []) for number in range(len(plan))],
             reads,
-            max(map(len, readers.values())),
+            rows_of(plan),
             depth_of(plan),
             any(step.weights not in ((), LATEST) for step in plan),
         )
@@ -98,6 +98,6 @@ def within(plan: Plan, most_rows: int) -> tuple[Step, ...]:
             full.append(number)
     for order in range(HIGHEST_ORDER, -1, -1):
         fitting = adapted(plan, full, order=order)
-        if max(map(len, readers_of(fitting).values())) <= most_rows:
+        if rows_of(fitting) <= most_rows:
             break
     return fitting

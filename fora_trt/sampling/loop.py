@@ -118,17 +118,16 @@ class Sampler:
     def in_batches(
         self,
         conditioning: Conditioning,
-        seed: int,
+        seeds: Sequence[int],
         guidance: Guidance | float,
         batch_size: int,
         watch: Watch = iter,
     ) -> Trajectory:
-        """Denoise any number of images, `batch_size` at a time; image k has the seed `seed` + k."""
+        """Denoise any number of images, `batch_size` at a time; image k has the seed `seeds[k]`."""
         parts = []
         for start in range(0, conditioning.images, batch_size):
             part = conditioning.at(range(start, min(start + batch_size, conditioning.images)))
-            seeds = range(seed + start, seed + start + part.images)
-            parts.append(self(part, seeds, guidance, watch))
+            parts.append(self(part, seeds[start : start + part.images], guidance, watch))
         return Trajectory.joined(parts)
 
     def begin(self, conditioning: Conditioning, seeds: Sequence[int], guidance: Guidance) -> BegunTrajectory:

@@ -82,7 +82,8 @@ def _fused(graph: ir.Graph, node: ir.Node) -> bool:
         (other,) = (value for value in adding[0].inputs if value is not total)
         if other is not None and other.dtype == total.dtype and _begins(other.shape, features[0].shape, total.shape):
             begun, node, total = [other], adding[0], adding[0].outputs[0]
-    fused = _weighted_sum(begun, gates, features)
+    attributes = [ir.AttrInt64("first", -1), ir.AttrInt64("begins", len(begun))]
+    fused = ir.Node(DOMAIN, OPERATOR, [*begun, *gates, *features], attributes, num_outputs=1)
     result = fused.outputs[0]
     result.name, result.type, result.shape = total.name, total.type, total.shape
     total.name = f"{total.name}.unfused"
@@ -91,23 +92,12 @@ def _fused(graph: ir.Graph, node: ir.Node) -> bool:
     return True
 
 
-def _parts_of(node: ir.Node) -> tuple[list[ir.Value], list[ir.Value], list[ir.Value]]:
-    """The initial value (at most one), the gates and the features of a WeightedSum."""
-    values = [value for value in node.inputs if value is not None]
-    first = node.attributes.get_int("begins", 0)
-    terms = (len(values) - first) // 2
-    return values[:first], values[first : first + terms], values[first + terms :]
-
-
-def _weighted_sum(begun: Sequence[ir.Value], gates: Sequence[ir.Value], features: Sequence[ir.Value]) -> ir.Node:
-    """A WeightedSum with one input per gate."""
-    attributes = [ir.AttrInt64("first", -1), ir.AttrInt64("begins", len(begun))]
-    return ir.Node(DOMAIN, OPERATOR, [*begun, *gates, *features], attributes, num_outputs=1)
-
-
 def _join_gates(node: ir.Node) -> None:
     """Read the gates from the tensor that a Split cuts them from: the Split would copy all of them."""
-    begun, gates, features = _parts_of(node)
+    values = [value for value in node.inputs if value is not None]
+    begins = node.attributes.get_int("begins", 0)
+    terms = (len(values) - begins) // 2
+    begun, gates, features = values[:begins], values[begins : begins + terms], values[begins + terms :]
     split = gates[0].producer()
     if split is None or split.op_type != "Split" or any(gate.producer() is not split for gate in gates):
         return
