@@ -2,7 +2,8 @@
 
 A metric is one entry of `METRICS`: its name, unit, functions and column.
 
-Shapes: B pictures (B, H, W, C), integers from 0 to 255; N image features of D dimensions (N, D).
+Shapes: B pictures (B, H, W, C), levels from 0 to 255, which need not be integers; N image features of D dimensions
+(N, D).
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from fora_trt.errors import InputError
 from fora_trt.registry import Registry
 
 LEVELS = 255.0
+SOLUTION_PSNR = "solution_psnr"
+"""Name of the metric that compares with the fine solution instead of no caching."""
+
 GAUSSIAN_WINDOW, SMALL_WINDOW = 11, 7  # pixels a side
 SMALLEST_FOR_LPIPS = 32  # pixels a side; AlexNet's pooling reduces smaller pictures to nothing
 NEIGHBOURS = 3
@@ -38,6 +42,18 @@ def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
 
     pair = (pictures.double(), reference.double())
     return peak_signal_noise_ratio(*pair, data_range=LEVELS, reduction="none", dim=(1, 2, 3))
+
+
+def latent_psnr(latents: Tensor, reference: Tensor, pixels: bool) -> Tensor:
+    """PSNR of each of the latents (B, C, H, W) in dB, (B,), at most 200.
+
+    The peak of pixels is 2, from -1 to 1, to which they are clipped; that of other latents is the range of `reference`.
+    """
+    if pixels:
+        latents, reference = latents.clamp(-1, 1), reference.clamp(-1, 1)
+    peak = 2.0 if pixels else float(reference.max() - reference.min())
+    errors = (latents.double() - reference.double()).square().flatten(1).mean(1).clamp_min(1e-20 * peak**2)
+    return 10 * torch.log10(peak**2 / errors)
 
 
 def mean_psnr(each: Tensor) -> float | None:
@@ -185,6 +201,10 @@ def _shown(form: str) -> Callable[[float | None], str]:
     return lambda value: "" if value is None else format(value, form)
 
 
+def _decibels(value: float | None) -> str:
+    return "identical" if value is None else f"{value:.1f} dB"
+
+
 def _four_digits(value: float | None) -> str:
     return _shown(".4f")(value)
 
@@ -194,16 +214,17 @@ class Metric:
     """A metric of the pictures of a setting against the pictures without caching.
 
     `each(device)` returns a function of two batches of pictures (B, H, W, C) that returns one value per picture (B,);
-    `summary` reduces the values of all pictures to one number. A set metric has `of_set` instead, which returns None if
-    the set lacks data that it compares. `problem(shape)` says why pictures of shape (H, W, C) cannot be measured.
-    `column` is the heading in tables, `shown` formats a value with its unit, `explanation` is a sentence for the
-    report.
+    the second batch is without caching, or with `to_solution` the fine solution. `summary` reduces the values of all
+    pictures to one number. A set metric has `of_set` instead, which returns None if the set lacks data that it
+    compares. `problem(shape)` says why pictures of shape (H, W, C) cannot be measured. `column` is the heading in
+    tables, `shown` formats a value with its unit, `explanation` is a sentence for the report.
     """
 
     name: str
     column: str
     explanation: str
     unit: str = ""
+    to_solution: bool = False
     each: Callable[[torch.device], Callable[[Tensor, Tensor], Tensor]] | None = None
     summary: Callable[[Tensor], float | None] = _mean
     of_set: Callable[[PictureSet], float | None] | None = None
@@ -214,9 +235,10 @@ class Metric:
 METRICS: Registry[Metric] = Registry("metric", InputError)
 
 
-def measured_each(shape: tuple[int, ...] | None) -> dict[str, Metric]:
-    """The per-picture metrics that can be measured on pictures of this shape (H, W, C)."""
-    return {one.name: one for one in METRICS.values() if one.each is not None and one.problem(shape) is None}
+def measured_each(shape: tuple[int, ...] | None, solution: bool = False) -> dict[str, Metric]:
+    """The per-picture metrics that can be measured on pictures of this shape (H, W, C), with or without a solution."""
+    each = [one for one in METRICS.values() if one.each is not None and one.problem(shape) is None]
+    return {one.name: one for one in each if solution or not one.to_solution}
 
 
 def _between(compare: Callable[[Tensor, Tensor], float], side: str) -> Callable[[PictureSet], float | None]:
@@ -242,9 +264,14 @@ def _distance(value: float | None) -> str:
 
 for _metric in (
     Metric(
-        "psnr", "PSNR", "Mean PSNR against the same images without caching; higher is closer.", "dB",
-        each=lambda device: psnr, summary=mean_psnr,
-        shown=lambda value: "identical" if value is None else f"{value:.1f} dB",
+        "psnr", "PSNR",
+        "Mean PSNR against the same images without caching, of pixels before they are rounded; higher is closer.",
+        "dB", each=lambda device: psnr, summary=mean_psnr, shown=_decibels,
+    ),
+    Metric(
+        SOLUTION_PSNR, "PSNR to solution",
+        "Mean PSNR against a fine solution: many steps without caching, from the same noise.",
+        "dB", to_solution=True, each=lambda device: psnr, summary=mean_psnr, shown=_decibels,
     ),
     Metric(
         "ssim", "SSIM", "Structural similarity to the images without caching; 1 for identical images.",

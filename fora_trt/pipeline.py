@@ -31,8 +31,8 @@ from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.loop import Sampler, Trajectory, Watch
 from fora_trt.sampling.request import conditioning_of
 from fora_trt.sampling.scheduler_step import SchedulerStep, scheduler_step_from
-from fora_trt.sampling.schedulers import scheduler_from_config
-from fora_trt.schedule import DEFAULT_INTERVAL, NONE, Schedule, fora_text, with_forecast
+from fora_trt.sampling.schedulers import scheduler_choice, scheduler_from_config
+from fora_trt.schedule import NONE, Schedule, usual_text, with_forecast
 
 GUIDED = Guidance(2.0)
 """Guidance on all steps, at an arbitrary scale: the batch of every step is twice the number of images."""
@@ -44,10 +44,11 @@ class PipelineConfig:
 
     `schedule` is a text form (`fora:3`, `none`), a .json file, or a `Schedule`; `cache_interval=3` is short for
     `schedule="fora:3"`, the default. `forecast` is the order in which reuse steps extrapolate features, 0 (FORA) to 3:
-    `forecast=2` is short for the option `forecast=2` of the text form. `scheduler` is a short name (`ddim`) or a
-    diffusers class; `timestep_spacing` is leading, linspace or trailing. `guidance_interval` has the first guided step
-    and the step after the last; None means all steps. `engines` is the folder of TensorRT plans. `batch_size` images
-    are denoised together. `vae` is a folder or hub id.
+    the option `forecast=2` of the text form. Alone, `forecast=2` stands for `dense:every=3,forecast=2`. `scheduler` is
+    a short name (`ddim`) or a diffusers class, with settings in a text form such as `dpm-solver++:order=3,spacing=lu`;
+    `timestep_spacing` is leading, linspace or trailing. `guidance_interval` has the first guided step and the step
+    after the last; None means all steps. `engines` is the folder of TensorRT plans. `batch_size` images are denoised
+    together. `vae` is a folder or hub id.
     """
 
     bundle: str | Path
@@ -71,8 +72,8 @@ class PipelineConfig:
                 f"schedule={self.schedule!r} and cache_interval={cache_interval} say the same thing in two ways; give "
                 "one of them"
             )
-        schedule = self.schedule or fora_text(DEFAULT_INTERVAL if cache_interval is None else cache_interval)
-        object.__setattr__(self, "schedule", with_forecast(schedule, forecast))
+        given = self.schedule and with_forecast(self.schedule, forecast)
+        object.__setattr__(self, "schedule", given or usual_text(cache_interval, forecast))
         if self.batch_size < 1:
             raise InputError(f"the batch size is {self.batch_size}; at least 1 is needed")
 
@@ -105,18 +106,23 @@ class PipelineOutput:
 
 @dataclass(frozen=True)
 class Sampling:
-    """A scheduler at a number of steps, and a schedule that says for each model evaluation whether it runs in full."""
+    """A scheduler at a number of steps, and a schedule that says for each model evaluation whether it runs in full.
+
+    `name` is the text form of the scheduler: its class and the settings that replace those of the model.
+    """
 
     scheduler: SchedulerMixin
     steps: int
     scheduler_step: SchedulerStep
     schedule: Schedule
+    name: str
 
     @classmethod
-    def of(cls, scheduler: SchedulerMixin, steps: int, schedule: Schedule | str = NONE) -> Sampling:
+    def of(cls, scheduler: SchedulerMixin, steps: int, schedule: Schedule | str = NONE, name: str = "") -> Sampling:
         """Create both. Raises `InputError` or `ScheduleError` if one of them does not support the number of steps."""
         scheduler_step = scheduler_step_from(scheduler, steps)
-        return cls(scheduler, steps, scheduler_step, _schedule_for(scheduler, scheduler_step, schedule))
+        schedule = _schedule_for(scheduler, scheduler_step, schedule)
+        return cls(scheduler, steps, scheduler_step, schedule, name or type(scheduler).__name__)
 
     @property
     def nfe(self) -> int:
@@ -157,7 +163,7 @@ class Pipeline:
         else:
             self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
             self.config = PipelineConfig(self.bundle.folder, **settings)
-        self._predictor, self._report, self._progress = predictor, report, progress
+        self._predictor, self.report, self._progress = predictor, report, progress
         self._built_for: int | None = None
 
     def __call__(
@@ -224,9 +230,21 @@ class Pipeline:
         return self.scheduler_named(self.config.scheduler)
 
     def scheduler_named(self, name: str | None) -> SchedulerMixin:
-        """A scheduler of diffusers for this model; None is the model's own. Raises `InputError`."""
-        learned, spacing = self.manifest.latents.learned_sigma, self.config.timestep_spacing
-        return scheduler_from_config(self.bundle.scheduler_config, name, learned, spacing)
+        """A scheduler of diffusers for this model, by text form; None is the model's own. Raises `InputError`."""
+        learned = self.manifest.latents.learned_sigma
+        return scheduler_from_config(self.bundle.scheduler_config, name, learned, self._spacing_of(name))
+
+    def scheduler_text(self, name: str | None) -> str:
+        """The text form of the same scheduler, with the name of its class. Raises `InputError`."""
+        return scheduler_choice(self.bundle.scheduler_config, name, self._spacing_of(name)).text
+
+    def _spacing_of(self, name: str | None) -> str | None:
+        """The spacing of the configuration, which is one of its own scheduler."""
+        return self.config.timestep_spacing if name == self.config.scheduler else None
+
+    def uncached(self, name: str | None, steps: int) -> Sampling:
+        """Any scheduler at any number of steps, without caching. Raises `InputError`."""
+        return Sampling.of(self.scheduler_named(name), steps, name=self.scheduler_text(name))
 
     def sampling(self, steps: int | None = None, schedule: Schedule | str | None = None) -> Sampling:
         """Scheduler, steps and schedule of the configuration; `steps` and `schedule` replace the configured values.
@@ -235,8 +253,9 @@ class Pipeline:
         """
         config = self.config
         taken = config.steps if steps is None else steps
-        sampling = Sampling.of(self.scheduler, taken, config.schedule if schedule is None else schedule)
-        self._check_model(sampling.schedule)
+        asked = config.schedule if schedule is None else schedule
+        sampling = Sampling.of(self.scheduler, taken, asked, self.scheduler_text(config.scheduler))
+        self.check_model(sampling.schedule)
         return sampling
 
     def conditioning(
@@ -268,7 +287,8 @@ class Pipeline:
             )
         return guidance
 
-    def _check_model(self, schedule: Schedule) -> None:
+    def check_model(self, schedule: Schedule) -> None:
+        """Raise `ScheduleError` for a schedule that was calibrated for another model."""
         model = self.manifest.model
         schedule.check_model(model.weights_sha256, model.options.source)
 
@@ -286,7 +306,7 @@ class Pipeline:
         batch = min(self.config.batch_size, images or self.config.batch_size) * (2 if guidance.scale > 1 else 1)
         if self._predictor is None or (self._built_for is not None and batch > self._built_for):
             self._built_for = batch if self.backend.builds else None
-            options = EngineOptions(Path(self.config.engines), batch, self._report, self._progress)
+            options = EngineOptions(Path(self.config.engines), batch, self.report, self._progress)
             engines = self.backend.engines(self.bundle, self.device, options)
             self._predictor = Denoiser(engines, self.manifest, self.backend.name)
         return self._predictor
@@ -296,5 +316,5 @@ class Pipeline:
 
         Raises `ScheduleError` for a schedule that was calibrated for another model.
         """
-        self._check_model(sampling.schedule)
+        self.check_model(sampling.schedule)
         return Sampler(self.denoiser, sampling.scheduler_step, sampling.schedule)

@@ -30,7 +30,10 @@ DEFAULT_INTERVAL = 3
 """Cache interval where neither an interval nor a schedule is given."""
 
 DEFAULT_EXPONENT = 0.3
-"""Exponent of `dense` where none is given."""
+"""Exponent of `dense` where none is given; chosen from benchmarks/results/presets_*.json."""
+
+USUAL_ORDER = 2
+"""Forecast order of presets; chosen from the same measurements."""
 
 OPEN_STEPS = 1000
 """Length of a schedule of unknown length: the number of timesteps that diffusion models are trained with."""
@@ -309,6 +312,26 @@ def fora_text(cache_interval: int) -> str:
     return NONE if cache_interval == 1 else f"fora:{cache_interval}"
 
 
+def preset(cache_interval: int = DEFAULT_INTERVAL, order: int = USUAL_ORDER) -> str:
+    """Text form of a forecast for models that nobody calibrated: as many full steps as FORA, denser towards the end."""
+    return text_with_forecast(f"dense:{EVERY}={cache_interval}", order)
+
+
+def usual_text(cache_interval: int | None, order: int | None) -> str:
+    """Text form of the schedule where none is given, but perhaps an interval or a forecast order.
+
+    An interval is one of FORA, whose positions a forecast keeps. A forecast order alone stands for `preset`.
+    """
+    if cache_interval is None and order:
+        return preset(order=order)
+    return with_forecast(fora_text(DEFAULT_INTERVAL if cache_interval is None else cache_interval), order)
+
+
+def fora_full_steps(steps: int, cache_interval: int) -> int:
+    """The number of full steps of FORA, also for an interval longer than the trajectory."""
+    return Schedule.fora(steps, min(cache_interval, steps)).full_steps
+
+
 def _plan_from(content: Any) -> tuple[Step, ...]:
     """The steps of a schedule file."""
     if not isinstance(content, dict) or content.keys() - {"format_version", "steps", "made_from"}:
@@ -355,6 +378,11 @@ class ScheduleKind:
 
 
 KINDS: Registry[ScheduleKind] = Registry("kind of schedule", ScheduleError)
+
+
+def is_file(text: str) -> bool:
+    """Whether a schedule is given as a file, and not in a text form."""
+    return KINDS.find(text.partition(":")[0]) is None and Path(text).suffix == ".json"
 
 
 def text_with_forecast(text: str, order: int) -> str:
@@ -523,16 +551,27 @@ def _open_fora_from(steps: int | None, arguments: str) -> Schedule:
 ENDS = "the number of full steps at that end"
 
 
+def _full_steps_from(given: Arguments, steps: int) -> int:
+    """The number of full steps: the next word, or as many as FORA has at the interval of the option `every=`."""
+    every = given.option(EVERY, "the cache interval of FORA")
+    if every is None:
+        return given.integer(FULL_STEPS)
+    fora_text(every)  # checks it
+    return fora_full_steps(steps, every)
+
+
 def _even_from(steps: int, arguments: str) -> Schedule:
     given = Arguments("even", arguments)
-    full_steps, first, last = given.integer(FULL_STEPS), given.option("first", ENDS), given.option("last", ENDS)
+    full_steps = _full_steps_from(given, steps)
+    first, last = given.option("first", ENDS), given.option("last", ENDS)
     given.finished(EVEN)
     return Schedule.even(steps, full_steps, 1 if first is None else first, last)
 
 
 def _dense_from(steps: int, arguments: str) -> Schedule:
     given = Arguments("dense", arguments)
-    full_steps, exponent = given.integer(FULL_STEPS), given.number("the exponent of the density", DEFAULT_EXPONENT)
+    full_steps = _full_steps_from(given, steps)
+    exponent = given.number("the exponent of the density", DEFAULT_EXPONENT)
     first, last = given.option("first", ENDS), given.option("last", ENDS)
     given.finished(DENSE)
     return Schedule.dense(steps, full_steps, exponent, 1 if first is None else first, last)
@@ -545,7 +584,10 @@ def _full_from(steps: int, arguments: str) -> Schedule:
     return Schedule.of_full_steps(steps, numbers)
 
 
-FULL_STEPS = "the number of full steps"
+EVERY = "every"
+"""Name of the option of `even` and `dense` that gives the number of full steps by a cache interval."""
+
+FULL_STEPS = "the number of full steps, or every=N for as many as fora:N has"
 EVEN, DENSE = "even:F[,first=K][,last=K]", "dense:F[,EXPONENT][,first=K][,last=K]"
 
 KINDS.register(ScheduleKind(NONE, NONE, _none_from, _none_from))

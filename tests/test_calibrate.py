@@ -20,12 +20,12 @@ from fora_trt.evaluate.calibrate import (
     Calibration,
     Wanted,
     _neighbours,
-    psnr,
     read_trials,
     trials_file,
     write_trials,
 )
 from fora_trt.evaluate.solvers import solvers_for
+from fora_trt.metrics import latent_psnr
 from fora_trt.sampling.conditioning import example_conditioning
 from tests.conftest import BundleAt
 
@@ -59,7 +59,9 @@ def test_the_best_schedule_is_at_least_as_good_as_all_that_were_tried(done: Cali
     assert found.full_steps[0] == 0
     few = {key: value for key, value in done.trials.known.items() if " on 1 from 0" in key}
     assert len(few) > 15, "a family and moved full steps"
-    assert few[f"{done.best.schedule.digest()} on 1 from 0"] > max(few.values()) - 0.5
+    assert (
+        few[f"DDIMScheduler, {done.plain.steps}, {done.best.schedule.digest()} on 1 from 0"] > max(few.values()) - 0.5
+    )
     by_label = {row.label: row for row in found.compared}
     assert by_label["calibrated"].psnr >= by_label["fora:3"].psnr
     assert {"calibrated", "fora:3", "fora:3,forecast=2", "dense:5,0.3,forecast=2"} < by_label.keys()
@@ -132,20 +134,21 @@ def test_neighbours_keep_the_first_step_and_the_order() -> None:
 def test_psnr_of_pixels_has_a_fixed_peak_and_of_latents_their_range() -> None:
     reference = torch.tensor([[0.5, -1.0], [0.0, 1.0]]).view(2, 1, 1, 2)
     off = reference + 0.02
-    assert psnr(off.clamp(max=1), reference, pixels=True) == pytest.approx(
+    assert latent_psnr(off.clamp(max=1), reference, pixels=True).mean() == pytest.approx(
         (40 + 10 * np.log10(4 / (0.02**2 / 2))) / 2, abs=1e-4
     )
-    assert psnr(100 * off, 100 * reference, pixels=False) == pytest.approx(40, abs=1e-4)
-    assert psnr(reference, reference, pixels=True) == pytest.approx(200)
+    assert latent_psnr(100 * off, 100 * reference, pixels=False).mean() == pytest.approx(40, abs=1e-4)
+    assert latent_psnr(reference, reference, pixels=True).tolist() == pytest.approx([200, 200])
 
 
 def test_solvers_take_no_more_evaluations_than_the_full_steps(optimized: dict[str, Bundle]) -> None:
     pipeline = Pipeline(optimized["fold"], backend="torch", device="cpu")
-    found = dict(solvers_for(pipeline, 7))
-    assert {"DDIM", "DDIM, trailing", "DPM-Solver++ 3, Lu spacing", "UniPC"} <= found.keys()
+    found = {one.name: one for one in solvers_for(pipeline, 7)}
+    assert {"DDIMScheduler", "DDIMScheduler:spacing=trailing", "UniPCMultistepScheduler"} <= found.keys()
+    lu = found["DPMSolverMultistepScheduler:order=3,spacing=lu"].scheduler.config
+    assert (lu["solver_order"], lu["use_lu_lambdas"]) == (3, True)
     assert {sampling.nfe for sampling in found.values()} == {7}
     assert len({tuple(one.scheduler_step.timesteps.tolist()) for one in found.values()}) >= 3
-    assert found["DPM-Solver++ 3, trailing"].scheduler.config["solver_order"] == 3
 
 
 # -- the command and its file ------------------------------------------------------------------------------------------

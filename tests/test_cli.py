@@ -14,6 +14,7 @@ from PIL import Image
 
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
+from fora_trt.cli.options import Schedulers
 from fora_trt.engines.torch import engine as torch_engine
 
 
@@ -283,3 +284,9 @@ def test_a_forecast_is_asked_for_in_two_ways(exported: Bundle, tmp_path: Path) -
         latents[way] = np.load(tmp_path / f"{way}.npy")
     assert np.array_equal(latents["option"], latents["text"])
     assert not np.array_equal(latents["option"], latents["none"])
+
+
+def test_a_list_of_schedulers_keeps_their_settings() -> None:
+    given = "ddim,dpm-solver++:order=3,spacing=lu,unipc:spacing=trailing"
+    expected = ("ddim", "dpm-solver++:order=3,spacing=lu", "unipc:spacing=trailing")
+    assert Schedulers().convert(given, None, None) == expected

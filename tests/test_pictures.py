@@ -10,9 +10,9 @@ from PIL import Image
 
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
-from fora_trt.evaluate.calibrate import psnr
 from fora_trt.evaluate.pictures import Shown, calibrated_schedule, conclusion_of, sheet_of
 from fora_trt.images.sheet import FACTOR, GAP, MARGIN, SMALLEST_SIDE, SheetRow, comparison_sheet
+from fora_trt.metrics import latent_psnr
 from fora_trt.pipeline import Pipeline
 from fora_trt.report.results import BenchRow, Setting
 
@@ -91,7 +91,7 @@ def test_the_schedule_of_the_digits_is_as_good_as_it_says(digits: Bundle) -> Non
         pipeline = Pipeline(digits, schedule=one, guidance_scale=1.5, backend="onnxruntime", device="cpu")
         latents[str(one)] = pipeline(class_labels=[k % 10 for k in range(16)], seed=9000).latents
     plain, calibrated, fora = latents.values()
-    found = psnr(calibrated, plain, pixels=True), psnr(fora, plain, pixels=True)
+    found = [float(latent_psnr(one, plain, pixels=True).mean()) for one in (calibrated, fora)]
     print(found)
     assert found[0] > 58
     assert found[1] < 40

@@ -109,7 +109,9 @@ def test_a_configuration_is_plain_and_pickles(exported: Bundle) -> None:
     config = PipelineConfig(exported.folder, cache_interval=3, steps=8, backend="torch", device="cpu")
     assert config.schedule == "fora:3"
     assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301 # of this very line
-    assert PipelineConfig(exported.folder, forecast=2).schedule == "fora:3,forecast=2"
+    assert PipelineConfig(exported.folder, forecast=2).schedule == "dense:every=3,forecast=2"
+    assert PipelineConfig(exported.folder, forecast=0).schedule == "fora:3"
+    assert PipelineConfig(exported.folder, cache_interval=3, forecast=2).schedule == "fora:3,forecast=2"
     flags = [True, False, True, False]
     forecast = PipelineConfig(exported.folder, schedule=Schedule.from_flags(flags), forecast=1, steps=4)
     assert isinstance(forecast.schedule, Schedule)

@@ -178,7 +178,7 @@ def test_quality_takes_prompts_in_turn(bundles: dict[str, Bundle], tmp_path: Pat
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert (found["guidance_scale"], found["features"]) == (4.5, None)
-    with np.load(out / "quality" / "dpmsolvermultistep-4-steps-fora-2.npz") as content:
+    with np.load(out / "quality" / "dpm-solver-4-steps-fora-2.npz") as content:
         assert content.files == ["arr_0"], "no classes"
         pictures = content["arr_0"]
     fora("run", bundles["sigma"].folder, *said, "--cache-interval", 2, "-o", tmp_path / "images")

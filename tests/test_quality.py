@@ -23,6 +23,7 @@ from fora_trt.evaluate.candidates import candidates_of, file_name_of
 from fora_trt.evaluate.digit_classifier import makes_digits
 from fora_trt.evaluate.features import Digits
 from fora_trt.evaluate.quality import QualityOptions, measure_quality
+from fora_trt.evaluate.solvers import solvers_for
 from fora_trt.pipeline import Pipeline
 from fora_trt.report.page import read_report
 from fora_trt.report.results import Quality, Setting
@@ -33,7 +34,7 @@ from tests.test_cli import fora
 from tests.test_metrics import frechet_by_numpy, precision_by_numpy, psnr_by_numpy
 
 CPU = torch.device("cpu")
-SETTINGS = ["no cache", "fora:2", "fora:3", "5 steps, no cache", "4 steps, no cache"]
+SETTINGS = ["no cache", "fora:2", "5 steps, no cache", "fora:3", "4 steps, no cache"]
 
 
 def options(**given: Any) -> QualityOptions:
@@ -52,6 +53,16 @@ def measure(bundle: Bundle, folder: Path, given: QualityOptions | None = None, *
 def saved(folder: Path, setting: Setting) -> dict[str, NDArray[Any]]:
     with np.load(folder / "quality" / f"{file_name_of(setting)}.npz", allow_pickle=False) as content:
         return {name: content[name] for name in content.files}
+
+
+def unrounded(bundle: Bundle, setting: Setting, images: int, batch_size: int = 4) -> NDArray[np.float32]:
+    """The pictures of a setting before they are rounded, made without `quality`."""
+    pipeline = Pipeline(
+        bundle, scheduler=setting.scheduler, steps=setting.steps, schedule=setting.schedule, guidance_scale=1.5,
+        backend="onnxruntime", device="cpu", batch_size=batch_size,
+    )  # fmt: skip
+    made = pipeline(class_labels=[(0, 3, 7)[k % 3] for k in range(images)], seed=7)
+    return pipeline.decoder.pictures(made.latents, pipeline.device).numpy()
 
 
 def without_times(quality: Quality) -> dict[str, Any]:
@@ -86,7 +97,8 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
     np.savez(tmp_path / "real.npz", arr_0=np.round(digits.images[:90] * 255 / 16).astype(np.uint8)[..., None])
     found = measure(pixels, tmp_path / "out", reference=tmp_path / "real.npz")
     assert [row.setting.label for row in found.rows] == SETTINGS
-    assert [row.setting.control_of for row in found.rows] == [None, None, None, "fora:2", "fora:3"]
+    assert [row.setting.control_of for row in found.rows] == [None, None, "fora:2", None, "fora:3"]
+    assert [row.setting.method for row in found.rows] == ["no cache", "FORA", "no cache", "FORA", "no cache"]
     assert (found.backend, found.device, found.images, found.features) == ("onnxruntime", "cpu", 10, "digit classifier")
     reader = Digits()
 
@@ -97,16 +109,16 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
     real = features(np.load(tmp_path / "real.npz")["arr_0"])
     assert plain["arr_0"].shape == (10, 8, 8, 1)
     assert plain["arr_1"].tolist() == [0, 3, 7, 0, 3, 7, 0, 3, 7, 0]
-    same = []
     for row in found.rows:
         images = saved(tmp_path / "out", row.setting)["arr_0"]
-        same.append(str(sum(np.array_equal(*pair) for pair in zip(images, plain["arr_0"], strict=True))))
-        each = psnr_by_numpy(images, plain["arr_0"])
+        pictures = unrounded(pixels, row.setting, 10)
+        np.testing.assert_array_equal(images, pictures.round())
+        each = psnr_by_numpy(pictures, unrounded(pixels, found.rows[0].setting, 10))
         if row is found.rows[0]:
             assert row.psnr is None
             assert row.metrics["ssim"] == 1
         else:
-            assert row.psnr == pytest.approx(each[np.isfinite(each)].mean(), rel=1e-7)
+            assert row.psnr == pytest.approx(each[np.isfinite(each)].mean(), rel=1e-6)
             assert (row.metrics["ssim"] or 0) < 1
         here, there = features(images), features(plain["arr_0"])
         assert row.metrics["frechet_distance"] == pytest.approx(frechet_by_numpy(here, there), rel=1e-3, abs=1e-4)
@@ -116,8 +128,6 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
         read = reader.classes(torch.from_numpy(images)).numpy()
         assert row.metrics["as_asked"] == (read == plain["arr_1"]).mean()
         assert "lpips" not in row.metrics
-    counts = f"from the second row on: {', '.join(same[1:])}"
-    assert any(set(same[1:]) == {"0"} or counts in note for note in found.notes)
     assert any("10 images are too few for 64 features" in note for note in found.notes)
     assert any("of a full step: 10.0% with fora:2, 10.0% with fora:3" in note for note in found.notes)
     grid = Image.open(tmp_path / "out" / found.grid)
@@ -129,7 +139,7 @@ def test_all_figures_are_those_of_the_saved_images(pixels: Bundle, tmp_path: Pat
 @pytest.mark.usefixtures("pilot")
 def test_latent_errors_are_those_of_plain_loops(pixels: Bundle, tmp_path: Path) -> None:
     found = measure(pixels, tmp_path / "out", options(images=2), batch_size=2)
-    for row in found.rows[:3]:
+    for row in (one for one in found.rows if one.setting.control_of is None):
         schedule = Schedule.from_text(row.setting.schedule, 8)
         each = []
         for image, label in enumerate((0, 3)):
@@ -138,11 +148,11 @@ def test_latent_errors_are_those_of_plain_loops(pixels: Bundle, tmp_path: Path) 
             each.append([float((a - b).norm() / b.norm()) for a, b in zip(steps, plain, strict=True)])
         np.testing.assert_allclose(row.latent_errors, np.mean(each, axis=0), rtol=1e-3, atol=1e-6)
         assert len(row.latent_errors) == 8
-    plain_row, two, three, *controls = found.rows
+    plain_row, two, one_control, three, other_control = found.rows
     assert set(plain_row.latent_errors) == {0.0}
     assert two.latent_errors[0] == 0, "the first step is full"
     assert three.latent_errors[-1] > two.latent_errors[-1] > 0
-    assert [row.latent_errors for row in controls] == [(), ()]
+    assert [row.latent_errors for row in (one_control, other_control)] == [(), ()]
 
 
 @pytest.mark.usefixtures("pilot")
@@ -151,7 +161,8 @@ def test_pictures_of_a_vae_without_features(exported: Bundle, tmp_path: Path) ->
     plain, cached, control = found.rows
     images = saved(tmp_path / "out", cached.setting)["arr_0"]
     assert images.shape == (3, 16, 16, 3)
-    assert cached.psnr == pytest.approx(psnr_by_numpy(images, saved(tmp_path / "out", plain.setting)["arr_0"]).mean())
+    pictures = [unrounded(exported, row.setting, 3, batch_size=2) for row in (cached, plain)]
+    assert cached.psnr == pytest.approx(psnr_by_numpy(*pictures).mean(), rel=1e-5)
     assert ({*control.metrics}, found.features) == ({"psnr", "ssim"}, None)
     assert any(
         "digits only, which tiny does not make" in note and "--inception-weights" in note for note in found.notes
@@ -186,7 +197,10 @@ def test_watching_the_latents_changes_nothing(exported: Bundle, scheduler: str) 
 def test_the_pilot_measures_what_the_controls_follow(pixels: Bundle, tmp_path: Path) -> None:
     found = measure(pixels, tmp_path / "out", options(images=2))
     (note,) = (note for note in found.notes if "from a pilot" in note)
-    for interval, row in zip((2, 3), found.rows[-2:], strict=True):
+    controls = [row for row in found.rows if row.setting.control_of is not None]
+    assert controls
+    for row in controls:
+        interval = int(str(row.setting.control_of).removeprefix("fora:"))
         share = float(note.split(f"% with fora:{interval}")[0].split()[-1]) / 100
         assert 0 < share <= 1
         full = Schedule.fora(8, interval).full_steps
@@ -385,7 +399,7 @@ def test_the_error_of_digits_grows_with_the_interval(digits: Bundle, tmp_path: P
     for row in cached:
         images = saved(tmp_path / "out", row.setting)["arr_0"]
         each = psnr_by_numpy(images, plain["arr_0"])
-        assert row.psnr == pytest.approx(each[np.isfinite(each)].mean(), rel=1e-6)
+        assert row.psnr == pytest.approx(each[np.isfinite(each)].mean(), rel=0.01)
         here = reader.features(torch.from_numpy(images)).double().numpy()
         assert row.metrics["frechet_distance"] == pytest.approx(frechet_by_numpy(here, there), rel=1e-4)
         assert row.metrics["precision"] == pytest.approx(precision_by_numpy(here, there))
@@ -400,3 +414,45 @@ def test_a_schedule_that_reuses_nothing_is_a_setting_all_the_same(pixels: Bundle
         ("no cache", 2), ("fora:2", 2), ("2 steps, no cache", 2),
     ]  # fmt: skip
     assert [row.psnr for row in found.rows] == [None, None, None]
+
+
+@pytest.mark.usefixtures("pilot")
+def test_a_fine_solution_is_a_second_reference_and_chooses_the_controls(pixels: Bundle, tmp_path: Path) -> None:
+    found = measure(pixels, tmp_path / "out", options(images=4, schedules=("fora:2",), truth_steps=40))
+    assert found.solution == "40 steps of ddim"
+    fine = Setting(scheduler="ddim", steps=40, nfe=40, full_steps=40, schedule="none")
+    wanted = unrounded(pixels, fine, 4)
+    for row in found.rows:
+        each = psnr_by_numpy(unrounded(pixels, row.setting, 4), wanted)
+        assert row.metrics["solution_psnr"] == pytest.approx(each.mean(), rel=1e-5)
+        assert row.accuracy == row.metrics["solution_psnr"]
+    control = found.rows[-1]
+    rivals = [one.name for one in solvers_for(Pipeline(pixels), control.setting.steps)]
+    assert control.setting.scheduler in rivals
+    others = [control.setting.model_copy(update={"scheduler": name}) for name in rivals]
+    best = max(psnr_by_numpy(unrounded(pixels, one, 4), wanted).mean() for one in others)
+    assert control.metrics["solution_psnr"] == pytest.approx(best, abs=0.05), "no other solver comes closer"
+    with pytest.raises(InputError, match="the fine solution has 8 steps; give more than the 8 steps of the settings"):
+        measure(pixels, tmp_path / "other", options(truth_steps=8))
+
+
+@pytest.mark.usefixtures("pilot")
+def test_the_command_compares_forecasts_and_a_file(pixels: Bundle, tmp_path: Path) -> None:
+    made = tmp_path / "made.json"
+    Schedule.of_full_steps(6, [0, 2, 4, 5]).with_forecast(1).to_file(made)
+    small = ["--num-images", 2, "--steps", 6, "--cache-intervals", 2, "--truth-steps", 12, "--schedule", made]
+    shown = fora("quality", pixels.folder, *small, "--out", tmp_path / "out", "--json")
+    assert shown.exit_code == 0, shown.output
+    rows = json.loads(shown.stdout)["rows"]
+    assert [(row["setting"]["schedule"], row["setting"]["method"]) for row in rows] == [
+        ("none", "no cache"),
+        ("fora:2", "FORA"),
+        ("dense:4,0.3,forecast=2", "forecast"),
+        (str(made), "forecast"),
+        ("none", "no cache"),
+    ]
+    for name in ("latency-quality.png", "latency-solution.png"):
+        assert Image.open(tmp_path / "out" / name).width == 1280
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "PSNR to solution" in page
+    assert "solution: 12 steps of ddim" in page

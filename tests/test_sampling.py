@@ -19,8 +19,8 @@ from fora_trt.plan import FULL_STEP
 from fora_trt.sampling.conditioning import Conditioning, conditioning_of_classes
 from fora_trt.sampling.guidance import mix_guidance
 from fora_trt.sampling.loop import Trajectory
-from fora_trt.sampling.scheduler_step import takes_variance
-from fora_trt.sampling.schedulers import SHORT_NAMES, scheduler_from_config
+from fora_trt.sampling.scheduler_step import scheduler_step_from, takes_variance
+from fora_trt.sampling.schedulers import SHORT_NAMES, scheduler_choice, scheduler_from_config
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_timesteps_can_be_spaced_as_the_dit_authors_space_them() -> None:
     scheduler = scheduler_from_config(DEFAULT_SCHEDULER, "ddpm", True, "linspace")
     scheduler.set_timesteps(20)
     assert scheduler.timesteps.tolist() == [round(k * 999 / 19) for k in reversed(range(20))]
-    with pytest.raises(ValueError, match="has a fixed timestep spacing; leave --timestep-spacing out"):
+    with pytest.raises(ValueError, match="has no timestep spacing 'linspace'; leave it out"):
         scheduler_from_config(flow, None, False, "linspace")
 
 
@@ -190,3 +190,41 @@ def test_latents_that_are_not_finite_are_an_error_and_no_black_picture(
         run(denoiser, exported, [1], steps=2, interval=1)
     monkeypatch.undo()
     denoiser.begin([FULL_STEP], torch.zeros(1), {}, [9])
+
+
+def test_a_scheduler_takes_its_order_and_spacing_in_a_text(exported: Bundle) -> None:
+    config = exported.scheduler_config
+    for text, expected in (
+        ("dpm-solver++:order=3", {"solver_order": 3}),
+        ("dpm-solver++:order=1,spacing=lu", {"solver_order": 1, "use_lu_lambdas": True, "use_karras_sigmas": False}),
+        ("unipc:spacing=karras", {"use_karras_sigmas": True}),
+        ("ddim:spacing=trailing", {"timestep_spacing": "trailing"}),
+    ):
+        made = scheduler_from_config(config, text, False).config
+        assert {name: made[name] for name in expected} == expected
+        assert scheduler_choice(config, text).label == text
+        assert scheduler_choice(config, scheduler_choice(config, text).text) == scheduler_choice(config, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "spacing", "message"),
+    [
+        ("ddim:order=2", None, "DDIMScheduler has a fixed order; leave order=2 out"),
+        ("ddim:spacing=lu", None, "DDIMScheduler has no timestep spacing 'lu'; leave it out"),
+        ("dpm-solver++:order=x", None, "'order=x' in the scheduler 'dpm-solver[+][+]:order=x' is not an order; give 1"),
+        ("dpm-solver++:spacing=wide", None, "'spacing=wide' in the scheduler .* is not known; give one of leading"),
+        ("unipc:steps=3", None, "'steps=3' in the scheduler 'unipc:steps=3' is not understood; the form is NAME"),
+        ("unipc:order=2,order=3", None, "'order=3' in the scheduler .* is not understood"),
+        ("unipc:", None, None),
+        ("unipc:spacing=trailing", "leading", "has a spacing already; give it there or with --timestep-spacing"),
+        ("dpm-solver++:order=9", None, "'order=9' in the scheduler .* is not an order; give 1, 2 or 3"),
+    ],
+)
+def test_a_wrong_setting_of_a_scheduler_is_a_sentence(
+    exported: Bundle, text: str, spacing: str | None, message: str | None
+) -> None:
+    if message is None:
+        assert scheduler_choice(exported.scheduler_config, text).label == "unipc"
+        return
+    with pytest.raises(InputError, match=message):
+        scheduler_step_from(scheduler_from_config(exported.scheduler_config, text, False, spacing), 8)

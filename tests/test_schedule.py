@@ -9,7 +9,7 @@ import pytest
 from fora_trt.contract import REUSE
 from fora_trt.errors import ScheduleError
 from fora_trt.plan import FULL_STEP, REUSE_STEP, Step
-from fora_trt.schedule import KINDS, OPEN_STEPS, Schedule, ScheduleKind
+from fora_trt.schedule import KINDS, OPEN_STEPS, Schedule, ScheduleKind, usual_text
 
 BY_HAND = [  # steps, interval, F for full and r for reuse
     (1, 1, "F"),
@@ -94,6 +94,39 @@ def test_a_schedule_cannot_begin_with_reuse() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "steps", "full_steps"),
+    [
+        ("dense:every=3", 50, 18),
+        ("dense:every=3,forecast=2", 50, 18),
+        ("dense:0.5,every=5,first=2", 50, 11),
+        ("even:every=2", 20, 11),
+        ("even:every=9,forecast=1", 4, 2),
+        ("dense:every=1", 6, 6),
+    ],
+)
+def test_every_means_as_many_full_steps_as_fora(text: str, steps: int, full_steps: int) -> None:
+    schedule = Schedule.from_text(text, steps)
+    assert schedule.full_steps == full_steps
+    assert Schedule.from_text(schedule.text, steps) == schedule, "its text has the number"
+
+
+@pytest.mark.parametrize(
+    ("interval", "order", "expected"),
+    [
+        (None, None, "fora:3"),
+        (None, 0, "fora:3"),
+        (5, None, "fora:5"),
+        (1, None, "none"),
+        (5, 2, "fora:5,forecast=2"),
+        (None, 2, "dense:every=3,forecast=2"),
+        (None, 1, "dense:every=3,forecast=1"),
+    ],
+)
+def test_what_stands_for_a_schedule_that_is_not_given(interval: int | None, order: int | None, expected: str) -> None:
+    assert usual_text(interval, order) == expected
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [("none", Schedule.none(8)), ("fora:1", Schedule.none(8)), ("fora:3", Schedule.fora(8, 3))],
 )
@@ -117,11 +150,17 @@ KNOWN = r"none, fora:N, even:F\[,first=K\]\[,last=K\], dense:F\[,EXPONENT\]\[,fi
         ("fora:three", "^'three' in the schedule 'fora:three' is not an integer; give the cache interval$"),
         ("fora:2:3", "^'2:3' in the schedule 'fora:2:3' is not an integer; give the cache interval$"),
         ("fora:2,3", "^'3' in the schedule 'fora:2,3' is not understood; the form is fora:N$"),
+        ("dense:18,every=3", "^the exponent of the density is 18.0; give a finite number below 1"),
+        ("dense:every=0", "^the cache interval is 0; it must be at least 1"),
+        (
+            "dense:every=x",
+            "^'every=x' in the schedule 'dense:every=x' is not an integer; give the cache interval of FORA$",
+        ),
         ("fora:2,frist=1", "^'frist=1' in the schedule 'fora:2,frist=1' is not understood; the form is fora:N$"),
         ("fora:0", r"^the cache interval is 0; it must be at least 1 \(no caching\)$"),
         ("fora:9", "^the cache interval 9 is larger than the number of steps 8; choose an interval from 1 to 8$"),
         ("none:3", "^'3' in the schedule 'none:3' is not understood; the form is none$"),
-        ("even", "^the schedule 'even' lacks the number of full steps$"),
+        ("even", "^the schedule 'even' lacks the number of full steps, or every=N for as many as fora:N has$"),
         ("even:9", "^the number of full steps is 9; give 1 to 8, the number of steps$"),
         ("even:0", "^the number of full steps is 0; give 1 to 8, the number of steps$"),
         ("even:4,first=x", "^'first=x' in the schedule 'even:4,first=x' is not an integer; give the number of full"),

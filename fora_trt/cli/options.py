@@ -13,7 +13,7 @@ import click
 from fora_trt.cli.terminal import bar, say
 from fora_trt.errors import InputError
 from fora_trt.plan import HIGHEST_ORDER
-from fora_trt.schedule import DEFAULT_INTERVAL, fora_text, with_forecast
+from fora_trt.schedule import DEFAULT_INTERVAL, fora_text, preset, usual_text, with_forecast
 
 if TYPE_CHECKING:
     from fora_trt.pipeline import Pipeline
@@ -92,6 +92,19 @@ class Words(click.ParamType[tuple[str, ...]]):
         return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(",") if part)
 
 
+class Schedulers(Words):
+    """A list of schedulers; the settings of one, `dpm-solver++:order=3,spacing=lu`, contain commas too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        joined: list[str] = []
+        for word in super().convert(value, param, ctx):
+            if joined and "=" in word and ":" not in word:
+                joined[-1] += f",{word}"
+            else:
+                joined.append(word)
+        return tuple(joined)
+
+
 PRECISION = click.Choice(["fp32", "fp16", "bf16"])
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 BACKEND = click.option("--backend", default="auto", help="auto, or a name that 'fora-trt doctor' lists.")
@@ -131,7 +144,7 @@ BATCH_SIZE = click.option(
 )
 SCHEDULER = click.option(
     "--scheduler",
-    help="ddim, ddpm, dpm-solver++, ... or a diffusers class.  [default: the model's own]",
+    help="ddim, ddpm, dpm-solver++:order=3,spacing=lu, ... or a diffusers class.  [default: the model's own]",
     show_default=False,
 )
 TIMESTEP_SPACING = click.option(
@@ -185,12 +198,17 @@ def schedule_of(cache_interval: int | None, schedule: str | None, forecast: int 
     """The text form of the schedule given by --cache-interval or --schedule, with the order given by --forecast."""
     if cache_interval is not None and schedule is not None:
         raise InputError("--cache-interval and --schedule exclude each other; give one of them")
-    return with_forecast(schedule or fora_text(cache_interval or DEFAULT_INTERVAL), forecast)
+    return usual_text(cache_interval, forecast) if schedule is None else with_forecast(schedule, forecast)
 
 
-def schedules_of(cache_intervals: Sequence[int], schedules: Sequence[str]) -> list[str]:
-    """The text forms of all schedules given by --cache-intervals and --schedule, without duplicates."""
-    return list(dict.fromkeys([*map(fora_text, cache_intervals), *schedules]))
+def schedules_of(cache_intervals: Sequence[int], schedules: Sequence[str], forecast: int = 0) -> list[str]:
+    """The text forms of all schedules given by --cache-intervals, --forecast and --schedule, without duplicates.
+
+    With a forecast, each interval also stands for a preset with as many full steps.
+    """
+    fora = list(map(fora_text, cache_intervals))
+    forecasts = [preset(interval, forecast) for interval in cache_intervals if forecast and interval > 1]
+    return list(dict.fromkeys([*fora, *forecasts, *schedules]))
 
 
 def grouped(name: str, *options: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,7 +267,8 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--forecast",
             type=click.IntRange(0, HIGHEST_ORDER),
-            help="Order in which reuse steps extrapolate: 1 linear, 2 quadratic, 3 cubic; 0 is FORA.  [default: 0]",
+            help="Order in which reuse steps extrapolate: 1 linear, 2 quadratic, 3 cubic; 0 is FORA. Alone it also "
+            f"places the full steps: dense:every={DEFAULT_INTERVAL}.  [default: 0]",
             show_default=False,
         ),
         GUIDANCE_SCALE,

@@ -21,25 +21,33 @@ from fora_trt.cli.options import (
     SEED,
     VAE,
     Numbers,
-    Words,
+    Schedulers,
     conditioning_in_turn,
     grouped,
     pipeline_of,
     schedules_of,
 )
 from fora_trt.cli.terminal import print_found, watched
+from fora_trt.plan import HIGHEST_ORDER
+from fora_trt.schedule import USUAL_ORDER
 
 
 @click.command()
 @BUNDLE
 @click.option("--num-images", type=click.IntRange(min=2), default=1000, help="Number of images per setting.")
 @click.option("--cache-intervals", type=Numbers(), default="2,3,5", help="Cache intervals to compare with no caching.")
+@click.option(
+    "--forecast",
+    type=click.IntRange(0, HIGHEST_ORDER),
+    default=USUAL_ORDER,
+    help="Order of a forecast to compare at each cache interval, with as many full steps (dense:every=N); 0: none.",
+)
 @SCHEDULES
 @click.option("--steps", type=Numbers(), default="50", help="Numbers of denoising steps to compare.")
 @click.option(
     "--schedulers",
-    type=Words(),
-    help="Schedulers to compare, such as ddim,dpm-solver++.  [default: the model's own]",
+    type=Schedulers(),
+    help="Schedulers to compare, such as ddim,dpm-solver++:order=3.  [default: the model's own]",
 )
 @INPUTS_IN_TURN
 @grouped("settings", GUIDANCE_SCALE, BATCH_SIZE, BACKEND, DEVICE, ENGINES, VAE)
@@ -57,6 +65,12 @@ from fora_trt.cli.terminal import print_found, watched
         help="Reference images for a Fréchet distance: a .npz file in the layout of the ADM evaluator.",
     ),
 )
+@click.option(
+    "--truth-steps",
+    type=click.IntRange(min=2),
+    help="Also compare with a fine solution of so many steps, such as 250.  [default: none]",
+    show_default=False,
+)
 @click.option("--min-psnr", type=float, default=30.0, help="Smallest PSNR of the recommended setting, in dB.")
 @click.option("--no-images", is_flag=True, help="Keep only the image grid, not the images of every setting.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
@@ -66,6 +80,7 @@ def quality(
     bundle: Path,
     num_images: int,
     cache_intervals: tuple[int, ...],
+    forecast: int,
     schedules: tuple[str, ...],
     steps: tuple[int, ...],
     schedulers: tuple[str, ...] | None,
@@ -73,6 +88,7 @@ def quality(
     settings: dict[str, Any],
     seed: int,
     compared: dict[str, Path | None],
+    truth_steps: int | None,
     min_psnr: float,
     no_images: bool,
     out: Path,
@@ -81,9 +97,9 @@ def quality(
 ) -> None:
     """Measure how much caching changes images: every setting against no caching, from the same noise.
 
-    Each cached setting is paired with an equal-time control: fewer steps, no caching. A class-conditional model cycles
-    through all its classes. Writes a report, an image grid, and the images of every setting to --out. An interrupted
-    measurement continues with --resume.
+    Compares FORA, forecasts and your schedules with an equal-time control: fewer steps, no caching, with the best of
+    several solvers. A class-conditional model cycles through all its classes. Writes a report, an image grid, and the
+    images of every setting to --out. An interrupted measurement continues with --resume.
 
     \b
     Examples:
@@ -104,9 +120,10 @@ def quality(
         images=num_images,
         schedulers=schedulers or (None,),
         steps=steps,
-        schedules=tuple(schedules_of(cache_intervals, schedules)),
+        schedules=tuple(schedules_of(cache_intervals, schedules, forecast if pipeline.manifest.can_forecast else 0)),
         seed=seed,
         keep_images=not no_images,
+        truth_steps=truth_steps,
     )
     given = conditioning_in_turn(pipeline, wanted, num_images)
     watch = watched("comparing", as_json)

@@ -109,7 +109,7 @@ def _figures(bundle: Path, pipeline: Pipeline, made: PipelineOutput) -> dict[str
         "bundle": str(bundle),
         "backend": pipeline.backend.name,
         "device": str(pipeline.device),
-        "scheduler": type(made.sampling.scheduler).__name__,
+        "scheduler": made.sampling.name,
         "images": images,
         "batch_size": made.batch_size,
         "guidance_scale": made.guidance.scale,

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from fora_trt import __version__
 from fora_trt.errors import InputError, ScheduleError
-from fora_trt.evaluate.solvers import SOLVERS, solvers_for
+from fora_trt.evaluate.solvers import SOLVERS, best_solver
 from fora_trt.files import Record, write_whole
+from fora_trt.metrics import latent_psnr
 from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.sampling.schedulers import SchedulerChoice
 from fora_trt.schedule import NONE, Schedule
 
 BUDGET = 9.5
@@ -101,9 +103,10 @@ class Trials:
         self._references: dict[int, Tensor] = {}
         self._charged: set[str | int] = set()
 
-    def psnr(self, sampling: Sampling, images: Sequence[int], label: str = "") -> float:
+    def psnr(self, sampling: Sampling, images: Sequence[int]) -> float:
         """Mean PSNR in dB of these images."""
-        key = f"{label or sampling.schedule.digest()} on {len(images)} from {images[0]}"
+        what = f"{sampling.name}, {sampling.steps}, {sampling.schedule.digest()}"
+        key = f"{what} on {len(images)} from {images[0]}"
         self._charge(key, len(images) * sampling.schedule.full_steps)
         for image in images:
             self._charge(image, self.plain.nfe)
@@ -112,7 +115,9 @@ class Trials:
             if missing:
                 self._references |= zip(missing, self._latents(self.plain, missing), strict=True)
             reference = torch.stack([self._references[image] for image in images])
-            self.known[key] = psnr(self._latents(sampling, images), reference, self._pipeline.manifest.latents.pixels)
+            self.known[key] = float(
+                latent_psnr(self._latents(sampling, images), reference, self._pipeline.manifest.latents.pixels).mean()
+            )
         return self.known[key]
 
     def _latents(self, sampling: Sampling, images: Sequence[int]) -> Tensor:
@@ -127,15 +132,6 @@ class Trials:
         if what not in self._charged:
             self._charged.add(what)
             self.spent += evaluations / (self.plain.nfe * self._wanted.images)
-
-
-def psnr(latents: Tensor, reference: Tensor, pixels: bool) -> float:
-    """Mean over the images of the PSNR in dB; the peak of pixels is 2 (from -1 to 1), else the reference's range."""
-    if pixels:
-        latents, reference = latents.clamp(-1, 1), reference.clamp(-1, 1)
-    peak = 2.0 if pixels else float(reference.max() - reference.min())
-    errors = (latents.double() - reference.double()).square().flatten(1).mean(1).clamp_min(1e-20 * peak**2)
-    return float((10 * torch.log10(peak**2 / errors)).mean())
 
 
 @dataclass(frozen=True)
@@ -268,7 +264,7 @@ class Calibration:
     def _reserve(self) -> float:
         """What the stages after the search take."""
         share = self._full_steps / self.plain.nfe
-        rows, on_few = FINALISTS + len(self._rivals()) + 2, len(SOLVERS) * len(self._few) / self.wanted.images
+        rows, on_few = FINALISTS + len(self._rivals()) + 2, (1 + len(SOLVERS)) * len(self._few) / self.wanted.images
         return 2.0 + (rows + on_few) * share
 
     def _rivals(self) -> list[Schedule]:
@@ -287,10 +283,8 @@ class Calibration:
             report(f"measuring {rival.text} on other images")
             rows.append(self._row(rival.text, self.plain.with_schedule(rival)))
         report("choosing the best solver for as many evaluations")
-        solvers = dict(solvers_for(self.pipeline, self._full_steps))
-        on_few = {label: self.trials.psnr(one, self._few, f"{label}, {one.steps}") for label, one in solvers.items()}
-        chosen = max(on_few, key=lambda label: on_few[label])
-        rows.append(self._row(chosen, solvers[chosen]))
+        best = best_solver(self.pipeline, self._full_steps, lambda one: self.trials.psnr(one, self._few))
+        rows.append(self._row(SchedulerChoice.from_text(best.name).label, best))
         return self._calibrated(rows)
 
     def so_far(self) -> Calibrated:
@@ -311,8 +305,7 @@ class Calibration:
         )
 
     def _row(self, label: str, sampling: Sampling) -> Compared:
-        known = f"{label}, {sampling.steps}" if sampling.schedule.text == NONE else ""
-        found = self.trials.psnr(sampling, self._others, known)
+        found = self.trials.psnr(sampling, self._others)
         return Compared(
             label=label, steps=sampling.steps, full_steps=sampling.schedule.full_steps, psnr=round(found, 2)
         )

@@ -1,23 +1,24 @@
-"""Settings to compare: schedulers, numbers of steps and schedules, each with an equal-time control.
+"""Settings to compare: schedulers, numbers of steps and schedules, and their equal-time controls.
 
-The control of a cached setting uses the same scheduler without caching and with fewer steps, chosen to take the same
-time.
+The control of a cached setting takes the same time without caching, with fewer steps.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fora_trt.errors import InputError
+from fora_trt.errors import InputError, ScheduleError
 from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.plan import HIGHEST_ORDER
-from fora_trt.report.results import Setting
+from fora_trt.report.results import CALIBRATED, FORA, FORECAST, PLAIN, Setting
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.scheduler_step import timesteps_of
-from fora_trt.schedule import NONE, Schedule
+from fora_trt.sampling.schedulers import SchedulerChoice
+from fora_trt.schedule import NONE, Schedule, is_file
 
 PILOT_WINDOWS, PILOT_REPEATS = 3, 3
 LONGEST_PILOT = 8  # longest window in a pilot run, in steps; it stands for longer windows too
@@ -34,11 +35,12 @@ class Candidate:
     def of(cls, sampling: Sampling, control_of: str | None = None) -> Candidate:
         """The candidate of a scheduler and schedule; with `control_of` it is the control of that schedule."""
         setting = Setting(
-            scheduler=type(sampling.scheduler).__name__,
+            scheduler=sampling.name,
             steps=sampling.steps,
             nfe=sampling.nfe,
             full_steps=sampling.schedule.full_steps,
             schedule=sampling.schedule.text,
+            method=method_of(sampling.schedule),
             control_of=control_of,
         )
         return cls(setting, sampling)
@@ -49,27 +51,54 @@ class Candidate:
         return self.setting.scheduler, self.setting.steps
 
 
+def method_of(schedule: Schedule) -> str:
+    """What the reuse steps of a schedule do: nothing, FORA, a forecast, or what a calibration found."""
+    if not schedule.caches:
+        return PLAIN
+    if schedule.made_from:
+        return CALIBRATED
+    return FORECAST if schedule.depth > 1 else FORA
+
+
 def candidates_of(
     pipeline: Pipeline, schedulers: Sequence[str | None], steps: Sequence[int], schedules: Sequence[str]
 ) -> list[Candidate]:
     """Every scheduler at every number of steps: first without caching, then with each schedule.
 
-    None is the model's own scheduler. Duplicates are dropped. Raises `InputError` for an unknown scheduler,
-    `ScheduleError` for a schedule that does not fit the steps.
+    None is the model's own scheduler. Duplicates are dropped. A schedule file belongs to one scheduler and one number
+    of steps, and is compared there alone. Raises `InputError` for an unknown scheduler, `ScheduleError` for a schedule
+    that does not fit the steps and for a file that fits nowhere.
     """
-    found = {type(one).__name__: one for one in map(pipeline.scheduler_named, schedulers)}
-    candidates: list[Candidate] = []
-    for scheduler in found.values():
-        for number in dict.fromkeys(steps):
-            plain = Sampling.of(scheduler, number)
-            cached = [text for text in dict.fromkeys(schedules) if text != NONE]
-            candidates += [Candidate.of(plain), *(Candidate.of(plain.with_schedule(text)) for text in cached)]
-    return candidates
+    named = {pipeline.scheduler_text(name): name for name in schedulers}
+    groups = [pipeline.uncached(name, number) for name in named.values() for number in dict.fromkeys(steps)]
+    cached = [_fitting(pipeline, text, groups) for text in dict.fromkeys(schedules) if text != NONE]
+    return [
+        Candidate.of(one)
+        for number, plain in enumerate(groups)
+        for one in (plain, *(fitting[number] for fitting in cached if number in fitting))
+    ]
+
+
+def _fitting(pipeline: Pipeline, text: str, groups: Sequence[Sampling]) -> dict[int, Sampling]:
+    """The groups with this schedule, by their number; a file fits some of them."""
+    found, problem = {}, None
+    for number, plain in enumerate(groups):
+        try:
+            found[number] = plain.with_schedule(text)
+            pipeline.check_model(found[number].schedule)
+        except ScheduleError as error:  # noqa: PERF203 # each may be one that the file is not for
+            if not is_file(text):
+                raise
+            problem = error
+    if not found and problem is not None:
+        raise problem
+    return found
 
 
 def control_of(candidate: Candidate, steps: int) -> Candidate:
-    """The control of a cached candidate, with this number of steps."""
-    return Candidate.of(Sampling.of(candidate.sampling.scheduler, steps), candidate.setting.schedule)
+    """The control of a cached candidate with the same scheduler and this number of steps."""
+    sampling = candidate.sampling
+    return Candidate.of(Sampling.of(sampling.scheduler, steps, name=sampling.name), candidate.setting.schedule)
 
 
 def steps_at_equal_time(candidate: Candidate, full_steps: float) -> int:
@@ -87,28 +116,44 @@ def steps_at_equal_time(candidate: Candidate, full_steps: float) -> int:
     return min(supported, key=lambda steps: supported[steps])
 
 
-def controls_of(candidates: Sequence[Candidate], reuse_shares: Mapping[str, float]) -> list[int]:
-    """The number of steps of each candidate's control; 0 for a candidate without caching.
+def paces_of(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """The cached candidates that take about the same time: of one group, with equally many full steps."""
+    paces: dict[tuple[object, ...], list[Candidate]] = {}
+    for one in candidates:
+        if one.setting.caches:
+            paces.setdefault((one.group, one.setting.full_steps), []).append(one)
+    return [*paces.values()]
+
+
+def evaluations_of(pace: Sequence[Candidate], reuse_shares: Mapping[str, float]) -> int:
+    """The number of evaluations without caching that takes as long as the slowest of these candidates.
 
     `reuse_shares` has, by schedule, the time of a reuse step divided by the time of a full step.
     """
-    steps = []
+    times = [
+        one.setting.full_steps + (one.setting.nfe - one.setting.full_steps) * reuse_shares[one.setting.schedule]
+        for one in pace
+    ]
+    return max(1, round(max(times)))
+
+
+def with_controls(candidates: Sequence[Candidate], controls: Sequence[Sampling]) -> list[Candidate]:
+    """The candidates by group and pace, each pace followed by its control; `controls` has one for each pace.
+
+    A control that several paces share comes after the first of them.
+    """
+    made: set[tuple[str, int]] = set()
+    ordered: dict[tuple[str, int], list[Candidate]] = {}
     for one in candidates:
-        setting = one.setting
-        time = setting.full_steps + (setting.nfe - setting.full_steps) * reuse_shares.get(setting.schedule, 1.0)
-        steps.append(steps_at_equal_time(one, time) if setting.caches else 0)
-    return steps
-
-
-def with_controls(candidates: Sequence[Candidate], steps: Sequence[int]) -> list[Candidate]:
-    """The candidates by group, each group followed by its controls; `steps` has the steps of each control."""
-    groups: dict[tuple[str, int], list[Candidate]] = {}
-    controls: dict[tuple[str, int], list[Candidate]] = {}
-    for one, number in zip(candidates, steps, strict=True):
-        groups.setdefault(one.group, []).append(one)
-        if number:
-            controls.setdefault(one.group, []).append(control_of(one, number))
-    return [one for key, group in groups.items() for one in (*group, *controls.get(key, []))]
+        ordered.setdefault(one.group, [])
+        if not one.setting.caches:
+            ordered[one.group].append(one)
+    for pace, control in zip(paces_of(candidates), controls, strict=True):
+        ordered[pace[0].group] += pace
+        if (control.name, control.steps) not in made:
+            made.add((control.name, control.steps))
+            ordered[pace[0].group].append(Candidate.of(control, pace[0].setting.schedule))
+    return [one for group in ordered.values() for one in group]
 
 
 def reuse_share_of(pipeline: Pipeline, candidate: Candidate, conditioning: Conditioning, guidance: Guidance) -> float:
@@ -139,12 +184,12 @@ def reuse_share_of(pipeline: Pipeline, candidate: Candidate, conditioning: Condi
 
 def file_name_of(setting: Setting) -> str:
     """A file name without suffix, unique for each setting."""
-    scheduler = setting.scheduler.removesuffix("Scheduler").lower()
+    scheduler = _in_a_name(SchedulerChoice.from_text(setting.scheduler).label)
     control = "" if setting.control_of is None else f"-for-{_in_a_name(setting.control_of)}"
     caching = _in_a_name(setting.schedule) if setting.caches else "no-cache"
     return f"{scheduler}-{setting.steps}-steps-{caching}{control}"
 
 
-def _in_a_name(schedule: str) -> str:
-    """The text of a schedule with all characters but letters, digits, dots and hyphens replaced by hyphens."""
-    return "".join(sign if sign.isalnum() or sign in ".-" else "-" for sign in schedule)
+def _in_a_name(text: str) -> str:
+    """The text of a schedule or scheduler with hyphens in place of all other signs than letters, digits and dots."""
+    return re.sub(r"[^a-zA-Z0-9.]+", "-", text).strip("-")

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from fora_trt.evaluate.bench import Timing
-from fora_trt.evaluate.calibrate import psnr
 from fora_trt.images.sheet import SheetRow, comparison_sheet
+from fora_trt.metrics import latent_psnr
 from fora_trt.pipeline import Pipeline
 from fora_trt.report.results import BenchRow
 from fora_trt.schedule import Schedule
@@ -59,7 +59,7 @@ def shown_of(pipeline: Pipeline, timings: Sequence[Timing], rows: Sequence[Bench
     """The timed rows with their images; all are compared with the first row."""
     found, pixels = [], pipeline.manifest.latents.pixels
     for timing, row in zip(timings, rows, strict=True):
-        close = psnr(timing.latents, timings[0].latents, pixels)
+        close = float(latent_psnr(timing.latents, timings[0].latents, pixels).mean())
         levels = pipeline.decoder.levels(timing.latents, torch.device("cpu"))
         found.append(Shown(row, levels, close if close < SAME else None))
     return found

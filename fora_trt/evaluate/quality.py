@@ -21,24 +21,28 @@ from fora_trt.bundle import Manifest
 from fora_trt.errors import InputError
 from fora_trt.evaluate.candidates import candidates_of, file_name_of
 from fora_trt.evaluate.features import Extractor, extractor_for, reference_pictures
-from fora_trt.evaluate.rounds import Arrays, Rounds
+from fora_trt.evaluate.rounds import CHOSEN_ON, Arrays, Rounds
 from fora_trt.evaluate.work_folder import WorkFolder, work_folder
 from fora_trt.files import Record, sha256_of, write_whole
 from fora_trt.images.grid import grid
 from fora_trt.images.save import save_image
-from fora_trt.pipeline import Pipeline
+from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.report.page import GRID, WORK
 from fora_trt.report.results import About, Quality, QualityRow, Setting
 from fora_trt.report.tables import labels
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.loop import Watch
+from fora_trt.sampling.schedulers import SchedulerChoice, fine_solver
 
 FINISHED = "quality.json"
 IN_GRID = 8  # images
 
 
 class QualityOptions(Record):
-    """The settings to compare, and the number of images. The scheduler None is the model's own."""
+    """The settings to compare, and the number of images. The scheduler None is the model's own.
+
+    With `truth_steps` all settings are also compared with so many steps of DDIM (flow matching: Euler).
+    """
 
     images: int
     schedulers: tuple[str | None, ...] = (None,)
@@ -46,6 +50,7 @@ class QualityOptions(Record):
     schedules: tuple[str, ...] = ("fora:2", "fora:3", "fora:5")
     seed: int = 0
     keep_images: bool = True
+    truth_steps: int | None = None
 
 
 class _Settings(QualityOptions):
@@ -90,6 +95,7 @@ def measure_quality(
     pipeline.decoder  # noqa: B018 # raises for a missing VAE before anything is computed
     candidates = candidates_of(pipeline, options.schedulers, options.steps, options.schedules)
     guidance = pipeline.guidance(conditioning, candidates[0].sampling)
+    solution = None if options.truth_steps is None else _solution(pipeline, options)
     extractor = extractor_for(manifest, inception_weights, pipeline.device)
     pictures = None if reference is None else reference_pictures(reference, shape)
     if pictures is not None and extractor is None:
@@ -124,6 +130,7 @@ def measure_quality(
             seed=options.seed,
             extractor=extractor,
             shape=shape,
+            solution=solution,
         )
         shares = rounds.plan(work)
         rounds.run(work, watch)
@@ -135,8 +142,11 @@ def measure_quality(
             device=settings.device,
             images=options.images,
             guidance_scale=guidance.scale,
+            solution=None
+            if solution is None
+            else f"{solution.steps} steps of {SchedulerChoice.from_text(solution.name).label}",
             features=None if extractor is None else extractor.name,
-            notes=_notes(manifest, shares, same, shape, extractor, fewest),
+            notes=_notes(manifest, shares, same, shape, extractor, fewest, options.images),
             rows=rows,
             grid=GRID,
         )
@@ -148,6 +158,16 @@ def measure_quality(
 def _check(options: QualityOptions) -> None:
     if options.images < 2:
         raise InputError(f"the number of images is {options.images}; a comparison of image sets needs at least 2")
+
+
+def _solution(pipeline: Pipeline, options: QualityOptions) -> Sampling:
+    """The sampling of the fine solution. Raises `InputError` unless it has more steps than the settings."""
+    steps = options.truth_steps or 0
+    if steps <= max(options.steps):
+        raise InputError(
+            f"the fine solution has {steps} steps; give more than the {max(options.steps)} steps of the settings"
+        )
+    return pipeline.uncached(fine_solver(pipeline.bundle.scheduler_config), steps)
 
 
 def _remove_halves(folder: Path) -> None:
@@ -244,14 +264,16 @@ def _notes(
     shape: tuple[int, ...] | None,
     extractor: Extractor | None,
     fewest: int,
+    images: int,
 ) -> tuple[str, ...]:
     """Notes for the report: metrics that were not measured and why, and remarks on those that were."""
     notes = []
     if shares:
         by_schedule = ", ".join(f"{share:.1%} with {schedule}" for schedule, share in shares.items())
         notes.append(
-            f"equal-time controls: their numbers of steps follow from a pilot run, in which a reuse step took this "
-            f"fraction of the time of a full step: {by_schedule}"
+            f"equal-time controls: each is the best of several solver settings on {min(CHOSEN_ON, images)} images; the "
+            f"numbers of steps follow from a pilot run, in which a reuse step took this fraction of the time of a full "
+            f"step: {by_schedule}"
         )
     if any(same[1:]):
         counts = ", ".join(map(str, same[1:]))

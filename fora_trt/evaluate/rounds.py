@@ -1,7 +1,7 @@
 """The computation of `quality`: for each batch, every setting in turn from the same noise.
 
 Each batch becomes one part of a work folder. Shapes: B images of a batch, S steps; C, H, W are channels, height and
-width of the latents; pictures are (B, H, W, channels), integers from 0 to 255.
+width of the latents; pictures are (B, H, W, channels), levels from 0 to 255 before they are rounded.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fora_trt import metrics
 from fora_trt.contract import CLASS_LABELS
-from fora_trt.evaluate.candidates import Candidate, controls_of, reuse_share_of, with_controls
+from fora_trt.evaluate.candidates import Candidate, evaluations_of, paces_of, reuse_share_of, with_controls
 from fora_trt.evaluate.features import Extractor
+from fora_trt.evaluate.solvers import best_solver
 from fora_trt.evaluate.work_folder import WorkFolder
-from fora_trt.pipeline import Pipeline
+from fora_trt.images.decode import rounded
+from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.report.results import Setting
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
@@ -29,6 +31,7 @@ from fora_trt.sampling.loop import Sampler, Trajectory, Watch
 
 PILOT, FIRST_BATCH = 0, 1  # numbers of parts; the parts of the reference images follow those of the batches
 REFERENCE_AT_ONCE = 256  # images
+CHOSEN_ON = 16  # images on which the solver of a control is chosen
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -48,33 +51,55 @@ class Rounds:
         seed: int,
         extractor: Extractor | None,
         shape: tuple[int, ...] | None,
+        solution: Sampling | None = None,
     ) -> None:
         self.candidates, self.extractor, self.batch_size = list(candidates), extractor, batch_size
         self.batches = [range(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
         self._pipeline, self._conditioning, self._guidance, self._seed = pipeline, conditioning, guidance, seed
-        self.metrics = metrics.measured_each(shape)
+        self._solution = solution
+        self.metrics = metrics.measured_each(shape, solution is not None)
         self._each = {name: one.each(pipeline.device) for name, one in self.metrics.items() if one.each is not None}
         self._samplers: dict[Setting, Sampler] = {}
 
     def plan(self, work: WorkFolder) -> dict[str, float]:
         """Add the equal-time controls; return, by schedule, the time of a reuse step divided by that of a full step.
 
-        The times are from a pilot run, whose result is kept in the work folder for `--resume`. Empty without caching.
+        Times are from a pilot run. A control is the solver setting that comes closest to the fine solution, or to no
+        caching if there is none, on the first images. The results of the pilot are kept in the work folder for
+        `--resume`. Empty without caching.
         """
-        pilots: dict[str, Candidate] = {}
-        for one in self.candidates:
-            if one.setting.caches:
-                pilots.setdefault(one.setting.schedule, one)
-        if not pilots:
+        cached = [one for one in self.candidates if one.setting.caches]
+        if not cached:
             return {}
+        pilots = {one.setting.schedule: one for one in cached}
         if not work.has(PILOT):
             given = self._given(self.batches[0])
             shares = {n: reuse_share_of(self._pipeline, one, given, self._guidance) for n, one in pilots.items()}
-            steps = controls_of(self.candidates, shares)
-            work.write(PILOT, {"shares": numpy.array([*shares.values()]), "steps": numpy.array(steps)})
+            chosen = self._solvers([evaluations_of(pace, shares) for pace in paces_of(cached)])
+            names, steps = [one.name for one in chosen], [one.steps for one in chosen]
+            arrays = {"shares": [*shares.values()], "solvers": names, "steps": steps}
+            work.write(PILOT, {name: numpy.array(values) for name, values in arrays.items()})
         found = work.read(PILOT)
-        self.candidates = with_controls(self.candidates, found["steps"].tolist())
+        controls = map(self._pipeline.uncached, found["solvers"].tolist(), found["steps"].tolist())
+        self.candidates = with_controls(self.candidates, [*controls])
         return dict(zip(pilots, found["shares"].tolist(), strict=True))
+
+    def _solvers(self, evaluations: Sequence[int]) -> list[Sampling]:
+        """The best solver setting for each of these numbers of evaluations, on the first images."""
+        images = range(min(CHOSEN_ON, self.batches[0].stop))
+        given, seeds = self._given(images), self._seeds(images)
+
+        def latents(sampling: Sampling) -> Tensor:
+            return self._pipeline.sampler(sampling)(given, seeds, self._guidance).latents
+
+        reference = latents(self._solution or self.candidates[0].sampling)
+        pixels = self._pipeline.manifest.latents.pixels
+
+        def psnr(sampling: Sampling) -> float:
+            return float(metrics.latent_psnr(latents(sampling), reference, pixels).mean())
+
+        best = {number: best_solver(self._pipeline, number, psnr) for number in {*evaluations}}
+        return [best[number] for number in evaluations]
 
     def run(self, work: WorkFolder, watch: Watch = iter) -> None:
         """Compute every batch that is missing; `watch` wraps (batch, setting) pairs, for a progress bar."""
@@ -116,24 +141,31 @@ class Rounds:
         """Results of every setting for these images; the key of an array is `SETTING_NUMBER.NAME`."""
         given, arrays = self._given(images), {}
         plain: dict[tuple[str, int], Tensor] = {}  # (S, B, C, H, W) without caching
-        reference = None
+        references: dict[bool, Tensor] = {}  # the pictures without caching, and those of the fine solution
+        if self._solution is not None:
+            fine = self._pipeline.sampler(self._solution)(given, self._seeds(images), self._guidance)
+            references[True] = self._pictures(fine)
         for turn in turns:
             candidate = self.candidates[turn]
             done, steps = self._observed(candidate, given, images)
-            pictures = self._pipeline.decoder.levels(done.latents, self._pipeline.device)
-            reference = pictures if reference is None else reference
-            each = self._figures(pictures, reference)
+            pictures = self._pictures(done)
+            references.setdefault(False, pictures)
+            each = self._figures(pictures, references)
             if candidate.setting.control_of is None:
                 each["latent_errors"] = metrics.relative_errors(steps, plain.setdefault(candidate.group, steps)).numpy()
             each["seconds"] = numpy.array([done.seconds / len(images)])
             arrays.update({f"{turn}.{name}": array for name, array in each.items()})
         return arrays
 
-    def _figures(self, pictures: Tensor, reference: Tensor) -> Arrays:
-        each = {"pictures": pictures} | {name: of(pictures, reference) for name, of in self._each.items()}
+    def _pictures(self, done: Trajectory) -> Tensor:
+        return self._pipeline.decoder.pictures(done.latents, self._pipeline.device)
+
+    def _figures(self, pictures: Tensor, references: dict[bool, Tensor]) -> Arrays:
+        each = {"pictures": rounded(pictures)}
+        each |= {n: of(pictures, references[self.metrics[n].to_solution]) for n, of in self._each.items()}
         if self.extractor is not None:
-            each["features"] = self.extractor.features(pictures)
-            if (classes := self.extractor.classes(pictures)) is not None:
+            each["features"] = self.extractor.features(each["pictures"])
+            if (classes := self.extractor.classes(each["pictures"])) is not None:
                 each["classes"] = classes
         return {name: tensor.numpy() for name, tensor in each.items()}
 

@@ -43,7 +43,6 @@ class SampleSettings(Record):
     conditioning: str
     seed: int
     scheduler: str
-    timestep_spacing: str | None
     steps: int
     schedule: str
     plan: str
@@ -81,8 +80,7 @@ class SampleSet:
             num_images=num_images,
             conditioning=given.digest(),
             seed=seed,
-            scheduler=type(sampling.scheduler).__name__,
-            timestep_spacing=config.timestep_spacing,
+            scheduler=sampling.name,
             steps=sampling.steps,
             schedule=sampling.schedule.text,
             plan=sampling.schedule.digest(),

@@ -5,67 +5,47 @@ A control that is a badly set solver proves nothing, so several settings are tri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from diffusers import SchedulerMixin
+from collections.abc import Callable, Iterator
 
 from fora_trt.errors import InputError
 from fora_trt.pipeline import Pipeline, Sampling
-from fora_trt.sampling.schedulers import FLOW_SHORT_NAMES, scheduler_from_config
+from fora_trt.sampling.schedulers import is_flow_config
 
-
-@dataclass(frozen=True)
-class Solver:
-    """A scheduler with settings: the short name or diffusers class, and arguments that replace those of the model."""
-
-    label: str
-    scheduler: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-LU, TRAILING = {"use_lu_lambdas": True}, {"timestep_spacing": "trailing"}
-SECOND, THIRD = {"solver_order": 2}, {"solver_order": 3}
 SOLVERS = (
-    Solver("DDIM", "ddim"),
-    Solver("DDIM, trailing", "ddim", TRAILING),
-    Solver("DPM-Solver++ 2", "dpm-solver++", SECOND),
-    Solver("DPM-Solver++ 2, trailing", "dpm-solver++", SECOND | TRAILING),
-    Solver("DPM-Solver++ 2, Lu spacing", "dpm-solver++", SECOND | LU),
-    Solver("DPM-Solver++ 3, trailing", "dpm-solver++", THIRD | TRAILING),
-    Solver("DPM-Solver++ 3, Lu spacing", "dpm-solver++", THIRD | LU),
-    Solver("UniPC", "unipc"),
-    Solver("UniPC, trailing", "unipc", TRAILING),
+    "ddim",
+    "ddim:spacing=trailing",
+    "dpm-solver++:order=2",
+    "dpm-solver++:order=2,spacing=trailing",
+    "dpm-solver++:order=2,spacing=lu",
+    "dpm-solver++:order=3,spacing=trailing",
+    "dpm-solver++:order=3,spacing=lu",
+    "unipc",
+    "unipc:spacing=trailing",
 )
-"""Solver settings for models that predict noise. Lu spacing: timesteps of arXiv 2206.00927, uniform in log-SNR."""
+"""Solver settings for models that predict noise."""
 
-FLOW_SOLVERS = (Solver("Euler", "euler"), Solver("Heun", "heun"))
+FLOW_SOLVERS = ("euler", "heun")
 """Solver settings for models that were trained by flow matching."""
 
 
-def solvers_for(pipeline: Pipeline, nfe: int) -> Iterator[tuple[str, Sampling]]:
-    """Label and sampling, without caching, of every solver setting that the model admits.
+def solvers_for(pipeline: Pipeline, nfe: int) -> Iterator[Sampling]:
+    """The scheduler of the pipeline and all solver settings that the model admits, without caching.
 
-    The number of steps is the largest that needs at most `nfe` evaluations.
+    The number of steps is the largest that needs at most `nfe` evaluations; a setting that needs more is left out.
     """
-    config = pipeline.bundle.scheduler_config
-    flows = str(config.get("_class_name")) in FLOW_SHORT_NAMES.values()
-    for solver in FLOW_SOLVERS if flows else SOLVERS:
+    given = FLOW_SOLVERS if is_flow_config(pipeline.bundle.scheduler_config) else SOLVERS
+    texts = {pipeline.scheduler_text(text): text for text in (*given, pipeline.config.scheduler)}
+    for text in texts.values():
         for steps in range(nfe, 0, -1):
             try:
-                sampling = Sampling.of(_scheduler_of(pipeline, solver), steps)
+                sampling = pipeline.uncached(text, steps)
             except InputError:
                 continue
             if sampling.nfe <= nfe:
-                yield solver.label, sampling
+                yield sampling
                 break
 
 
-def _scheduler_of(pipeline: Pipeline, solver: Solver) -> SchedulerMixin:
-    learned = pipeline.manifest.latents.learned_sigma
-    made = scheduler_from_config(pipeline.bundle.scheduler_config, solver.scheduler, learned)
-    unset = made.config.get("_use_default_values", [])  # settings of this name would be ignored
-    config = {name: value for name, value in made.config.items() if name not in (*unset, "_use_default_values")}
-    scheduler: SchedulerMixin = type(made).from_config({**config, **solver.settings})
-    return scheduler
+def best_solver(pipeline: Pipeline, nfe: int, psnr: Callable[[Sampling], float]) -> Sampling:
+    """The solver setting with the largest PSNR among those with at most `nfe` evaluations."""
+    return max(solvers_for(pipeline, nfe), key=psnr)

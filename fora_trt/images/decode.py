@@ -59,16 +59,20 @@ class Decoder:
         """One RGB or grey image for each of `latents` (B, C, H, W). Raises `InputError` for non-finite pixels."""
         return [Image.fromarray(image.squeeze(-1).numpy()) for image in self.levels(latents, device)]
 
-    @torch.inference_mode()
     def levels(self, latents: Tensor, device: torch.device) -> Tensor:
         """The same images as a tensor of integers from 0 to 255, (B, H, W, 3 or 1) in uint8 on the CPU."""
+        return rounded(self.pictures(latents, device))
+
+    @torch.inference_mode()
+    def pictures(self, latents: Tensor, device: torch.device) -> Tensor:
+        """The same images before they are rounded: levels from 0 to 255, (B, H, W, 3 or 1) in fp32 on the CPU."""
         pixels = latents if self.manifest.latents.pixels else self._decoded(latents, device)
         if not pixels.isfinite().all():
             raise InputError(
                 f"the decoded images of {self.manifest.name} are not finite, though the latents are: the VAE "
                 f"{self._where!r} overflows; give another one with --vae"
             )
-        levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        levels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
         return levels.permute(0, 2, 3, 1).cpu().contiguous()
 
     def _decoded(self, latents: Tensor, device: torch.device) -> Tensor:
@@ -105,6 +109,11 @@ class Decoder:
                     f"the VAE {self._where!r} cannot be loaded: {first_line(error)}; give another one with --vae FOLDER"
                 ) from error
         return self._vae.to(device)
+
+
+def rounded(pictures: Tensor) -> Tensor:
+    """Levels as integers, in uint8."""
+    return pictures.round().to(torch.uint8)
 
 
 def _subfolder_of_vae(where: str) -> str | None:

@@ -10,7 +10,10 @@ from fora_trt.report.results import About, Bench, Quality, QualityRow, Report
 from fora_trt.report.tables import labels
 
 AS_FAST = 0.95
-"""A setting without caching is mentioned too if it reaches this fraction of the fastest setting's speed-up."""
+"""Settings that reach this fraction of the largest speed-up count as equally fast; the closest of them is chosen."""
+
+ABOUT_AS_FAST, RIVALS = 0.1, 3
+"""Settings whose speed-up differs by at most this fraction from the chosen one's are named beside it, at most three."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Advice:
 def recommendation(report: Report, min_psnr: float) -> str:
     """The recommendation as text: a sentence with its command, and a second one if a part was not measured yet.
 
-    A setting must have a PSNR against no caching of at least `min_psnr` dB. Fewer steps without caching are a setting
-    like any other.
+    A setting must have a PSNR of at least `min_psnr` dB, to the fine solution if it was measured, else to no caching.
+    Fewer steps without caching, with the best of several solvers, are a setting like any other.
     """
     advice = advice_of(report, min_psnr)
     sentence = advice.finding + (f": {advice.command}" if advice.command else ".")
@@ -69,36 +72,36 @@ def _within(about: About, quality: Quality, min_psnr: float, also: str | None) -
         return plain.seconds_per_image / row.seconds_per_image
 
     def described(row: QualityRow) -> str:
-        loss = "no difference" if row.psnr is None else f"{row.psnr:.1f} dB"
-        return f"{names[id(row)]} ({gain(row):.2f} times as fast as no caching, {loss})"
+        return f"{names[id(row)]} ({gain(row):.2f} times as fast as no caching, {_closeness(row)})"
 
-    kept = [row for row in others if _likeness(row) >= min_psnr]
+    asked = f"{min_psnr:g} dB of PSNR{f' to {quality.solution}' if quality.solution else ''}"
+    kept = [row for row in others if row.accuracy >= min_psnr]
     if not others:
         return Advice("Only the setting without caching was measured", also=also)
     if not kept:
-        closest = max(others, key=_likeness)
-        return Advice(f"No setting keeps {min_psnr:g} dB of PSNR; the closest is {described(closest)}", also=also)
-    best = max(kept, key=gain)
-    if gain(best) <= 1:
-        return Advice(f"No setting that keeps {min_psnr:g} dB of PSNR is faster than no caching", also=also)
-    finding = f"The fastest setting that keeps {min_psnr:g} dB of PSNR is {described(best)}"
+        closest = max(others, key=lambda row: row.accuracy)
+        return Advice(f"No setting keeps {asked}; the closest is {described(closest)}", also=also)
+    fastest = max(map(gain, kept))
+    if fastest <= 1:
+        return Advice(f"No setting that keeps {asked} is faster than no caching", also=also)
+    best = max((row for row in kept if gain(row) >= AS_FAST * fastest), key=lambda row: row.accuracy)
+    finding = f"The fastest way to keep {asked} is {described(best)}"
     if not best.setting.caches:
         cached = [row for row in kept if row.setting.caches]
         rest = (
             f"the best with caching is {described(max(cached, key=gain))}" if cached else "no cached setting keeps it"
         )
         finding = f"{finding}, so caching does not pay here; {rest}"
-    rivals = [row for row in kept if not row.setting.caches and gain(row) >= AS_FAST * gain(best)]
-    rival = max(rivals, key=_likeness, default=best)
-    if best.setting.caches and _likeness(rival) > _likeness(best):
-        remark = f"Fewer steps without caching are as good a choice: {described(rival)}."
-        also = remark if also is None else f"{remark} {also}"
+    near = [row for row in others if row is not best and abs(gain(row) / gain(best) - 1) <= ABOUT_AS_FAST]
+    rivals = sorted(near, key=lambda row: -row.accuracy)[:RIVALS]
+    if rivals:
+        named = "; ".join(f"{names[id(row)]}, {_closeness(row)}" for row in rivals)
+        also = f"In about the same time: {named}.{'' if also is None else f' {also}'}"
     return Advice(finding, _command(about, quality, best), also, best, gain(best))
 
 
-def _likeness(row: QualityRow) -> float:
-    """PSNR in dB; infinite for identical images."""
-    return math.inf if row.psnr is None else row.psnr
+def _closeness(row: QualityRow) -> str:
+    return "no difference" if math.isinf(row.accuracy) else f"{row.accuracy:.1f} dB"
 
 
 def _command(about: About, quality: Quality, row: QualityRow) -> str:

@@ -9,17 +9,29 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from fora_trt.report.results import NO_CACHE, Bench, BenchRow, Quality, QualityRow, Report
-from fora_trt.report.tables import batch_sizes, labels, rows_at, scheduler_label
+from fora_trt.metrics import SOLUTION_PSNR
+from fora_trt.report.results import (
+    CALIBRATED,
+    FORA,
+    FORECAST,
+    NO_CACHE,
+    Bench,
+    BenchRow,
+    Quality,
+    QualityRow,
+    Report,
+)
+from fora_trt.report.tables import batch_sizes, labels, rows_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
-LATENCY_QUALITY, TIME_SPLIT = "latency-quality.png", "time-split.png"
-ERROR_OVER_STEPS, SPEEDUP = "error-over-steps.png", "speedup.png"
-PLOTS = (LATENCY_QUALITY, SPEEDUP, TIME_SPLIT, ERROR_OVER_STEPS)
+LATENCY_QUALITY, LATENCY_SOLUTION = "latency-quality.png", "latency-solution.png"
+ERROR_OVER_STEPS, SPEEDUP, TIME_SPLIT = "error-over-steps.png", "speedup.png", "time-split.png"
+PLOTS = (LATENCY_QUALITY, LATENCY_SOLUTION, SPEEDUP, TIME_SPLIT, ERROR_OVER_STEPS)
+PSNR = "psnr"
 
 WIDTH, HEIGHT, DPI = 6.4, 4.4, 200  # inches, inches, pixels per inch
 TEXT, SMALL = 12.0, 10.5  # points
@@ -42,6 +54,7 @@ def plots_of(report: Report) -> dict[str, bytes]:
     figures: dict[str, Figure | None] = {}
     if report.quality is not None:
         figures[LATENCY_QUALITY] = latency_quality(report.quality, report.min_psnr)
+        figures[LATENCY_SOLUTION] = latency_quality(report.quality, report.min_psnr, SOLUTION_PSNR)
         figures[ERROR_OVER_STEPS] = error_over_steps(report.quality)
     if report.bench is not None and report.bench.rows:
         figures[SPEEDUP] = speedup(report.bench)
@@ -49,56 +62,76 @@ def plots_of(report: Report) -> dict[str, bytes]:
     return {name: _png(figure) for name in PLOTS if (figure := figures.get(name)) is not None}
 
 
-def latency_quality(quality: Quality, min_psnr: float) -> Figure | None:
-    """Time against PSNR, with the Pareto front of all settings; None if no setting differs from no caching."""
+def latency_quality(quality: Quality, min_psnr: float, metric: str = PSNR) -> Figure | None:
+    """Time against PSNR, one line per method, and the Pareto front; None if no setting differs from no caching.
+
+    `metric` is the PSNR to no caching, or to the fine solution. Each point has its number of full steps.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    names = labels([row.setting for row in quality.rows], schedulers=False)
-    pairs = [(row, name) for row, name in zip(quality.rows, names, strict=True) if row.psnr is not None]
-    if not pairs:
+    rows = [row for row in quality.rows if row.metrics.get(metric) is not None]
+    if not rows:
         return None
-    figure, axes = _figure("Latency against quality", "seconds per image", "PSNR against no caching (dB)")
-    rows = [row for row, _ in pairs]
+
+    def points(some: Sequence[QualityRow]) -> tuple[list[float], list[float]]:
+        return [row.seconds_per_image for row in some], [row.metrics[metric] or 0.0 for row in some]
+
+    against = "no caching" if metric == PSNR else str(quality.solution)
+    figure, axes = _figure("Latency against quality", "seconds per image", f"PSNR against {against} (dB)")
     plain = quality.rows[0].seconds_per_image
     _seconds_axis(axes, [plain, *(row.seconds_per_image for row in rows)])
-    axes.axvline(plain, color=PALE, linestyle=(0, (1, 1.5)), linewidth=1.4, label="no caching")
+    axes.axvline(plain, color=PALE, linestyle=(0, (1, 1.5)), linewidth=1.4, label="time without caching")
     axes.axhline(min_psnr, color=PALE, linestyle=(0, (5, 3)), linewidth=1.0, label=f"minimum, {min_psnr:g} dB")
-    front = pareto_front(rows)
-    axes.plot(*_points(front), color=RULE, linewidth=3.5, zorder=1, solid_joinstyle="round", label="Pareto front")
-    schedulers = list(dict.fromkeys(scheduler_label(row.setting) for row in rows))
-    plain_kind = "fewer steps, no cache" if len(schedulers) == 1 else "no cache"
-    for is_cached, kind in ((True, "cached"), (False, plain_kind)):
-        for k, scheduler in enumerate(schedulers):
-            own = [row for row in rows if scheduler_label(row.setting) == scheduler]
-            own = [row for row in own if row.setting.caches == is_cached]
-            _scatter(axes, own, kind if len(schedulers) == 1 else f"{kind}, {scheduler}", k, hollow=not is_cached)
-    psnrs = [min_psnr, *_points(rows)[1]]
+    front = points(pareto_front(rows, metric))
+    axes.plot(*front, color=RULE, linewidth=5, zorder=1, solid_joinstyle="round", label="Pareto front")
+    for method, (colour, marker) in METHODS.items():
+        own = sorted((row for row in rows if _method(row) == method), key=lambda row: row.seconds_per_image)
+        if own:
+            axes.plot(
+                *points(own), marker=marker, color=colour, linewidth=1.6 if method in LINKED else 0.0, markersize=7.5,
+                markerfacecolor="white" if method in HOLLOW else colour, markeredgewidth=2.0, zorder=3, label=method,
+            )  # fmt: skip
+    psnrs = [min_psnr, *points(rows)[1]]
     margin = max(1.0, 0.16 * (max(psnrs) - min(psnrs)))
     axes.set_ylim(min(psnrs) - margin, max(psnrs) + margin)
     axes.yaxis.set_major_locator(MaxNLocator(7, integer=True))
     _legend(axes, below=True)
-    short = [name.replace(", no cache", "").replace("no cache, ", "") for _, name in pairs]
-    _label_points(axes, list(zip(*_points(rows), short, strict=True)))
+    many = len({row.setting.steps for row in rows if row.setting.control_of is None}) > 1
+    _label_points(axes, list(zip(*points(rows), [_evaluations(row, many) for row in rows], strict=True)))
     return figure
 
 
-def _scatter(axes: Axes, rows: Sequence[QualityRow], name: str, series: int, hollow: bool) -> None:
-    """Points of one scheduler in its colour and shape; filled with caching, hollow without."""
-    if not rows:
-        return
-    filled, empty = COLOURS[2 * series % len(COLOURS)], COLOURS[(2 * series + 1) % len(COLOURS)]
-    colour, marker = (empty, "sDv"[series % 3]) if hollow else (filled, "o^P"[series % 3])
-    axes.plot(
-        *_points(rows), marker, color=colour, markersize=7.5, markerfacecolor="white" if hollow else colour,
-        markeredgewidth=2.0, zorder=3, label=name,
-    )  # fmt: skip
+SOLVER = "fewer steps, best solver"
+METHODS = {
+    FORA: (BLUE, "o"),
+    FORECAST: (ORANGE, "^"),
+    CALIBRATED: (GREEN, "D"),
+    SOLVER: (PURPLE, "s"),
+    NO_CACHE: (INK, "v"),
+}
+"""Colour and marker of each method."""
+LINKED, HOLLOW = (FORA, FORECAST, CALIBRATED, SOLVER), (SOLVER, NO_CACHE)
 
 
-def pareto_front(rows: Sequence[QualityRow]) -> list[QualityRow]:
+def _method(row: QualityRow) -> str:
+    """The series of a row; results of older versions have no method, and their schedules are those of FORA."""
+    setting = row.setting
+    if setting.control_of is not None:
+        return SOLVER
+    return setting.method or (FORA if setting.caches else NO_CACHE)
+
+
+def _evaluations(row: QualityRow, many_steps: bool) -> str:
+    """The number of full steps; of how many, where settings differ in it."""
+    setting = row.setting
+    return f"{setting.full_steps} of {setting.nfe}" if many_steps and setting.caches else str(setting.full_steps)
+
+
+def pareto_front(rows: Sequence[QualityRow], metric: str = PSNR) -> list[QualityRow]:
     """The settings that no other setting beats in both time and PSNR, the fastest first."""
     front: list[QualityRow] = []
-    for row in sorted(rows, key=lambda row: (row.seconds_per_image, -(row.psnr or 0))):
-        if not front or (row.psnr or 0) > (front[-1].psnr or 0):
+    for row in sorted(rows, key=lambda row: (row.seconds_per_image, -(row.metrics[metric] or 0))):
+        if not front or (row.metrics[metric] or 0) > (front[-1].metrics[metric] or 0):
             front.append(row)
     return front
 
@@ -203,10 +236,6 @@ def _parts(row: BenchRow) -> tuple[float, float, float]:
 
 def _at_once(images: int) -> str:
     return "1 image" if images == 1 else f"{images} images at once"
-
-
-def _points(rows: Sequence[QualityRow]) -> tuple[list[float], list[float]]:
-    return [row.seconds_per_image for row in rows], [row.psnr or 0.0 for row in rows]
 
 
 def _figure(title: str, across: str, upwards: str) -> tuple[Figure, Axes]:

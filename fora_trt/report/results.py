@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
+from pathlib import Path
 from typing import Any
 
 from fora_trt.bundle import Bundle
 from fora_trt.files import MANIFEST, Record, sha256_of
+from fora_trt.metrics import SOLUTION_PSNR
 from fora_trt.sampling.conditioning import way_to_condition
 from fora_trt.schedule import NONE
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 _EXAMPLES = {"--class-labels": "--class-labels 0", "--prompt": '--prompt "..."'}
 
 EAGER, COMPILED = "PyTorch eager", "PyTorch compiled"
@@ -20,6 +23,10 @@ applied by hooks (eager) or by splitting the module at its cache sites (compiled
 
 NO_CACHE = "no cache"
 """Label of the setting without caching, which all others are compared with."""
+
+
+PLAIN, FORA, FORECAST, CALIBRATED = "no cache", "FORA", "forecast", "calibrated"
+"""What the reuse steps of a setting do."""
 
 
 class About(Record):
@@ -58,8 +65,9 @@ class About(Record):
 class Setting(Record):
     """The sampling setting of a row. In an equal-time control, `control_of` is the schedule that it is the control of.
 
-    `schedule` is a text form or a file name. `nfe` is the number of model evaluations, which is larger than `steps` for
-    some schedulers (Heun, PNDM).
+    `scheduler` is a class with the settings that replace the model's: `DPMSolverMultistepScheduler:order=3`. `schedule`
+    is a text form or a file name. `nfe` is the number of model evaluations, which is larger than `steps` for some
+    schedulers (Heun, PNDM). `method` is what the reuse steps do; empty in results of older versions.
     """
 
     scheduler: str
@@ -67,6 +75,7 @@ class Setting(Record):
     nfe: int
     full_steps: int
     schedule: str
+    method: str = ""
     control_of: str | None = None
 
     @property
@@ -79,7 +88,7 @@ class Setting(Record):
         """Name in tables and plots."""
         if self.control_of is not None:
             return f"{self.steps} steps, no cache"
-        return self.schedule if self.caches else NO_CACHE
+        return Path(self.schedule).name if self.caches else NO_CACHE
 
 
 class BenchRow(Record):
@@ -169,21 +178,37 @@ class QualityRow(Record):
 
     @property
     def psnr(self) -> float | None:
-        """PSNR in dB of pixels from 0 to 255; None if all images are identical."""
+        """PSNR in dB to no caching; None if all images are identical."""
         return self.metrics["psnr"]
+
+    @property
+    def likeness(self) -> float:
+        """PSNR in dB to no caching; infinite for identical images."""
+        return _or_infinite(self.psnr)
+
+    @property
+    def accuracy(self) -> float:
+        """PSNR in dB to the fine solution if it was measured, else `likeness`."""
+        return _or_infinite(self.metrics[SOLUTION_PSNR]) if SOLUTION_PSNR in self.metrics else self.likeness
+
+
+def _or_infinite(psnr: float | None) -> float:
+    return math.inf if psnr is None else psnr
 
 
 class Quality(Record):
     """Image quality. The first row is the setting without caching, which all others are compared with.
 
     `features` names the extractor of image features, `notes` lists what was not measured and why. `grid` is the file
-    name of the image grid in the report folder.
+    name of the image grid in the report folder. `solution` describes the fine solution (`250 steps of ddim`) that all
+    settings are compared with too; None if there was none.
     """
 
     backend: str
     device: str
     images: int
     guidance_scale: float
+    solution: str | None = None
     features: str | None
     notes: tuple[str, ...]
     rows: tuple[QualityRow, ...]

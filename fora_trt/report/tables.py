@@ -9,7 +9,7 @@ from typing import Any
 
 from fora_trt.metrics import METRICS, Metric
 from fora_trt.report.results import Bench, BenchRow, Quality, QualityRow, Report, Setting
-from fora_trt.sampling.schedulers import FLOW_SHORT_NAMES, SHORT_NAMES
+from fora_trt.sampling.schedulers import SchedulerChoice
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,10 @@ def quality_table(quality: Quality, chosen: Setting | None = None) -> Table:
     def column(cell: Callable[[QualityRow], str]) -> list[str]:
         return [cell(row) for row in rows]
 
+    solution = f"; solution: {quality.solution}" if quality.solution else ""
+    title = f"{quality.images} images on {quality.backend} ({quality.device}), guidance {quality.guidance_scale:g}"
     return Table.of(
-        f"{quality.images} images on {quality.backend} ({quality.device}), guidance {quality.guidance_scale:g}",
+        f"{title}{solution}",
         {
             "setting": labels([row.setting for row in rows]),
             "full steps": column(lambda row: f"{row.setting.full_steps} of {row.setting.nfe}"),
@@ -128,21 +130,21 @@ def environment_table(report: Report) -> Table:
 
 
 def labels(settings: Sequence[Setting], schedulers: bool = True) -> list[str]:
-    """A name for each setting; it includes the number of steps and the scheduler only if settings differ in them."""
-    many_steps = len({setting.steps for setting in settings if setting.control_of is None}) > 1
-    many_schedulers = schedulers and len({setting.scheduler for setting in settings}) > 1
+    """A name for each setting; it has the number of steps and the scheduler where settings differ in them."""
+    asked = [setting for setting in settings if setting.control_of is None]
+    many_steps = len({setting.steps for setting in asked}) > 1
+    usual = {setting.scheduler for setting in asked}
     return [
         setting.label
         + (f", {setting.steps} steps" if many_steps and setting.control_of is None else "")
-        + (f", {scheduler_label(setting)}" if many_schedulers else "")
+        + (f", {scheduler_label(setting)}" if schedulers and {setting.scheduler} != usual else "")
         for setting in settings
     ]
 
 
 def scheduler_label(setting: Setting) -> str:
-    """The short name of the scheduler, or its class name without the suffix `Scheduler`."""
-    names = [*SHORT_NAMES.items(), *FLOW_SHORT_NAMES.items()]
-    return {name: short for short, name in names}.get(setting.scheduler, setting.scheduler.removesuffix("Scheduler"))
+    """The short name of the scheduler with its settings."""
+    return SchedulerChoice.from_text(setting.scheduler).label
 
 
 def last(errors: Sequence[float]) -> float | None:

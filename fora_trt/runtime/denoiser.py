@@ -40,7 +40,7 @@ from fora_trt.runtime.precomputed import PrecomputedConditioning
 from fora_trt.runtime.step_by_step import StepByStep
 from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.runtime.window import Window, folded_of
-from fora_trt.schedule import NONE, Schedule, fora_text, with_forecast
+from fora_trt.schedule import NONE, Schedule, usual_text, with_forecast
 
 MOST_WINDOWS = 8
 """Number of windows that a denoiser keeps; with more, the one that was not used for the longest time is freed."""
@@ -61,11 +61,12 @@ def load(
     `schedule` is a `Schedule` or a text form (`fora:3`). A text form leaves the number of steps open: a diffusers
     pipeline sets it at every call (`as_transformer`), other callers with `reset(schedule)`. `cache_interval=3` is short
     for `schedule="fora:3"`, and with `forecast=2` for `schedule="fora:3,forecast=2"`: reuse steps extrapolate features
-    with this order (0 to 3). `backend` is `auto` or a name that `fora-trt doctor` lists; `device` is `auto`, `cpu` or
-    `cuda:N`. `plans` names the folder in which the TensorRT backends find or build their plans, `engines/` by default.
-    Raises `BundleError` for a damaged bundle and `BackendError` if the backend does not work here.
+    with this order (0 to 3). `forecast=2` alone stands for `dense:every=3,forecast=2`. `backend` is `auto` or a name
+    that `fora-trt doctor` lists; `device` is `auto`, `cpu` or `cuda:N`. `plans` names the folder in which the TensorRT
+    backends find or build their plans, `engines/` by default. Raises `BundleError` for a damaged bundle and
+    `BackendError` if the backend does not work here.
     """
-    if (schedule is None) == (cache_interval is None):
+    if [schedule, cache_interval].count(None) != 1 and (schedule is not None or not forecast):
         raise InputError(
             "load() needs exactly one of schedule and cache_interval; give "
             'schedule="fora:3", schedule=Schedule.fora(steps, 3) or cache_interval=3'
@@ -73,7 +74,7 @@ def load(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen = backend_from_name(backend, opened.manifest, str(device))
     where = device if isinstance(device, torch.device) else device_from_name(device, chosen)
-    rule = with_forecast(fora_text(cache_interval) if cache_interval is not None else schedule or NONE, forecast)
+    rule = usual_text(cache_interval, forecast) if schedule is None else with_forecast(schedule, forecast)
     return Denoiser(chosen.engines(opened, where, plans), opened.manifest, chosen.name, rule)
 
 
