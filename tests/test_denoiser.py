@@ -275,21 +275,23 @@ def test_each_length_of_windows_is_bound_once(optimized: dict[str, Bundle], monk
     latents, labels = inputs["latents"], inputs["class_labels"]
     timesteps = torch.linspace(900, 100, steps)
     found: dict[int, list[tuple[object, dict[str, int], Tensor]]] = {1: [], 2: []}
-    for round_ in range(3):
+    for round_ in range(4):
         for interval, told in found.items():
             before = len(bound)
             run = denoiser.begin(Schedule.fora(steps, interval).plan, timesteps, {"class_labels": labels}, [2])
             for step, offset in enumerate(run.offsets):
                 made = run.at(step, 2).predict(offset, latents, timesteps[step], class_labels=labels)
             told.append((run.generation, addresses_of(denoiser), made.clone()))
-            assert (len(bound) > before) == (round_ == 0)
+            # the longer windows need more memory, so the shorter ones are bound a second time
+            assert (len(bound) > before) == (round_ == 0 or (round_, interval) == (1, 1))
     for told in found.values():
-        generations, addresses, predictions = zip(*told, strict=True)
+        generations, addresses, predictions = zip(*told[1:], strict=True)
         assert len({*generations}) == 1, "coming back to a length, its captured steps are valid"
         assert addresses[0] == addresses[1] == addresses[2]
         assert torch.equal(predictions[0], predictions[1]) and torch.equal(predictions[0], predictions[2])
-    assert found[1][0][0] != found[2][0][0]
-    assert not {*found[1][0][1].values()} & {*found[2][0][1].values()}, "each length has memory of its own"
+    (short, of_short, _), (long, of_long, _) = found[1][-1], found[2][-1]
+    assert short != long
+    assert {*of_short.values()} & {*of_long.values()}, "all lengths are in the same memory"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32])

@@ -9,7 +9,7 @@ from torch import Tensor
 from fora_trt.contract import TensorSpec
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.errors import InputError
-from fora_trt.runtime.buffers import Buffers
+from fora_trt.runtime.buffers import Buffers, Memory
 from fora_trt.runtime.window import Window, folded_of
 
 CPU = torch.device("cpu")
@@ -41,12 +41,14 @@ class Recorder(Engine):
 
 @pytest.fixture
 def folded() -> Window:
-    return Window(Recorder([LATENTS], [PREDICTION, SUMS]), Recorder([LATENTS, SUM], [PREDICTION]), 3)
+    return Window(Recorder([LATENTS], [PREDICTION, SUMS]), Recorder([LATENTS, SUM], [PREDICTION]), Memory(CPU), 3)
 
 
 @pytest.fixture
 def unfolded() -> Window:
-    return Window(Recorder([LATENTS], [PREDICTION, FEATURE]), Recorder([LATENTS, FEATURE], [PREDICTION]), 0)
+    return Window(
+        Recorder([LATENTS], [PREDICTION, FEATURE]), Recorder([LATENTS, FEATURE], [PREDICTION]), Memory(CPU), 0
+    )
 
 
 def full_of(window: Window) -> Recorder:
@@ -60,7 +62,7 @@ def reuse_of(window: Window) -> Recorder:
 
 
 def test_buffers_keep_their_memory_for_smaller_batches() -> None:
-    buffers = Buffers([LATENTS, SUMS], 3, CPU, lambda batch: 0)
+    buffers = Buffers([LATENTS, SUMS], 3, Memory(CPU), lambda batch: 0)
     buffers.resize(4)
     large = buffers.tensors
     assert {name: tuple(one.shape) for name, one in large.items()} == {
@@ -79,10 +81,44 @@ def test_buffers_keep_their_memory_for_smaller_batches() -> None:
 
 def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fora_trt.engines.memory.free_bytes", lambda device: 3 * (24 + 100))
-    buffers = Buffers([LATENTS], 0, CPU, lambda batch: 100 * batch)  # 24 bytes and 100 of scratch a sample
+    buffers = Buffers([LATENTS], 0, Memory(CPU), lambda batch: 100 * batch)  # 24 bytes and 100 of scratch a sample
     buffers.resize(3)
     with pytest.raises(InputError, match=r"a batch of 4 .* a batch of 3 fits"):
         buffers.resize(4)
+
+
+def test_windows_share_memory_that_grows_for_all() -> None:
+    windows: list[Window] = []
+
+    def free() -> None:
+        for window in windows:
+            window.free()
+
+    memory = Memory(CPU, free)
+    made = [
+        Window(Recorder([LATENTS], [PREDICTION, SUMS]), Recorder([LATENTS, SUM], [PREDICTION]), memory, rows)
+        for rows in (3, 1)
+    ]
+    windows += made
+    large, small = made
+    small.prepare(2)
+    first = small.generation
+    large.prepare(2)
+    assert small.tensors == {}, "its memory moved"
+    assert small.generation != first, "so captured steps are invalid"
+    small.prepare(2)
+    settled = [one.generation for one in made]
+    for name in ("latents", "window.folded.0"):
+        assert small.tensors[name].data_ptr() == large.tensors[name].data_ptr()
+    for one in (large, small, large):
+        one.prepare(2)
+        one.run(0)
+        one.run(1)
+    assert [one.generation for one in made] == settled, "nothing moves any more"
+    small.prepare(9)
+    large.prepare(2)
+    small.prepare(9)
+    assert small.tensors["latents"].data_ptr() == large.tensors["latents"].data_ptr(), "one needs rows, the other batch"
 
 
 def test_every_offset_of_a_window_reads_its_own_sum(folded: Window) -> None:
@@ -124,7 +160,7 @@ def test_the_generation_changes_where_captured_steps_are_invalid(folded: Window)
     full_of(folded).scratch = 4096
     folded.prepare(2)
     assert folded.generation != before, "the scratch memory of an engine moved"
-    other = Window(folded.full, folded.reuse, 3)
+    other = Window(folded.full, folded.reuse, Memory(CPU), 3)
     other.prepare(2)
     assert other.generation != folded.generation, "no two windows have the same"
 

@@ -34,6 +34,7 @@ from fora_trt.engines.base import Engine
 from fora_trt.engines.options import EngineOptions
 from fora_trt.errors import InputError, RoomError, ScheduleError
 from fora_trt.plan import Plan, depth_of, rows_of
+from fora_trt.runtime.buffers import Memory
 from fora_trt.runtime.forecast import ForecastWindow
 from fora_trt.runtime.layout import Layout, within
 from fora_trt.runtime.precomputed import PrecomputedConditioning
@@ -42,7 +43,7 @@ from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.runtime.window import Window, folded_of
 from fora_trt.schedule import NONE, Schedule, usual_text, with_forecast
 
-MOST_WINDOWS = 8
+MOST_WINDOWS = 32
 """Number of windows that a denoiser keeps; with more, the one that was not used for the longest time is freed."""
 
 
@@ -81,7 +82,7 @@ def load(
 class Denoiser(StepByStep):
     """Alternates the engines of one bundle, along an announced trajectory (`begin`) or called step by step.
 
-    It keeps a few `Window`s with their own buffers, one per window shape. So schedules can alternate without rebinding
+    It keeps a `Window` per window shape; all are in the same memory. So schedules can alternate without rebinding
     engines.
     """
 
@@ -97,6 +98,7 @@ class Denoiser(StepByStep):
         self.precomputed = None if conditioning is None else PrecomputedConditioning(conditioning, of_full_steps)
         self.run: EngineRun | None = None
         self._windows: dict[tuple[int, ...], Window] = {}
+        self._memory = Memory(self.device, self._free_windows)
 
     def begin(
         self,
@@ -187,7 +189,7 @@ class Denoiser(StepByStep):
         return supported
 
     def _prepared(self, shape: tuple[int, ...], batches: Sequence[int]) -> Window:
-        """The window of a shape, prepared for each batch size; if memory is short, the other windows are freed.
+        """The window of a shape, prepared for each batch size; if memory is short, that of the others is freed.
 
         The shape is the number of rows; for a forecast also the number of full steps that a reuse step reads, and the
         largest number of reuse steps in a window.
@@ -195,21 +197,23 @@ class Denoiser(StepByStep):
         window = self._windows.pop(shape, None)
         if window is None:
             kind = Window if len(shape) == 1 else ForecastWindow
-            window = kind(self.engines[FULL], self.engines[REUSE], *shape)
+            window = kind(self.engines[FULL], self.engines[REUSE], self._memory, *shape)
         self._windows[shape] = window  # the latest comes last
         if len(self._windows) > MOST_WINDOWS:
             self._windows.pop(next(iter(self._windows))).free()
         try:
             self._prepare(window, batches)
         except RoomError:
-            others = [one for one in self._windows.values() if one is not window]
-            if not others:
+            if len(self._windows) == 1:
                 raise
-            for other in others:
-                other.free()
+            self._memory.free()
             self._windows = {shape: window}
             self._prepare(window, batches)
         return window
+
+    def _free_windows(self) -> None:
+        for window in self._windows.values():
+            window.free()
 
     @staticmethod
     def _prepare(window: Window, batches: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fora_trt.contract import TensorSpec, of_window
 from fora_trt.engines.base import Engine
 from fora_trt.engines.tf32 import without_tf32
-from fora_trt.runtime.buffers import Buffers
+from fora_trt.runtime.buffers import Buffers, Memory
 from fora_trt.runtime.layout import Layout, Read
 from fora_trt.runtime.window import Binding, Window
 
@@ -31,15 +31,15 @@ class ForecastWindow(Window):
     window.
     """
 
-    def __init__(self, full: Engine, reuse: Engine, rows: int, depth: int, longest: int) -> None:
+    def __init__(self, full: Engine, reuse: Engine, memory: Memory, rows: int, depth: int, longest: int) -> None:
         self.turns = depth
         sources = {name: _source_of(name, full) for name in reuse.inputs}
         self._sources = {name: source for name, source in sources.items() if source in full.outputs}
         outputs = [full.outputs[source] for source in self._sources.values()]
         kept = [replace(one, shape=(depth, *one.shape)) for one in outputs]
-        self.kept = Buffers(kept, rows, full.device, lambda batch: 0)
+        self.kept = Buffers(kept, rows, memory, lambda batch: 0, prefix="kept.")
         self._terms = _Terms(longest, depth, rows, full.device)
-        super().__init__(full, reuse, rows)
+        super().__init__(full, reuse, memory, rows)
 
     def begin(self, layout: Layout) -> None:
         self._terms.begin(layout)
@@ -53,7 +53,7 @@ class ForecastWindow(Window):
         self._launch(offset, turn, self.rows if rows is None else rows)()
 
     def free(self) -> None:
-        self.kept.free()
+        self.kept.drop()
         super().free()
 
     @property
@@ -97,8 +97,8 @@ class ForecastWindow(Window):
         tensors = {**tensors, **{name: one[binding.number] for name, one in self.kept.tensors.items()}}
         return {name: one[: binding.rows] if name in self._of_window else one for name, one in tensors.items()}
 
-    def _scratch_bytes(self, batch: int) -> int:
-        return super()._scratch_bytes(batch) + self.kept.bytes_of(batch)
+    def _kept(self) -> Buffers:
+        return self.kept
 
 
 class _Terms:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fora_trt.contract import LATENTS, TensorSpec, of_window
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.errors import InputError
-from fora_trt.runtime.buffers import Buffers
+from fora_trt.runtime.buffers import Buffers, Memory
 from fora_trt.runtime.layout import Layout
 
 _GENERATIONS = count(1)
@@ -40,13 +40,14 @@ class Window:
     turns = 1
     """Number of bindings of the full engine; consecutive windows use them in turn."""
 
-    def __init__(self, full: Engine, reuse: Engine, rows: int) -> None:
+    def __init__(self, full: Engine, reuse: Engine, memory: Memory, rows: int) -> None:
+        """`memory` is that of other windows too, of which one is used at a time."""
         self.full, self.reuse, self.rows = full, reuse, rows
         self.batch = 0
         self.generation = next(_GENERATIONS)
         self._folded = folded_of(full, reuse)
         self._of_window = {name for name, one in {**full.inputs, **full.outputs}.items() if one.is_of_window}
-        self.buffers = Buffers(self._buffered(), rows, full.device, self._scratch_bytes)
+        self.buffers = Buffers(self._buffered(), rows, memory, self._scratch_bytes, beside=self._kept())
         self._launches: dict[Binding, Launch] = {}
         self._sums: dict[str, Tensor] = {}
         self._summed_batch = 0
@@ -89,9 +90,9 @@ class Window:
         self._launch(offset, turn, self.rows if rows is None else rows)()
 
     def free(self) -> None:
-        """Give back all memory, also to holders of this window; it must be prepared again before it is used."""
+        """Drop all tensors, also those of holders of this window; it must be prepared again before it is used."""
         self._launches, self._sums, self._summed_batch, self.batch = {}, {}, 0, 0
-        self.buffers.free()
+        self.buffers.drop()
         self._renew()
 
     @property
@@ -123,6 +124,10 @@ class Window:
         edges = (self.full.inputs, self.full.outputs, self.reuse.inputs, self.reuse.outputs)
         specs = {name: one for tensors in edges for name, one in tensors.items() if name not in self._folded}
         return [*specs.values()]
+
+    def _kept(self) -> Buffers | None:
+        """Further buffers, which are allocated together with the shared tensors."""
+        return None
 
     def _resize(self, batch: int, before: int) -> None:
         """Give the tensors the shapes of a batch and drop the bindings; `before` is the previous batch, 0 for none."""
