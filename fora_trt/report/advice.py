@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from fora_trt.report.results import About, Bench, Quality, QualityRow, Report
 from fora_trt.report.tables import labels
 
-AS_FAST = 0.95
-"""Settings that reach this fraction of the largest speed-up count as equally fast; the closest of them is chosen."""
-
 ABOUT_AS_FAST, RIVALS = 0.1, 3
-"""Settings whose speed-up differs by at most this fraction from the chosen one's are named beside it, at most three."""
+"""Settings whose speed-ups differ by at most this fraction count as equally fast: the closest of the fastest is chosen,
+and at most so many others are named beside it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def _within(about: About, quality: Quality, min_psnr: float, also: str | None) -
     fastest = max(map(gain, kept))
     if fastest <= 1:
         return Advice(f"No setting that keeps {asked} is faster than no caching", also=also)
-    best = max((row for row in kept if gain(row) >= AS_FAST * fastest), key=lambda row: row.accuracy)
+    best = max((row for row in kept if gain(row) >= (1 - ABOUT_AS_FAST) * fastest), key=lambda row: row.accuracy)
     finding = f"The fastest way to keep {asked} is {described(best)}"
     if not best.setting.caches:
         cached = [row for row in kept if row.setting.caches]
