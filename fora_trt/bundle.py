@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 6
 SCHEDULER = "scheduler_config.json"
+SCHEDULE = "schedule.json"
+"""File of the schedule that is used where none is given, if it was a file at export."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Manifest(Record):
     guidance: GuidanceSpec | None
     guidance_scale: float
     text: TextSpec | None
+    schedule: str | None = None
     files: dict[str, FileRecord]
     measured_error: dict[str, GraphError] | None
     trajectory_error: TrajectoryError | None = None
@@ -180,7 +183,8 @@ class Bundle:
             )
         if unfed := manifest.unfed():
             raise BundleError(f"a graph in {folder} reads {unfed[0]!r}, which no other graph provides; {mend}")
-        needed = {SCHEDULER, *(graph.file for graph in manifest.graphs.values())}
+        schedule = {SCHEDULE} if manifest.schedule == SCHEDULE else set()
+        needed = {SCHEDULER, *schedule, *(graph.file for graph in manifest.graphs.values())}
         if missing := sorted(needed - manifest.files.keys()):
             raise BundleError(f"the manifest of {folder} does not list {missing[0]}; {mend}")
         for graph in manifest.graphs.values():
@@ -189,6 +193,12 @@ class Bundle:
     def graph_path(self, name: str) -> Path:
         """The ONNX file of a graph: `full`, `reuse`, or `conditioning` and `full_conditioning` if present."""
         return self.folder / self.manifest.graphs[name].file
+
+    @property
+    def schedule(self) -> str | None:
+        """The schedule that is used where none is given: a text form or a file; None for the usual one."""
+        named = self.manifest.schedule
+        return str(self.folder / SCHEDULE) if named == SCHEDULE else named
 
     @property
     def scheduler_config(self) -> dict[str, Any]:

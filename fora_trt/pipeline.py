@@ -43,12 +43,12 @@ class PipelineConfig:
     """All settings of a pipeline, as values that can be pickled. None means the model's default.
 
     `schedule` is a text form (`fora:3`, `none`), a .json file, or a `Schedule`; `cache_interval=3` is short for
-    `schedule="fora:3"`, the default. `forecast` is the order in which reuse steps extrapolate features, 0 (FORA) to 3:
-    the option `forecast=2` of the text form. Alone, `forecast=2` stands for `dense:every=3,forecast=2`. `scheduler` is
-    a short name (`ddim`) or a diffusers class, with settings in a text form such as `dpm-solver++:order=3,spacing=lu`;
-    `timestep_spacing` is leading, linspace or trailing. `guidance_interval` has the first guided step and the step
-    after the last; None means all steps. `engines` is the folder of TensorRT plans. `batch_size` images are denoised
-    together. `vae` is a folder or hub id.
+    `schedule="fora:3"`, the default of most bundles. `forecast` is the order in which reuse steps extrapolate features,
+    0 (FORA) to 3: the option `forecast=2` of the text form. Alone, `forecast=2` stands for `dense:every=3,forecast=2`.
+    `scheduler` is a short name (`ddim`) or a diffusers class, with settings in a text form such as
+    `dpm-solver++:order=3,spacing=lu`; `timestep_spacing` is leading, linspace or trailing. `guidance_interval` has the
+    first guided step and the step after the last; None means all steps. `engines` is the folder of TensorRT plans.
+    `batch_size` images are denoised together. `vae` is a folder or hub id.
     """
 
     bundle: str | Path
@@ -73,7 +73,8 @@ class PipelineConfig:
                 "one of them"
             )
         given = self.schedule and with_forecast(self.schedule, forecast)
-        object.__setattr__(self, "schedule", given or usual_text(cache_interval, forecast))
+        if given or cache_interval is not None or forecast is not None:
+            object.__setattr__(self, "schedule", given or usual_text(cache_interval, forecast))
         if self.batch_size < 1:
             raise InputError(f"the batch size is {self.batch_size}; at least 1 is needed")
 
@@ -246,6 +247,11 @@ class Pipeline:
         """Any scheduler at any number of steps, without caching. Raises `InputError`."""
         return Sampling.of(self.scheduler_named(name), steps, name=self.scheduler_text(name))
 
+    @property
+    def schedule(self) -> Schedule | str:
+        """The schedule of the configuration, else of the bundle, else the usual one."""
+        return self.config.schedule or self.bundle.schedule or usual_text(None, None)
+
     def sampling(self, steps: int | None = None, schedule: Schedule | str | None = None) -> Sampling:
         """Scheduler, steps and schedule of the configuration; `steps` and `schedule` replace the configured values.
 
@@ -253,7 +259,7 @@ class Pipeline:
         """
         config = self.config
         taken = config.steps if steps is None else steps
-        asked = config.schedule if schedule is None else schedule
+        asked = self.schedule if schedule is None else schedule
         sampling = Sampling.of(self.scheduler, taken, asked, self.scheduler_text(config.scheduler))
         self.check_model(sampling.schedule)
         return sampling

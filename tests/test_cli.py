@@ -1,6 +1,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.cli import main
 from fora_trt.cli.options import Schedulers
 from fora_trt.engines.torch import engine as torch_engine
+from fora_trt.schedule import Schedule
 
 
 def fora(*arguments: object) -> Result:
@@ -290,3 +292,48 @@ def test_a_list_of_schedulers_keeps_their_settings() -> None:
     given = "ddim,dpm-solver++:order=3,spacing=lu,unipc:spacing=trailing"
     expected = ("ddim", "dpm-solver++:order=3,spacing=lu", "unipc:spacing=trailing")
     assert Schedulers().convert(given, None, None) == expected
+
+
+def test_a_recipe_gives_the_bundle_its_schedule(pipeline_folder: Path, tmp_path: Path) -> None:
+    """A file is copied, so the bundle stands alone."""
+    given = tmp_path / "given.json"
+    Schedule.of_full_steps(8, [0, 3, 6, 7]).with_forecast(1).to_file(given)
+    recipe = tmp_path / "mine.toml"
+    small = f"source = '{pipeline_folder}'\nname = 'mine'\n"
+    run = ["run", tmp_path / "mine", "--class-labels", 1, "--backend", "torch", "--latents-out", tmp_path / "x.npy"]
+    found = []
+    for schedule in ("given.json", "dense:every=4,forecast=2"):
+        recipe.write_text(f"{small}schedule = '{schedule}'\n")
+        done = fora("export", recipe, "--out", tmp_path, "--force", "--json")
+        assert done.exit_code == 0, done.output
+        given.unlink(missing_ok=True)
+        found.append(json.loads(fora(*run, "--steps", 8, "--json").stdout))
+        shown = fora("inspect", tmp_path / "mine").stdout
+        assert "schedule where none is given: " in shown
+        assert ("schedule.json" in shown) == (schedule == "given.json")
+    assert [(one["full_steps"], Path(one["schedule"]).name) for one in found] == [
+        (4, "schedule.json"), (3, "dense:3,0.3,forecast=2"),
+    ]  # fmt: skip
+    asked = json.loads(fora(*run, "--steps", 8, "--cache-interval", 2, "--json").stdout)
+    assert asked["schedule"] == "fora:2", "what is given goes before"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("forra:3", "there is no schedule 'forra:3'; give none, fora:N"),
+        ("missing.json", "the schedule missing.json cannot be read"),
+        ("other.json", "was calibrated for other .*, not for this model"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused_at_export(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = json.loads(Schedule.fora(8, 2).to_json())
+    model = {"name": "other", "source": "elsewhere", "weights_sha256": "0"}
+    Path("other.json").write_text(json.dumps({**content, "made_from": {"model": model}}))
+    refused = fora("export", pipeline_folder, "--name", "mine", "--out", tmp_path, "--schedule", schedule)
+    assert refused.exit_code == 1
+    assert re.search(message, " ".join(refused.stderr.split()))
+    assert not (tmp_path / "mine").exists()

@@ -55,6 +55,11 @@ if TYPE_CHECKING:
     help="Work to move out of the loop: none, the conditioning path, or that and the cached sums.  [default: all]",
     show_default=False,
 )
+@click.option(
+    "--schedule",
+    help="Schedule for commands that are given none: a text form, or a file, which is copied.  [default: fora:3]",
+    show_default=False,
+)
 @click.option("--opset", type=int, help="ONNX opset.  [default: 23]")
 @click.option(
     "--measure-trajectory/--no-measure-trajectory",
@@ -96,6 +101,7 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
         target,
         opset=recipe.opset or 23,
         optimization=recipe.optimize or OPTIMIZATIONS[-1],
+        schedule=recipe.schedule,
         force=force,
         report=lambda stage: say(as_json, stage),
         measure=lambda staged: _trajectory_error(staged, target, measured is True, as_json) if measure else None,

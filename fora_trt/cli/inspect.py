@@ -41,6 +41,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
         graphs.add_row(name, str(graph["nodes"]), weights, read, f"{graph['flops'] / 1e9:.3f} GFLOP")
     print_table(graphs)
     click.echo(f"optimization: {found['optimization']}")
+    click.echo(f"schedule where none is given: {found['schedule']}")
     click.echo(f"a reuse step does {found['arithmetic_kept']:.2%} of the arithmetic of a full step")
     table = new_table(
         f"{found['steps']} steps",

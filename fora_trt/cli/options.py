@@ -195,10 +195,15 @@ def pipeline_of(bundle: Path, quiet: bool, **settings: Any) -> Pipeline:
 
 
 def schedule_of(cache_interval: int | None, schedule: str | None, forecast: int | None) -> str:
-    """The text form of the schedule given by --cache-interval or --schedule, with the order given by --forecast."""
+    """The text form of the schedule given by --cache-interval or --schedule, with the order given by --forecast.
+
+    Empty if none of them is given: the bundle may have a schedule.
+    """
     if cache_interval is not None and schedule is not None:
         raise InputError("--cache-interval and --schedule exclude each other; give one of them")
-    return usual_text(cache_interval, forecast) if schedule is None else with_forecast(schedule, forecast)
+    if schedule is not None:
+        return with_forecast(schedule, forecast)
+    return "" if cache_interval is None and forecast is None else usual_text(cache_interval, forecast)
 
 
 def schedules_of(cache_intervals: Sequence[int], schedules: Sequence[str], forecast: int = 0) -> list[str]:
@@ -260,7 +265,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--cache-interval",
             type=click.IntRange(min=1),
-            help=f"A full step every N steps; 1: no caching.  [default: {DEFAULT_INTERVAL}]",
+            help=f"A full step every N steps; 1: no caching.  [default: the bundle's schedule, or {DEFAULT_INTERVAL}]",
             show_default=False,
         ),
         click.option("--schedule", help=f"Schedule instead of --cache-interval: {SCHEDULE_FORMS}."),

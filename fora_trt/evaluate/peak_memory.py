@@ -138,7 +138,7 @@ def measure(config: PipelineConfig, given: Conditioning) -> int:
         plans = EngineOptions(Path(config.engines), batch=2 * given.images)
         pipeline = Pipeline(config, opened=bundle, predictor=predictor_of(bundle, config.backend, device, plans))
         plain = pipeline.sampling(schedule=NONE)
-        schedule = pipeline.config.schedule
+        schedule = pipeline.schedule
         sampling = plain.with_schedule(Schedule.open(schedule, plain.nfe) if isinstance(schedule, str) else schedule)
         few = steps_until_full(sampling.schedule)
         guidance = pipeline.guidance(given, sampling)

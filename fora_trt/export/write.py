@@ -15,6 +15,7 @@ import torch
 from fora_trt import __version__
 from fora_trt.bundle import (
     FORMAT_VERSION,
+    SCHEDULE,
     SCHEDULER,
     Bundle,
     GraphError,
@@ -24,12 +25,13 @@ from fora_trt.bundle import (
     TrajectoryError,
 )
 from fora_trt.contract import OPTIMIZATIONS, Optimization
-from fora_trt.errors import ExportError
+from fora_trt.errors import ExportError, ScheduleError
 from fora_trt.export.check import is_rounding, measure_errors
 from fora_trt.export.graphs import save_graph
 from fora_trt.export.traced import TracedModel, traced_from_model
 from fora_trt.files import record_of, staging, write_manifest
 from fora_trt.models.spec import Model
+from fora_trt.schedule import OPEN_STEPS, Schedule, is_file
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def bundle_from_model(
     *,
     opset: int = 23,
     optimization: Optimization = OPTIMIZATIONS[-1],
+    schedule: str | None = None,
     force: bool = False,
     report: Callable[[str], None] = lambda stage: None,
     measure: Callable[[Bundle], TrajectoryError | None] = lambda staged: None,
@@ -55,19 +58,42 @@ def bundle_from_model(
     """Split, trace, optimize, measure and write `model` as the bundle `target`; the folder name is the bundle's name.
 
     `optimization` is the highest level to try; a lower level is used if the model does not support it, or if the
-    optimized graphs exceed the tolerance against PyTorch. `report` is called with the name of each stage as it begins.
-    `measure` is called with the bundle in its temporary folder, before the manifest file is written; the manifest
-    records the result. Raises `ExportError` and the exceptions of `measure`; then `target` is unchanged.
+    optimized graphs exceed the tolerance against PyTorch. `schedule` is the text form or the file of the schedule that
+    is used where none is given; a file is copied into the bundle. `report` is called with the name of each stage as it
+    begins. `measure` is called with the bundle in its temporary folder, before the manifest file is written; the
+    manifest records the result. Raises `ExportError`, `ScheduleError` for a schedule that is not valid or not for this
+    model, and the exceptions of `measure`; then `target` is unchanged.
     """
+    usual = None if schedule is None else _read(schedule)
     with staging(target, force, "bundle", ExportError) as folder:
         traced = traced_from_model(model, opset, report)
         written = _graphs_that_equal_pytorch(traced, optimization, folder, report)
         (folder / SCHEDULER).write_text(json.dumps(model.scheduler, indent=2) + "\n", encoding="utf-8")
-        manifest = _manifest(target.name, traced, written, [*written.files, folder / SCHEDULER])
+        files = [*written.files, folder / SCHEDULER]
+        if usual is not None and schedule is not None and is_file(schedule):
+            usual.to_file(folder / SCHEDULE)
+            files.append(folder / SCHEDULE)
+        manifest = _manifest(target.name, traced, written, files, SCHEDULE if folder / SCHEDULE in files else schedule)
+        if usual is not None:
+            _check_schedule(usual, manifest)
         del traced  # frees memory for `measure`, which loads the model again
         manifest = manifest.model_copy(update={"trajectory_error": measure(Bundle(folder, manifest))})
         write_manifest(folder, manifest)
     return Bundle(target, manifest)
+
+
+def _read(schedule: str) -> Schedule:
+    """The schedule of a file, or of a text form for any large number of steps. Raises `ScheduleError`."""
+    return Schedule.from_file(schedule) if is_file(schedule) else Schedule.from_text(schedule, OPEN_STEPS)
+
+
+def _check_schedule(schedule: Schedule, manifest: Manifest) -> None:
+    schedule.check_model(manifest.model.weights_sha256, manifest.model.options.source)
+    if schedule.depth > 1 and not manifest.can_forecast:
+        raise ScheduleError(
+            f"{schedule.text} forecasts, but the full graph of {manifest.name} folds values that are not linear in the "
+            "features; export it with --optimize conditioning, or give a schedule without a forecast"
+        )
 
 
 def _graphs_that_equal_pytorch(
@@ -105,7 +131,9 @@ def _written(traced: TracedModel, level: Optimization, folder: Path, report: Cal
     return WrittenGraphs(made.optimization, records, files, measure_errors(model, traced.sites, folder, records))
 
 
-def _manifest(name: str, traced: TracedModel, written: WrittenGraphs, files: list[Path]) -> Manifest:
+def _manifest(
+    name: str, traced: TracedModel, written: WrittenGraphs, files: list[Path], schedule: str | None
+) -> Manifest:
     model = traced.model
     read = {tensor.name for record in written.records.values() for tensor in record.inputs}
     return Manifest(
@@ -131,6 +159,7 @@ def _manifest(name: str, traced: TracedModel, written: WrittenGraphs, files: lis
         guidance=model.spec.guidance,
         guidance_scale=model.guidance_scale,
         text=model.spec.text,
+        schedule=schedule,
         files={file.name: record_of(file) for file in files},
         measured_error=written.errors,
     )

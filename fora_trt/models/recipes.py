@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from fora_trt.contract import Optimization
 from fora_trt.errors import ModelError
 from fora_trt.models.options import SourceOptions
+from fora_trt.schedule import is_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,6 +27,7 @@ class Recipe(SourceOptions):
     cache: tuple[str, ...] | None = None
     opset: int | None = None
     optimize: Optimization | None = None
+    schedule: str | None = None
 
     def options(self) -> SourceOptions:
         """The options that determine how the source is loaded."""
@@ -33,10 +35,13 @@ class Recipe(SourceOptions):
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe. Raises `ModelError` that names the file and the invalid key."""
+    """Read a recipe. The path of a schedule file is relative to the recipe.
+
+    Raises `ModelError` that names the file and the invalid key.
+    """
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -45,3 +50,6 @@ def read_recipe(path: Path) -> Recipe:
         ) from error
     except (OSError, ValueError) as error:
         raise ModelError(f"the recipe {path} cannot be read: {error}; give the path of a valid TOML file") from error
+    if recipe.schedule is not None and is_file(recipe.schedule):
+        recipe = recipe.model_copy(update={"schedule": str(path.parent / recipe.schedule)})
+    return recipe
