@@ -12,7 +12,8 @@ from fora_trt.contract import FULL, REUSE, TensorSpec
 from fora_trt.engines.memory import bytes_of
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.plan import HIGHEST_ORDER
-from fora_trt.schedule import Schedule, usual_text
+from fora_trt.presets import usual_text
+from fora_trt.schedule import Schedule
 
 STEPS = 50
 CACHE_INTERVALS = (1, 2, 3, 4, 5, 7, 10)
@@ -48,7 +49,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         },
         "cache_sites": dict(Counter(site.kind for site in manifest.cache_sites)),
         "feature_shapes": list(dict.fromkeys(feature.shape for feature in manifest.features())),
-        "schedule": bundle.schedule or usual_text(None, None),
+        "schedule": bundle.schedule or usual_text(),
         "feature_bytes_per_sample": bytes_of(manifest.features(), 1),
         "arithmetic_kept": kept,
         "steps": STEPS,

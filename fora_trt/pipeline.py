@@ -24,6 +24,7 @@ from fora_trt.engines.backends import AUTO, Backend, backend_from_name, device_f
 from fora_trt.engines.options import EngineOptions, Progress
 from fora_trt.errors import InputError
 from fora_trt.images.decode import Decoder
+from fora_trt.presets import usual_text
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.interface import Predictor
 from fora_trt.sampling.conditioning import Conditioning, usual_guidance_scale
@@ -32,7 +33,7 @@ from fora_trt.sampling.loop import Sampler, Trajectory, Watch
 from fora_trt.sampling.request import conditioning_of
 from fora_trt.sampling.scheduler_step import SchedulerStep, scheduler_step_from
 from fora_trt.sampling.schedulers import scheduler_choice, scheduler_from_config
-from fora_trt.schedule import NONE, Schedule, usual_text, with_forecast
+from fora_trt.schedule import NONE, Schedule, with_forecast
 
 GUIDED = Guidance(2.0)
 """Guidance on all steps, at an arbitrary scale: the batch of every step is twice the number of images."""
@@ -250,7 +251,7 @@ class Pipeline:
     @property
     def schedule(self) -> Schedule | str:
         """The schedule of the configuration, else of the bundle, else the usual one."""
-        return self.config.schedule or self.bundle.schedule or usual_text(None, None)
+        return self.config.schedule or self.bundle.schedule or usual_text()
 
     def sampling(self, steps: int | None = None, schedule: Schedule | str | None = None) -> Sampling:
         """Scheduler, steps and schedule of the configuration; `steps` and `schedule` replace the configured values.

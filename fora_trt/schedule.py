@@ -26,14 +26,8 @@ FORMAT_VERSION = 1
 NONE = "none"
 """Text form of the schedule without caching."""
 
-DEFAULT_INTERVAL = 3
-"""Cache interval where neither an interval nor a schedule is given."""
-
 DEFAULT_EXPONENT = 0.3
-"""Exponent of `dense` where none is given; chosen from benchmarks/results/presets_*.json."""
-
-USUAL_ORDER = 2
-"""Forecast order of presets; chosen from the same measurements."""
+"""Exponent of `dense` where none is given; see `fora_trt.presets`."""
 
 OPEN_STEPS = 1000
 """Length of a schedule of unknown length: the number of timesteps that diffusion models are trained with."""
@@ -310,21 +304,6 @@ def fora_text(cache_interval: int) -> str:
     if cache_interval < 1:
         raise ScheduleError(f"the cache interval is {cache_interval}; it must be at least 1 (no caching)")
     return NONE if cache_interval == 1 else f"fora:{cache_interval}"
-
-
-def preset(cache_interval: int = DEFAULT_INTERVAL, order: int = USUAL_ORDER) -> str:
-    """Text form of a forecast for models that nobody calibrated: as many full steps as FORA, denser towards the end."""
-    return text_with_forecast(f"dense:{EVERY}={cache_interval}", order)
-
-
-def usual_text(cache_interval: int | None, order: int | None) -> str:
-    """Text form of the schedule where none is given, but perhaps an interval or a forecast order.
-
-    An interval is one of FORA, whose positions a forecast keeps. A forecast order alone stands for `preset`.
-    """
-    if cache_interval is None and order:
-        return preset(order=order)
-    return with_forecast(fora_text(DEFAULT_INTERVAL if cache_interval is None else cache_interval), order)
 
 
 def fora_full_steps(steps: int, cache_interval: int) -> int:

@@ -26,7 +26,7 @@ def shown(schedule: str, speedup: float, close: float | None, control_of: str | 
         reuse_step_seconds=None, overhead=None, speedup=speedup, ideal_speedup=2.8, roofline_seconds=0,
         peak_memory_bytes=None,
     )  # fmt: skip
-    return Shown(row, torch.zeros(2, 8, 8, 1, dtype=torch.uint8), close)
+    return Shown(row, setting.label, torch.zeros(2, 8, 8, 1, dtype=torch.uint8), close)
 
 
 def test_a_sheet_has_the_images_and_their_differences_to_the_first_row() -> None:

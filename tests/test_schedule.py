@@ -9,7 +9,7 @@ import pytest
 from fora_trt.contract import REUSE
 from fora_trt.errors import ScheduleError
 from fora_trt.plan import FULL_STEP, REUSE_STEP, Step
-from fora_trt.schedule import KINDS, OPEN_STEPS, Schedule, ScheduleKind, usual_text
+from fora_trt.schedule import KINDS, OPEN_STEPS, Schedule, ScheduleKind
 
 BY_HAND = [  # steps, interval, F for full and r for reuse
     (1, 1, "F"),
@@ -108,22 +108,6 @@ def test_every_means_as_many_full_steps_as_fora(text: str, steps: int, full_step
     schedule = Schedule.from_text(text, steps)
     assert schedule.full_steps == full_steps
     assert Schedule.from_text(schedule.text, steps) == schedule, "its text has the number"
-
-
-@pytest.mark.parametrize(
-    ("interval", "order", "expected"),
-    [
-        (None, None, "fora:3"),
-        (None, 0, "fora:3"),
-        (5, None, "fora:5"),
-        (1, None, "none"),
-        (5, 2, "fora:5,forecast=2"),
-        (None, 2, "dense:every=3,forecast=2"),
-        (None, 1, "dense:every=3,forecast=1"),
-    ],
-)
-def test_what_stands_for_a_schedule_that_is_not_given(interval: int | None, order: int | None, expected: str) -> None:
-    assert usual_text(interval, order) == expected
 
 
 @pytest.mark.parametrize(

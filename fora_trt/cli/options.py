@@ -13,7 +13,8 @@ import click
 from fora_trt.cli.terminal import bar, say
 from fora_trt.errors import InputError
 from fora_trt.plan import HIGHEST_ORDER
-from fora_trt.schedule import DEFAULT_INTERVAL, fora_text, preset, usual_text, with_forecast
+from fora_trt.presets import DEFAULT_INTERVAL, preset, usual_text
+from fora_trt.schedule import fora_text, with_forecast
 
 if TYPE_CHECKING:
     from fora_trt.pipeline import Pipeline

@@ -29,7 +29,7 @@ from fora_trt.cli.options import (
 )
 from fora_trt.cli.terminal import print_found, watched
 from fora_trt.plan import HIGHEST_ORDER
-from fora_trt.schedule import USUAL_ORDER
+from fora_trt.presets import USUAL_ORDER
 
 
 @click.command()

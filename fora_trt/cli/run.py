@@ -22,6 +22,7 @@ from fora_trt.cli.options import (
 )
 from fora_trt.cli.terminal import watched
 from fora_trt.errors import InputError
+from fora_trt.presets import doubt_of
 
 if TYPE_CHECKING:
     from fora_trt.pipeline import Pipeline, PipelineOutput
@@ -83,6 +84,8 @@ def run(
     if output is not None:
         with _or_latents():
             save_images(made.images, output)
+    if doubt := doubt_of(made.sampling.schedule, made.guidance.scale):
+        click.echo(doubt, err=True)
     figures = _figures(bundle, pipeline, made)
     written = {"output": output, "latents_out": latents_out}
     if as_json:

@@ -11,6 +11,7 @@ import click
 
 from fora_trt.cli.options import AS_JSON, BUNDLE, CONDITIONING, NEGATIVE_PROMPT, SEED, SamplingOptions, sampling_options
 from fora_trt.cli.terminal import watched
+from fora_trt.presets import doubt_of
 
 if TYPE_CHECKING:
     from fora_trt.bundle import Manifest
@@ -78,6 +79,9 @@ def sample(
     without_classes = prompts or conditioning is not None
     classes = None if without_classes else _classes(pipeline.manifest, labels, num_images, seed)
     given = pipeline.conditioning(classes, prompts, negative_prompt, conditioning)
+    planned = pipeline.sampling()
+    if doubt := doubt_of(planned.schedule, pipeline.guidance(given, planned).scale):
+        click.echo(doubt, err=True)
     images = SampleSet.of(out, pipeline, given, num_images, seed, layout)
     began = time.perf_counter()
     made = images.make(resume, watched("sampling", as_json))

@@ -12,13 +12,16 @@ from fora_trt.errors import BackendError, ForaError, InputError, first_line
 from fora_trt.evaluate.candidates import Candidate, control_of, steps_at_equal_time
 from fora_trt.evaluate.peak_memory import peak_memory, release
 from fora_trt.evaluate.peaks import Roofline, best_of, measure_peaks
+from fora_trt.evaluate.solvers import best_solver
 from fora_trt.evaluate.targets import Target
-from fora_trt.pipeline import Pipeline
+from fora_trt.metrics import latent_psnr
+from fora_trt.pipeline import Pipeline, Sampling
+from fora_trt.presets import DEFAULT_INTERVAL
 from fora_trt.report.results import EAGER, NO_CACHE, Absent, Bench, BenchRow, PeakRates, Setting
 from fora_trt.sampling.conditioning import Conditioning, example_conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.loop import Sampler, Trajectory
-from fora_trt.schedule import DEFAULT_INTERVAL, NONE, fora_text
+from fora_trt.schedule import NONE, fora_text
 
 
 @dataclass
@@ -83,27 +86,35 @@ def timings_of(target: Target) -> list[Timing]:
     return [Timing.of(target, Candidate.of(plain.with_schedule(one))) for one in target.schedules]
 
 
-def control_of_row(row: Timing, seconds: float, uncached: float) -> Timing:
-    """The equal-time control of a cached row that takes `seconds`: the same backend, fewer steps, no caching.
+def control_of_row(row: Timing, evaluations: float, solver: Sampling | None = None) -> Timing:
+    """The equal-time control of a cached row that takes as long as these evaluations without caching.
 
-    `uncached` is the time of all steps without caching.
+    It has the same backend; its scheduler is that of the row, or `solver` at its number of steps.
     """
-    steps = steps_at_equal_time(row.candidate, row.setting.nfe * seconds / uncached)
-    return Timing.of(row.target, control_of(row.candidate, steps))
+    if solver is not None:
+        return Timing.of(row.target, Candidate.of(solver, row.setting.schedule))
+    return Timing.of(row.target, control_of(row.candidate, steps_at_equal_time(row.candidate, evaluations)))
 
 
 class Benchmark:
     """Times a bundle, one batch size after the other; `result` returns the measurements so far at any moment."""
 
     def __init__(
-        self, pipeline: Pipeline, targets: Sequence[Target], absent: Sequence[Absent] = (), memory: bool = False
+        self,
+        pipeline: Pipeline,
+        targets: Sequence[Target],
+        absent: Sequence[Absent] = (),
+        memory: bool = False,
+        solved: bool = False,
     ) -> None:
         """`pipeline` has the bundle and the settings of all targets; with `memory` peak memory is measured too.
 
-        Raises `InputError` if guidance is on and the model has no unconditional inputs.
+        With `solved` the controls use the solver setting that comes closest to no caching, else the scheduler of the
+        row: all take about the same time. Raises `InputError` if guidance is on and the model has no unconditional
+        inputs.
         """
         self.pipeline, self.targets, self.absent = pipeline, list(targets), list(absent)
-        self._measures_memory = memory
+        self._measures_memory, self._solved = memory, solved
         given = example_conditioning(pipeline.manifest, 1)
         self.guidance = pipeline.guidance(given, pipeline.sampling(schedule=NONE))
         if self.guidance.scale > 1 and given.unconditional is None:
@@ -153,14 +164,26 @@ class Benchmark:
             row.run(given, self.guidance, keep=False)
         if not target.controls:
             return rows
-        seconds = [row.run(given, self.guidance, keep=False).seconds for row in rows]
+        done = [row.run(given, self.guidance, keep=False) for row in rows]
         warmed = []
-        for row, each in zip(rows, seconds, strict=True):
+        for row, each in zip(rows, done, strict=True):
             warmed.append(row)
             if row.setting.schedule in target.controls:
-                warmed.append(control_of_row(row, each, seconds[0]))
+                evaluations = row.setting.nfe * each.seconds / done[0].seconds
+                solver = self._solver(target, evaluations, given, done[0].latents) if self._solved else None
+                warmed.append(control_of_row(row, evaluations, solver))
                 warmed[-1].run(given, self.guidance, keep=False)
         return warmed
+
+    def _solver(self, target: Target, evaluations: float, given: Conditioning, reference: Tensor) -> Sampling:
+        """The solver setting that comes closest to the latents without caching."""
+        pixels = self.pipeline.manifest.latents.pixels
+
+        def psnr(sampling: Sampling) -> float:
+            made = target.pipeline.sampler(sampling)(given, range(given.images), self.guidance).latents
+            return float(latent_psnr(made, reference, pixels).mean())
+
+        return best_solver(target.pipeline, max(1, round(evaluations)), psnr)
 
     def _measure_memory(self, key: tuple[str, str, int, str], given: Conditioning) -> None:
         """Measure peak memory for the rows of a key, with their conditioning, scheduler and guidance."""

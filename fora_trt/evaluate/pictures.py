@@ -35,17 +35,18 @@ SAME = 90.0
 class Shown:
     """A timed row with the levels of its images (N, H, W, C) from 0 to 255, and its PSNR in dB to no caching.
 
-    The PSNR is None for images that are the same as those without caching.
+    `name` is the name of its setting. The PSNR is None for images that are the same as those without caching.
     """
 
     row: BenchRow
+    name: str
     levels: Tensor
     psnr: float | None
 
     @property
     def title(self) -> str:
         """The setting, and its speed-up over no caching on the same backend."""
-        return f"{self.row.setting.label}, {self.row.speedup:.1f}x"
+        return f"{self.name}, {self.row.speedup:.1f}x"
 
     @property
     def detail(self) -> str:
@@ -59,9 +60,11 @@ def shown_of(pipeline: Pipeline, timings: Sequence[Timing], rows: Sequence[Bench
     """The timed rows with their images; all are compared with the first row."""
     found, pixels = [], pipeline.manifest.latents.pixels
     for timing, row in zip(timings, rows, strict=True):
+        control = row.setting.control_of is not None
+        name = f"{row.setting.steps} steps, best solver" if control else row.setting.label
         close = float(latent_psnr(timing.latents, timings[0].latents, pixels).mean())
         levels = pipeline.decoder.levels(timing.latents, torch.device("cpu"))
-        found.append(Shown(row, levels, close if close < SAME else None))
+        found.append(Shown(row, name, levels, close if close < SAME else None))
     return found
 
 
@@ -77,8 +80,8 @@ def conclusion_of(shown: Sequence[Shown]) -> str:
         return "No cached row differs from no caching."
     best = max(cached, key=lambda one: one.psnr or 0)
     others = [one for one in shown if one is not best and one.psnr is not None and one.row.backend == best.row.backend]
-    rivals = ", ".join(f"{one.row.setting.label} {one.psnr:.1f} dB at {one.row.speedup:.1f}x" for one in others)
+    rivals = ", ".join(f"{one.name} {one.psnr:.1f} dB at {one.row.speedup:.1f}x" for one in others)
     return (
-        f"The schedule {best.row.setting.label} is {best.row.speedup:.1f} times as fast as no caching, and its images "
+        f"The schedule {best.name} is {best.row.speedup:.1f} times as fast as no caching, and its images "
         f"come within {best.psnr:.1f} dB of those (PSNR, higher is closer); from the same noise: {rivals}."
     )

@@ -22,10 +22,11 @@ from fora_trt.evaluate.compiled_module import compiled_engines
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.evaluate.peaks import seconds_of
 from fora_trt.pipeline import Pipeline
+from fora_trt.presets import DEFAULT_INTERVAL
 from fora_trt.report.results import COMPILED, EAGER, Absent
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.interface import Predictor
-from fora_trt.schedule import DEFAULT_INTERVAL, NONE, Schedule
+from fora_trt.schedule import NONE, Schedule
 
 REFERENCES = (EAGER, COMPILED)
 """The PyTorch references, which every benchmark includes: a user's alternative to this project."""

@@ -34,6 +34,7 @@ from fora_trt.engines.base import Engine
 from fora_trt.engines.options import EngineOptions
 from fora_trt.errors import InputError, RoomError, ScheduleError
 from fora_trt.plan import Plan, depth_of, rows_of
+from fora_trt.presets import usual_text
 from fora_trt.runtime.buffers import Memory
 from fora_trt.runtime.forecast import ForecastWindow
 from fora_trt.runtime.layout import Layout, within
@@ -41,7 +42,7 @@ from fora_trt.runtime.precomputed import PrecomputedConditioning
 from fora_trt.runtime.step_by_step import StepByStep
 from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.runtime.window import Window, folded_of
-from fora_trt.schedule import NONE, Schedule, usual_text, with_forecast
+from fora_trt.schedule import NONE, Schedule, with_forecast
 
 MOST_WINDOWS = 32
 """Number of windows that a denoiser keeps; with more, the one that was not used for the longest time is freed."""
