@@ -15,11 +15,13 @@ from torch import Tensor
 from fora_trt import Pipeline, Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.contract import OPTIMIZATIONS, REUSE
+from fora_trt.engines.onnxruntime.weighted_sum import kernel_library
 from fora_trt.errors import ScheduleError
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.evaluate.unfolded import UnfoldedFora
 from fora_trt.pipeline import Sampling
 from fora_trt.plan import FULL_STEP, REUSE_STEP, Plan, Step, adapted, depth_of, forecast, lagrange_weights, offsets_of
+from fora_trt.runtime.accumulate import AccumulatingWindow
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.forecast import ForecastWindow, add_rows
 from fora_trt.runtime.interface import Predictor
@@ -187,6 +189,11 @@ def test_a_forecast_equals_eager_pytorch_at_every_level(
     assert largest_error(pipeline, reference, sampling) < TOLERANCE
     assert largest_error(pipeline, reference, sampling) < TOLERANCE, "again, on the same memory"
     assert isinstance(pipeline.denoiser, Denoiser)
+    full = pipeline.denoiser.engines["full"]
+    assert full.accumulates == (backend == "onnxruntime" and level == "fold" and kernel_library() is not None)
+    assert isinstance(pipeline.denoiser.window, AccumulatingWindow if full.accumulates else ForecastWindow)
+    full.accumulates = False
+    assert largest_error(pipeline, reference, sampling) < TOLERANCE, "a reuse step reads several sums"
     assert isinstance(pipeline.denoiser.window, ForecastWindow)
     changed = pipeline.sampling(schedule="fora:4,forecast=1")
     assert largest_error(pipeline, reference, changed) < TOLERANCE, "with another schedule"

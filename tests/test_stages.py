@@ -22,6 +22,7 @@ STAGES = [
     "contract",
     "plan",
     "schedule",
+    "presets",
     "files",
     "models",
     "bundle",

@@ -14,7 +14,7 @@ import fora_trt
 from fora_trt import Schedule
 from fora_trt.bundle import Bundle
 from fora_trt.doctor import findings
-from fora_trt.engines.onnxruntime.weighted_sum import FuseWeightedSumsPass, kernel_library
+from fora_trt.engines.onnxruntime.weighted_sum import AccumulateSumsPass, FuseWeightedSumsPass, kernel_library
 from tests.small_graphs import model_of
 
 
@@ -144,8 +144,8 @@ def test_a_folded_full_graph_uses_it_and_its_bundle_does_not_change(optimized: d
     assert "no C compiler" not in found
 
 
-def test_gates_are_read_where_a_split_would_cut_them_out() -> None:
-    """Two sums of three terms, one on top of the other, with gates of one tensor: no copy of the gates."""
+def chained(output: str = "y") -> ir.Model:
+    """Two sums of three terms, one on top of the other, with gates of one tensor."""
     gates = " ".join(f"g{k}_ = Unsqueeze(g{k}, axis)" for k in range(6))
     features = " ".join(f"f{k}_ = Unsqueeze(f{k}, axis)" for k in range(6))
     sides = " ".join(
@@ -160,11 +160,16 @@ def test_gates_are_read_where_a_split_would_cut_them_out() -> None:
     inputs = ", ".join(["float[4, 2, 8, 80] all", *(f"float[2, 37, 80] f{k}" for k in range(6))])
     split = "g, g0, g1, g2, g3, g4, g5, rest = Split <axis: int = 2> (all, ones)"
     text = (
-        f"sums ({inputs}) => (float[4, 2, 37, 80] y) "
+        f"sums ({inputs}) => (float[4, 2, 37, 80] {output}) "
         "<int64[1] axis = {-4}, int64[8] ones = {1, 1, 1, 1, 1, 1, 1, 1}> "
-        f"{{ {split} {gates} {features} {sides} {added} y = Add(s0, s1) }}"
+        f"{{ {split} {gates} {features} {sides} {added} {output} = Add(s0, s1) }}"
     )
-    model = model_of(text)
+    return model_of(text)
+
+
+def test_gates_are_read_where_a_split_would_cut_them_out() -> None:
+    """There is no copy of the gates."""
+    model = chained()
     generator = np.random.default_rng(0)
     given = {"all": generator.normal(size=(4, 2, 8, 80)).astype(np.float32)}
     given |= {f"f{k}": generator.normal(size=(2, 37, 80)).astype(np.float32) for k in range(6)}
@@ -189,3 +194,34 @@ def test_sums_that_are_larger_than_a_cache_are_the_same(channels: int) -> None:
     assert expected.size > 2**20
     FuseWeightedSumsPass()(model)
     assert np.abs(run(model, given) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("begun", [0, 3, 7])
+@pytest.mark.parametrize("kind", ["wide", "narrow", "chained"])
+def test_weighted_sums_are_added_to_what_is_there(kind: str, begun: int) -> None:
+    channels = 7 if kind == "narrow" else 80
+    model = chained("out") if kind == "chained" else sums([7], 37, channels, 3, None)
+    (output,) = model.graph.outputs
+    output.name = "window.y"
+    generator = np.random.default_rng(0)
+    shapes = {str(value.name): value.shape.numpy() for value in model.graph.inputs if value.shape is not None}
+    given = {name: generator.normal(size=tuple(shape)).astype(np.float32) for name, shape in shapes.items()}
+    expected = run(model, given)
+    assert not AccumulateSumsPass()(model).modified, "there is no WeightedSum yet"
+    FuseWeightedSumsPass()(model)
+    assert AccumulateSumsPass()(model).modified
+    rows, begun = len(expected), min(begun, len(expected))
+    given["weights.window.y"] = generator.normal(size=rows).astype(np.float32)
+    given["base.window.y"] = generator.normal(size=(begun, *expected.shape[1:])).astype(np.float32)
+    expected *= given["weights.window.y"][:, None, None, None]
+    expected[:begun] += given["base.window.y"]
+    assert np.abs(run(model, given) - expected).max() < 1e-5
+
+
+def test_sums_that_begin_with_another_value_are_not_added_up() -> None:
+    model = sums([3], 5, 64, 2, [1, 5, 64])
+    model.graph.outputs[0].name = "window.y"
+    FuseWeightedSumsPass()(model)
+    assert kinds(model) == ["WeightedSum"]
+    assert not AccumulateSumsPass()(model).modified
+    assert not AccumulateSumsPass()(sums([3], 5, 64, 2, None)).modified, "no window output"

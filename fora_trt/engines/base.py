@@ -32,6 +32,10 @@ class Engine(ABC):
     any_window: bool = False
     """Whether another number of rows in window tensors costs next to nothing, so that a step can bind just its own."""
 
+    accumulates: bool = False
+    """Whether window outputs can be added to what is in memory: `bind` then takes for an output X also `base.X`, the
+    initial values of its first rows, and `weights.X` (rows), which its sums are multiplied by before that."""
+
     most_rows: int | None = None
     """Largest batch of a conditioning engine; None for no limit."""
 

@@ -68,6 +68,7 @@ class TimedEngine(Engine):
         self._engine, self._clock = engine, clock
         self.longest_window, self.shortest_window = engine.longest_window, engine.shortest_window
         self.most_rows, self.any_window = engine.most_rows, engine.any_window
+        self.accumulates = engine.accumulates
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
         return self._clock.timed(self._engine.bind(tensors))

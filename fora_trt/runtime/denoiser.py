@@ -32,20 +32,16 @@ from fora_trt.contract import (
 from fora_trt.engines.backends import AUTO, backend_from_name, device_from_name
 from fora_trt.engines.base import Engine
 from fora_trt.engines.options import EngineOptions
-from fora_trt.errors import InputError, RoomError, ScheduleError
+from fora_trt.errors import InputError, ScheduleError
 from fora_trt.plan import Plan, depth_of, rows_of
 from fora_trt.presets import usual_text
-from fora_trt.runtime.buffers import Memory
-from fora_trt.runtime.forecast import ForecastWindow
 from fora_trt.runtime.layout import Layout, within
 from fora_trt.runtime.precomputed import PrecomputedConditioning
 from fora_trt.runtime.step_by_step import StepByStep
 from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.runtime.window import Window, folded_of
+from fora_trt.runtime.windows import Windows
 from fora_trt.schedule import NONE, Schedule, with_forecast
-
-MOST_WINDOWS = 32
-"""Number of windows that a denoiser keeps; with more, the one that was not used for the longest time is freed."""
 
 
 def load(
@@ -98,8 +94,7 @@ class Denoiser(StepByStep):
         conditioning, of_full_steps = (engines.get(name) for name in (CONDITIONING, FULL_CONDITIONING))
         self.precomputed = None if conditioning is None else PrecomputedConditioning(conditioning, of_full_steps)
         self.run: EngineRun | None = None
-        self._windows: dict[tuple[int, ...], Window] = {}
-        self._memory = Memory(self.device, self._free_windows)
+        self._windows = Windows(engines[FULL], engines[REUSE])
 
     def begin(
         self,
@@ -134,7 +129,7 @@ class Denoiser(StepByStep):
         rows = max(whole.rows, self.engines[FULL].shortest_window) if self.folds else 0
         if self.precomputed is not None:
             self.precomputed.begin(timesteps, layout, conditioning, max(batches), rows)
-        window = self._prepared((rows, whole.depth, whole.longest_window) if whole.weighted else (rows,), batches)
+        window = self._windows.prepared(whole, rows, batches)
         window.begin(layout)
         self.run = EngineRun(window, self.precomputed, layout, plan, whole)
         return self.run
@@ -188,38 +183,6 @@ class Denoiser(StepByStep):
         what = "the plans support sums for at most"
         warn(f"{what} {limit} reuse steps per full step: {' and '.join(changes)}", stacklevel=4)
         return supported
-
-    def _prepared(self, shape: tuple[int, ...], batches: Sequence[int]) -> Window:
-        """The window of a shape, prepared for each batch size; if memory is short, that of the others is freed.
-
-        The shape is the number of rows; for a forecast also the number of full steps that a reuse step reads, and the
-        largest number of reuse steps in a window.
-        """
-        window = self._windows.pop(shape, None)
-        if window is None:
-            kind = Window if len(shape) == 1 else ForecastWindow
-            window = kind(self.engines[FULL], self.engines[REUSE], self._memory, *shape)
-        self._windows[shape] = window  # the latest comes last
-        if len(self._windows) > MOST_WINDOWS:
-            self._windows.pop(next(iter(self._windows))).free()
-        try:
-            self._prepare(window, batches)
-        except RoomError:
-            if len(self._windows) == 1:
-                raise
-            self._memory.free()
-            self._windows = {shape: window}
-            self._prepare(window, batches)
-        return window
-
-    def _free_windows(self) -> None:
-        for window in self._windows.values():
-            window.free()
-
-    @staticmethod
-    def _prepare(window: Window, batches: Sequence[int]) -> None:
-        for batch in sorted({*batches}, reverse=True):  # the largest first: it allocates the memory of all
-            window.prepare(batch)
 
 
 @dataclass

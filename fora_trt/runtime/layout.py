@@ -6,7 +6,7 @@ forecast also those of the next ones. No tensors here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fora_trt.plan import HIGHEST_ORDER, LATEST, Plan, Step, adapted, depth_of, offsets_of, readers_of, rows_of
@@ -22,20 +22,40 @@ class Read:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """What a full step adds to the sums of the reuse steps that read it, if these are consecutive reuse steps.
+
+    Sums are numbered like the reuse steps of the plan. `first` is the first of them, `weights` has one weight for each;
+    the first `begun` sums have terms of earlier full steps already.
+    """
+
+    first: int
+    begun: int
+    weights: tuple[float, ...]
+
+    def part(self, readers: int) -> Fold:
+        """The part of the first readers."""
+        return Fold(self.first, min(self.begun, readers), self.weights[:readers])
+
+
+@dataclass(frozen=True)
 class Layout:
     """One entry per step of the plan, or of a part of it; `readers` counts steps from the first of the part.
 
     `offsets` are counted within a window (0 is the full step), `windows` from the first window of the plan. `readers`
     has for a full step the reuse steps that read it, in the order of their rows. `reads` has for a reuse step what it
-    reads, the latest full step first. `rows` is the largest number of readers of a full step, `depth` the largest
-    number of full steps that a reuse step reads, and `weighted` says whether one reads anything but the last full step
-    with weight 1.
+    reads, the latest full step first. `numbers` counts the reuse steps of the plan before a step; `folds` has for each
+    full step what it adds to sums, or is empty where readers are not consecutive reuse steps. `rows` is the largest
+    number of readers of a full step, `depth` the largest number of full steps that a reuse step reads, and `weighted`
+    says whether one reads anything but the last full step with weight 1.
     """
 
     offsets: Sequence[int]
     windows: Sequence[int]
     readers: Sequence[Sequence[int]]
     reads: Sequence[Sequence[Read]]
+    numbers: Sequence[int]
+    folds: Sequence[Fold | None]
     rows: int
     depth: int
     weighted: bool
@@ -52,11 +72,15 @@ class Layout:
             [Read(window - back, row_of[window - back][number], weight) for back, weight in enumerate(step.weights)]
             for number, (step, window) in enumerate(zip(plan, windows, strict=True))
         ]
+        full_before = [window + (not step.is_full) for step, window in zip(plan, windows, strict=True)]
+        numbers = [number - full for number, full in enumerate(full_before)]
         return cls(
             offsets_of(plan),
             windows,
             [readers.get(number, []) for number in range(len(plan))],
             reads,
+            numbers,
+            _folds_of(readers, reads, windows, numbers),
             rows_of(plan),
             depth_of(plan),
             any(step.weights not in ((), LATEST) for step in plan),
@@ -70,10 +94,20 @@ class Layout:
             self.windows[taken],
             [[step - first for step in steps if step < first + count] for steps in self.readers[taken]],
             self.reads[taken],
+            self.numbers[taken],
+            [
+                fold and fold.part(sum(step < first + count for step in steps))
+                for fold, steps in zip(self.folds[taken], self.readers[taken], strict=False)
+            ],
             self.rows,
             self.depth,
             self.weighted,
         )
+
+    @property
+    def reuse_steps(self) -> int:
+        """The number of reuse steps up to the last step."""
+        return self.numbers[-1] + (self.offsets[-1] > 0)
 
     @property
     def longest_window(self) -> int:
@@ -84,6 +118,25 @@ class Layout:
     def reach(self) -> int:
         """The largest number of steps from a full step to the last step that reads it."""
         return max((steps[-1] - number for number, steps in enumerate(self.readers) if steps), default=0)
+
+
+def _folds_of(
+    readers: Mapping[int, Sequence[int]],
+    reads: Sequence[Sequence[Read]],
+    windows: Sequence[int],
+    numbers: Sequence[int],
+) -> list[Fold | None]:
+    """`Layout.folds` of a whole plan."""
+    folds: list[Fold | None] = [None] * len(windows)
+    for full, steps in readers.items():
+        begun = [any(read.window < windows[full] for read in reads[step]) for step in steps]
+        first = numbers[full]
+        consecutive = [numbers[step] for step in steps] == [*range(first, first + len(steps))]
+        if not consecutive or begun != sorted(begun, reverse=True):
+            return []
+        weights = [next(read.weight for read in reads[step] if read.window == windows[full]) for step in steps]
+        folds[full] = Fold(first, sum(begun), tuple(weights))
+    return folds
 
 
 def within(plan: Plan, most_rows: int) -> tuple[Step, ...]:

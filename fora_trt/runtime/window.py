@@ -71,10 +71,7 @@ class Window:
             before, self.batch = self.batch, 0
             self._resize(batch, before)
             self._renew()
-            for turn in range(self.turns):
-                self._launch(0, turn, self.rows)
-            if self._has_reuse:
-                self._launch(1)
+            self._bind()
             self.batch = batch
         if (scratch := (self.full.scratch_address(), self.reuse.scratch_address())) != self._scratch:
             self._scratch = scratch
@@ -124,6 +121,13 @@ class Window:
         edges = (self.full.inputs, self.full.outputs, self.reuse.inputs, self.reuse.outputs)
         specs = {name: one for tensors in edges for name, one in tensors.items() if name not in self._folded}
         return [*specs.values()]
+
+    def _bind(self) -> None:
+        """Bind in advance what any trajectory runs."""
+        for turn in range(self.turns):
+            self._launch(0, turn, self.rows)
+        if self._has_reuse:
+            self._launch(1)
 
     def _kept(self) -> Buffers | None:
         """Further buffers, which are allocated together with the shared tensors."""

@@ -19,7 +19,13 @@ from fora_trt.contract import WINDOW
 from fora_trt.engines.backends import release_of
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.memory import address_of
-from fora_trt.engines.onnxruntime.weighted_sum import FuseWeightedSumsPass, kernel_library
+from fora_trt.engines.onnxruntime.weighted_sum import (
+    BASE,
+    WEIGHTS,
+    AccumulateSumsPass,
+    FuseWeightedSumsPass,
+    kernel_library,
+)
 from fora_trt.errors import BackendError
 from fora_trt.export.join_projections import SeparateProjectionsPass
 
@@ -82,27 +88,43 @@ class OnnxRuntimeEngine(Engine):
         self.shortest_window = 0 if release_of(onnxruntime.__version__) >= (1, 32) else 1
         self.any_window = device.type == "cpu"
         self._session, self._stream = _session(bundle, graph, device, stream), stream
+        given = {one.name for one in self._session.get_inputs()} if device.type == "cpu" else {}
+        self._added = [name for name in self.outputs if f"{BASE}{name}" in given]
+        self.accumulates = bool(self._added) and self.shortest_window == 0
         self._run_options = onnxruntime.RunOptions()
         if stream is not None:  # without this entry, the session waits for its stream at the end of each run
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
         binding = self._session.io_binding()
-        for bind, names in ((binding.bind_input, self.inputs), (binding.bind_output, self.outputs)):
-            for name, spec in names.items():
-                tensor = tensors[name]
+        added = self._accumulated(tensors)  # in fp32
+        dtypes = {name: spec.dtype for name, spec in {**self.inputs, **self.outputs}.items()}
+        inputs = {**{name: tensors[name] for name in self.inputs}, **added}
+        outputs = {name: tensors[name] for name in self.outputs}
+        for bind, bound in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, tensor in bound.items():
                 assert tensor.is_contiguous() and tensor.device.type == self.device.type
                 bind(
                     name,
                     self.device.type,
                     self.device.index or 0,
-                    _ELEMENT_TYPES[spec.dtype],
+                    _ELEMENT_TYPES[dtypes.get(name, "float32")],
                     tuple(tensor.shape),
                     address_of(tensor),
                 )
-        return partial(self._launch, binding)
+        return partial(self._launch, binding, added)
 
-    def _launch(self, binding: Any) -> None:
+    def _accumulated(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs that `AccumulateSumsPass` added; those that are not given mean sums that begin at 0."""
+        found: dict[str, Tensor] = {}
+        for name in self._added:
+            output = tensors[name]
+            for key, usual in ((f"{BASE}{name}", output[:0]), (f"{WEIGHTS}{name}", torch.ones(len(output)))):
+                found[key] = tensors.get(key, usual)
+        return found
+
+    def _launch(self, binding: Any, kept: object) -> None:
+        """Run on a binding; `kept` are tensors that it points to."""
         if self._stream is None:
             self._run(binding)
             return
@@ -192,6 +214,7 @@ def _for_cpu(bundle: Bundle, graph: str, options: Any) -> Any:
     library = kernel_library() if any(output.shape[0] == WINDOW for output in outputs) else None
     if library is not None and FuseWeightedSumsPass()(model).modified:
         options.register_custom_ops_library(str(library))
+        AccumulateSumsPass()(model)
         changed = True
     if not changed:
         return path

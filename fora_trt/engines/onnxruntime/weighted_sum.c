@@ -1,7 +1,9 @@
 /* The custom operator WeightedSum for ONNX Runtime on a CPU: the sum of gate * feature over many features, in one pass.
 
    Inputs, all float32: with the attribute begins=1 an initial value of the sum, (W, B, N, C) or (B, N, C) or (1, N, C);
-   the gates; K features (B, N, C). With the attribute first=-1 there are K gates (W, B, 1, C). With first=F there is
+   with begins=2 initial values of the first V of W sums, (V, B, N, C), which may be the memory of the output, and W
+   weights (W): each sum is multiplied by its weight before its initial value is added; the gates; K features (B, N, C).
+   With the attribute first=-1 there are K gates (W, B, 1, C). With first=F there is
    one tensor (W, B, G, C), and the gates are its rows from F on. The output is (W, B, N, C). If the gates have no
    dimension W, the output has none.
 
@@ -99,17 +101,18 @@ enum { STRIDE = LANES * VECTORS };
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
 typedef struct {
-  const float *begun, *gates[MOST_TERMS], *features[MOST_TERMS];
+  const float *begun, *weights, *gates[MOST_TERMS], *features[MOST_TERMS];
   float *sums;
   size_t terms, window, batch, tokens, channels, blocks;
-  size_t begun_step, begun_sample, gate_step, gate_sample, sum_step; /* strides */
+  size_t begun_rows, begun_step, begun_sample, gate_step, gate_sample, sum_step; /* strides */
   int past_cache;
 } Sum;
 
 /* Offsets of consecutive channels of one token at the first step: in the initial value, in its gates, in a
-   feature, and in its sum. The next step adds the step stride of `Sum` to them. */
+   feature, and in its sum. The next step adds the step stride of `Sum` to them. `step` is the number of the first step;
+   the first `begins` steps have an initial value. */
 typedef struct {
-  size_t begun, gate, feature, sum;
+  size_t begun, gate, feature, sum, step, begins;
 } Offsets;
 
 /* Stores LANES sums, past the cache if the window of sums is large: it would not stay there until it is read. */
@@ -131,7 +134,7 @@ static inline __attribute__((always_inline)) void store(float *sums, Lanes value
 static inline __attribute__((always_inline)) void add_stretch(const Sum *sum, Offsets at, const size_t steps,
                                                               const int vectors, const int tokens) {
   Lanes totals[STEPS][PAIR][VECTORS] = {0};
-  if (sum->begun)
+  if (sum->begun && !sum->weights)
     for (size_t step = 0; step < steps; step++)
       for (int t = 0; t < tokens; t++)
         for (int v = 0; v < vectors; v++)
@@ -151,6 +154,15 @@ static inline __attribute__((always_inline)) void add_stretch(const Sum *sum, Of
         for (int t = 0; t < tokens; t++) totals[step][t][v] += factor * stretch[t][v];
       }
   }
+  if (sum->weights)
+    for (size_t step = 0; step < steps; step++) {
+      const float *begun = step < at.begins ? sum->begun + at.begun + step * sum->begun_step : NULL;
+      for (int t = 0; t < tokens; t++)
+        for (int v = 0; v < vectors; v++) {
+          totals[step][t][v] *= sum->weights[at.step + step];
+          if (begun) totals[step][t][v] += *(const Lanes *)(begun + t * sum->channels + v * LANES);
+        }
+    }
   for (size_t step = 0; step < steps; step++)
     for (int t = 0; t < tokens; t++)
       for (int v = 0; v < vectors; v++)
@@ -177,9 +189,11 @@ static void add_rest(const Sum *sum, Offsets at, size_t steps, size_t channels, 
     for (size_t token = 0; token < tokens; token++)
       for (size_t c = 0; c < channels; c++) {
         size_t here = token * sum->channels + c;
-        float total = sum->begun ? sum->begun[at.begun + step * sum->begun_step + here] : 0;
+        float begun = step < at.begins ? sum->begun[at.begun + step * sum->begun_step + here] : 0;
+        float total = sum->weights ? 0 : begun;
         for (size_t term = 0; term < sum->terms; term++)
           total += sum->gates[term][at.gate + step * sum->gate_step + c] * sum->features[term][at.feature + here];
+        if (sum->weights) total = total * sum->weights[at.step + step] + begun;
         sum->sums[at.sum + step * sum->sum_step + here] = total;
       }
 }
@@ -201,6 +215,8 @@ static void add_up(void *data, size_t k) {
         at.gate = step * sum->gate_step + sample * sum->gate_sample + channel;
         at.feature = (sample * sum->tokens + token) * channels + channel;
         at.sum = step * sum->sum_step + at.feature;
+        at.step = step;
+        at.begins = sum->begun_rows > step ? sum->begun_rows - step : 0;
         if (width < LANES)
           add_rest(sum, at, steps, width, tokens);
         else if (width < STRIDE)
@@ -228,21 +244,22 @@ static Status *input(Context *context, size_t k, const float **data, int64_t *si
 
 static Status *compute(void *kernel, Context *context) {
   Sum sum = {0};
-  size_t count, rank, gate_rank, begun_rank = 0;
-  int64_t sizes[MOST_RANK], gate_sizes[MOST_RANK], begun_sizes[MOST_RANK];
+  size_t count, rank, gate_rank, begun_rank = 0, weight_rank;
+  int64_t sizes[MOST_RANK], gate_sizes[MOST_RANK], begun_sizes[MOST_RANK], weight_sizes[MOST_RANK];
   intptr_t attributes = (intptr_t)kernel; /* see `create` */
-  size_t begun = attributes & 1, joined = attributes > 1;
+  size_t begun = attributes & 3, joined = attributes > 3;
   TRY(CALL(INPUT_COUNT, context, &count));
   sum.terms = joined ? count - begun - 1 : (count - begun) / 2;
   size_t first_feature = count - sum.terms;
   if (begun) TRY(input(context, 0, &sum.begun, begun_sizes, &begun_rank));
+  if (begun == 2) TRY(input(context, 1, &sum.weights, weight_sizes, &weight_rank));
   for (size_t k = 0; k < sum.terms; k++) {
     TRY(input(context, joined ? begun : begun + k, &sum.gates[k], gate_sizes, &gate_rank));
     TRY(input(context, first_feature + k, &sum.features[k], sizes, &rank));
   }
   size_t rows = (size_t)gate_sizes[gate_rank - 2];
   for (size_t k = 0; k < sum.terms && joined; k++)
-    sum.gates[k] += ((size_t)(attributes >> 1) - 1 + k) * (size_t)sizes[2];
+    sum.gates[k] += ((size_t)(attributes >> 2) - 1 + k) * (size_t)sizes[2];
   sum.window = gate_rank == 4 ? (size_t)gate_sizes[0] : 1;
   sum.batch = (size_t)sizes[0], sum.tokens = (size_t)sizes[1], sum.channels = (size_t)sizes[2];
   sum.blocks = (sum.tokens + TOKENS - 1) / TOKENS;
@@ -250,6 +267,7 @@ static Status *compute(void *kernel, Context *context) {
   sum.gate_sample = rows * sum.channels;
   sum.gate_step = sum.batch * sum.gate_sample;
   sum.sum_step = sum.batch * sample;
+  sum.begun_rows = begun == 2 ? (size_t)begun_sizes[0] : begun ? sum.window : 0;
   sum.begun_step = begun_rank == 4 ? sum.sum_step : 0;
   sum.begun_sample = begun_rank == 4 || (begun_rank == 3 && begun_sizes[0] != 1) ? sample : 0;
   int64_t all[] = {(int64_t)sum.window, sizes[0], sizes[1], sizes[2]};
@@ -262,13 +280,13 @@ static Status *compute(void *kernel, Context *context) {
   return CALL(PARALLEL_FOR, context, add_up, sum.batch * sum.blocks, (size_t)0, &sum);
 }
 
-/* The kernel has no memory: its address holds the attributes, 2 * (first + 1) + begins. */
+/* The kernel has no memory: its address holds the attributes, 4 * (first + 1) + begins. */
 static Status *create(const Operator *operator, const Function *table, const void *info, void **kernel) {
   int64_t first, begins;
   (void)operator, (void)table;
   TRY(CALL(ATTRIBUTE_INT, info, "first", &first));
   TRY(CALL(ATTRIBUTE_INT, info, "begins", &begins));
-  *kernel = (void *)(intptr_t)(2 * (first + 1) + begins);
+  *kernel = (void *)(intptr_t)(4 * (first + 1) + begins);
   return NULL;
 }
 

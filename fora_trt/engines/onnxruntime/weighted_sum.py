@@ -20,9 +20,13 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from fora_trt.contract import of_window
 from fora_trt.export.nodes import only_maker
 
 DOMAIN, OPERATOR = "fora_trt", "WeightedSum"
+
+BASE, WEIGHTS = "base.", "weights."
+"""Prefixes of the inputs that `AccumulateSumsPass` adds, before the name of an output."""
 
 MOST_TERMS = 64
 """Largest number of terms in one sum; the size of the kernel's arrays."""
@@ -64,6 +68,50 @@ class FuseWeightedSumsPass(InPlacePass):
             RemoveUnusedNodesPass()(model)
             model.graph.opset_imports[DOMAIN] = 1
         return PassResult(model, modified=any(fused))
+
+
+class AccumulateSumsPass(InPlacePass):
+    """Adds the sums of window outputs to what is in memory already: output = base + weight * sum.
+
+    Each window output X gets two inputs: `base.X` (V, B, N, C), initial values of its first V rows, and `weights.X`
+    (W). The memory of `base.X` may be that of X. Does nothing unless WeightedSums make each window output.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        outputs = [one for one in model.graph.outputs if str(one.name).startswith(of_window(""))]
+        chains = [_chain_of(one) for one in outputs]
+        if not outputs or not all(chains):
+            return PassResult(model, modified=False)
+        for output, chain in zip(outputs, chains, strict=True):
+            assert output.shape is not None
+            begun = _input(f"{BASE}{output.name}", ir.Shape([f"{BASE}rows", *output.shape[1:]]))
+            weights = _input(f"{WEIGHTS}{output.name}", ir.Shape([output.shape[0]]))
+            model.graph.inputs.extend([begun, weights])
+            for node in chain:  # base + w * a, and to that + w * b
+                values = [begun, weights, *node.inputs[node.attributes.get_int("begins", 0) :]]
+                node.resize_inputs(len(values))
+                for k, value in enumerate(values):
+                    node.replace_input_with(k, value)
+                node.attributes["begins"] = ir.AttrInt64("begins", 2)
+                begun = node.outputs[0]
+        return PassResult(model, modified=True)
+
+
+def _chain_of(output: ir.Value) -> list[ir.Node]:
+    """The WeightedSums that make a value, each of which begins with the one before; empty for another value."""
+    node = output.producer()
+    if node is None or node.op_type != OPERATOR:
+        return []
+    if not node.attributes.get_int("begins", 0):
+        return [node]
+    before = node.inputs[0]
+    alone = before is not None and len(before.consumers()) == 1 and not before.is_graph_output()
+    chain = _chain_of(before) if before is not None and alone else []
+    return [*chain, node] if chain else []
+
+
+def _input(name: str, shape: ir.Shape) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
 
 
 def _fused(graph: ir.Graph, node: ir.Node) -> bool:
