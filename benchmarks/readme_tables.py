@@ -31,22 +31,38 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Measured:
-    """The arguments of `export`, `bench` and `quality` for a model; it has no quality table if `quality` is None."""
+    """The arguments of `export`, `bench` and `quality` for a model; it has no quality table if `quality` is None.
+
+    `calibrated` are the numbers of full steps that the model is calibrated for; all schedules are measured.
+    """
 
     export: tuple[str, ...]
     bench: tuple[str, ...]
     quality: tuple[str, ...] | None = None
+    calibrated: tuple[int, ...] = ()
 
 
 MODELS = {
     "digits": Measured(
-        ("digits",), ("--batch-sizes", "10", "--cache-intervals", "1,2,3,5,7"), ("--num-images", "1000")
+        ("digits",),
+        ("--batch-sizes", "10", "--cache-intervals", "1,3,5,7"),
+        ("--num-images", "256", "--cache-intervals", "3,5,7", "--truth-steps", "250"),
+        (18, 11, 8),
     ),
     "dit-s-2": Measured(
         ("random:DiT-S/2",),
-        ("--batch-sizes", "1", "--cache-intervals", "1,3,5", "--backends", "onnxruntime,torch-compile"),
+        (
+            *("--batch-sizes", "1", "--cache-intervals", "1,3,5", "--backends", "onnxruntime,torch-compile"),
+            *("--schedule", "fora:3,forecast=2", "--schedule", "dense:11,forecast=2"),
+        ),
     ),
-    "dit-b-2": Measured(("random:DiT-B/2",), ("--batch-sizes", "1", "--cache-intervals", "1,2,3,5,7")),
+    "dit-b-2": Measured(
+        ("random:DiT-B/2",),
+        (
+            *("--batch-sizes", "1", "--cache-intervals", "1,3,5", "--backends", "onnxruntime"),
+            *("--schedule", "fora:3,forecast=2", "--schedule", "dense:11,forecast=2"),
+        ),
+    ),
     "dit-xl-2-256": Measured(("random:DiT-XL/2", "--precision", "fp16"), ("--batch-sizes", "1,4,8,16,32")),
     "dit-xl-2-512": Measured(
         ("random:DiT-XL/2", "--precision", "fp16", "--image-size", "512"), ("--batch-sizes", "1,4,8,16,32")
@@ -58,7 +74,7 @@ SHOWN = ("backend", "setting", "full steps", "ideal", "speed-up", "of ideal", "o
 """Columns of a latency table in docs/measurements.md; the result has more."""
 
 LATENCY_IN_README = ("backend", "setting", "full steps", "ideal", "speed-up", "over PyTorch", "time")
-QUALITY_IN_README = ("setting", "full steps", "per image", "speed-up", "PSNR", "SSIM", "as asked")
+QUALITY_IN_README = ("setting", "full steps", "per image", "speed-up", "PSNR", "as asked")
 """Columns of the tables in the README."""
 
 
@@ -66,9 +82,13 @@ def measure(name: str, repeats: int) -> Report:
     """Export and measure one model, in the current folder."""
     model = MODELS[name]
     _fora("export", *model.export, "--name", name, "--force")
-    _fora("bench", f"export/{name}", *model.bench, "--repeats", str(repeats), "--out", name)
+    schedules: list[str] = []
+    for number in model.calibrated:
+        _fora("calibrate", f"export/{name}", "--full-steps", str(number), "-o", f"calibrated-{number}.json")
+        schedules += ["--schedule", f"calibrated-{number}.json"]
+    _fora("bench", f"export/{name}", *model.bench, *schedules, "--repeats", str(repeats), "--out", name)
     if model.quality is not None:
-        _fora("quality", f"export/{name}", *model.quality, "--out", name)
+        _fora("quality", f"export/{name}", *model.quality, *schedules, "--out", name)
     report = read_report(Path(name))
     if report is None:
         raise click.ClickException(f"fora-trt bench and quality wrote no report for {name}; see their output above")
