@@ -28,7 +28,7 @@ from fora_trt.sampling.schedulers import SchedulerChoice
 from fora_trt.schedule import Schedule
 
 EVALUATIONS = (8, 11, 18)
-SOLUTION_STEPS, STEPS, FINE_STEPS = 250, 50, 125
+SOLUTION_STEPS, STEPS, FINE_STEPS = 250, 50, 200
 GUIDANCE_SCALE = 1.5
 IMAGES, SEED = 64, 7000
 CALIBRATION_IMAGES = 16  # of the seeds 0 to 31, the second half for the figures in the schedule file
@@ -74,8 +74,8 @@ def ways_of(bundle: Path, images: int, told: Callable[[str], object]) -> Iterato
                 yield way(number, FORA, plain.with_schedule(fora), fora.text)
             dense = Schedule.dense(steps, number).with_forecast(2)
             yield way(number, FORECAST, plain.with_schedule(dense), dense.text)
-            calibrated = _calibrated(bundle, steps, number, told)
-            yield way(number, CALIBRATED, plain.with_schedule(calibrated), calibrated.text)
+        calibrated = _calibrated(bundle, FINE_STEPS, number, told)
+        yield way(number, CALIBRATED, plain.with_schedule(calibrated), calibrated.text)
 
 
 def _calibrated(bundle: Path, steps: int, number: int, told: Callable[[str], object]) -> Schedule:
@@ -98,14 +98,8 @@ def table_of(ways: Mapping[int, list[Way]]) -> list[str]:
     def ddim(number: int) -> str:
         return next(f"{one.psnr:.1f} dB" for one in ways[number] if one.label == "ddim")
 
-    header = (
-        "evaluations",
-        "DDIM",
-        "best of the solvers",
-        "FORA, 50 steps",
-        "forecast, 125 steps",
-        "calibrated, 125 steps",
-    )
+    kinds = (f"FORA, {STEPS} steps", f"forecast, {FINE_STEPS} steps", f"calibrated, {FINE_STEPS} steps")
+    header = ("evaluations", "DDIM", "best of the solvers", *kinds)
     rows = [
         (
             str(number),

@@ -3,7 +3,8 @@
 The order, the exponent of `dense` and the limits follow from benchmarks/results/presets_*.json: the digits model with
 10 to 50 steps of DDIM, DPM-Solver++ and DDPM, at guidance 1.5 and 4. A forecast whose full steps stand closer together
 towards the end comes closer to no caching than FORA with as many full steps wherever there are at least
-`FEWEST_FULL_STEPS`. At FORA's own positions it loses to FORA where steps are few or guidance is strong.
+`FEWEST_FULL_STEPS` and the scheduler adds no noise. At FORA's own positions it loses to FORA where steps are few or
+guidance is strong. With noise at each step the same full steps without a forecast are closest.
 """
 
 from __future__ import annotations
@@ -38,11 +39,19 @@ def usual_text(cache_interval: int | None = None, order: int | None = None) -> s
     return with_forecast(fora_text(DEFAULT_INTERVAL if cache_interval is None else cache_interval), order)
 
 
-def doubt_of(schedule: Schedule, guidance_scale: float) -> str | None:
-    """A sentence on a forecast outside of what was measured to gain; None for FORA, calibrated schedules and others."""
+def doubt_of(schedule: Schedule, guidance_scale: float, adds_noise: bool) -> str | None:
+    """A sentence on a forecast outside of what was measured to gain; None for FORA, calibrated schedules and others.
+
+    `adds_noise` says whether the scheduler adds noise at each step.
+    """
     if schedule.depth == 1 or schedule.made_from:
         return None
     remedy = "fora-trt calibrate finds a schedule for this model"
+    if adds_noise:
+        return (
+            f"{schedule.text} forecasts, but the scheduler adds noise at each step, which a forecast cannot foresee; "
+            f"--schedule dense:{schedule.full_steps} without a forecast was measured to be closer; {remedy}"
+        )
     if schedule.steps < FEWEST_STEPS or schedule.full_steps < FEWEST_FULL_STEPS:
         return (
             f"{schedule.text} forecasts with {schedule.full_steps} full steps of {schedule.steps}; with fewer than "

@@ -84,7 +84,7 @@ def run(
     if output is not None:
         with _or_latents():
             save_images(made.images, output)
-    if doubt := doubt_of(made.sampling.schedule, made.guidance.scale):
+    if doubt := doubt_of(made.sampling.schedule, made.guidance.scale, made.sampling.scheduler_step.adds_noise):
         click.echo(doubt, err=True)
     figures = _figures(bundle, pipeline, made)
     written = {"output": output, "latents_out": latents_out}

@@ -80,7 +80,8 @@ def sample(
     classes = None if without_classes else _classes(pipeline.manifest, labels, num_images, seed)
     given = pipeline.conditioning(classes, prompts, negative_prompt, conditioning)
     planned = pipeline.sampling()
-    if doubt := doubt_of(planned.schedule, pipeline.guidance(given, planned).scale):
+    scale = pipeline.guidance(given, planned).scale
+    if doubt := doubt_of(planned.schedule, scale, planned.scheduler_step.adds_noise):
         click.echo(doubt, err=True)
     images = SampleSet.of(out, pipeline, given, num_images, seed, layout)
     began = time.perf_counter()

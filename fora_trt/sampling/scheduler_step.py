@@ -40,6 +40,9 @@ class SchedulerStep(ABC):
         self.takes_variance = takes_variance
         self.on_device = on_device
 
+    adds_noise: bool = False
+    """Whether the scheduler adds noise at each step; False where that is unknown, because the scheduler is called."""
+
     @abstractmethod
     def begin(self, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> object:
         """Draw the noise of a trajectory, image k from `seeds[k]` alone; `shape` is the shape of one sample.
@@ -256,6 +259,7 @@ class TabulatedStep(SchedulerStep):
     def __init__(self, coefficients: Coefficients) -> None:
         super().__init__(coefficients.timesteps, coefficients.takes_variance, on_device=True)
         self._coefficients, self._scales = coefficients, bool((coefficients.input_scale != 1).any())
+        self.adds_noise = bool((coefficients.noise_scale != 0).any())
         self._key: tuple[object, ...] = ()
 
     def begin(self, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> object:
