@@ -158,6 +158,13 @@ def test_the_comparison_with_fewer_steps_is_a_measured_one() -> None:
 
 def test_equal_evaluations_are_the_measured_ones() -> None:
     """The best schedules come at least 5 dB closer to the solution than the best of the solvers."""
+    shares = [reuse_share(newest_result(model)[0], "onnxruntime") for model in ("digits", "dit-s-2")]
+    times = [round(18 + 182 * float(share.rstrip("%")) / 100) for share in shares]
+    told = (
+        "takes {} of a full step, so 18 full steps of 200 take the time of {} evaluations; with the {} of DiT-S/2 they"
+    )
+    assert told.format(shares[0], times[0], shares[1]) in words_of(README)
+    assert f"would take that of {times[1]}." in words_of(README)
     ways = newest_ways()
     for line in table_of(ways):
         assert line in README.splitlines()
