@@ -107,6 +107,6 @@ def test_the_demo_writes_a_sheet_and_ends_with_a_conclusion(tmp_path: Path) -> N
     print(last)
     assert last.startswith("The schedule calibrated is ")
     assert "fora:3 3" in last
-    assert "no cache" in last
+    assert "steps, best solver " in last
     with Image.open(output) as sheet:
         assert sheet.height > 4 * SMALLEST_SIDE
