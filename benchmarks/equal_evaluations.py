@@ -17,12 +17,14 @@ from typing import Any
 
 import click
 
-from benchmarks.readme_tables import RESULTS
+from benchmarks.readme_tables import RESULTS, lines_of
 from fora_trt.evaluate.calibrate import Calibration, Wanted
 from fora_trt.evaluate.solvers import solvers_for
 from fora_trt.metrics import latent_psnr
 from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.report.environment import environment
+from fora_trt.report.results import CALIBRATED, FORA, FORECAST
+from fora_trt.report.tables import Table
 from fora_trt.sampling.conditioning import balanced_labels
 from fora_trt.sampling.schedulers import SchedulerChoice
 from fora_trt.schedule import Schedule
@@ -33,7 +35,7 @@ GUIDANCE_SCALE = 1.5
 IMAGES, SEED = 64, 7000
 CALIBRATION_IMAGES = 16  # of the seeds 0 to 31, the second half for the figures in the schedule file
 
-SOLVER, FORA, FORECAST, CALIBRATED = "solver", "FORA", "forecast", "calibrated"
+SOLVER = "solver"
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ def ways_of(bundle: Path, images: int, told: Callable[[str], object]) -> Iterato
             yield way(number, SOLVER, solver, SchedulerChoice.from_text(solver.name).label)
         for steps in (STEPS, FINE_STEPS):
             plain = pipeline.uncached("ddim", steps)
-            intervals = range(2, steps + 1)
-            nearest = min(intervals, key=lambda one: abs(Schedule.fora(steps, one).full_steps - number))
-            fora = Schedule.fora(steps, nearest)
+            fora = Schedule.fora_nearest(steps, number)
             if fora.full_steps == number:
                 yield way(number, FORA, plain.with_schedule(fora), fora.text)
             dense = Schedule.dense(steps, number).with_forecast(2)
@@ -111,8 +111,7 @@ def table_of(ways: Mapping[int, list[Way]]) -> list[str]:
         )
         for number in ways
     ]
-    lines = [header, ("--:",) * len(header), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    return lines_of(Table("", header, tuple(rows), texts=0), header)
 
 
 def newest_ways(model: str = "digits", hardware: str = "cpu-2-cores") -> dict[int, list[Way]]:

@@ -112,21 +112,22 @@ def measurement_lines(report: Report) -> list[str]:
     """The tables of docs/measurements.md: latency at the smallest batch, and quality."""
     lines: list[str] = []
     if report.bench is not None:
-        lines += [*_lines_of(bench_tables(report.bench)[0], SHOWN), ""]
+        lines += [*lines_of(bench_tables(report.bench)[0], SHOWN), ""]
     if report.quality is not None:
         table = quality_table(report.quality)
-        lines += _lines_of(table, table.header)
+        lines += lines_of(table, table.header)
     return lines
 
 
 def readme_lines(report: Report) -> list[str]:
     """The rows among which the README chooses: of the quality where it was measured, else of the latency."""
     if report.quality is not None:
-        return _lines_of(quality_table(report.quality), QUALITY_IN_README)
-    return [] if report.bench is None else _lines_of(bench_tables(report.bench)[0], LATENCY_IN_README)
+        return lines_of(quality_table(report.quality), QUALITY_IN_README)
+    return [] if report.bench is None else lines_of(bench_tables(report.bench)[0], LATENCY_IN_README)
 
 
-def _lines_of(table: Table, columns: tuple[str, ...]) -> list[str]:
+def lines_of(table: Table, columns: tuple[str, ...]) -> list[str]:
+    """The lines of a table in Markdown, with these columns alone."""
     shown = [k for k, heading in enumerate(table.header) if heading in columns]
     marks = tuple("---" if k < table.texts else "--:" for k in range(len(table.header)))
     return [f"| {' | '.join(cells[k] for k in shown)} |" for cells in (table.header, marks, *table.rows)]

@@ -84,6 +84,12 @@ class Schedule:
         return cls.from_flags((i == steps - 1 or i % cache_interval == 0 for i in remaining), text)
 
     @classmethod
+    def fora_nearest(cls, steps: int, full_steps: int) -> Schedule:
+        """FORA at the interval, at least 2, whose number of full steps is nearest to this number."""
+        candidates = (cls.fora(steps, interval) for interval in range(2, steps + 1))
+        return min(candidates, key=lambda one: abs(one.full_steps - full_steps))
+
+    @classmethod
     def even(cls, steps: int, full_steps: int, first: int = 1, last: int | None = None) -> Schedule:
         """Full steps at equal distances; see `dense`."""
         return cls.dense(steps, full_steps, 0.0, first, last)
@@ -304,11 +310,6 @@ def fora_text(cache_interval: int) -> str:
     if cache_interval < 1:
         raise ScheduleError(f"the cache interval is {cache_interval}; it must be at least 1 (no caching)")
     return NONE if cache_interval == 1 else f"fora:{cache_interval}"
-
-
-def fora_full_steps(steps: int, cache_interval: int) -> int:
-    """The number of full steps of FORA, also for an interval longer than the trajectory."""
-    return Schedule.fora(steps, min(cache_interval, steps)).full_steps
 
 
 def _plan_from(content: Any) -> tuple[Step, ...]:
@@ -535,8 +536,7 @@ def _full_steps_from(given: Arguments, steps: int) -> int:
     every = given.option(EVERY, "the cache interval of FORA")
     if every is None:
         return given.integer(FULL_STEPS)
-    fora_text(every)  # checks it
-    return fora_full_steps(steps, every)
+    return Schedule.fora(steps, min(every, steps)).full_steps
 
 
 def _even_from(steps: int, arguments: str) -> Schedule:

@@ -79,11 +79,10 @@ def sample(
     without_classes = prompts or conditioning is not None
     classes = None if without_classes else _classes(pipeline.manifest, labels, num_images, seed)
     given = pipeline.conditioning(classes, prompts, negative_prompt, conditioning)
-    planned = pipeline.sampling()
-    scale = pipeline.guidance(given, planned).scale
-    if doubt := doubt_of(planned.schedule, scale, planned.scheduler_step.adds_noise):
-        click.echo(doubt, err=True)
     images = SampleSet.of(out, pipeline, given, num_images, seed, layout)
+    sampler = images.sampler
+    if doubt := doubt_of(sampler.schedule, images.guidance.scale, sampler.scheduler_step.adds_noise):
+        click.echo(doubt, err=True)
     began = time.perf_counter()
     made = images.make(resume, watched("sampling", as_json))
     seconds = time.perf_counter() - began

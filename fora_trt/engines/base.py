@@ -17,6 +17,10 @@ A launch may define a method `is_capturable`, which takes precedence over that o
 """
 
 
+BASE, WEIGHTS = "base.", "weights."
+"""Prefixes of the further tensors that an engine which accumulates takes for an output; see `Engine.accumulates`."""
+
+
 class Engine(ABC):
     """Runs one graph on tensors that the caller owns.
 

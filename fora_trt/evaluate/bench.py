@@ -12,9 +12,8 @@ from fora_trt.errors import BackendError, ForaError, InputError, first_line
 from fora_trt.evaluate.candidates import Candidate, control_of, steps_at_equal_time
 from fora_trt.evaluate.peak_memory import peak_memory, release
 from fora_trt.evaluate.peaks import Roofline, best_of, measure_peaks
-from fora_trt.evaluate.solvers import best_solver
+from fora_trt.evaluate.solvers import closest_solver
 from fora_trt.evaluate.targets import Target
-from fora_trt.metrics import latent_psnr
 from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.presets import DEFAULT_INTERVAL
 from fora_trt.report.results import EAGER, NO_CACHE, Absent, Bench, BenchRow, PeakRates, Setting
@@ -170,20 +169,13 @@ class Benchmark:
             warmed.append(row)
             if row.setting.schedule in target.controls:
                 evaluations = row.setting.nfe * each.seconds / done[0].seconds
-                solver = self._solver(target, evaluations, given, done[0].latents) if self._solved else None
+                solver = None
+                if self._solved:
+                    number, seeds = max(1, round(evaluations)), range(given.images)
+                    solver = closest_solver(target.pipeline, number, given, seeds, self.guidance, done[0].latents)
                 warmed.append(control_of_row(row, evaluations, solver))
                 warmed[-1].run(given, self.guidance, keep=False)
         return warmed
-
-    def _solver(self, target: Target, evaluations: float, given: Conditioning, reference: Tensor) -> Sampling:
-        """The solver setting that comes closest to the latents without caching."""
-        pixels = self.pipeline.manifest.latents.pixels
-
-        def psnr(sampling: Sampling) -> float:
-            made = target.pipeline.sampler(sampling)(given, range(given.images), self.guidance).latents
-            return float(latent_psnr(made, reference, pixels).mean())
-
-        return best_solver(target.pipeline, max(1, round(evaluations)), psnr)
 
     def _measure_memory(self, key: tuple[str, str, int, str], given: Conditioning) -> None:
         """Measure peak memory for the rows of a key, with their conditioning, scheduler and guidance."""

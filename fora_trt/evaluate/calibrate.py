@@ -270,9 +270,7 @@ class Calibration:
     def _rivals(self) -> list[Schedule]:
         """FORA at about as many full steps, the same with a forecast, and the schedule of the family without trials."""
         nfe, number = self.plain.nfe, self._full_steps
-        intervals = range(2, nfe + 1)
-        nearest = min(intervals, key=lambda one: abs(Schedule.fora(nfe, one).full_steps - number))
-        fora = Schedule.fora(nfe, nearest)
+        fora = Schedule.fora_nearest(nfe, number)
         return [fora, fora.with_forecast(ORDER), self._dense(EXPONENTS[0])]
 
     def result(self, report: Callable[[str], None] = lambda line: None) -> Calibrated:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.plan import HIGHEST_ORDER
-from fora_trt.report.results import CALIBRATED, FORA, FORECAST, PLAIN, Setting
+from fora_trt.report.results import CALIBRATED, FORA, FORECAST, NO_CACHE, Setting
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.scheduler_step import timesteps_of
@@ -54,7 +54,7 @@ class Candidate:
 def method_of(schedule: Schedule) -> str:
     """What the reuse steps of a schedule do: nothing, FORA, a forecast, or what a calibration found."""
     if not schedule.caches:
-        return PLAIN
+        return NO_CACHE
     if schedule.made_from:
         return CALIBRATED
     return FORECAST if schedule.depth > 1 else FORA

@@ -20,7 +20,7 @@ from fora_trt import metrics
 from fora_trt.contract import CLASS_LABELS
 from fora_trt.evaluate.candidates import Candidate, evaluations_of, paces_of, reuse_share_of, with_controls
 from fora_trt.evaluate.features import Extractor
-from fora_trt.evaluate.solvers import best_solver
+from fora_trt.evaluate.solvers import closest_solver
 from fora_trt.evaluate.work_folder import WorkFolder
 from fora_trt.images.decode import rounded
 from fora_trt.pipeline import Pipeline, Sampling
@@ -89,16 +89,12 @@ class Rounds:
         images = range(min(CHOSEN_ON, self.batches[0].stop))
         given, seeds = self._given(images), self._seeds(images)
 
-        def latents(sampling: Sampling) -> Tensor:
-            return self._pipeline.sampler(sampling)(given, seeds, self._guidance).latents
-
-        reference = latents(self._solution or self.candidates[0].sampling)
-        pixels = self._pipeline.manifest.latents.pixels
-
-        def psnr(sampling: Sampling) -> float:
-            return float(metrics.latent_psnr(latents(sampling), reference, pixels).mean())
-
-        best = {number: best_solver(self._pipeline, number, psnr) for number in {*evaluations}}
+        finest = self._solution or self.candidates[0].sampling
+        reference = self._pipeline.sampler(finest)(given, seeds, self._guidance).latents
+        best = {
+            number: closest_solver(self._pipeline, number, given, seeds, self._guidance, reference)
+            for number in {*evaluations}
+        }
         return [best[number] for number in evaluations]
 
     def run(self, work: WorkFolder, watch: Watch = iter) -> None:

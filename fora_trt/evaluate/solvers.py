@@ -5,10 +5,15 @@ A control that is a badly set solver proves nothing, so several settings are tri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
 
 from fora_trt.errors import InputError
+from fora_trt.metrics import latent_psnr
 from fora_trt.pipeline import Pipeline, Sampling
+from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.schedulers import is_flow_config
 
 SOLVERS = (
@@ -44,6 +49,23 @@ def solvers_for(pipeline: Pipeline, nfe: int) -> Iterator[Sampling]:
             if sampling.nfe <= nfe:
                 yield sampling
                 break
+
+
+def closest_solver(
+    pipeline: Pipeline,
+    nfe: int,
+    given: Conditioning,
+    seeds: Sequence[int],
+    guidance: Guidance,
+    reference: Tensor,
+) -> Sampling:
+    """The solver setting with at most `nfe` evaluations whose latents of these images are closest to `reference`."""
+
+    def psnr(sampling: Sampling) -> float:
+        made = pipeline.sampler(sampling)(given, seeds, guidance).latents
+        return float(latent_psnr(made, reference, pipeline.manifest.latents.pixels).mean())
+
+    return best_solver(pipeline, nfe, psnr)
 
 
 def best_solver(pipeline: Pipeline, nfe: int, psnr: Callable[[Sampling], float]) -> Sampling:

@@ -25,8 +25,8 @@ NO_CACHE = "no cache"
 """Label of the setting without caching, which all others are compared with."""
 
 
-PLAIN, FORA, FORECAST, CALIBRATED = "no cache", "FORA", "forecast", "calibrated"
-"""What the reuse steps of a setting do."""
+FORA, FORECAST, CALIBRATED = "FORA", "forecast", "calibrated"
+"""What the reuse steps of a setting do; without caching it is `NO_CACHE`."""
 
 
 class About(Record):

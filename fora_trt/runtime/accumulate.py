@@ -7,19 +7,17 @@ accumulates and one sum for each reuse step of the plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from fora_trt.contract import TensorSpec, of_window
-from fora_trt.engines.base import Engine
+from fora_trt.engines.base import BASE, WEIGHTS, Engine
 from fora_trt.runtime.buffers import Buffers, Memory
 from fora_trt.runtime.layout import Fold, Layout
-from fora_trt.runtime.window import Binding, Window, folded_of
+from fora_trt.runtime.window import Binding, KeepingWindow, folded_of
 
 
-class AccumulatingWindow(Window):
+class AccumulatingWindow(KeepingWindow):
     """Engines bound for forecasts; the sums of all reuse steps of a plan are in one tensor (`total`, B, ...).
 
     The full engine has a binding for each different `Fold`, the reuse engine one for each reuse step. A full step must
@@ -28,58 +26,39 @@ class AccumulatingWindow(Window):
 
     def __init__(self, full: Engine, reuse: Engine, memory: Memory, rows: int, total: int) -> None:
         outputs = [full.outputs[of_window(name)] for name in folded_of(full, reuse)]
-        self.sums = Buffers(outputs, total, memory, lambda batch: 0, prefix="sums.")
+        self.kept = Buffers(outputs, total, memory, lambda batch: 0, prefix="sums.")
         self._folds: list[Fold] = []
         self._fold = self._number = 0
         super().__init__(full, reuse, memory, rows)
 
     def begin(self, layout: Layout) -> None:
+        """Start a trajectory; bindings of another plan's folds are dropped."""
         self._layout = layout
+        folds = [*dict.fromkeys(fold for fold in layout.folds if fold is not None)]
+        if not {*folds} <= {*self._folds}:
+            self._folds = folds
+            self._launches = {binding: one for binding, one in self._launches.items() if not binding.is_full}
 
     def select(self, step: int) -> None:
         offset, fold = self._layout.offsets[step], self._layout.folds[step]
         self._number = self._layout.numbers[step] - max(offset - 1, 0)
         if fold is not None:
-            if fold not in self._folds:
-                self._folds.append(fold)
             self._fold = self._folds.index(fold)
 
     def run(self, offset: int, turn: int = 0, rows: int | None = None) -> None:
         self._launch(offset)()
 
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {**self.buffers.tensors, **self.sums.tensors}
-
-    def free(self) -> None:
-        self.sums.drop()
-        super().free()
-
     def _bind(self) -> None:
         """Bindings depend on the plan: they are made when a step first runs."""
 
-    def _kept(self) -> Buffers:
-        return self.sums
-
     def _buffered(self) -> list[TensorSpec]:
         return [one for one in super()._buffered() if of_window(one.name) not in self.full.outputs]
-
-    def _resize(self, batch: int, before: int) -> None:
-        """As for other windows; the sums of a larger batch move to the shape of the smaller one."""
-        remaining = {}
-        if batch < before:
-            remaining = {name: one.narrow(1, 0, batch).clone() for name, one in self.sums.tensors.items()}
-        self._launches = {}
-        self.buffers.resize(batch)
-        self.sums.resize(batch)
-        for name, tensor in remaining.items():
-            self.sums.tensors[name].copy_(tensor)
 
     def _binding(self, offset: int, turn: int, rows: int) -> Binding:
         return Binding(True, self._fold) if offset == 0 else Binding(False, self._number + offset - 1)
 
     def _bound(self, binding: Binding) -> dict[str, Tensor]:
-        tensors, sums = self.buffers.tensors, self.sums.tensors
+        tensors, sums = self.buffers.tensors, self.kept.tensors
         if not binding.is_full:
             return {**tensors, **{name: sums[of_window(name)][binding.number] for name in self._folded}}
         fold = self._folds[binding.number]
@@ -87,6 +66,6 @@ class AccumulatingWindow(Window):
         bound = {name: one[:rows] if name in self._of_window else one for name, one in tensors.items()}
         for name, one in sums.items():
             bound[name] = one[fold.first : fold.first + rows]
-            bound[f"base.{name}"] = one[fold.first : fold.first + fold.begun]
-            bound[f"weights.{name}"] = torch.tensor(fold.weights)
+            bound[f"{BASE}{name}"] = one[fold.first : fold.first + fold.begun]
+            bound[f"{WEIGHTS}{name}"] = torch.tensor(fold.weights)
         return bound

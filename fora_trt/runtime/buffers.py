@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fora_trt.contract import TensorSpec
+from fora_trt.contract import BATCH, TensorSpec
 from fora_trt.engines.memory import check_room
 
 
@@ -98,6 +98,18 @@ class Buffers:
         self.tensors = {
             name: self._memory[self._prefix + name][: math.prod(shape)].view(shape) for name, shape in shapes.items()
         }
+
+    def resize_keeping(self, batch: int) -> None:
+        """The same; for a smaller batch than before, the content of the first samples moves along."""
+        axes = {one.name: one.shape.index(BATCH) for one in self._specs}
+        kept = {
+            name: tensor.narrow(axes[name], 0, batch).clone()
+            for name, tensor in self.tensors.items()
+            if batch < tensor.shape[axes[name]]
+        }
+        self.resize(batch)
+        for name, tensor in kept.items():
+            self.tensors[name].copy_(tensor)
 
     def drop(self) -> None:
         """Drop the tensors; the memory is that of others too."""

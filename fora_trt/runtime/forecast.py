@@ -8,7 +8,6 @@ Shapes: D full steps, R rows of window tensors, B is the batch, N the elements o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -19,10 +18,10 @@ from fora_trt.engines.base import Engine
 from fora_trt.engines.tf32 import without_tf32
 from fora_trt.runtime.buffers import Buffers, Memory
 from fora_trt.runtime.layout import Layout, Read
-from fora_trt.runtime.window import Binding, Window
+from fora_trt.runtime.window import Binding, KeepingWindow
 
 
-class ForecastWindow(Window):
+class ForecastWindow(KeepingWindow):
     """Engines bound for windows whose reuse steps read the last `depth` full steps, with any weights.
 
     The full engine has `depth` bindings: windows take turns, so that its outputs of the last `depth` windows stay in
@@ -52,14 +51,6 @@ class ForecastWindow(Window):
             self._combine(offset)
         self._launch(offset, turn, self.rows if rows is None else rows)()
 
-    def free(self) -> None:
-        self.kept.drop()
-        super().free()
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {**self.buffers.tensors, **self.kept.tensors}
-
     def _combine(self, offset: int) -> None:
         """Write the weighted sums that the reuse step at this offset reads."""
         for name, source in self._sources.items():
@@ -74,19 +65,6 @@ class ForecastWindow(Window):
         specs = {name: one for tensors in edges for name, one in tensors.items()}
         return [one for name, one in specs.items() if name in self._sources or name not in self._sources.values()]
 
-    def _resize(self, batch: int, before: int) -> None:
-        """As for other windows; what was kept for a larger batch moves to the shape of the smaller one."""
-        remaining = {}
-        if batch < before:
-            for name, tensor in self.kept.tensors.items():
-                axis = 2 if name in self._of_window else 1
-                remaining[name] = tensor.narrow(axis, 0, batch).clone()
-        self._launches = {}
-        self.buffers.resize(batch)
-        self.kept.resize(batch)
-        for name, tensor in remaining.items():
-            self.kept.tensors[name].copy_(tensor)
-
     def _binding(self, offset: int, turn: int, rows: int) -> Binding:
         return Binding(True, turn, rows) if offset == 0 else Binding(False, 1)
 
@@ -96,9 +74,6 @@ class ForecastWindow(Window):
             return tensors
         tensors = {**tensors, **{name: one[binding.number] for name, one in self.kept.tensors.items()}}
         return {name: one[: binding.rows] if name in self._of_window else one for name, one in tensors.items()}
-
-    def _kept(self) -> Buffers:
-        return self.kept
 
 
 class _Terms:

@@ -89,16 +89,15 @@ class Layout:
     def part(self, first: int, count: int) -> Layout:
         """The layout of `count` steps from step `first` on; readers after them are left out."""
         taken = slice(first, first + count)
+        readers = [[step - first for step in steps if step < first + count] for steps in self.readers[taken]]
+        folds = [fold and fold.part(len(steps)) for fold, steps in zip(self.folds[taken], readers, strict=False)]
         return Layout(
             self.offsets[taken],
             self.windows[taken],
-            [[step - first for step in steps if step < first + count] for steps in self.readers[taken]],
+            readers,
             self.reads[taken],
             self.numbers[taken],
-            [
-                fold and fold.part(sum(step < first + count for step in steps))
-                for fold, steps in zip(self.folds[taken], self.readers[taken], strict=False)
-            ],
+            folds,
             self.rows,
             self.depth,
             self.weighted,

@@ -175,6 +175,29 @@ class Window:
         return max(engine.scratch_bytes(batch, self.rows) for engine in (self.full, self.reuse))
 
 
+class KeepingWindow(Window):
+    """A window that keeps outputs of the full engine, which later windows read, in buffers of their own."""
+
+    kept: Buffers
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {**self.buffers.tensors, **self.kept.tensors}
+
+    def free(self) -> None:
+        self.kept.drop()
+        super().free()
+
+    def _kept(self) -> Buffers:
+        return self.kept
+
+    def _resize(self, batch: int, before: int) -> None:
+        """As for other windows; what was kept for a larger batch moves to the shape of the smaller one."""
+        self._launches = {}
+        self.buffers.resize(batch)
+        self.kept.resize_keeping(batch)
+
+
 def folded_of(full: Engine, reuse: Engine) -> list[str]:
     """Names of the folded sums that the full engine computes for the reuse steps of its window; empty if none."""
     return [name for name in reuse.inputs if of_window(name) in full.outputs]

@@ -17,15 +17,9 @@ from torch import Tensor
 from fora_trt.bundle import Bundle
 from fora_trt.contract import WINDOW
 from fora_trt.engines.backends import release_of
-from fora_trt.engines.base import Engine, Launch
+from fora_trt.engines.base import BASE, WEIGHTS, Engine, Launch
 from fora_trt.engines.memory import address_of
-from fora_trt.engines.onnxruntime.weighted_sum import (
-    BASE,
-    WEIGHTS,
-    AccumulateSumsPass,
-    FuseWeightedSumsPass,
-    kernel_library,
-)
+from fora_trt.engines.onnxruntime.weighted_sum import AccumulateSumsPass, FuseWeightedSumsPass, kernel_library
 from fora_trt.errors import BackendError
 from fora_trt.export.join_projections import SeparateProjectionsPass
 

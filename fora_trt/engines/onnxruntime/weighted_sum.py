@@ -21,12 +21,10 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fora_trt.contract import of_window
+from fora_trt.engines.base import BASE, WEIGHTS
 from fora_trt.export.nodes import only_maker
 
 DOMAIN, OPERATOR = "fora_trt", "WeightedSum"
-
-BASE, WEIGHTS = "base.", "weights."
-"""Prefixes of the inputs that `AccumulateSumsPass` adds, before the name of an output."""
 
 MOST_TERMS = 64
 """Largest number of terms in one sum; the size of the kernel's arrays."""
