@@ -14,6 +14,7 @@ import fora_trt
 from fora_trt import Schedule
 from fora_trt.bundle import Bundle
 from fora_trt.doctor import findings
+from fora_trt.engines.onnxruntime import weighted_sum
 from fora_trt.engines.onnxruntime.weighted_sum import AccumulateSumsPass, FuseWeightedSumsPass, kernel_library
 from tests.small_graphs import model_of
 
@@ -144,8 +145,8 @@ def test_a_folded_full_graph_uses_it_and_its_bundle_does_not_change(optimized: d
     assert "no C compiler" not in found
 
 
-def chained(output: str = "y") -> ir.Model:
-    """Two sums of three terms, one on top of the other, with gates of one tensor."""
+def chained(output: str = "y", one_tensor: bool = True) -> ir.Model:
+    """Two sums of three terms, one on top of the other, with gates of one tensor or of their own."""
     gates = " ".join(f"g{k}_ = Unsqueeze(g{k}, axis)" for k in range(6))
     features = " ".join(f"f{k}_ = Unsqueeze(f{k}, axis)" for k in range(6))
     sides = " ".join(
@@ -157,8 +158,9 @@ def chained(output: str = "y") -> ir.Model:
         f"p{half} = Mul(gates{half}, features{half}) s{half} = ReduceSum <keepdims: int = 0> (p{half}, axis)"
         for half in (0, 1)
     )
-    inputs = ", ".join(["float[4, 2, 8, 80] all", *(f"float[2, 37, 80] f{k}" for k in range(6))])
-    split = "g, g0, g1, g2, g3, g4, g5, rest = Split <axis: int = 2> (all, ones)"
+    given = ["float[4, 2, 8, 80] all"] if one_tensor else [f"float[4, 2, 1, 80] g{k}" for k in range(6)]
+    inputs = ", ".join([*given, *(f"float[2, 37, 80] f{k}" for k in range(6))])
+    split = "g, g0, g1, g2, g3, g4, g5, rest = Split <axis: int = 2> (all, ones)" if one_tensor else ""
     text = (
         f"sums ({inputs}) => (float[4, 2, 37, 80] {output}) "
         "<int64[1] axis = {-4}, int64[8] ones = {1, 1, 1, 1, 1, 1, 1, 1}> "
@@ -167,19 +169,33 @@ def chained(output: str = "y") -> ir.Model:
     return model_of(text)
 
 
-def test_gates_are_read_where_a_split_would_cut_them_out() -> None:
-    """There is no copy of the gates."""
-    model = chained()
+def given_to(model: ir.Model) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
-    given = {"all": generator.normal(size=(4, 2, 8, 80)).astype(np.float32)}
-    given |= {f"f{k}": generator.normal(size=(2, 37, 80)).astype(np.float32) for k in range(6)}
+    shapes = {str(value.name): value.shape.numpy() for value in model.graph.inputs if value.shape is not None}
+    return {name: generator.normal(size=tuple(shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("one_tensor", [True, False])
+@pytest.mark.parametrize("most", [5, 6])
+def test_sums_on_top_of_each_other_are_joined(one_tensor: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless too many features were in memory at once. There is no copy of the gates."""
+    monkeypatch.setattr(weighted_sum, "MOST_JOINED", most)
+    model = chained(one_tensor=one_tensor)
+    given = given_to(model)
     expected = run(model, given)
     assert FuseWeightedSumsPass()(model).modified
-    assert kinds(model) == ["WeightedSum", "WeightedSum"]
-    first, second = ([str(value.name) for value in node.inputs if value is not None] for node in model.graph)
-    assert first == ["all", "f3", "f4", "f5"]
-    assert second[1:] == ["all", "f0", "f1", "f2"], "it begins with the other sum"
-    assert [node.attributes.get_int("first") for node in model.graph] == [4, 1]
+    read = [[str(value.name) for value in node.inputs if value is not None] for node in model.graph]
+    first = [node.attributes.get_int("first") for node in model.graph]
+    lower, upper = [[f"f{k}" for k in part] for part in ((0, 1, 2), (3, 4, 5))]
+    gates = [["all"], ["all"]] if one_tensor else [["g0", "g1", "g2"], ["g3", "g4", "g5"]]
+    if most == 5:
+        assert kinds(model) == ["WeightedSum", "WeightedSum"]
+        assert [read[0], read[1][1:]] == [[*gates[1], *upper], [*gates[0], *lower]], "one begins with the other"
+        assert first == ([4, 1] if one_tensor else [-1, -1])
+    else:
+        assert kinds(model) == ["WeightedSum"]
+        assert read == [["all", *lower, *upper] if one_tensor else [*gates[1], *gates[0], *upper, *lower]]
+        assert first == [1 if one_tensor else -1]
     assert np.abs(run(model, given) - expected).max() < 1e-5
 
 
@@ -187,9 +203,7 @@ def test_gates_are_read_where_a_split_would_cut_them_out() -> None:
 def test_sums_that_are_larger_than_a_cache_are_the_same(channels: int) -> None:
     """They are stored past the cache, where 72 channels are not aligned for it."""
     model = sums([7], 1200, channels, 3, None)
-    generator = np.random.default_rng(0)
-    shapes = {str(value.name): value.shape.numpy() for value in model.graph.inputs if value.shape is not None}
-    given = {name: generator.normal(size=tuple(shape)).astype(np.float32) for name, shape in shapes.items()}
+    given = given_to(model)
     expected = run(model, given)
     assert expected.size > 2**20
     FuseWeightedSumsPass()(model)
@@ -198,19 +212,18 @@ def test_sums_that_are_larger_than_a_cache_are_the_same(channels: int) -> None:
 
 @pytest.mark.parametrize("begun", [0, 3, 7])
 @pytest.mark.parametrize("kind", ["wide", "narrow", "chained"])
-def test_weighted_sums_are_added_to_what_is_there(kind: str, begun: int) -> None:
+def test_weighted_sums_are_added_to_what_is_there(kind: str, begun: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weighted_sum, "MOST_JOINED", 5)
     channels = 7 if kind == "narrow" else 80
     model = chained("out") if kind == "chained" else sums([7], 37, channels, 3, None)
     (output,) = model.graph.outputs
     output.name = "window.y"
-    generator = np.random.default_rng(0)
-    shapes = {str(value.name): value.shape.numpy() for value in model.graph.inputs if value.shape is not None}
-    given = {name: generator.normal(size=tuple(shape)).astype(np.float32) for name, shape in shapes.items()}
+    given = given_to(model)
     expected = run(model, given)
     assert not AccumulateSumsPass()(model).modified, "there is no WeightedSum yet"
     FuseWeightedSumsPass()(model)
     assert AccumulateSumsPass()(model).modified
-    rows, begun = len(expected), min(begun, len(expected))
+    rows, begun, generator = len(expected), min(begun, len(expected)), np.random.default_rng(1)
     given["weights.window.y"] = generator.normal(size=rows).astype(np.float32)
     given["base.window.y"] = generator.normal(size=(begun, *expected.shape[1:])).astype(np.float32)
     expected *= given["weights.window.y"][:, None, None, None]

@@ -88,7 +88,7 @@ static const Function *api;
 
 /* ---- the sum ---- */
 
-enum { MOST_TERMS = 64, TOKENS = 16, MOST_RANK = 8, STEPS = 6, PAIR = 2, CACHED = 1 << 20 };
+enum { MOST_TERMS = 64, TOKENS = 16, MOST_RANK = 8, STEPS = 6, PAIR = 2, AHEAD = 2 * PAIR, CACHED = 1 << 20 };
 
 /* Sums of STEPS steps and VECTORS * LANES channels are kept in registers; AVX-512 has 32. */
 #ifdef __AVX512F__
@@ -96,7 +96,7 @@ enum { LANES = 16, VECTORS = 2 };
 #else
 enum { LANES = 8, VECTORS = 1 };
 #endif
-enum { STRIDE = LANES * VECTORS };
+enum { STRIDE = LANES * VECTORS, NEAR = 2 /* prefetch to the second-level cache */ };
 
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
@@ -130,7 +130,7 @@ static inline __attribute__((always_inline)) void store(float *sums, Lanes value
 }
 
 /* Sums vectors * LANES channels of one or two tokens for a few steps: reads each feature once, and each gate once for
-   both tokens. The next channels are prefetched. */
+   both tokens. What the tokens after the next ones read is prefetched. */
 static inline __attribute__((always_inline)) void add_stretch(const Sum *sum, Offsets at, const size_t steps,
                                                               const int vectors, const int tokens) {
   Lanes totals[STEPS][PAIR][VECTORS] = {0};
@@ -146,7 +146,7 @@ static inline __attribute__((always_inline)) void add_stretch(const Sum *sum, Of
     for (int t = 0; t < tokens; t++)
       for (int v = 0; v < vectors; v++) {
         stretch[t][v] = ((const Lanes *)(feature + t * sum->channels))[v];
-        __builtin_prefetch(feature + t * sum->channels + STRIDE + v * LANES);
+        if (at.step == 0) __builtin_prefetch(feature + (t + AHEAD) * sum->channels + v * LANES, 0, NEAR);
       }
     for (size_t step = 0; step < steps; step++)
       for (int v = 0; v < vectors; v++) {
@@ -160,7 +160,10 @@ static inline __attribute__((always_inline)) void add_stretch(const Sum *sum, Of
       for (int t = 0; t < tokens; t++)
         for (int v = 0; v < vectors; v++) {
           totals[step][t][v] *= sum->weights[at.step + step];
-          if (begun) totals[step][t][v] += *(const Lanes *)(begun + t * sum->channels + v * LANES);
+          if (begun) {
+            totals[step][t][v] += *(const Lanes *)(begun + t * sum->channels + v * LANES);
+            __builtin_prefetch(begun + (t + AHEAD) * sum->channels + v * LANES, 0, NEAR);
+          }
         }
     }
   for (size_t step = 0; step < steps; step++)
@@ -198,18 +201,19 @@ static void add_rest(const Sum *sum, Offsets at, size_t steps, size_t channels, 
       }
 }
 
-/* Computes block k: up to TOKENS tokens of one sample. */
+/* Computes block k: up to TOKENS tokens of one sample. The gates of a few steps and channels stay in the cache for all
+   of them. */
 static void add_up(void *data, size_t k) {
   const Sum *sum = data;
   size_t sample = k / sum->blocks, first = k % sum->blocks * TOKENS, channels = sum->channels;
   size_t last = first + TOKENS < sum->tokens ? first + TOKENS : sum->tokens;
-  for (size_t token = first, tokens; token < last; token += tokens) {
-    tokens = last - token < PAIR ? 1 : PAIR;
+  for (size_t step = 0; step < sum->window; step += STEPS) {
+    size_t steps = sum->window - step < STEPS ? sum->window - step : STEPS;
     for (size_t channel = 0, width; channel < channels; channel += width) {
       size_t left = channels - channel;
       width = left >= STRIDE ? STRIDE : left >= LANES ? LANES : left;
-      for (size_t step = 0; step < sum->window; step += STEPS) {
-        size_t steps = sum->window - step < STEPS ? sum->window - step : STEPS;
+      for (size_t token = first, tokens; token < last; token += tokens) {
+        tokens = last - token < PAIR ? 1 : PAIR;
         Offsets at;
         at.begun = step * sum->begun_step + sample * sum->begun_sample + token * channels + channel;
         at.gate = step * sum->gate_step + sample * sum->gate_sample + channel;

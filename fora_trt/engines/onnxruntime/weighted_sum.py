@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -28,6 +29,9 @@ DOMAIN, OPERATOR = "fora_trt", "WeightedSum"
 
 MOST_TERMS = 64
 """Largest number of terms in one sum; the size of the kernel's arrays."""
+
+MOST_JOINED = 32
+"""Largest number of terms that sums are joined to: their features are in memory until the last one is computed."""
 
 OPTIONS = ("-std=gnu17", "-O3", "-march=native", "-shared", "-fPIC")
 
@@ -60,9 +64,11 @@ class FuseWeightedSumsPass(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         fused = [_fused(model.graph, node) for node in tuple(model.graph) if node.op_type == "ReduceSum"]
         if any(fused):
-            for node in model.graph:
-                if node.op_type == OPERATOR:
-                    _join_gates(node)
+            RemoveUnusedNodesPass()(model)  # their readers are counted below
+            sums = [node for node in model.graph if node.op_type == OPERATOR]
+            for join in (_join_gates, _join_sums):
+                for node in sums:
+                    join(node)
             RemoveUnusedNodesPass()(model)
             model.graph.opset_imports[DOMAIN] = 1
         return PassResult(model, modified=any(fused))
@@ -86,11 +92,7 @@ class AccumulateSumsPass(InPlacePass):
             weights = _input(f"{WEIGHTS}{output.name}", ir.Shape([output.shape[0]]))
             model.graph.inputs.extend([begun, weights])
             for node in chain:  # base + w * a, and to that + w * b
-                values = [begun, weights, *node.inputs[node.attributes.get_int("begins", 0) :]]
-                node.resize_inputs(len(values))
-                for k, value in enumerate(values):
-                    node.replace_input_with(k, value)
-                node.attributes["begins"] = ir.AttrInt64("begins", 2)
+                replace(Operands.of(node), begun=[begun, weights]).give(node)
                 begun = node.outputs[0]
         return PassResult(model, modified=True)
 
@@ -138,26 +140,67 @@ def _fused(graph: ir.Graph, node: ir.Node) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Operands:
+    """What a WeightedSum reads: the value it begins with, if any, gates or the one tensor of them, features."""
+
+    begun: list[ir.Value]
+    gates: list[ir.Value]
+    features: list[ir.Value]
+    first: int
+    """The row of the first gate in their one tensor; -1 if each gate is a tensor."""
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Operands:
+        values = [value for value in node.inputs if value is not None]
+        begins, first = node.attributes.get_int("begins", 0), node.attributes.get_int("first", -1)
+        read = values[begins:]
+        gates = len(read) // 2 if first < 0 else 1
+        return cls(values[:begins], read[:gates], read[gates:], first)
+
+    def give(self, node: ir.Node) -> None:
+        values = [*self.begun, *self.gates, *self.features]
+        node.resize_inputs(len(values))
+        for k, value in enumerate(values):
+            node.replace_input_with(k, value)
+        node.attributes["begins"] = ir.AttrInt64("begins", len(self.begun))
+        node.attributes["first"] = ir.AttrInt64("first", self.first)
+
+
 def _join_gates(node: ir.Node) -> None:
     """Read the gates from the tensor that a Split cuts them from: the Split would copy all of them."""
-    values = [value for value in node.inputs if value is not None]
-    begins = node.attributes.get_int("begins", 0)
-    terms = (len(values) - begins) // 2
-    begun, gates, features = values[:begins], values[begins : begins + terms], values[begins + terms :]
-    split = gates[0].producer()
-    if split is None or split.op_type != "Split" or any(gate.producer() is not split for gate in gates):
+    read = Operands.of(node)
+    split = read.gates[0].producer()
+    if split is None or split.op_type != "Split" or any(gate.producer() is not split for gate in read.gates):
         return
-    whole, first = split.inputs[0], gates[0].index()
+    whole, first = split.inputs[0], read.gates[0].index()
     assert first is not None
     axis, rows = split.attributes.get_int("axis", 0), [one.shape[-2] if one.shape else None for one in split.outputs]
     rank = len(whole.shape) if whole is not None and whole.shape is not None else 0
-    follow = all(gate.index() == first + k for k, gate in enumerate(gates))
+    follow = all(gate.index() == first + k for k, gate in enumerate(read.gates))
     if whole is None or axis not in (-2, rank - 2) or not follow or any(size != 1 for size in rows):
         return
-    node.resize_inputs(len(begun) + 1 + len(features))
-    for k, value in enumerate([*begun, whole, *features]):
-        node.replace_input_with(k, value)
-    node.attributes["first"] = ir.AttrInt64("first", first)
+    replace(read, gates=[whole], first=first).give(node)
+
+
+def _join_sums(node: ir.Node) -> None:
+    """Add up the terms of the sum that this one begins with too: else a sum would be written and read in between.
+
+    Features of more than MOST_JOINED terms would be in memory at once.
+    """
+    read = Operands.of(node)
+    before = only_maker(read.begun[0], OPERATOR) if read.begun else None
+    if before is None:
+        return
+    terms = Operands.of(before)
+    lower, upper = sorted((terms, read), key=lambda one: one.first)
+    joined = replace(terms, gates=lower.gates, features=[*lower.features, *upper.features], first=lower.first)
+    if read.first < 0 and terms.first < 0:
+        joined = replace(joined, gates=[*lower.gates, *upper.gates])
+    elif lower.gates != upper.gates or lower.first < 0 or lower.first + len(lower.features) != upper.first:
+        return
+    if len(joined.features) <= MOST_JOINED:
+        joined.give(node)
 
 
 def _begins(shape: ir.Shape | None, feature: ir.Shape | None, total: ir.Shape | None) -> bool:
