@@ -40,9 +40,12 @@ LARGE_GRAPH_BOUND = {"fp16": 2e-2, "bf16": 1e-1}
 LARGE_LATENTS_BOUND = {"fp16": 1e-1, "bf16": 5e-1}
 """Largest error of the latents of DiT-XL/2: the tolerance of `verify` too."""
 
-WINDOW_OF_ERRORS = 2
-"""Single steps are compared in a window of a full and a reuse step, which has the length of windows at cache interval
-2. Errors are measured only in rows with this interval, so that nothing is compiled again for them."""
+NONE, EVERY_SECOND, EVERY_THIRD, FORECAST = "none", "fora:2", "fora:3", "dense:18,forecast=2"
+"""Texts of schedules; with the last two, 18 of 50 steps are full."""
+
+SCHEDULE_OF_ERRORS = EVERY_SECOND
+"""Single steps are compared in a window of a full and a reuse step, which has the length of windows of this schedule.
+Errors are measured only in rows with it, so that nothing is compiled again for them."""
 
 MARGIN = 1.02
 """Factor by which a speed-up may exceed the ideal one before its row needs a look: medians are noisy."""
@@ -111,7 +114,7 @@ class Row:
     target: str = ""
     images: int = 2
     steps: int = 50
-    intervals: tuple[int, ...] = ()
+    schedules: tuple[str, ...] = ()
     repeats: int = 0
     needs: str = ""
     together: bool = False
@@ -175,7 +178,7 @@ class Estimate:
     """Expected times of DiT-XL/2 at 256 px in fp16, as (low, high).
 
     `full` and `reuse` are milliseconds of a step, `seconds` the time of 50 steps without caching, `speedup` the
-    speed-up at cache interval 3.
+    speed-up of FORA with a full step in three.
     """
 
     full: tuple[float, float]
@@ -187,9 +190,9 @@ class Estimate:
         """The estimate as ranges that are not fixed."""
         named = {
             "full ms/*": self.full,
-            "reuse ms/*": self.reuse,
-            "seconds/1": self.seconds,
-            "speed-up/3": self.speedup,
+            "reuse ms/fora*": self.reuse,
+            f"seconds/{NONE}": self.seconds,
+            f"speed-up/{EVERY_THIRD}": self.speedup,
         }
         return tuple(Expected(name, *between) for name, between in named.items())
 
@@ -208,31 +211,31 @@ ESTIMATES: dict[tuple[str, int], Estimate] = {
 
 
 def _time_expectations(
-    bundle: Exported, target: str, images: int, steps: int, intervals: tuple[int, ...], on_gpu: bool
+    bundle: Exported, target: str, images: int, steps: int, schedules: tuple[str, ...], on_gpu: bool
 ) -> tuple[Expected, ...]:
     small, precision = bundle.source == "digits", bundle.precision
     graph, latents = (GRAPH_BOUND, LATENTS_BOUND) if small else (LARGE_GRAPH_BOUND, LARGE_LATENTS_BOUND)
     expected = [Expected("latents/*", 0, latents[precision], fixed=True)]
-    if target != EAGER and WINDOW_OF_ERRORS in intervals:
+    if target != EAGER and SCHEDULE_OF_ERRORS in schedules:
         expected.append(Expected("error/*", 0, graph[precision], fixed=True))
-    ideal = {interval: Schedule.fora(steps, interval).ideal_speedup for interval in intervals if interval > 1}
-    expected += [Expected(f"speed-up/{interval}", 1, best * MARGIN) for interval, best in ideal.items()]
+    ideal = {text: Schedule.from_text(text, steps).ideal_speedup for text in schedules if text != NONE}
+    expected += [Expected(f"speed-up/{text}", 1, best * MARGIN) for text, best in ideal.items()]
     if on_gpu:
-        expected += _on_the_device(target, steps, intervals)
+        expected += _on_the_device(target, steps, schedules)
     if on_gpu and (bundle.name, precision) == ("dit-xl-2-256", "fp16") and (target, images) in ESTIMATES:
         expected += ESTIMATES[target, images].expectations()
     return tuple(expected)
 
 
-def _on_the_device(target: str, steps: int, intervals: tuple[int, ...]) -> list[Expected]:
+def _on_the_device(target: str, steps: int, schedules: tuple[str, ...]) -> list[Expected]:
     """Expectations on a GPU: replays equal the first run, a window is one launch, no copies or waits between steps."""
     if target == EAGER:
         return [Expected("replay/*", 0, 0)]
     expected = [Expected("replay/*", 0, 0, fixed=True), Expected("waits/*", 0, 0, fixed=True)]
     if target == ONNXRUNTIME:  # not captured in CUDA graphs
         return [*expected, Expected("copies/*", 0, 0)]
-    full_steps = {interval: Schedule.fora(steps, interval).full_steps for interval in intervals}
-    launches = [Expected(f"graph launches/{interval}", full, full, True) for interval, full in full_steps.items()]
+    full_steps = {text: Schedule.from_text(text, steps).full_steps for text in schedules}
+    launches = [Expected(f"graph launches/{text}", full, full, True) for text, full in full_steps.items()]
     return [*expected, Expected("copies/*", 0, 0, fixed=True), *launches]
 
 
@@ -254,7 +257,7 @@ def _parity_rows(
                     _parity_expectations(precision, on_gpu),
                     Exported("digits", precision, level),
                     target,
-                    intervals=(3,),
+                    schedules=(EVERY_THIRD, FORECAST),
                     together=True,
                 )
 
@@ -264,7 +267,7 @@ def _time_row(
     target: str,
     images: int,
     limit: float,
-    intervals: tuple[int, ...] = (1, 2, 3, 5),
+    schedules: tuple[str, ...] = (NONE, EVERY_SECOND, EVERY_THIRD, "fora:5", FORECAST),
     steps: int = 50,
     repeats: int = 10,
     on_gpu: bool = True,
@@ -274,12 +277,12 @@ def _time_row(
         "time",
         limit,
         limit / 3,
-        _time_expectations(bundle, target, images, steps, intervals, on_gpu),
+        _time_expectations(bundle, target, images, steps, schedules, on_gpu),
         bundle,
         target,
         images,
         steps,
-        intervals,
+        schedules,
         repeats,
         needs=_export_name(bundle) if on_gpu else "",
     )
@@ -302,7 +305,7 @@ CEILINGS = (Expected("TFLOP/s", 450, 900), Expected("TB/s", 2.0, 4.6))
 
 def _gpu_rows() -> Iterator[Row]:
     time: Callable[..., Row] = _time_row
-    brief = (1, 3)
+    brief = (NONE, EVERY_THIRD, FORECAST)
     yield Row("environment", "environment", 120, 20, CEILINGS)
     yield _export_row(XL_256)
     yield _export_row(XL_512)
@@ -333,5 +336,5 @@ def _cpu_rows() -> Iterator[Row]:
     yield Row("environment", "environment", 120, 15, (Expected("TFLOP/s", 0.001, 20), Expected("TB/s", 0.001, 1)))
     yield from _parity_rows(targets, on_gpu=False, limit=120, precisions=["fp32"])
     for target in (EAGER, *targets, *PLAIN):
-        yield _time_row(digits, target, 1, 120, (1, 2, 3, 5), steps=20, repeats=3, on_gpu=False)
+        yield _time_row(digits, target, 1, 120, repeats=3, on_gpu=False)
     yield from _parity_rows(targets, on_gpu=False, limit=120, precisions=["fp16"])

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_driver import FAILED, Record, newest_of
-from benchmarks.gpu_rows import Row
+from benchmarks.gpu_rows import EVERY_THIRD, FORECAST, NONE, Row
 
-INTERVALS = (2, 3, 5)
+SHOWN = (EVERY_THIRD, FORECAST)
+"""Schedules in the table of times; the result file has all."""
 
 
 def stem_of(records: Sequence[Record], device_type: str) -> str:
@@ -62,7 +63,7 @@ def as_markdown(records: Sequence[Record], rows: Sequence[Row]) -> str:
         _times(newest),
         _headed("Errors, replays and transfers of the timed rows", _timed_checks(newest)),
         _headed(
-            "Error of the digits model against eager FORA in fp32, 50 guided DDIM steps, cache interval 3",
+            "Error of the digits model against eager FORA in fp32, 50 guided DDIM steps, runs 1 to 3",
             _parity(newest),
         ),
         _headed("Deviations", _deviations(newest)),
@@ -98,7 +99,7 @@ def _worst(record: Record, prefix: str) -> str:
 
 
 def _all(record: Record, prefix: str, form: str = "g") -> str:
-    """The values whose name begins with `prefix`, one per cache interval or run, in order."""
+    """The values whose name begins with `prefix`, one per schedule or run, in order."""
     values = {name: value for name, value in record.get("values", {}).items() if name.startswith(prefix)}
     return ", ".join(f"{value:{form}}" for value in values.values())
 
@@ -113,15 +114,15 @@ def _labels(record: Record) -> list[str]:
 
 
 def _times(newest: Sequence[Record]) -> list[str]:
-    header = ["model", "precision", "images", "backend", "full step", "reuse step", "no cache"]
-    header += [cell for interval in INTERVALS for cell in (f"ideal, N={interval}", f"N={interval}")]
+    header = ["model", "precision", "images", "backend", "full step", "reuse step", "of a forecast", "no cache"]
+    header += [cell for text in SHOWN for cell in ("ideal", text)]
     rows = []
     for record in _measured(newest, "time"):
-        reuse = next((n for n in (3, 2, 5) if f"reuse ms/{n}" in record["values"]), 3)
-        cells = [_number(record, "full ms/1", ".3f", " ms"), _number(record, f"reuse ms/{reuse}", ".3f", " ms")]
-        cells.append(_number(record, "seconds/1", ".3f", " s"))
-        for interval in INTERVALS:
-            cells += [_number(record, f"{what}/{interval}", ".2f", "x") for what in ("ideal", "speed-up")]
+        steps = (f"full ms/{NONE}", f"reuse ms/{EVERY_THIRD}", f"reuse ms/{FORECAST}")
+        cells = [_number(record, name, ".3f", " ms") for name in steps]
+        cells.append(_number(record, f"seconds/{NONE}", ".3f", " s"))
+        for text in SHOWN:
+            cells += [_number(record, f"{what}/{text}", ".2f", "x") for what in ("ideal", "speed-up")]
         rows.append([*_labels(record), *cells, _number(record, "peak MiB", ".0f", " MiB"), record["status"]])
     return _table([*header, "peak memory", "status"], 4, rows)
 
@@ -139,11 +140,13 @@ def _timed_checks(newest: Sequence[Record]) -> list[str]:
 
 
 def _parity(newest: Sequence[Record]) -> list[str]:
-    header = ["level", "precision", "backend", "error, full", "error, reuse", "latents, runs 1, 2, 3"]
+    header = ["level", "precision", "backend", "error, full", "error, reuse"]
+    header += [f"latents, {text}" for text in SHOWN]
     rows = []
     for record in _measured(newest, "parity"):
         errors = [_number(record, "error/full", ".1e"), _number(record, "error/reuse", ".1e")]
-        found = [_all(record, "latents/", ".1e"), _worst(record, "replay/"), record["status"]]
+        found = [_all(record, f"latents/{text}/", ".1e") for text in SHOWN]
+        found += [_worst(record, "replay/"), record["status"]]
         rows.append([*_labels(record), *errors, *found])
     return _table([*header, "replays differ by", "status"], 3, rows)
 

@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from benchmarks.gpu_rows import WINDOW_OF_ERRORS, Exported, Row, rows_of
+from benchmarks.gpu_rows import NONE, SCHEDULE_OF_ERRORS, Exported, Row, rows_of
 from benchmarks.gpu_watch import end_with_parent
 from fora_trt.bundle import Bundle, GraphError
 from fora_trt.engines.options import EngineOptions
@@ -47,7 +47,7 @@ from fora_trt.runtime.interface import Predictor
 from fora_trt.sampling.conditioning import Conditioning, example_conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.loop import Sampler, Trajectory, stretches_of
-from fora_trt.schedule import Schedule, fora_text
+from fora_trt.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]
 RUNS = 3
@@ -122,19 +122,19 @@ def digest_of_sources() -> str:
 
 @dataclass(frozen=True)
 class Course:
-    """Guided trajectories of one bundle at one cache interval, by one predictor."""
+    """Guided trajectories of one bundle with one schedule, by one predictor."""
 
     sampler: Sampler
     given: Conditioning
     guidance: Guidance
 
     @classmethod
-    def of(cls, bundle: Bundle, predictor: Predictor, row: Row, interval: int) -> Course:
+    def of(cls, bundle: Bundle, predictor: Predictor, row: Row, schedule: str) -> Course:
         """The trajectories of a row, with the DDIM scheduler."""
         given = example_conditioning(bundle.manifest, row.images)
         pipeline = Pipeline(bundle, predictor=predictor, scheduler="ddim", steps=row.steps)
         scale = 1.0 if given.unconditional is None else GUIDANCE_SCALE
-        return cls(pipeline.sampler(pipeline.sampling(schedule=fora_text(interval))), given, Guidance(scale))
+        return cls(pipeline.sampler(pipeline.sampling(schedule=schedule)), given, Guidance(scale))
 
     def run(self) -> Trajectory:
         """Run one trajectory."""
@@ -210,13 +210,13 @@ def parity(row: Row, place: Place, found: Found) -> None:
     bundle = _bundle_of_row(row, place, found)
     reference = EagerFora(bundle, place.device)
     predictor = predictor_of(bundle, row.target, place.device, place.plans(row.images))
-    for interval in row.intervals:
-        course = Course.of(bundle, predictor, row, interval)
-        expected = Course.of(bundle, reference, row, interval).run().latents
+    for text in row.schedules:
+        course = Course.of(bundle, predictor, row, text)
+        expected = Course.of(bundle, reference, row, text).run().latents
         runs = [course.run().latents for _ in range(RUNS)]
         for k, latents in enumerate(runs, start=1):
-            found.values[f"latents/{interval}/run {k}"] = GraphError.between(latents, expected).relative
-        found.values |= replay_differences(interval, runs)
+            found.values[f"latents/{text}/run {k}"] = GraphError.between(latents, expected).relative
+        found.values |= replay_differences(text, runs)
         _note_graph_errors(predictor, reference, row.images, found)
 
 
@@ -239,10 +239,10 @@ def _note_graph_errors(predictor: Predictor, reference: EagerFora, images: int, 
         found.values |= {f"error/{graph}": error.relative for graph, error in errors}
 
 
-def replay_differences(interval: int, runs: Sequence[Tensor]) -> dict[str, float]:
+def replay_differences(schedule: str, runs: Sequence[Tensor]) -> dict[str, float]:
     """Largest absolute difference of each later run to the first; 0 means bit-identical."""
     return {
-        f"replay/{interval}/run {k}": float("inf") if not run.isfinite().all() else (run - runs[0]).abs().max().item()
+        f"replay/{schedule}/run {k}": float("inf") if not run.isfinite().all() else (run - runs[0]).abs().max().item()
         for k, run in enumerate(runs[1:], start=2)
     }
 
@@ -272,61 +272,60 @@ def tests(row: Row, place: Place, found: Found) -> None:
 
 
 def time(row: Row, place: Place, found: Found) -> None:
-    """Measure peak memory, times, replays, copies and errors of a target at several cache intervals.
+    """Measure peak memory, times, replays, copies and errors of a target with several schedules.
 
-    The largest interval runs twice: alone to measure its memory, and again in the order of the intervals, because
-    preparing another interval may move the memory that captured steps use.
+    The last schedule runs twice: alone to measure its memory, and again in the order of the schedules, because
+    preparing another one may move the memory that captured steps use.
     """
     bundle = _bundle_of_row(row, place, found)
-    widest = row.intervals[-1]
+    last = row.schedules[-1]
     with PeakMemory(place.device) as memory:  # its sampling thread would disturb timings
         predictor = predictor_of(bundle, row.target, place.device, place.plans(row.images))
-        courses = {interval: Course.of(bundle, predictor, row, interval) for interval in row.intervals}
-        alone = [courses[widest].run().latents for _ in range(RUNS)]
+        courses = {text: Course.of(bundle, predictor, row, text) for text in row.schedules}
+        alone = [courses[last].run().latents for _ in range(RUNS)]
     found.values["peak MiB"] = memory.bytes / 2**20
-    runs = {interval: [course.run().latents for _ in range(RUNS)] for interval, course in courses.items()}
-    runs[widest] = [*alone, *runs[widest]]
-    timed: dict[int, list[Trajectory]] = {interval: [] for interval in row.intervals}
+    runs = {text: [course.run().latents for _ in range(RUNS)] for text, course in courses.items()}
+    runs[last] = [*alone, *runs[last]]
+    timed: dict[str, list[Trajectory]] = {text: [] for text in row.schedules}
     for _ in range(row.repeats):
-        for interval, course in courses.items():
-            timed[interval].append(course.run())
+        for text, course in courses.items():
+            timed[text].append(course.run())
     _note_times(row, timed, found)
-    for interval in row.intervals:
-        last = timed[interval][-1].latents
-        found.values |= replay_differences(interval, [*runs[interval], last])
+    for text in row.schedules:
+        found.values |= replay_differences(text, [*runs[text], timed[text][-1].latents])
     if place.device.type == "cuda":
         _note_transfers(courses, found)
     release(place.device)
     reference = EagerFora(bundle, place.device)
-    for interval in row.intervals:
-        expected = Course.of(bundle, reference, row, interval).run().latents
-        worst = max(GraphError.between(run, expected).relative for run in runs[interval])
-        found.values[f"latents/{interval}"] = worst
-    if WINDOW_OF_ERRORS in row.intervals:
+    for text in row.schedules:
+        expected = Course.of(bundle, reference, row, text).run().latents
+        worst = max(GraphError.between(run, expected).relative for run in runs[text])
+        found.values[f"latents/{text}"] = worst
+    if SCHEDULE_OF_ERRORS in row.schedules:
         _note_graph_errors(predictor, reference, row.images, found)
 
 
-def _note_times(row: Row, timed: Mapping[int, Sequence[Trajectory]], found: Found) -> None:
-    medians = {interval: statistics.median(one.seconds for one in done) for interval, done in timed.items()}
-    for interval, done in timed.items():
+def _note_times(row: Row, timed: Mapping[str, Sequence[Trajectory]], found: Found) -> None:
+    medians = {text: statistics.median(one.seconds for one in done) for text, done in timed.items()}
+    for text, done in timed.items():
         times = [one.seconds for one in done]
-        found.values[f"seconds/{interval}"] = medians[interval]
-        found.details[f"spread/{interval}"] = [min(times), max(times)]
+        found.values[f"seconds/{text}"] = medians[text]
+        found.details[f"spread/{text}"] = [min(times), max(times)]
         for kind in ("full", "reuse"):
             steps = [seconds for one in done for seconds in getattr(one, f"{kind}_seconds")]
             if steps:
-                found.values[f"{kind} ms/{interval}"] = statistics.median(steps) * 1e3
-        if interval > 1:
-            found.values[f"ideal/{interval}"] = Schedule.fora(row.steps, interval).ideal_speedup
-            found.values[f"speed-up/{interval}"] = medians[1] / medians[interval]
+                found.values[f"{kind} ms/{text}"] = statistics.median(steps) * 1e3
+        if text != NONE:
+            found.values[f"ideal/{text}"] = Schedule.from_text(text, row.steps).ideal_speedup
+            found.values[f"speed-up/{text}"] = medians[NONE] / medians[text]
 
 
-def _note_transfers(courses: Mapping[int, Course], found: Found) -> None:
-    for interval, course in courses.items():
+def _note_transfers(courses: Mapping[str, Course], found: Found) -> None:
+    for text, course in courses.items():
         counts = course.transfers()
         for name, kinds in TRANSFERS.items():
-            found.values[f"{name}/{interval}"] = sum(counts[kind] for kind in kinds)
-        found.values |= {f"{kind}/{interval}": counts[kind] for kind in LAUNCHES}
+            found.values[f"{name}/{text}"] = sum(counts[kind] for kind in kinds)
+        found.values |= {f"{kind}/{text}": counts[kind] for kind in LAUNCHES}
 
 
 WORK: dict[str, Callable[[Row, Place, Found], None]] = {

@@ -57,8 +57,8 @@ class Registry(Mapping[str, Entry]):
             raise self._error(f"unknown {self._what} {name!r}; choose one of {', '.join(self._entries)}")
         return self._entries[name]
 
-    def find(self, name: str) -> Entry | None:
-        """The entry of this name, or None."""
+    def get(self, name: str, default: None = None) -> Entry | None:  # type: ignore[override]
+        """The entry of this name, or None; that of `Mapping` would raise `error`."""
         self._load()
         return self._entries.get(name)
 

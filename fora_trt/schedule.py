@@ -143,7 +143,7 @@ class Schedule:
         Raises `ScheduleError` for an unknown kind, invalid arguments, or a file for another number of steps.
         """
         kind, arguments, order = _parts_of(text)
-        if (entry := KINDS.find(kind)) is not None:
+        if (entry := KINDS.get(kind)) is not None:
             made = entry.make(steps, arguments)
             return made if order is None else made.with_forecast(order)
         if Path(text).suffix == ".json":
@@ -160,7 +160,7 @@ class Schedule:
         `ScheduleError` for a kind that needs the number of steps.
         """
         kind, arguments, order = _parts_of(text)
-        entry = KINDS.find(kind)
+        entry = KINDS.get(kind)
         if entry is not None and entry.open is not None:
             made = entry.open(steps, arguments)
             return made if order is None else made.with_forecast(order)
@@ -362,7 +362,7 @@ KINDS: Registry[ScheduleKind] = Registry("kind of schedule", ScheduleError)
 
 def is_file(text: str) -> bool:
     """Whether a schedule is given as a file, and not in a text form."""
-    return KINDS.find(text.partition(":")[0]) is None and Path(text).suffix == ".json"
+    return KINDS.get(text.partition(":")[0]) is None and Path(text).suffix == ".json"
 
 
 def text_with_forecast(text: str, order: int) -> str:

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from benchmarks import gpu_check, gpu_work
 from benchmarks.gpu_driver import Driver, Journal, Record, newest_of, taken_over
-from benchmarks.gpu_rows import Expected, Exported, Row, chosen_of, rows_of
+from benchmarks.gpu_rows import FORECAST, Expected, Exported, Row, chosen_of, rows_of
 from benchmarks.gpu_tables import as_markdown
 from benchmarks.gpu_work import Found, Place, found_of
 from fora_trt import Denoiser
@@ -280,6 +280,13 @@ def test_rows_have_names_of_their_own_and_need_rows_before_them(device_type: str
         assert {row.target} <= {"", *BACKENDS, *REFERENCES}
 
 
+def test_a_row_is_absent_where_its_backend_is_and_a_reference_never_is() -> None:
+    why = {row.target: gpu_check.why_row_absent(row, "cpu") for row in rows_of("cuda") if row.kind == "time"}
+    assert {"PyTorch eager", "PyTorch compiled", "tensorrt", "torch"} <= why.keys()
+    assert why["PyTorch eager"] is why["PyTorch compiled"] is why["torch"] is None
+    assert "tensorrt is not installed" in str(why["tensorrt"])
+
+
 def test_a_choice_of_rows_takes_those_they_need() -> None:
     chosen = chosen_of(rows_of("cuda"), ["time/dit-xl-2-512/fp16/1/torch-compile"])
     assert [row.name for row in chosen] == [
@@ -301,7 +308,7 @@ FAULTY = Row(
     "torch",
     images=1,
     steps=6,
-    intervals=(3,),
+    schedules=("fora:3", "even:3,forecast=1"),
 )
 
 
@@ -332,7 +339,7 @@ def test_a_reuse_step_that_reads_a_stale_address_fails(
     monkeypatch.setattr(Window, "_launch", stale)
     status, deviations = FAULTY.judged(parity().values)
     assert status == "failed"
-    assert any(sentence.startswith("latents/3/run 1 is ") for sentence in deviations)
+    assert any(sentence.startswith("latents/fora:3/run 1 is ") for sentence in deviations)
 
 
 @pytest.mark.slow
@@ -349,7 +356,7 @@ def test_a_reuse_step_that_reads_the_sum_of_another_fails(
         assert not found.failure
         status, deviations = row.judged(found.values)
         assert status == "failed"
-        assert any(sentence.startswith("latents/3/run 1 is ") for sentence in deviations)
+        assert any(sentence.startswith("latents/fora:3/run 1 is ") for sentence in deviations)
 
 
 def test_a_sum_that_is_scaled_fails(parity: Callable[[], Found], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,11 +389,11 @@ def test_a_replay_that_differs_from_the_first_run_is_named(
 
     monkeypatch.setattr(gpu_work.Course, "run", stale)
     values = parity().values
-    assert values["replay/3/run 2"] == 0 < values["replay/3/run 3"]
+    assert values["replay/fora:3/run 2"] == 0 < values["replay/fora:3/run 3"]
     expected = next(row for row in rows_of("cuda") if row.name == FAULTY.name).expects
     replays = next(one for one in expected if one.of == "replay/*")
     assert replays.fixed
-    assert [sentence.split(" is ")[0] for sentence in replays.deviations(values)] == ["replay/3/run 3"]
+    assert [sentence.split(" is ")[0] for sentence in replays.deviations(values)] == ["replay/fora:3/run 3"]
 
 
 def test_an_error_keeps_what_was_found_before_it() -> None:
@@ -418,17 +425,18 @@ def test_wrong_values_are_named(options: list[str], said: str) -> None:
 
 def test_the_page_begins_with_a_table_of_times_and_names_what_is_missing() -> None:
     name = "time/digits/fp32/1/torch"
-    values = {"full ms/1": 2.0, "reuse ms/3": 0.5, "seconds/1": 0.1, "ideal/3": 2.78, "speed-up/3": 2.0, "waits/3": 0}
+    values = {"full ms/none": 2.0, "reuse ms/fora:3": 0.5, "seconds/none": 0.1, "ideal/fora:3": 2.78}
+    values |= {"speed-up/fora:3": 2.0, "waits/fora:3": 0, f"reuse ms/{FORECAST}": 0.75, f"speed-up/{FORECAST}": 2.5}
     records: list[Record] = [
-        {"row": name, "kind": "time", "status": "look", "why": "speed-up/3 is 2", "values": values, "seconds": 3},
+        {"row": name, "kind": "time", "status": "look", "why": "speed-up/fora:3 is 2", "values": values, "seconds": 3},
         {"row": "tests", "kind": "tests", "status": "absent", "why": "pytest is not installed", "seconds": 0},
     ]
     page = as_markdown(records, rows_of("cpu"))
     assert page.splitlines()[4] == (
-        "| digits | fp32 | 1 | torch | 2.000 ms | 0.500 ms | 0.100 s |  |  | 2.78x | 2.00x |  |  |  | look |"
+        "| digits | fp32 | 1 | torch | 2.000 ms | 0.500 ms | 0.750 ms | 0.100 s | 2.78x | 2.00x |  | 2.50x |  | look |"
     )
     assert "- tests: pytest is not installed" in page
-    assert f"- {name} (look): speed-up/3 is 2" in page
+    assert f"- {name} (look): speed-up/fora:3 is 2" in page
     assert "- parity/fold/fp16/torch\n" in page
 
 

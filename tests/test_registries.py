@@ -143,7 +143,7 @@ NAMES = ("ddim-6-steps-no-cache", "ddim-6-steps-ends-2")
 def test_a_name_is_taken_once_and_an_unknown_one_is_a_sentence() -> None:
     kinds: Registry[ScheduleKind] = Registry("kind of schedule", ScheduleError)
     entry = kinds.register(ScheduleKind("ends", "ends:N", ends))
-    assert (kinds["ends"], kinds.find("none"), [*kinds], len(kinds), "ends" in kinds) == (
+    assert (kinds["ends"], kinds.get("none"), [*kinds], len(kinds), "ends" in kinds) == (
         entry,
         None,
         ["ends"],

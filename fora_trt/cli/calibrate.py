@@ -69,7 +69,7 @@ def calibrate(
 ) -> None:
     """Find the schedule with which cached images come closest to those without caching, and write it to a file.
 
-    It places the full steps where they help most and chooses the order of the forecast, for one model, scheduler and
+    It places the full steps where they help most and chooses the weights of the forecast, for one model, scheduler and
     number of steps. It computes less than ten samplings of its images without caching, and measures the result on other
     images, beside FORA and fewer steps of the best of several solvers. Ctrl-C writes the best schedule so far; the same
     command then goes on where it stopped. `run`, `sample`, `bench` and `quality` take the file with --schedule.

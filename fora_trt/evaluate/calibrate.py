@@ -1,9 +1,10 @@
 """Calibration: finds the schedule of a model with which cached images come closest to those without caching.
 
 Positions of the full steps matter most. First a family of schedules is tried (`Schedule.dense` with several exponents,
-orders of the forecast), then full steps of the best are moved as long as that helps. Trials run on a few images; the
-best schedules are compared on all. The result is measured on other images, beside FORA, schedules that were not
-calibrated, and fewer steps of the best of several solvers.
+orders of the forecast), then full steps of the best are moved as long as that helps. Before and after that the weights
+of the forecast are fitted by least squares, which gains most where few steps are full. Trials run on a few images, what
+is better there on more; the best schedules are compared on all. The result is measured on other images, beside FORA,
+schedules that were not calibrated, and fewer steps of the best of several solvers.
 
 Errors are differences of final latents, as PSNR: for pixels of the images before they are rounded, else relative to the
 range of the latents without caching.
@@ -16,8 +17,10 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -25,11 +28,14 @@ from torch import Tensor
 
 from fora_trt import __version__
 from fora_trt.errors import InputError, ScheduleError
+from fora_trt.evaluate.least_squares import Observed
 from fora_trt.evaluate.solvers import SOLVERS, best_solver
 from fora_trt.files import Record, write_whole
 from fora_trt.metrics import latent_psnr
 from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.plan import HIGHEST_ORDER
+from fora_trt.runtime.denoiser import Denoiser
+from fora_trt.runtime.layout import Layout
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.schedulers import SchedulerChoice
 from fora_trt.schedule import NONE, Schedule
@@ -48,7 +54,10 @@ HIGHER_ORDER_GAINS = 1.5
 GAINS = 0.02
 """PSNR in dB by which a moved full step must be better."""
 
-FINALISTS = 3
+DAMPINGS = (1e-3, 1e-2, 1e-4)
+"""What fitted weights are damped by; see `Observed.fitted`."""
+
+FINALISTS = 4
 RUNS, DISTANCES = (1, 2, 3, 5), (-1, 1, -2, 2)
 """Numbers of consecutive full steps that are moved together, and by how many steps."""
 
@@ -90,7 +99,7 @@ class Calibrated(Record):
 class Trials:
     """Compares settings with no caching on numbered images, and counts what was computed.
 
-    `known` has the results of earlier trials, by setting and images; it makes an interrupted calibration go on where it
+    `known` has the PSNR of earlier trials, by setting and image; it makes an interrupted calibration go on where it
     was. `spent` is in trajectories without caching of all calibration images.
     """
 
@@ -101,33 +110,46 @@ class Trials:
         self._pipeline, self._given, self._wanted = pipeline, given, wanted
         self.guidance = pipeline.guidance(given, plain)
         self._references: dict[int, Tensor] = {}
-        self._charged: set[str | int] = set()
+        self._charged: set[str] = set()
 
     def psnr(self, sampling: Sampling, images: Sequence[int]) -> float:
-        """Mean PSNR in dB of these images."""
+        """Mean PSNR in dB of these images; those that are not known are computed at once."""
         what = f"{sampling.name}, {sampling.steps}, {sampling.schedule.digest()}"
-        key = f"{what} on {len(images)} from {images[0]}"
-        self._charge(key, len(images) * sampling.schedule.full_steps)
-        for image in images:
-            self._charge(image, self.plain.nfe)
-        if key not in self.known:
-            missing = [image for image in images if image not in self._references]
+        keys = {image: f"{what} on image {image}" for image in images}
+        for image, key in keys.items():
+            self._charge(key, sampling.schedule.full_steps)
+            self._charge(f"image {image}", self.plain.nfe)
+        new = [image for image, key in keys.items() if key not in self.known]
+        if new:
+            missing = [image for image in new if image not in self._references]
             if missing:
                 self._references |= zip(missing, self._latents(self.plain, missing), strict=True)
-            reference = torch.stack([self._references[image] for image in images])
-            self.known[key] = float(
-                latent_psnr(self._latents(sampling, images), reference, self._pipeline.manifest.latents.pixels).mean()
-            )
-        return self.known[key]
+            reference = torch.stack([self._references[image] for image in new])
+            found = latent_psnr(self._latents(sampling, new), reference, self._pipeline.manifest.latents.pixels)
+            self.known |= zip([keys[image] for image in new], found.tolist(), strict=True)
+        return mean(self.known[key] for key in keys.values())
+
+    def observed(self, images: Sequence[int], ahead: int) -> Observed:
+        """What the steps of these images read without caching; `ahead` is the largest distance of steps."""
+        self._charge("observed", len(images) * self.plain.nfe)
+        given, seeds = self._inputs(images)
+        size = self._pipeline.config.batch_size
+        denoiser = self._pipeline.denoiser
+        assert isinstance(denoiser, Denoiser)
+        return Observed.of(denoiser, self.plain, given, seeds, self.guidance, size, ahead)
+
+    def _inputs(self, images: Sequence[int]) -> tuple[Conditioning, list[int]]:
+        """Conditioning and seeds of images."""
+        given = self._given.at([image % self._given.images for image in images])
+        return given, [self._wanted.seed + image for image in images]
 
     def _latents(self, sampling: Sampling, images: Sequence[int]) -> Tensor:
         """Final latents (N, C, H, W)."""
-        given = self._given.at([image % self._given.images for image in images])
-        seeds = [self._wanted.seed + image for image in images]
+        given, seeds = self._inputs(images)
         size = self._pipeline.config.batch_size
         return self._pipeline.sampler(sampling).in_batches(given, seeds, self.guidance, size).latents
 
-    def _charge(self, what: str | int, evaluations: int) -> None:
+    def _charge(self, what: str, evaluations: int) -> None:
         """Count what a trial or a reference image takes, once; also where its result is known from before."""
         if what not in self._charged:
             self._charged.add(what)
@@ -168,10 +190,12 @@ class Calibration:
             raise InputError(f"the number of images is {wanted.images}; at least 1 is needed")
         self.trials = Trials(pipeline, self.plain, given, wanted, {} if known is None else known)
         self.best: Found | None = None
+        self._ranked: list[Found] = []  # each better than the one before
         self._images = range(wanted.images)
-        self._few = range(0, wanted.images, FEW)
+        self._few, self._half = range(0, wanted.images, FEW), range(0, wanted.images, FEW // 2)
         self._others = range(wanted.images, 2 * wanted.images)
         self._full_steps = self._number()
+        self._weighed: Callable[[Schedule], Schedule] = _unchanged
 
     def _number(self) -> int:
         """The number of full steps; with `max_loss` it is found later, and 0 until then."""
@@ -203,7 +227,10 @@ class Calibration:
             yield from self._try(base.with_forecast(order), HIGHER_ORDER_GAINS if order > ORDER else 0.0)
         for schedule in fora:
             yield from self._try(schedule, 0.0)
-        yield from self._move()
+        yield "observing what reuse steps should read"
+        observed = self.trials.observed(self._half, 2 * Layout.of(self.best.schedule.plan).reach)
+        for stage in (self._fit(observed), self._move(), self._fit(observed)):
+            yield from stage
         yield from self._confirm()
 
     def _search_number(self) -> Iterator[str]:
@@ -222,17 +249,38 @@ class Calibration:
         return Schedule.dense(self.plain.nfe, self._full_steps, exponent).with_forecast(ORDER)
 
     def _try(self, schedule: Schedule, gains: float) -> Iterator[str]:
-        """Compute a schedule; it becomes the best if it is better by `gains`."""
-        found = Found(self.trials.psnr(self.plain.with_schedule(schedule), self._few), schedule)
-        if self.best is None or found.psnr > self.best.psnr + gains:
-            self.best = found
+        """Compute a schedule on a few images, and if it is better by `gains` on more; if still, it is the best."""
+        found = self._measured(schedule, self._few)
+        if self._is_better(found, self._few, gains):
+            found = self._measured(schedule, self._half)
+            if self._is_better(found, self._half, gains):
+                self.best = found
+                self._ranked.append(found)
+        assert self.best is not None
         yield f"{schedule.text}: {found.psnr:.1f} dB (best {self.best.psnr:.1f} dB)"
+
+    def _measured(self, schedule: Schedule, images: Sequence[int]) -> Found:
+        return Found(self.trials.psnr(self.plain.with_schedule(schedule), images), schedule)
+
+    def _is_better(self, found: Found, images: Sequence[int], gains: float) -> bool:
+        return self.best is None or found.psnr > self._measured(self.best.schedule, images).psnr + gains
+
+    def _fit(self, observed: Observed) -> Iterator[str]:
+        """Fit the weights at the best full steps by least squares; if that helps, at those found later too."""
+        assert self.best is not None
+        positions, own = self.best.positions, self.best.schedule.depth - 1
+        for order in dict.fromkeys((own, HIGHEST_ORDER)):
+            schedule = Schedule.of_full_steps(self.plain.nfe, positions).with_forecast(order)
+            for damping in DAMPINGS:
+                fit, before = partial(_fitted, observed, damping), self.best
+                yield from self._try(fit(schedule), HIGHER_ORDER_GAINS if order > own else GAINS)
+                if self.best is not before:
+                    self._weighed = fit
 
     def _move(self) -> Iterator[str]:
         """Move full steps of the best schedule while that helps and the budget lasts."""
         assert self.best is not None
         order, drawn = self.best.schedule.depth - 1, random.Random(self.wanted.seed)
-        self._ranked = [self.best]
         tried = {self.best.positions}
         moved = True
         while moved:
@@ -245,27 +293,26 @@ class Calibration:
                 tried.add(positions)
                 schedule = Schedule.of_full_steps(self.plain.nfe, positions).with_forecast(order)
                 before = self.best
-                yield from self._try(schedule, GAINS)
+                yield from self._try(self._weighed(schedule), GAINS)
                 if self.best is not before:
-                    self._ranked.insert(0, self.best)
                     moved = True
                     break
 
     def _confirm(self) -> Iterator[str]:
         """Compare the last improvements on all images: on a few of them chance helps too."""
-        assert self.best is not None
         finalists = []
-        for one in self._ranked[:FINALISTS]:
-            psnr_of_all = self.trials.psnr(self.plain.with_schedule(one.schedule), self._images)
-            finalists.append(Found(psnr_of_all, one.schedule))
-            yield f"{one.schedule.text} on all images: {psnr_of_all:.1f} dB"
+        for one in self._ranked[-FINALISTS:]:
+            found = self._measured(one.schedule, self._images)
+            finalists.append(found)
+            yield f"{one.schedule.text} on all images: {found.psnr:.1f} dB"
         self.best = max(finalists, key=lambda one: one.psnr)
 
     def _reserve(self) -> float:
         """What the stages after the search take."""
         share = self._full_steps / self.plain.nfe
-        rows, on_few = FINALISTS + len(self._rivals()) + 2, (1 + len(SOLVERS)) * len(self._few) / self.wanted.images
-        return 2.0 + (rows + on_few) * share
+        on_few = (2 * len(DAMPINGS) + 1 + len(SOLVERS)) * len(self._few) / self.wanted.images
+        on_all = FINALISTS / 2 + 2 + len(self._rivals())  # half the images of finalists are known
+        return 2.0 + (on_few + on_all) * share
 
     def _rivals(self) -> list[Schedule]:
         """FORA at about as many full steps, the same with a forecast, and the schedule of the family without trials."""
@@ -327,6 +374,15 @@ class Calibration:
         }
         text = replace(self.best.schedule, made_from=made_from).to_json()
         write_whole(path, lambda file: file.write(text.encode()))
+
+
+def _unchanged(schedule: Schedule) -> Schedule:
+    return schedule
+
+
+def _fitted(observed: Observed, damping: float, schedule: Schedule) -> Schedule:
+    """The schedule with fitted weights."""
+    return replace(schedule, plan=observed.fitted(schedule.plan, damping), text=f"{schedule.text}, fitted weights")
 
 
 def _neighbours(positions: Sequence[int], steps: int, drawn: random.Random) -> list[tuple[int, ...]]:

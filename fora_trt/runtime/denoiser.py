@@ -116,8 +116,6 @@ class Denoiser(StepByStep):
         if min(batches) < 1:
             raise InputError(f"the batch is {min(batches)}; at least one latent is needed")
         last = self.run
-        if last is not None:
-            last.ended = True
         known = last is not None and last.plan is plan  # step-by-step calls begin many runs of one plan
         whole = last.whole if last is not None and known else Layout.of(self._supported(plan))
         if whole.weighted and not self.manifest.can_forecast:
@@ -125,7 +123,20 @@ class Denoiser(StepByStep):
                 f"{self.manifest.name} cannot forecast: its full graph folds values that are not linear in the "
                 "features; export it with --optimize conditioning, or leave the forecast out"
             )
-        layout = whole.part(first, len(timesteps))
+        return self.start(whole, whole.part(first, len(timesteps)), plan, timesteps, conditioning, batches)
+
+    def start(
+        self,
+        whole: Layout,
+        layout: Layout,
+        plan: Plan,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Tensor],
+        batches: Sequence[int],
+    ) -> EngineRun:
+        """Announce a trajectory like `begin`, with a layout: that of the whole plan and that of the steps to come."""
+        if self.run is not None:
+            self.run.ended = True
         rows = max(whole.rows, self.engines[FULL].shortest_window) if self.folds else 0
         if self.precomputed is not None:
             self.precomputed.begin(timesteps, layout, conditioning, max(batches), rows)

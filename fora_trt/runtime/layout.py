@@ -86,6 +86,14 @@ class Layout:
             any(step.weights not in ((), LATEST) for step in plan),
         )
 
+    @classmethod
+    def ahead(cls, steps: int, distance: int) -> Layout:
+        """The layout of full steps only, each of which folds sums for itself and for the `distance` steps after it."""
+        readers = [range(step, min(step + distance + 1, steps)) for step in range(steps)]
+        nothing: list[list[Read]] = [[]] * steps
+        numbers = [0] * steps
+        return cls(numbers, range(steps), readers, nothing, numbers, [None] * steps, distance + 1, 1, False)
+
     def part(self, first: int, count: int) -> Layout:
         """The layout of `count` steps from step `first` on; readers after them are left out."""
         taken = slice(first, first + count)
