@@ -61,6 +61,13 @@ def test_damped_weights_come_close_to_those_of_lagrange() -> None:
     assert distances[-1] < 1e-5
 
 
+def test_where_nothing_was_observed_weights_stay() -> None:
+    """Gates of an untrained model are 0, and so are its sums."""
+    fitted = Observed([torch.zeros_like(one) for one in random_values()]).fitted(PLAN, 1e-6)
+    for step, before in zip(fitted, PLAN, strict=True):
+        assert step.weights == pytest.approx(before.weights, abs=1e-6)
+
+
 def test_steps_that_read_too_far_keep_their_weights() -> None:
     """With three rows, full step 0 computed nothing for steps 3 and 4."""
     fitted = Observed(random_values(rows=3)).fitted(PLAN, 0.0)

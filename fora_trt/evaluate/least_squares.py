@@ -149,5 +149,5 @@ class Observed:
         products = values.T @ values
         products += damping * numpy.trace(products) / len(products) * numpy.eye(len(products))
         missing = values.T @ (wanted.double().numpy() - values @ start)
-        weights = start + numpy.linalg.solve(products, missing)
+        weights = start + numpy.linalg.lstsq(products, missing)[0]  # also where all values are 0
         return replace(step, weights=tuple(round(float(one), DIGITS) for one in weights))
