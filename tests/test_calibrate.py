@@ -78,7 +78,8 @@ def test_the_best_schedule_is_at_least_as_good_as_all_that_were_tried(done: Cali
 
 def test_a_calibration_is_the_same_every_time(done: Calibration, optimized: dict[str, Bundle]) -> None:
     again = calibration_of(optimized["fold"])
-    assert len([*again.run()]) > 10
+    lines = [*again.run()]
+    assert len([line for line in lines if "fitted weights" in line]) > 5
     assert done.best is not None
     assert again.best is not None
     assert again.best.schedule == done.best.schedule

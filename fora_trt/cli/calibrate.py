@@ -143,5 +143,6 @@ def _show(found: Calibrated, output: Path, nfe: int) -> None:
             table.add_row(row.label, str(row.steps), str(row.full_steps), speedup, f"{row.psnr:.1f} dB")
         print_table(table)
     steps = ", ".join(map(str, found.full_steps))
-    click.echo(f"full steps {steps}; forecast order {found.order}; computed as much as {found.spent:.1f} samplings")
+    weights = f"forecast order {found.order}{' with fitted weights' if found.fitted else ''}"
+    click.echo(f"full steps {steps}; {weights}; computed as much as {found.spent:.1f} samplings")
     click.echo(f"wrote {output}")

@@ -84,12 +84,14 @@ class Compared(Record):
 class Calibrated(Record):
     """The result: the full steps and the forecast order of the schedule, and the comparison on other images.
 
-    `images` is the number of calibration images, `spent` what was computed in samplings of them without caching. The
-    best of `compared` comes first; there is none if the calibration was interrupted.
+    `fitted` says whether the weights are fitted, not those of Lagrange. `images` is the number of calibration images,
+    `spent` what was computed in samplings of them without caching. The best of `compared` comes first; there is none if
+    the calibration was interrupted.
     """
 
     full_steps: tuple[int, ...]
     order: int
+    fitted: bool
     images: int
     spent: float
     interrupted: bool
@@ -340,9 +342,12 @@ class Calibration:
 
     def _calibrated(self, rows: Sequence[Compared], interrupted: bool = False) -> Calibrated:
         assert self.best is not None
+        schedule = self.best.schedule
+        order = schedule.depth - 1
         return Calibrated(
             full_steps=self.best.positions,
-            order=self.best.schedule.depth - 1,
+            order=order,
+            fitted=schedule != schedule.with_forecast(order),
             images=self.wanted.images,
             spent=round(self.trials.spent, 2),
             interrupted=interrupted,
