@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DiTPipeline
 from fora_trt import Pipeline, Schedule, load
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
-from fora_trt.errors import InputError, ScheduleError
+from fora_trt.errors import InputError, RoomError, ScheduleError
 from fora_trt.evaluate import calibrate
 from fora_trt.evaluate.calibrate import (
     Calibration,
@@ -83,6 +83,21 @@ def test_a_calibration_is_the_same_every_time(done: Calibration, optimized: dict
     assert done.best is not None
     assert again.best is not None
     assert again.best.schedule == done.best.schedule
+
+
+def test_without_room_to_observe_weights_are_not_fitted(
+    optimized: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise RoomError("the batch does not fit")
+
+    monkeypatch.setattr(calibrate.Trials, "observed", refused)
+    calibration = calibration_of(optimized["fold"])
+    lines = [*calibration.run()]
+    assert "weights are not fitted: the batch does not fit" in lines
+    assert not [line for line in lines if line.endswith("fitted weights")]
+    assert any("on all images" in line for line in lines)
+    assert not calibration.so_far().fitted
 
 
 def test_what_is_known_is_not_computed_again(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fora_trt import __version__
-from fora_trt.errors import InputError, ScheduleError
+from fora_trt.errors import InputError, RoomError, ScheduleError
 from fora_trt.evaluate.least_squares import Observed
 from fora_trt.evaluate.solvers import SOLVERS, best_solver
 from fora_trt.files import Record, write_whole
@@ -230,9 +230,14 @@ class Calibration:
         for schedule in fora:
             yield from self._try(schedule, 0.0)
         yield "observing what reuse steps should read"
-        observed = self.trials.observed(self._half, 2 * Layout.of(self.best.schedule.plan).reach)
-        for stage in (self._fit(observed), self._move(), self._fit(observed)):
-            yield from stage
+        try:
+            observed = self.trials.observed(self._half, 2 * Layout.of(self.best.schedule.plan).reach)
+        except RoomError as error:  # it takes more sums at once than any trial
+            yield f"weights are not fitted: {error}"
+            yield from self._move()
+        else:
+            for stage in (self._fit(observed), self._move(), self._fit(observed)):
+                yield from stage
         yield from self._confirm()
 
     def _search_number(self) -> Iterator[str]:
