@@ -15,7 +15,7 @@ from fora_trt.contract import OPTIMIZATIONS, Optimization
 from fora_trt.engines.backends import BACKENDS
 from fora_trt.evaluate.targets import REFERENCES
 from fora_trt.report.results import EAGER
-from fora_trt.schedule import Schedule
+from fora_trt.schedule import NONE, Schedule
 
 Kind = Literal["environment", "export", "parity", "tests", "time"]
 ONNXRUNTIME = "onnxruntime"
@@ -40,7 +40,7 @@ LARGE_GRAPH_BOUND = {"fp16": 2e-2, "bf16": 1e-1}
 LARGE_LATENTS_BOUND = {"fp16": 1e-1, "bf16": 5e-1}
 """Largest error of the latents of DiT-XL/2: the tolerance of `verify` too."""
 
-NONE, EVERY_SECOND, EVERY_THIRD, FORECAST = "none", "fora:2", "fora:3", "dense:18,forecast=2"
+EVERY_SECOND, EVERY_THIRD, FORECAST = "fora:2", "fora:3", "dense:18,forecast=2"
 """Texts of schedules; with the last two, 18 of 50 steps are full."""
 
 SCHEDULE_OF_ERRORS = EVERY_SECOND

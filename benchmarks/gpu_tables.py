@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_driver import FAILED, Record, newest_of
-from benchmarks.gpu_rows import EVERY_THIRD, FORECAST, NONE, Row
+from benchmarks.gpu_rows import EVERY_THIRD, FORECAST, Row
+from fora_trt.schedule import NONE
 
 SHOWN = (EVERY_THIRD, FORECAST)
 """Schedules in the table of times; the result file has all."""

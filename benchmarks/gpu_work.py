@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from benchmarks.gpu_rows import NONE, SCHEDULE_OF_ERRORS, Exported, Row, rows_of
+from benchmarks.gpu_rows import SCHEDULE_OF_ERRORS, Exported, Row, rows_of
 from benchmarks.gpu_watch import end_with_parent
 from fora_trt.bundle import Bundle, GraphError
 from fora_trt.engines.options import EngineOptions
@@ -47,7 +47,7 @@ from fora_trt.runtime.interface import Predictor
 from fora_trt.sampling.conditioning import Conditioning, example_conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.loop import Sampler, Trajectory, stretches_of
-from fora_trt.schedule import Schedule
+from fora_trt.schedule import NONE, Schedule
 
 ROOT = Path(__file__).parents[1]
 RUNS = 3

@@ -199,6 +199,26 @@ def test_sums_on_top_of_each_other_are_joined(one_tensor: bool, most: int, monke
     assert np.abs(run(model, given) - expected).max() < 1e-5
 
 
+def test_a_sum_that_is_the_same_in_all_steps_is_not_joined() -> None:
+    """Its gates have no dimension for the steps."""
+    text = """
+        sums (float[4, 2, 1, 80] g0, float[4, 2, 1, 80] g1, float[2, 1, 80] g2, float[2, 1, 80] g3, float[2, 37, 80] f0,
+              float[2, 37, 80] f1) => (float[4, 2, 37, 80] y) <int64[1] a = {-4}>
+        { g0_ = Unsqueeze(g0, a) g1_ = Unsqueeze(g1, a) g2_ = Unsqueeze(g2, a) g3_ = Unsqueeze(g3, a)
+          f0_ = Unsqueeze(f0, a) f1_ = Unsqueeze(f1, a)
+          features = Concat <axis: int = -4> (f0_, f1_) same = Concat <axis: int = -4> (f0_, f1_)
+          many = Concat <axis: int = -4> (g0_, g1_) one = Concat <axis: int = -4> (g2_, g3_)
+          p0 = Mul(many, features) s0 = ReduceSum <keepdims: int = 0> (p0, a)
+          p1 = Mul(one, same) s1 = ReduceSum <keepdims: int = 0> (p1, a) y = Add(s1, s0) }
+    """
+    model = model_of(text)
+    given = given_to(model)
+    expected = run(model, given)
+    assert FuseWeightedSumsPass()(model).modified
+    assert kinds(model) == ["WeightedSum", "WeightedSum"]
+    assert np.abs(run(model, given) - expected).max() < 1e-5
+
+
 @pytest.mark.parametrize("channels", [64, 72])
 def test_sums_that_are_larger_than_a_cache_are_the_same(channels: int) -> None:
     """They are stored past the cache, where 72 channels are not aligned for it."""

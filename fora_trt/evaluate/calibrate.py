@@ -236,8 +236,11 @@ class Calibration:
             yield f"weights are not fitted: {error}"
             yield from self._move()
         else:
-            for stage in (self._fit(observed), self._move(), self._fit(observed)):
-                yield from stage
+            yield from self._fit(observed)
+            fitted = self.best
+            yield from self._move()
+            if self.best is not fitted:
+                yield from self._fit(observed)
         yield from self._confirm()
 
     def _search_number(self) -> Iterator[str]:
@@ -254,6 +257,9 @@ class Calibration:
 
     def _dense(self, exponent: float) -> Schedule:
         return Schedule.dense(self.plain.nfe, self._full_steps, exponent).with_forecast(ORDER)
+
+    def _at(self, positions: Sequence[int], order: int) -> Schedule:
+        return Schedule.of_full_steps(self.plain.nfe, positions).with_forecast(order)
 
     def _try(self, schedule: Schedule, gains: float) -> Iterator[str]:
         """Compute a schedule on a few images, and if it is better by `gains` on more; if still, it is the best."""
@@ -277,7 +283,7 @@ class Calibration:
         assert self.best is not None
         positions, own = self.best.positions, self.best.schedule.depth - 1
         for order in dict.fromkeys((own, HIGHEST_ORDER)):
-            schedule = Schedule.of_full_steps(self.plain.nfe, positions).with_forecast(order)
+            schedule = self._at(positions, order)
             for damping in DAMPINGS:
                 fit, before = partial(_fitted, observed, damping), self.best
                 yield from self._try(fit(schedule), HIGHER_ORDER_GAINS if order > own else GAINS)
@@ -298,9 +304,8 @@ class Calibration:
                 if self.trials.spent > BUDGET - self._reserve():
                     return
                 tried.add(positions)
-                schedule = Schedule.of_full_steps(self.plain.nfe, positions).with_forecast(order)
                 before = self.best
-                yield from self._try(self._weighed(schedule), GAINS)
+                yield from self._try(self._weighed(self._at(positions, order)), GAINS)
                 if self.best is not before:
                     moved = True
                     break

@@ -20,6 +20,7 @@ from fora_trt.pipeline import Sampling
 from fora_trt.plan import Plan, Step, lagrange_weights
 from fora_trt.runtime.denoiser import Denoiser, EngineRun
 from fora_trt.runtime.layout import Layout
+from fora_trt.runtime.window import folded_of
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.loop import Sampler
@@ -71,11 +72,9 @@ class Observer:
         """Keep values (rows, samples, `VALUES`) of the step that has run, one row for each step that reads it."""
         window = self.denoiser.window
         assert window is not None
-        folded = [of_window(name) for name in window.reuse.inputs if of_window(name) in window.full.outputs]
-        read = [window.tensors[name] for name in folded]
-        if not folded:
-            features = [name for name in window.reuse.inputs if name in window.full.outputs]
-            read = [window.tensors[name][None] for name in features]
+        read = [window.tensors[of_window(name)] for name in folded_of(window.full, window.reuse)]
+        if not read:
+            read = [window.tensors[name][None] for name in window.reuse.inputs if name in window.full.outputs]
         each = -(-VALUES // len(read))
         kept = []
         for tensor in read:
@@ -111,9 +110,7 @@ class Observed:
         most = denoiser.engines[FULL].longest_window if denoiser.folds else None
         observer = Observer(denoiser, ahead if most is None else min(ahead, most - 1))
         sampler = Sampler(observer, plain.scheduler_step, plain.schedule)
-        for start in range(0, len(seeds), batch_size):
-            part = range(start, min(start + batch_size, len(seeds)))
-            sampler(given.at(part), [seeds[k] for k in part], guidance, observe=observer.keep)
+        sampler.in_batches(given, seeds, guidance, batch_size, observe=observer.keep)
         return cls([torch.cat([one.flatten(1) for one in step], dim=1) for step in zip(*observer.runs, strict=True)])
 
     def read(self, full: int, step: int) -> Tensor | None:
@@ -139,12 +136,12 @@ class Observed:
         return tuple(steps)
 
     def _fitted(self, step: Step, full_steps: Sequence[int], number: int, damping: float) -> Step:
-        read = [self.read(full, number) for full in reversed(full_steps)]
+        near = [one for full in reversed(full_steps) if (one := self.read(full, number)) is not None]
         wanted = self.read(number, number)
         assert wanted is not None
-        if any(one is None for one in read):
+        if len(near) < len(full_steps):
             return step
-        values = numpy.stack([one.double().numpy() for one in read if one is not None], axis=1)
+        values = numpy.stack([one.double().numpy() for one in near], axis=1)
         start = numpy.array(lagrange_weights(full_steps, number))
         products = values.T @ values
         products += damping * numpy.trace(products) / len(products) * numpy.eye(len(products))

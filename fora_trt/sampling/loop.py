@@ -122,12 +122,13 @@ class Sampler:
         guidance: Guidance | float,
         batch_size: int,
         watch: Watch = iter,
+        observe: Callable[[Tensor], object] | None = None,
     ) -> Trajectory:
         """Denoise any number of images, `batch_size` at a time; image k has the seed `seeds[k]`."""
         parts = []
         for start in range(0, conditioning.images, batch_size):
             part = conditioning.at(range(start, min(start + batch_size, conditioning.images)))
-            parts.append(self(part, seeds[start : start + part.images], guidance, watch))
+            parts.append(self(part, seeds[start : start + part.images], guidance, watch, observe))
         return Trajectory.joined(parts)
 
     def begin(self, conditioning: Conditioning, seeds: Sequence[int], guidance: Guidance) -> BegunTrajectory:

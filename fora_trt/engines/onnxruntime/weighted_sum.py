@@ -193,6 +193,8 @@ def _join_sums(node: ir.Node) -> None:
     if before is None:
         return
     terms = Operands.of(before)
+    if terms.gates[0].shape != read.gates[0].shape:  # those of one sum differ between steps, those of the other do not
+        return
     lower, upper = sorted((terms, read), key=lambda one: one.first)
     joined = replace(terms, gates=lower.gates, features=[*lower.features, *upper.features], first=lower.first)
     if read.first < 0 and terms.first < 0:
