@@ -21,6 +21,7 @@ from fora_trt.contract import (
     InputSpec,
     LatentSpec,
     Optimization,
+    Part,
     Role,
     TensorSpec,
     TextSpec,
@@ -34,7 +35,7 @@ from fora_trt.models.options import SourceOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 SCHEDULER = "scheduler_config.json"
 SCHEDULE = "schedule.json"
 """File of the schedule that is used where none is given, if it was a file at export."""
@@ -75,7 +76,7 @@ class ModelRecord(Record):
     architecture: str
     config: dict[str, Any]
     weights_sha256: str
-    vae: str | None
+    vae: Part | None
     image_size: tuple[int, int] | None
 
 

@@ -143,15 +143,27 @@ class GuidanceSpec:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where a part of a pipeline is: an absolute folder, or a hub id with its revision (commit).
+
+    `sha256` covers what the part contained at export; None if it was not looked at.
+    """
+
+    where: str
+    revision: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class TextSpec:
     """Text conditioning: the number of tokens that the graphs take, and the diffusers pipeline that encodes prompts.
 
-    `encoder` is the folder or hub id that holds the tokenizer and the text encoder; None if the source has neither.
+    `encoder` holds the tokenizer and the text encoder; None if the source has neither.
     """
 
     length: int
     pipeline: str
-    encoder: str | None
+    encoder: Part | None
 
 
 @dataclass(frozen=True)

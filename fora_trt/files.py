@@ -149,13 +149,8 @@ def record_of(path: Path) -> FileRecord:
     return FileRecord(sha256=sha256_of(path), size=path.stat().st_size)
 
 
-@contextmanager
-def staging(target: Path, force: bool, what: str, error: type[ForaError]) -> Iterator[Path]:
-    """A temporary folder next to `target`: it replaces `target` when the block ends and is deleted if the block fails.
-
-    Raises `error` if `target` exists and either `force` is false or `target` is not a `what` ("bundle"), and if
-    `target` cannot be written.
-    """
+def refuse_existing(target: Path, force: bool, what: str, error: type[ForaError]) -> None:
+    """Raise `error` if `target` exists and either `force` is false or `target` is not a `what` ("bundle")."""
     try:
         there, known = target.exists(), (target / MANIFEST).is_file()
     except OSError as problem:  # such as a name that is too long
@@ -164,6 +159,15 @@ def staging(target: Path, force: bool, what: str, error: type[ForaError]) -> Ite
         raise error(f"{target} already exists; give --force to replace it or --name to choose another name")
     if there and not known:
         raise error(f"{target} is not a {what}, so --force does not replace it; remove it or choose another folder")
+
+
+@contextmanager
+def staging(target: Path, force: bool, what: str, error: type[ForaError]) -> Iterator[Path]:
+    """A temporary folder next to `target`: it replaces `target` when the block ends and is deleted if the block fails.
+
+    Raises `error` if `target` may not be replaced (`refuse_existing`), and if it cannot be written.
+    """
+    refuse_existing(target, force, what, error)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from fora_trt.contract import FULL, REUSE
+from fora_trt.downloads import text_of
 from fora_trt.errors import ScheduleError
 from fora_trt.plan import FULL_STEP, LATEST, REUSE_STEP, Step, depth_of, forecast, offsets_of, readers_of, rows_of
 from fora_trt.registry import Registry
@@ -190,7 +191,7 @@ class Schedule:
     def from_file(cls, path: str | Path) -> Schedule:
         """Read a schedule that `to_file` wrote. Raises `ScheduleError` for an unreadable or invalid file."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(text_of(Path(path)))
         except OSError as error:
             raise ScheduleError(f"the schedule {path} cannot be read ({error.strerror})") from error
         except ValueError as error:

@@ -221,6 +221,25 @@ def test_a_bundle_that_is_there_is_kept(bundle_copy: Path, pipeline_folder: Path
 
 
 @pytest.mark.usefixtures("one_trace")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "tiny already exists; give --force to replace it or --name to choose another name"),
+        (["--opset", "3", "--force"], "the opset is 3; give --opset a value from 20 to 24"),
+    ],
+)
+def test_what_will_fail_in_the_end_is_said_before_anything_is_loaded(
+    options: list[str], message: str, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("nothing is loaded")
+
+    monkeypatch.setattr("fora_trt.models.diffusers_folder.downloaded", load)
+    made = fora("export", "somebody/tiny", "--out", bundle_copy.parent, *options)
+    assert made.exit_code == 1
+    assert message in made.output
+
+
 def test_a_model_of_latents_without_a_vae_wants_latents_out(pipeline_folder: Path, tmp_path: Path) -> None:
     fora("export", pipeline_folder / "transformer", "--out", tmp_path, "--name", "bare")
     refused = fora("run", tmp_path / "bare", "--class-labels", "1", "-o", tmp_path / "a.png")

@@ -1,9 +1,15 @@
+import dataclasses
+import json
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fora_trt import Denoiser, Schedule, load
@@ -19,7 +25,7 @@ from fora_trt.plan import FULL_STEP
 from fora_trt.sampling.conditioning import Conditioning, conditioning_of_classes
 from fora_trt.sampling.guidance import mix_guidance
 from fora_trt.sampling.loop import Trajectory
-from fora_trt.sampling.scheduler_step import scheduler_step_from, takes_variance
+from fora_trt.sampling.scheduler_step import check_scheduler, scheduler_step_from, takes_variance
 from fora_trt.sampling.schedulers import SHORT_NAMES, scheduler_choice, scheduler_from_config
 
 
@@ -75,7 +81,7 @@ def test_diffusers_class_names_are_taken_and_others_refused(exported: Bundle) ->
     config = exported.scheduler_config
     assert isinstance(scheduler_from_config(config, "DEISMultistepScheduler", True), diffusers.DEISMultistepScheduler)
     assert isinstance(scheduler_from_config(config, None, True), diffusers.DDIMScheduler)
-    for wrong in ("ddim2", "AutoencoderKL", "CogVideoXDDIMScheduler", ""):
+    for wrong in ("ddim2", "AutoencoderKL", "KarrasVeScheduler", "RePaintScheduler", ""):
         with pytest.raises(InputError, match=r"there is no scheduler .* give one of ddim, ddpm"):
             scheduler_from_config(config, wrong, True)
 
@@ -94,6 +100,66 @@ def test_only_ddpm_takes_the_learned_variance(exported: Bundle) -> None:
     assert takes_variance(scheduler_from_config(config, "ddpm", learned_sigma=True))
     assert not takes_variance(scheduler_from_config(config, "ddpm", learned_sigma=False))
     assert not takes_variance(scheduler_from_config({**config, "variance_type": "learned_range"}, "dpm-solver++", True))
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDPMParallelScheduler"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"])
+def test_the_variance_of_the_configuration_is_kept(name: str, variance: str) -> None:
+    config = {**DEFAULT_SCHEDULER, "_class_name": name, "variance_type": variance}
+    assert scheduler_from_config(config, None, learned_sigma=True).config["variance_type"] == variance
+    if variance.startswith("learned"):
+        with pytest.raises(InputError, match=f"variance_type '{variance}', but the network predicts no variance"):
+            scheduler_from_config(config, None, learned_sigma=False)
+    else:
+        assert scheduler_from_config(config, None, learned_sigma=False).config["variance_type"] == variance
+
+
+def test_every_setting_of_a_configuration_reaches_the_scheduler() -> None:
+    """Each setting in a value that is not the default: none is dropped or replaced."""
+    settings: dict[str, dict[str, Any]] = {
+        "DDIMScheduler": {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": True, "thresholding": True,
+                          "prediction_type": "v_prediction", "timestep_spacing": "trailing",
+                          "rescale_betas_zero_snr": True},
+        "DPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++", "solver_order": 3,
+                                        "final_sigmas_type": "sigma_min", "use_karras_sigmas": True},
+        "LCMScheduler": {"original_inference_steps": 20, "timestep_scaling": 5.0, "prediction_type": "sample"},
+        "FlowMatchEulerDiscreteScheduler": {"shift": 3.0, "num_train_timesteps": 500, "use_karras_sigmas": True},
+    }  # fmt: skip
+    for name, given in settings.items():
+        scheduler = scheduler_from_config({**DEFAULT_SCHEDULER, **given, "_class_name": name}, None, True)
+        assert {key: scheduler.config[key] for key in given} == given
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "VQDiffusionScheduler"}, "VQDiffusionScheduler does not support the settings"),
+        ({"_class_name": "KarrasVeScheduler"}, "there is no scheduler 'KarrasVeScheduler' for this model"),
+        (
+            {"_class_name": "DPMSolverSDEScheduler"},
+            "DPMSolverSDEScheduler requires the torchsde library but it was not found",
+        ),
+        ({"rescale_betas_zero_snr": True}, "has rescale_betas_zero_snr, so its first step is pure noise"),
+        ({"beta_start": float("nan")}, "the scheduler's beta_start is nan; a number between 0 and 1 is needed"),
+        ({"beta_end": "0.02"}, "the scheduler's beta_end is '0.02'"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps is 1000000000; an integer from 1 to 100000"),
+        ({"num_train_timesteps": 2}, "DDIMScheduler does not support 4 steps"),
+        ({"beta_schedule": "cubic"}, "does not support the settings of this model's scheduler"),
+        (
+            {"trained_betas": [0.0] * 999 + [float("nan")]},
+            "the noise levels of DDIMScheduler are not all between 0 and 1",
+        ),
+        ({"_class_name": ["DDIMScheduler"]}, "there is no scheduler"),
+    ],
+)
+def test_a_scheduler_that_cannot_run_is_refused_before_the_export(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_scheduler({**DEFAULT_SCHEDULER, **changes}, learned_sigma=True)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler", "SASolverScheduler", *SHORT_NAMES.values()])
+def test_schedulers_that_step_from_a_prediction_alone_are_taken(name: str) -> None:
+    check_scheduler({**DEFAULT_SCHEDULER, "_class_name": name}, learned_sigma=True)
 
 
 def test_the_loop_equals_diffusers_own_for_ddpm_with_learned_variance(denoiser: Denoiser, exported: Bundle) -> None:
@@ -156,10 +222,71 @@ def test_latents_become_pictures_through_the_vae(denoiser: Denoiser, exported: B
     images = Decoder(exported.manifest).images(latents, torch.device("cpu"))
     assert [image.size for image in images] == [(16, 16)] * 3
     assert {image.mode for image in images} == {"RGB"}
-    vae = diffusers.AutoencoderKL.from_pretrained(exported.manifest.model.vae, subfolder="vae")
+    assert exported.manifest.model.vae is not None
+    vae = diffusers.AutoencoderKL.from_pretrained(exported.manifest.model.vae.where, subfolder="vae")
     with torch.no_grad():
         pixels = vae.decode(latents[:1] / vae.config.scaling_factor).sample[0, :, 0, 0]
     assert images[0].getpixel((0, 0)) == tuple(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().int().tolist())
+
+
+def test_a_given_vae_decodes_with_its_own_factors(exported: Bundle, tmp_path: Path) -> None:
+    assert exported.manifest.model.vae is not None
+    folder = Path(shutil.copytree(Path(exported.manifest.model.vae.where) / "vae", tmp_path / "vae"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5, "shift_factor": 0.25}))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    vae = diffusers.AutoencoderKL.from_pretrained(folder)
+    with torch.no_grad():
+        expected = (vae.decode(latents / 0.5 + 0.25).sample / 2 + 0.5).clamp(0, 1) * 255
+    pictures = Decoder(exported.manifest, str(folder)).pictures(latents, torch.device("cpu"))
+    assert torch.equal(pictures, expected.permute(0, 2, 3, 1))
+
+
+def test_another_vae_at_the_same_place_is_not_used(exported: Bundle, tmp_path: Path) -> None:
+    part = exported.manifest.model.vae
+    assert part is not None
+    folder = Path(shutil.copytree(Path(part.where) / "vae", tmp_path / "vae"))
+    moved = dataclasses.replace(part, where=str(tmp_path))
+    manifest = exported.manifest.model_copy(update={"model": exported.manifest.model.model_copy(update={"vae": moved})})
+    Decoder(manifest)
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_out.bias"] += 1
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"the VAE at .* is another one than at export; put the old one there, or give"
+    ):
+        Decoder(manifest)
+    Decoder(manifest, str(folder))  # asked for
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no weights", r"has no weights: diffusion_pytorch_model\.safetensors was expected"),
+        ("a pointer", r"diffusion_pytorch_model\.safetensors is a Git LFS pointer"),
+        ("no folder", "is not a local folder and cannot be downloaded|no VAE was found at"),
+        ("another class", "has no valid AutoencoderKL configuration: its class is 'AutoencoderTiny'"),
+        ("16 channels", "has 16 latent channels, tiny has 4"),
+    ],
+)
+def test_a_vae_that_cannot_decode_is_named_before_the_first_step(
+    damage: str, message: str, exported: Bundle, tmp_path: Path
+) -> None:
+    assert exported.manifest.model.vae is not None
+    folder = Path(shutil.copytree(Path(exported.manifest.model.vae.where) / "vae", tmp_path / "vae"))
+    weights, config = folder / "diffusion_pytorch_model.safetensors", json.loads((folder / "config.json").read_text())
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "a pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 334643238\n")
+    elif damage == "no folder":
+        shutil.rmtree(folder)
+    elif damage == "another class":
+        (folder / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderTiny"}))
+    else:
+        (folder / "config.json").write_text(json.dumps({**config, "latent_channels": 16}))
+    with pytest.raises(InputError, match=message):
+        Decoder(exported.manifest, str(folder))
 
 
 def test_grids_have_a_cell_for_each_picture_and_enlarge_small_ones() -> None:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from fora_trt.errors import ModelError
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.recipes import read_recipe
-from fora_trt.models.sources import model_from_source
+from fora_trt.models.sources import model_from_source, source_from_options
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -34,7 +35,7 @@ def test_the_digits_are_a_trained_model_in_pixel_space() -> None:
 
 def test_a_pipeline_and_its_transformer_alone_are_read(folder: Path) -> None:
     whole, bare = model_from_source(str(folder)), model_from_source(str(folder / "transformer"))
-    assert (whole.vae, bare.vae) == (str(folder), None)
+    assert (whole.vae and whole.vae.where, bare.vae) == (str(folder), None)
     assert whole.image_size == (16, 16)  # the VAE of the test halves, the usual one takes an eighth
     assert bare.image_size == (64, 64)
     assert whole.scheduler["clip_sample"] is False
@@ -195,7 +196,7 @@ def test_weights_that_do_not_fit_are_named(folder: Path) -> None:
         with pytest.raises(ModelError, match=rf"1 invalid \(proj_out_1\.weight {why}"):
             model_from_source(str(folder))
     (folder / WEIGHTS).write_bytes(b"not safetensors")
-    with pytest.raises(ModelError, match=r"the weights in .* cannot be read"):
+    with pytest.raises(ModelError, match=r"is text that begins with 'not safetensors'"):
         model_from_source(str(folder))
     (folder / WEIGHTS).unlink()
     with pytest.raises(ModelError, match=r"contains no weights: diffusion_pytorch_model.safetensors"):
@@ -222,3 +223,76 @@ def test_a_wrong_recipe_is_named(tmp_path: Path, text: str, message: str) -> Non
     path.write_text(text)
     with pytest.raises(ModelError, match=message):
         read_recipe(path)
+
+
+NETWORK = """
+import torch
+from fora_trt import InputSpec, ModelSpec, TensorSpec
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = torch.nn.Linear(4, 4)
+
+    def forward(self, h):
+        return h + self.attn(h)
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Block()])
+
+    def forward(self, x, t):
+        return self.blocks[0](x) * t[:, None]
+
+def make():
+    torch.manual_seed(SEED)
+    latents, timestep = TensorSpec("latents", "float32", ("batch", 4)), TensorSpec("timestep", "float32", ("batch",))
+    return Net(), ModelSpec(inputs=(latents, timestep))
+"""
+
+
+def test_the_folder_of_a_network_is_recorded_and_another_module_of_its_name_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for seed, folder in enumerate((here, elsewhere)):
+        folder.mkdir()
+        (folder / "network_of_mine.py").write_text(NETWORK.replace("SEED", str(seed)))
+    monkeypatch.chdir(here)
+    model = model_from_source("network_of_mine:make", cache=["blocks.*.attn"])
+    assert model.options.folder == str(here)
+    monkeypatch.chdir(elsewhere)
+    for forgotten in (True, False):
+        if forgotten:
+            monkeypatch.delitem(sys.modules, "network_of_mine")
+        again = model_from_source(model.options, cache=["blocks.*.attn"])
+        assert all(map(torch.equal, again.module.parameters(), model.module.parameters()))
+    moved = model.options.model_copy(update={"folder": str(elsewhere)})
+    with pytest.raises(ModelError, match=f"was imported from {here}/network_of_mine.py, not from {elsewhere}; start a"):
+        model_from_source(moved, cache=["blocks.*.attn"])
+    shutil.rmtree(here)
+    monkeypatch.delitem(sys.modules, "network_of_mine")
+    with pytest.raises(
+        ModelError, match=r"the folder .*here', from which 'network_of_mine:make' was imported, is missing"
+    ):
+        model_from_source(model.options, cache=["blocks.*.attn"])
+
+
+@pytest.mark.parametrize("source", ["weights.pt", "folder", "random:DiT-S/2", "somebody/model", "package.module:make"])
+def test_the_name_of_a_bundle_is_known_before_anything_is_loaded(source: str, tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    named = str(tmp_path / source) if (tmp_path / source).exists() else source
+    names = {
+        "random:DiT-S/2": "random-DiT-S-2",
+        "somebody/model": "model",
+        "package.module:make": "package.module-make",
+    }
+    assert source_from_options(SourceOptions(source=named)).name == names.get(source, source.removesuffix(".pt"))
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "\n"])
+def test_a_source_that_no_path_can_be_is_named(source: str) -> None:
+    with pytest.raises(ModelError, match=r"the source (.{,110} is neither a file, a folder nor a known name|is empty)"):
+        model_from_source(source)

@@ -19,6 +19,7 @@ STAGES = [
     "errors",
     "quiet",
     "registry",
+    "downloads",
     "contract",
     "plan",
     "schedule",

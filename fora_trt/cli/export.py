@@ -12,11 +12,14 @@ import click
 from fora_trt.cli.options import AS_JSON, PRECISION, VAE, ImageSize, Words
 from fora_trt.cli.terminal import say
 from fora_trt.contract import OPTIMIZATIONS
-from fora_trt.errors import BackendError, ForaError, first_line
+from fora_trt.errors import BackendError, ExportError, ForaError, first_line
 
 if TYPE_CHECKING:
     from fora_trt.bundle import Bundle, TrajectoryError
     from fora_trt.models.recipes import Recipe
+
+
+DEFAULT_OPSET = 23
 
 
 @click.command()
@@ -40,7 +43,20 @@ if TYPE_CHECKING:
     show_default=False,
 )
 @click.option(
-    "--architecture", help="Architecture of a state dict, such as DiT or SiT.  [default: detected from its tensors]"
+    "--architecture",
+    help="DiT, SiT, PixArt-alpha or PixArt-Sigma, if the tensors do not tell.  [default: detected]",
+)
+@click.option(
+    "--weights",
+    metavar="ema|raw|KEY",
+    help="Weights of a checkpoint that holds several: averaged, not averaged, or by name.  [default: averaged]",
+    show_default=False,
+)
+@click.option(
+    "--null-class/--no-null-class",
+    default=None,
+    help="Whether the last row of a state dict's class embeddings is the null class of guidance.  [default: it is]",
+    show_default=False,
 )
 @click.option(
     "--num-heads", type=click.IntRange(min=1), help="Attention heads of a state dict, if its width does not imply them."
@@ -74,7 +90,8 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
     """Split a model into a full and a reuse graph and write them as a bundle.
 
     SOURCE is one of: `digits` (a trained model that comes with fora-trt); a diffusers folder or hub id of a DiT or
-    PixArt; a state dict from the DiT or SiT repository; `package.module:factory` for your own network;
+    PixArt; a state dict or a trainer's checkpoint of the DiT, SiT or PixArt authors; `package.module:factory` for your
+    own network;
     `random:DiT-XL/2` or another variant (random weights, for timing); a .toml recipe file.
 
     \b
@@ -82,24 +99,32 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
       fora-trt export digits
       fora-trt export facebook/DiT-XL-2-256 --precision fp16
       fora-trt export DiT-XL-2-512x512.pt --vae stabilityai/sd-vae-ft-ema
+      fora-trt export results/0050000.pt --weights ema
       fora-trt export my_package.model:make --cache 'blocks.*.attn' --cache 'blocks.*.mlp'
       fora-trt export random:DiT-S/2 --name s2
       fora-trt export export/pixart-sigma-1024.toml
     """
     recipe = _recipe(source, given)
+    from fora_trt.export.traced import check_opset
     from fora_trt.export.write import bundle_from_model
-    from fora_trt.models.sources import model_from_source
+    from fora_trt.files import refuse_existing
+    from fora_trt.models.sources import model_from_source, source_from_options
+    from fora_trt.sampling.scheduler_step import check_scheduler
 
+    precision, opset = recipe.precision or "fp32", recipe.opset or DEFAULT_OPSET
+    check_opset(opset)
+    target = out / _folder_name(recipe.name or source_from_options(recipe.options()).name)
+    refuse_existing(target, force, "bundle", ExportError)
     say(as_json, f"loading {recipe.source}")
-    precision = recipe.precision or "fp32"
-    target = None if recipe.name is None else out / _folder_name(recipe.name)
     model = model_from_source(recipe.options(), precision, recipe.cache)
-    target = target or out / _folder_name(model.name)
+    for note in model.notes:
+        click.echo(note, err=True)
+    check_scheduler(model.scheduler, model.latents.learned_sigma)
     measure = measured is not False and precision != "fp32"
     bundle = bundle_from_model(
         model,
         target,
-        opset=recipe.opset or 23,
+        opset=opset,
         optimization=recipe.optimize or OPTIMIZATIONS[-1],
         schedule=recipe.schedule,
         force=force,
@@ -107,7 +132,8 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
         measure=lambda staged: _trajectory_error(staged, target, measured is True, as_json) if measure else None,
     )
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle.folder), **bundle.manifest.model_dump(mode="json")}))
+        written = {"bundle": str(bundle.folder), "notes": model.notes, **bundle.manifest.model_dump(mode="json")}
+        click.echo(json.dumps(written))
     else:
         _show(bundle)
 

@@ -143,10 +143,15 @@ def program_from_step(step: Split, inputs: Mapping[str, Tensor]) -> torch.export
             ) from error
 
 
-def _traced(step: FullStep, prediction: str, opset: int) -> ir.Model:
-    """Trace with `torch.export`, which raises if the batch is specialized, and convert to ONNX without optimization."""
+def check_opset(opset: int) -> None:
+    """Raise `ExportError` for an opset that no graph can be written in."""
     if opset not in OPSETS:
         raise ExportError(f"the opset is {opset}; give --opset a value from {OPSETS[0]} to {OPSETS[-1]}")
+
+
+def _traced(step: FullStep, prediction: str, opset: int) -> ir.Model:
+    """Trace with `torch.export`, which raises if the batch is specialized, and convert to ONNX without optimization."""
+    check_opset(opset)
     inputs = example_inputs(step.spec.inputs, step.spec.conditioning, TRACED_BATCH)
     program = program_from_step(step, inputs)
     with torch.no_grad(), quiet("torch.onnx"):

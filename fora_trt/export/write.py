@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from fora_trt.contract import OPTIMIZATIONS, Optimization
 from fora_trt.errors import ExportError, ScheduleError
 from fora_trt.export.check import is_rounding, measure_errors
 from fora_trt.export.graphs import save_graph
-from fora_trt.export.traced import TracedModel, traced_from_model
+from fora_trt.export.traced import TracedModel, check_opset, traced_from_model
 from fora_trt.files import record_of, staging, write_manifest
 from fora_trt.models.spec import Model
 from fora_trt.schedule import OPEN_STEPS, Schedule, is_file
@@ -64,6 +64,7 @@ def bundle_from_model(
     manifest records the result. Raises `ExportError`, `ScheduleError` for a schedule that is not valid or not for this
     model, and the exceptions of `measure`; then `target` is unchanged.
     """
+    check_opset(opset)
     usual = None if schedule is None else _read(schedule)
     with staging(target, force, "bundle", ExportError) as folder:
         traced = traced_from_model(model, opset, report)
@@ -165,10 +166,11 @@ def _manifest(
     )
 
 
-def weights_digest(module: torch.nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter; a shared parameter counts once."""
+def weights_digest(module: torch.nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every parameter, cast to `dtypes`; a shared one counts once."""
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        cast = parameter.detach().to(dtypes[name] if dtypes else parameter.dtype)
+        digest.update(f"{name} {cast.dtype} {tuple(cast.shape)}\n".encode())
+        digest.update(cast.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -9,7 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from fora_trt.bundle import Manifest
-from fora_trt.errors import InputError, first_line
+from fora_trt.contract import Part
+from fora_trt.errors import InputError, ModelError, first_line
+from fora_trt.models.architectures import Config, factors_of
+from fora_trt.models.parts import vae_at, weights_of_vae
 from fora_trt.quiet import quiet
 
 DECODED_AT_ONCE = 8 * 256 * 256  # pixels of the first batch; a batch that does not fit GPU memory is halved
@@ -41,19 +44,31 @@ class Decoder:
     def __init__(self, manifest: Manifest, vae: str | None = None) -> None:
         """Find the VAE, at `vae` or at the location in the manifest; its weights are loaded at the first use.
 
-        Raises `InputError` if there is none, so that no time is spent on latents that cannot be decoded.
+        `vae` brings its own scale and shift of the latents; the VAE in the manifest must be that of the export. Raises
+        `InputError` if there is none, it is incomplete, or it does not fit, so that no time is spent on latents that
+        cannot be decoded.
         """
-        self.manifest, self._where = manifest, vae or manifest.model.vae
-        self._subfolder: str | None = None
+        self.manifest = manifest
+        self._scale, self._shift = manifest.latents.scale, manifest.latents.shift
         self._vae: Any = None
         if manifest.latents.pixels:
+            if vae is not None:
+                raise InputError(f"{manifest.name} makes pixels and needs no VAE; leave --vae out")
             return
-        if self._where is None:
-            raise InputError(
-                f"{manifest.name} needs a VAE to decode its latents; its source {manifest.model.options.source!r} has "
-                "none; name one with --vae FOLDER"
-            )
-        self._subfolder = _subfolder_of_vae(self._where)
+        part = manifest.model.vae
+        try:
+            if vae is not None:
+                part, config = vae_at(vae)
+                _check_fits(manifest, part, config)
+                self._scale, self._shift = factors_of(config, self._scale)
+            if part is None:
+                raise InputError(
+                    f"{manifest.name} needs a VAE to decode its latents; its source {manifest.model.options.source!r} "
+                    "has none; name one with --vae FOLDER"
+                )
+            self._folder, self._variant = weights_of_vae(part)
+        except ModelError as error:
+            raise InputError(str(error)) from error
 
     def images(self, latents: Tensor, device: torch.device) -> list[Image.Image]:
         """One RGB or grey image for each of `latents` (B, C, H, W). Raises `InputError` for non-finite pixels."""
@@ -70,15 +85,15 @@ class Decoder:
         if not pixels.isfinite().all():
             raise InputError(
                 f"the decoded images of {self.manifest.name} are not finite, though the latents are: the VAE "
-                f"{self._where!r} overflows; give another one with --vae"
+                f"{self._folder} overflows; give another one with --vae"
             )
         levels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
         return levels.permute(0, 2, 3, 1).cpu().contiguous()
 
     def _decoded(self, latents: Tensor, device: torch.device) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W) in [-1, 1] on the CPU, in fp32, in batches that fit the device's memory."""
-        vae, latent = self._vae_on(device), self.manifest.latents
-        scaled = latents.to(device) / latent.scale + latent.shift
+        vae = self._vae_on(device)
+        scaled = latents.to(device) / self._scale + self._shift
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         at_once = max(1, DECODED_AT_ONCE // (factor**2 * latents.shape[-1] * latents.shape[-2]))
         done: list[Tensor] = []
@@ -102,11 +117,11 @@ class Decoder:
             try:
                 with quiet("huggingface_hub"), quiet("diffusers"):
                     self._vae = AutoencoderKL.from_pretrained(
-                        self._where, subfolder=self._subfolder, torch_dtype=torch.float32
+                        self._folder, variant=self._variant, torch_dtype=torch.float32
                     )
-            except (OSError, ValueError, RuntimeError) as error:
+            except Exception as error:  # damaged files can raise anything
                 raise InputError(
-                    f"the VAE {self._where!r} cannot be loaded: {first_line(error)}; give another one with --vae FOLDER"
+                    f"the VAE {self._folder} cannot be loaded: {first_line(error)}; give another one with --vae FOLDER"
                 ) from error
         return self._vae.to(device)
 
@@ -116,17 +131,11 @@ def rounded(pictures: Tensor) -> Tensor:
     return pictures.round().to(torch.uint8)
 
 
-def _subfolder_of_vae(where: str) -> str | None:
-    """The subfolder of the VAE in a pipeline's folder or repository; None if `where` is itself a VAE."""
-    from diffusers import AutoencoderKL
-
-    for subfolder in ("vae", None):
-        try:
-            with quiet("huggingface_hub"), quiet("diffusers"):
-                AutoencoderKL.load_config(where, subfolder=subfolder)
-                return subfolder
-        except (OSError, ValueError):  # noqa: PERF203 # only two iterations
-            continue
-    raise InputError(
-        f"no VAE was found at {where!r}; give the folder of a VAE, downloaded with network access, with --vae"
-    )
+def _check_fits(manifest: Manifest, part: Part, config: Config) -> None:
+    """Raise `InputError` for a VAE whose latents have another number of channels."""
+    channels = config.get("latent_channels", 4)  # 4 is the default of the class
+    if channels != manifest.latents.channels:
+        raise InputError(
+            f"the VAE {part.where!r} has {channels} latent channels, {manifest.name} has {manifest.latents.channels}; "
+            "give --vae the VAE that the network was trained with"
+        )

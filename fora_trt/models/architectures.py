@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from fora_trt.contract import Part
 from fora_trt.errors import ModelError, first_line
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.spec import ModelSpec
@@ -34,19 +35,25 @@ SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels
 class PipelineParts:
     """The parts of a source besides the transformer; None for a missing part.
 
-    `pipeline` is the class name of the diffusers pipeline. `vae` is the folder or hub id of the VAE, `autoencoder` the
-    configuration of this VAE. `encoder` is the folder or hub id of the text encoder and its tokenizer.
+    `pipeline` is the class name of the diffusers pipeline, `autoencoder` the configuration of the VAE. `encoder` holds
+    the text encoder and its tokenizer.
     """
 
     pipeline: str | None = None
-    vae: str | None = None
+    vae: Part | None = None
     autoencoder: Config | None = None
-    encoder: str | None = None
+    encoder: Part | None = None
 
     @property
     def vae_factor(self) -> int:
         """Image pixels per latent pixel along a side."""
         return 2 ** (len(self.autoencoder["block_out_channels"]) - 1) if self.autoencoder else VAE_FACTOR
+
+
+def factors_of(autoencoder: Config | None, scale: float = 1.0) -> tuple[float, float]:
+    """Scale and shift of the latents of a VAE; `scale` is that of a configuration without one."""
+    found = autoencoder or {}
+    return found.get("scaling_factor") or scale, found.get("shift_factor") or 0.0
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,19 @@ class Published:
     pipeline: str | None = None
 
 
-def _unchanged(spec: ModelSpec) -> ModelSpec:
+def _unchanged(spec: ModelSpec, options: SourceOptions) -> ModelSpec:
     return spec
 
 
-def _no_set_up(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+def _no_guesses_of_weights(spec: ModelSpec, options: SourceOptions) -> list[str]:
+    return []
+
+
+def _no_parts(tensors: Mapping[str, Tensor], options: SourceOptions) -> PipelineParts:
+    return PipelineParts()
+
+
+def _no_set_up(module: nn.Module, tensors: Mapping[str, Tensor], spec: ModelSpec, what: str) -> None:
     """Nothing to set up."""
 
 
@@ -74,13 +89,15 @@ class StateDictFormat:
 
     - `name`: the authors' model in messages, and the value of the option `architecture`, which selects one of several
       formats with the same tensors.
+    - `kinds`: further values of the option `architecture`, for models that the tensors do not tell apart.
     - `recognises`: whether tensors have this format.
     - `config`: the diffusers configuration that follows from the tensors, the options and the file name; its
       `sample_size` is that of the training.
     - `renamed`: the tensors under the names of the diffusers module.
     - `set_up`: sets attributes of the empty module that no configuration can express.
+    - `parts`: the parts of the authors' pipeline; its VAE is used unless the option `vae` names one.
     - `adapted`: changes the spec if the authors use the network differently from diffusers.
-    - `vae`: the hub id of the VAE that the authors use.
+    - `guesses`: sentences that name what the weights do not tell, the assumed value, and the option for it.
     - `takes`: the source options that have an effect.
 
     All functions except `recognises` raise `ModelError` for tensors that do not fit.
@@ -90,14 +107,28 @@ class StateDictFormat:
     recognises: Callable[[Mapping[str, Tensor]], bool]
     config: Callable[[Mapping[str, Tensor], SourceOptions, str], dict[str, Any]]
     renamed: Callable[[Mapping[str, Tensor], Config], Mapping[str, Tensor]]
-    set_up: Callable[[nn.Module, Mapping[str, Tensor], str], None] = _no_set_up
-    adapted: Callable[[ModelSpec], ModelSpec] = _unchanged
-    vae: str | None = None
+    set_up: Callable[[nn.Module, Mapping[str, Tensor], ModelSpec, str], None] = _no_set_up
+    adapted: Callable[[ModelSpec, SourceOptions], ModelSpec] = _unchanged
+    parts: Callable[[Mapping[str, Tensor], SourceOptions], PipelineParts] = _no_parts
+    kinds: tuple[str, ...] = ()
+    guesses: Callable[[ModelSpec, SourceOptions], list[str]] = _no_guesses_of_weights
     takes: tuple[str, ...] = ("architecture", "image_size")
 
 
 def _any_configuration(config: Config) -> bool:
     return True
+
+
+def of_class(norm_type: str, config: Config) -> bool:
+    """Whether a configuration is of the class whose name it has, or the older `Transformer2DModel` with this norm.
+
+    Published configurations of DiT and PixArt have the older name; the kind of norm tells them apart.
+    """
+    return config.get("_class_name") != "Transformer2DModel" or config.get("norm_type") == norm_type
+
+
+def _no_guesses(spec: ModelSpec, options: SourceOptions, parts: PipelineParts) -> list[str]:
+    return []
 
 
 def _nothing_to_prepare(module: nn.Module, tensors: Mapping[str, Tensor] | None) -> None:
@@ -112,6 +143,8 @@ class Architecture:
     - `recognises`: whether a configuration is of this architecture, for older names that several architectures share.
     - `make`: creates the module of a configuration; called with parameters on the meta device. May raise anything.
     - `spec`: describes the module, given the configuration, the source options and the other parts of the source.
+    - `guesses`: sentences that name what neither source nor options tell, the assumed value, and the option for it.
+    - `ignores`: patterns of tensors that published files contain and the class does not have.
     - `takes`: the source options that have an effect.
     - `published`: published sizes by name.
     - `prepare`: changes a module before its weights are placed; the tensors are None if weights are drawn at random.
@@ -129,6 +162,8 @@ class Architecture:
     make: Callable[[Config], nn.Module]
     spec: Callable[[Config, SourceOptions, PipelineParts], ModelSpec]
     recognises: Callable[[Config], bool] = _any_configuration
+    guesses: Callable[[ModelSpec, SourceOptions, PipelineParts], list[str]] = _no_guesses
+    ignores: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     published: Mapping[str, Published] = field(default_factory=dict)
     prepare: Callable[[nn.Module, Mapping[str, Tensor] | None], None] = _nothing_to_prepare

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fora_trt.errors import ModelError
 from fora_trt.models.architectures import Config, PipelineParts
 from fora_trt.models.checkpoint import place_weights
 from fora_trt.models.options import SourceOptions
@@ -29,7 +30,7 @@ class EmptyModel:
     """A module without weights (or with weights that are not cast yet), and `fill`, which places and casts them.
 
     `scheduler` is the scheduler configuration of the source; None to use that of the spec. `parts` is None if it is
-    unknown how latents relate to images.
+    unknown how latents relate to images. `notes` are sentences for the user about choices and guesses.
     """
 
     name: str
@@ -39,14 +40,16 @@ class EmptyModel:
     config: Config = field(default_factory=dict)
     scheduler: Mapping[str, Any] | None = None
     parts: PipelineParts | None = None
+    notes: tuple[str, ...] = ()
 
 
 def model_from_empty(empty: EmptyModel, options: SourceOptions, precision: str, cache: Sequence[str] | None) -> Model:
     """Find the cache sites, place the weights in the dtypes that `precision` and the sites require, and add casts.
 
-    Raises `ExportError` for cache sites that do not exist, `ModelError` for weights that do not fit.
+    Raises `ExportError` for cache sites that do not exist, `ModelError` for weights or a VAE that do not fit.
     """
     module, spec = empty.module, empty.spec
+    _check_vae(spec, empty.parts)
     sites = find_sites(module, spec.cache_sites, cache)
     paths = [path for path, _ in sites]
     kept = spec.fp32_in_bf16 if precision == "bf16" else ()
@@ -62,9 +65,21 @@ def model_from_empty(empty: EmptyModel, options: SourceOptions, precision: str, 
         precision=precision,
         half=half,
         scheduler=dict(empty.scheduler or spec.scheduler or DEFAULT_SCHEDULER),
-        vae=options.vae or (empty.parts.vae if empty.parts else None),
+        vae=empty.parts.vae if empty.parts else None,
         image_size=_image_size(spec, empty.parts),
+        notes=empty.notes,
     )
+
+
+def _check_vae(spec: ModelSpec, parts: PipelineParts | None) -> None:
+    """Raise `ModelError` for a VAE whose latents have another number of channels than the network."""
+    assert spec.latents is not None
+    channels = ((parts and parts.autoencoder) or {}).get("latent_channels")
+    if parts and parts.vae and channels is not None and channels != spec.latents.channels:
+        raise ModelError(
+            f"the VAE {parts.vae.where!r} has {channels} latent channels, the network {spec.latents.channels}; give "
+            "--vae the VAE that the network was trained with"
+        )
 
 
 def sized(config: Config, spec: ModelSpec) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fora_trt.downloads import is_safetensors, problem_of, text_of
 from fora_trt.errors import ModelError, first_line
+from fora_trt.models.pickles import content_of_pickle
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-SUFFIXES = (".safetensors", *PICKLES)
-AVERAGED = ("ema", "state_dict", "model")
-"""Keys under which training scripts store the weights in a larger dictionary; averaged weights (EMA) come first."""
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+"""Usual suffixes of weight files; what a file contains is read from the file."""
 
-WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes that distributed training and torch.compile add to every parameter name."""
+TRANSFORMER = "diffusion_pytorch_model"
+"""Name of the weight files of a diffusers model, before variant, number of the shard and suffix."""
+
+PREFERRED = (None, "fp32", "bf16", "fp16")
+"""Variants that differ in precision, the best first."""
 
 NAMED = 3
 """Largest number of tensors that a message lists by name."""
@@ -43,32 +45,84 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._read)
 
 
-def tensors_from_file(path: Path) -> Tensors:
-    """The weights of a .safetensors file or of a PyTorch file. Raises `ModelError`.
+class Renamed(Mapping[str, Tensor]):
+    """Tensors under other names: `names` has the name in `tensors` for each new one; each is read on access."""
 
-    PyTorch files are pickles; `weights_only=True` prevents code in them from running.
+    def __init__(self, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+        self._names, self._tensors = names, tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def content_of_file(path: Path) -> Any:
+    """The content of a weight file, whatever its name: `Tensors` of a .safetensors file, or the object in a pickle.
+
+    No code in a pickle runs. Raises `ModelError` for a file that is missing, of another kind, or damaged.
     """
     try:
-        found = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+        if problem := problem_of(path):
+            raise ModelError(f"{path} {problem}")
+        return _safetensors(path) if is_safetensors(path) else content_of_pickle(path)
     except ModelError:
         raise
     except Exception as error:  # a file of another format can raise anything
         reason = f"{type(error).__name__}: {first_line(error)}".rstrip(": ")
         raise ModelError(f"the weights in {path} cannot be read ({reason}); download or copy the file again") from error
-    return _unwrapped(found)
 
 
-def tensors_from_folder(folder: Path) -> Tensors:
-    """The weights of a model in diffusers format: one file, or several with an index. Raises `ModelError`."""
-    names = [f"diffusion_pytorch_model{end}" for end in (".safetensors", ".bin", ".fp16.safetensors")]
-    for name in names:
-        if (folder / name).is_file():
-            return tensors_from_file(folder / name)
-        if (index := folder / f"{name}.index.json").is_file():
-            return _sharded(folder, index)
-    raise ModelError(
-        f"{folder} contains no weights: {' or '.join(names[:2])} was expected; download or copy the folder again"
+def tensors_from_file(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a weight file that contains nothing else. Raises `ModelError`."""
+    content = content_of_file(path)
+    if isinstance(content, Tensors):
+        return content
+    if not isinstance(content, Mapping) or not content:
+        kind = "an empty dictionary" if content == {} else f"an object of type {type(content).__name__}"
+        raise ModelError(f"{path} contains {kind}; a dictionary of tensors was expected; save model.state_dict()")
+    for name, one in content.items():
+        if not isinstance(name, str) or not isinstance(one, Tensor):
+            raise ModelError(
+                f"{path} contains {name!r}: {type(one).__name__}; a dictionary of tensors was expected; save "
+                "model.state_dict()"
+            )
+    return content
+
+
+def variants_in(folder: Path, base: str = TRANSFORMER) -> dict[str | None, Path]:
+    """For each variant of the weights in a folder the file, or the index of several files; None for no variant.
+
+    The names are those that diffusers and transformers write, such as `{base}.safetensors`, `{base}.fp16.bin`,
+    `{base}.safetensors.index.json` and `{base}.safetensors.index.fp16.json`. A .safetensors file is preferred.
+    """
+    kinds = r"(?P<kind>safetensors|bin)"
+    patterns = (
+        rf"{re.escape(base)}(?:\.(?P<variant>[\w-]+))?\.{kinds}",
+        rf"{re.escape(base)}(?:\.(?P<variant>[\w-]+))?\.{kinds}\.index\.json",
+        rf"{re.escape(base)}\.{kinds}\.index(?:\.(?P<variant>[\w-]+))?\.json",
     )
+    found: dict[tuple[int, int], dict[str | None, Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        for k, pattern in enumerate(patterns):
+            if (match := re.fullmatch(pattern, path.name)) and not re.search(r"-\d+-of-\d+", path.name):
+                order = found.setdefault((match["kind"] == "bin", min(k, 1)), {})
+                order.setdefault(match["variant"], path)
+    return {variant: path for order in sorted(found, reverse=True) for variant, path in found[order].items()}
+
+
+def preferred(variants: Mapping[str | None, Path]) -> str | None:
+    """The variant that is used without an option: none, else the best precision, else the first by name."""
+    return min(variants, key=lambda one: (PREFERRED.index(one) if one in PREFERRED else len(PREFERRED), str(one)))
+
+
+def tensors_of(file: Path) -> Mapping[str, Tensor]:
+    """The tensors of a weight file, or of all files that an index lists. Raises `ModelError`."""
+    return _sharded(file) if file.suffix == ".json" else tensors_from_file(file)
 
 
 def _safetensors(path: Path) -> Tensors:
@@ -76,65 +130,26 @@ def _safetensors(path: Path) -> Tensors:
     return Tensors({name: lambda name=name: file.get_tensor(name) for name in file.keys()})  # type: ignore[misc] # noqa: SIM118 # a file is no mapping
 
 
-def _sharded(folder: Path, index: Path) -> Tensors:
+def files_of_index(index: Path) -> list[Path]:
+    """The weight files that an index lists, in its folder. Raises `ModelError`."""
     try:
-        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {Path(file).name for file in files.values()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if problem := problem_of(index, text=True):
+            raise ModelError(f"{index} {problem}")
+        files: dict[str, str] = json.loads(text_of(index))["weight_map"]
+        names = sorted({Path(file).name for file in files.values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(
             f"the index {index} of the weights cannot be read ({first_line(error)}); download or copy the file again"
         ) from error
-    shards = [tensors_from_file(folder / name) for name in sorted(names)]
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise ModelError(f"{index.parent / name} is missing, which {index.name} lists; download or copy it")
+    return [index.parent / name for name in names]
+
+
+def _sharded(index: Path) -> Tensors:
+    shards = [tensors_from_file(file) for file in files_of_index(index)]
     return Tensors({name: lambda shard=shard, name=name: shard[name] for shard in shards for name in shard})  # type: ignore[misc]
-
-
-def _pickled(path: Path) -> Tensors:
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-    try:
-        try:
-            content = torch.load(path, mmap=True, **options)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            content = torch.load(path, **options)  # files older than PyTorch 1.6 cannot be memory-mapped
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path} contains objects other than tensors ({_culprit(error)}), and loading them could run code of its "
-            "author; save only the weights, with torch.save(model.state_dict(), ...) or as .safetensors"
-        ) from error
-    inner = content
-    for key in AVERAGED:
-        if isinstance(inner, dict) and isinstance(inner.get(key), dict):
-            inner = inner[key]
-    named = isinstance(inner, dict) and all(isinstance(name, str) for name in inner)
-    if not named or not inner or not all(isinstance(one, Tensor) for one in inner.values()):
-        kind = f"an object of type {type(inner).__name__}" if not isinstance(inner, dict) else _odd_one(inner)
-        raise ModelError(f"{path} contains {kind}; a dictionary of tensors was expected; save model.state_dict()")
-    return Tensors({name: lambda tensor=tensor: tensor for name, tensor in inner.items()})  # type: ignore[misc]
-
-
-def _odd_one(content: Mapping[Any, Any]) -> str:
-    """The first entry of a dictionary that is not a tensor under a string name, for a message."""
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            return f"a dictionary with {name!r}: {type(value).__name__}"
-    return "an empty dictionary"
-
-
-def _culprit(error: Exception) -> str:
-    """The class that the unpickler refused, cut out of PyTorch's message, which advises to disable the check."""
-    words = str(error).replace("\n", " ").split()
-    refused = [after.strip("`.,") for word, after in pairwise(words) if word in ("GLOBAL", "global")]
-    return refused[0] if refused else first_line(error)[:120]
-
-
-def _unwrapped(tensors: Tensors) -> Tensors:
-    names = list(tensors)
-    for prefix in WRAPPERS:
-        if names and all(name.startswith(prefix) for name in names):
-            stripped = {name.removeprefix(prefix): lambda name=name: tensors[name] for name in names}
-            return _unwrapped(Tensors(stripped))
-    return tensors
 
 
 def place_weights(

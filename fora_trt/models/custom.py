@@ -26,9 +26,11 @@ from fora_trt.contract import (
     TensorSpec,
 )
 from fora_trt.errors import ModelError, first_line
+from fora_trt.models.architectures import Config, PipelineParts, factors_of
 from fora_trt.models.assembly import EmptyModel
 from fora_trt.models.examples import TRAINED_TIMESTEPS, example_inputs
 from fora_trt.models.options import SourceOptions
+from fora_trt.models.parts import vae_at
 from fora_trt.models.spec import CLASS_GUIDANCE_SCALE, TEXT_GUIDANCE_SCALE, ModelSpec
 
 INPUT_ROLES: tuple[Role, ...] = ("latents", "timestep", "conditioning")
@@ -43,23 +45,26 @@ HOW = (
 
 def empty_from_factory(options: SourceOptions) -> EmptyModel:
     """The module that the factory returns; `fill` casts the weights that it already has. Raises `ModelError`."""
-    options.refuse_all_but({"inputs"})
-    module, spec = module_from_factory(options)
+    options.refuse_all_but({"inputs", "folder"})
+    vae, autoencoder = vae_at(options.vae) if options.vae else (None, None)
+    module, spec = module_from_factory(options, autoencoder)
+    parts = PipelineParts(vae=vae, autoencoder=autoencoder) if vae else None
 
     def cast(dtypes: Mapping[str, torch.dtype]) -> None:
         for name, parameter in module.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
 
-    return EmptyModel(options.source.replace(":", "-"), module, spec, cast)
+    return EmptyModel(options.source.replace(":", "-"), module, spec, cast, parts=parts)
 
 
-def module_from_factory(options: SourceOptions) -> tuple[nn.Module, ModelSpec]:
-    """Import and call the factory that `options.source` names, from the current folder or an installed package.
+def module_from_factory(options: SourceOptions, autoencoder: Config | None = None) -> tuple[nn.Module, ModelSpec]:
+    """Import and call the factory that `options.source` names; it may be in the folder of the options.
 
-    Missing parts of the spec are found by calling the module once. Raises `ModelError`.
+    Missing parts of the spec are found by calling the module once; scale and shift of its latents are those of the
+    VAE's configuration. Raises `ModelError`.
     """
     source = options.source
-    made = _called(source)
+    made = _called(source, options.folder)
     module, spec = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module) or not isinstance(spec, ModelSpec | None):
         raise ModelError(f"{source!r} returned {_kind(made)}; {HOW}")
@@ -69,10 +74,10 @@ def module_from_factory(options: SourceOptions) -> tuple[nn.Module, ModelSpec]:
     if spec is None:
         raise ModelError(f"the inputs of {source!r} are unknown; {HOW}")
     module = module.eval().requires_grad_(False).cpu().float()
-    return module, completed(module, spec, source)
+    return module, completed(module, spec, source, autoencoder)
 
 
-def completed(module: nn.Module, spec: ModelSpec, source: str) -> ModelSpec:
+def completed(module: nn.Module, spec: ModelSpec, source: str, autoencoder: Config | None = None) -> ModelSpec:
     """Complete a spec: shapes of prediction and latents by a trial call, number of classes from the labels' bound."""
     given = [tensor.name for tensor in spec.inputs]
     for tensor in spec.inputs:
@@ -130,7 +135,10 @@ def completed(module: nn.Module, spec: ModelSpec, source: str) -> ModelSpec:
         output=spec.output or TensorSpec(NOISE_PREDICTION, "float32", (BATCH, *shape[1:])),
         latents=spec.latents
         or LatentSpec(
-            size, pixels=len(size) == 3 and size[0] in (1, 3), learned_sigma=shape[1] == 2 * size[0] != size[0]
+            size,
+            *factors_of(autoencoder),
+            pixels=autoencoder is None and len(size) == 3 and size[0] in (1, 3),
+            learned_sigma=shape[1] == 2 * size[0] != size[0],
         ),
         guidance=guidance,
         guidance_scale=float(scale),
@@ -157,19 +165,41 @@ def _not_compiled(call: Call) -> Call:
     return called
 
 
-def _called(source: str) -> object:
-    """The result of the factory, which may import from the current folder; its standard output goes to stderr."""
-    here = str(Path.cwd())
+def folder_of_module(source: str) -> str | None:
+    """The current folder, if the module of an imported factory is in it; None for an installed package."""
+    file = getattr(sys.modules.get(source.partition(":")[0]), "__file__", None)
+    here = Path.cwd()
+    return str(here) if file is not None and here in Path(file).parents and "site-packages" not in file else None
+
+
+def _called(source: str, folder: str | None) -> object:
+    """The result of the factory, which may import from a folder, by default the current one.
+
+    Its standard output goes to stderr.
+    """
+    here = folder or str(Path.cwd())
+    if not Path(here).is_dir():
+        raise ModelError(f"the folder {here!r}, from which {source!r} was imported, is missing; put it there again")
     sys.path.insert(0, here)
     try:
         with redirect_stdout(sys.stderr):
             factory = _imported(source)
+            if folder is not None and (other := _other_file(source, folder)):
+                raise ModelError(
+                    f"the module of {source!r} was imported from {other}, not from {folder}; start a new process"
+                )
             try:
                 return factory()
             except (Exception, SystemExit) as error:  # the user's own code can raise anything
                 raise ModelError(f"the factory {source!r} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)
+
+
+def _other_file(source: str, folder: str) -> str | None:
+    """The file of an imported module that is not in the folder; None if it is there."""
+    file = getattr(sys.modules.get(source.partition(":")[0]), "__file__", None)
+    return None if file is None or Path(folder) in Path(file).absolute().parents else str(file)
 
 
 def _imported(source: str) -> Callable[[], object]:

@@ -3,116 +3,176 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from fora_trt.errors import ModelError, first_line
+from torch import Tensor, nn
+
+from fora_trt.contract import Part
+from fora_trt.downloads import text_of
+from fora_trt.errors import ModelError
 from fora_trt.models.architectures import ARCHITECTURES, Architecture, PipelineParts, architecture_of, known_sources
 from fora_trt.models.assembly import EmptyModel, placing
-from fora_trt.models.checkpoint import tensors_from_folder
+from fora_trt.models.checkpoint import TRANSFORMER, Renamed, preferred, tensors_of, variants_in
 from fora_trt.models.options import SourceOptions
-from fora_trt.quiet import quiet
+from fora_trt.models.parts import VAE, check_autoencoder, digest_of_vae, downloaded, local, read_config, vae_at
+from fora_trt.models.weight_sets import WeightSet, chosen, is_averaged
 
-FILES = ("model_index.json", "config.json", "diffusion_pytorch_model*", "transformer/*", "scheduler/*", "vae/*")
+FILES = ("model_index.json", "config.json", f"{TRANSFORMER}*", "transformer*/*", "scheduler/*", "vae/*")
 """Files to download from a hub repository. The text encoder is not needed here; `run` loads it for prompts."""
+
+HINT = (
+    "; a diffusers folder contains transformer/config.json, and a pipeline also scheduler/scheduler_config.json and "
+    "model_index.json"
+)
+
+STRANGERS = {
+    "manifest.json": "is a bundle that was exported already; give it to 'fora-trt run'",
+    "zero_to_fp32.py": "is a DeepSpeed checkpoint; run its zero_to_fp32.py and give the file that it writes",
+    ".metadata": "is a distributed checkpoint in parts; join them: python -m torch.distributed.checkpoint.format_utils "
+    "dcp_to_torch FOLDER FILE.pt",
+    "latest": "is a DeepSpeed checkpoint; join its parts with zero_to_fp32.py and give the file that it writes",
+    "unet/config.json": "is a pipeline with a U-Net, which has no repeated transformer blocks to cache; give a DiT",
+}
+"""Files that tell what a folder without a transformer is, and what to do with it."""
 
 
 def empty_from_hub(options: SourceOptions) -> EmptyModel:
     """The model of the repository that `options.source` names, from the cache or the hub. Raises `ModelError`."""
-    return empty_from_folder(options, options.source.split("/")[1], _downloaded(options.source), options.source)
+    folder = downloaded(options.source, FILES)
+    return empty_from_folder(options, options.source.split("/")[1], folder, Part(options.source, folder.name))
 
 
-def empty_from_folder(options: SourceOptions, name: str, folder: Path, found_again: str | None = None) -> EmptyModel:
+def empty_from_folder(
+    options: SourceOptions, name: str, folder: Path, found_again: Part | None = None, file: Path | None = None
+) -> EmptyModel:
     """The model in a pipeline folder or a transformer folder. Raises `ModelError`.
 
-    `found_again` is the folder or hub id from which VAE and text encoder are loaded later; by default `folder`.
+    `found_again` is the place from which VAE and text encoder are loaded later; by default `folder`. `file` is the
+    weight file to use; by default the one that is chosen among those of the folder.
     """
-    source = options.source
+    source, notes = options.source, list[str]()
     bare = (folder / "config.json").is_file()
-    part = folder if bare else folder / "transformer"
-    config = _config(part / "config.json", "transformer", source)
+    part, wanted = (folder, options.weights) if bare else _part(folder, options, notes)
+    config = read_config(part / "config.json", "transformer", source, f"{HINT}; {known_sources()}")
     architecture = _architecture(config, source)
-    index = {} if bare else _config(folder / "model_index.json", "pipeline", source)
-    parts = _parts(index, folder, found_again or str(folder), source)
-    scheduler = None if bare else _config(folder / "scheduler/scheduler_config.json", "scheduler", source)
-    tensors = tensors_from_folder(part)
+    index = read_config(path, "pipeline", source) if (path := folder / "model_index.json").is_file() else {}
+    parts = _parts(index, folder, found_again or Part(local(folder)), options)
+    scheduler = _scheduler(folder, index, source)
+    tensors = tensors_of(file or _variant(part, wanted, source, notes))
     module = architecture.empty_module(config)
+    tensors = _without_ignored(module, architecture, tensors, notes)
     config = {**config, **dict(getattr(module, "config", {}))}  # adds the defaults of missing keys
-    options.refuse_all_but(architecture.takes)
+    options.refuse_all_but({*architecture.takes, *({"weights"} if file is None else ())})
     spec = architecture.described(config, options, parts)
     architecture.prepare(module, tensors)
-    return EmptyModel(name, module, spec, placing(module, tensors, config, source), config, scheduler, parts)
+    notes += architecture.guesses(spec, options, parts)
+    fill = placing(module, tensors, config, source)
+    return EmptyModel(name, module, spec, fill, config, scheduler, parts, tuple(notes))
 
 
 def _architecture(config: Mapping[str, Any], source: str) -> Architecture:
     if (found := architecture_of(config)) is not None:
         return found
     known = ", ".join(entry.class_names[0] for entry in ARCHITECTURES.values())
+    old = config.get("_class_name") == "Transformer2DModel"
+    norm = f" with norm_type {config.get('norm_type')!r}" if old else ""
     raise ModelError(
-        f"the transformer class of {source!r} is {config.get('_class_name', 'unknown')}; supported are {known}; for "
-        "another network give package.module:factory and --cache patterns, see docs/python.md"
+        f"the transformer class of {source!r} is {config.get('_class_name', 'unknown')}{norm}; supported are {known}; "
+        "for another network give package.module:factory and --cache patterns, see docs/python.md"
     )
 
 
-def _parts(index: Mapping[str, Any], folder: Path, where: str, source: str) -> PipelineParts:
-    """The parts of a pipeline besides the transformer, according to its index."""
-    autoencoder = _autoencoder(folder, source) if _has(index, "vae") else None
-    return PipelineParts(
-        pipeline=str(index.get("_class_name")),
-        vae=where if autoencoder else None,
-        autoencoder=autoencoder,
-        encoder=where if _has(index, "text_encoder") else None,
-    )
+def _part(folder: Path, options: SourceOptions, notes: list[str]) -> tuple[Path, str | None]:
+    """The folder of the transformer in a pipeline, and the option `weights` if it does not name this folder.
+
+    A training script may have saved averaged weights in a folder of their own, such as `transformer_ema`.
+    """
+    found = [path.parent.name for path in sorted(folder.glob("*transformer*/config.json"))]
+    sets = [WeightSet(name, is_averaged(name), {}) for name in found if name == "transformer" or is_averaged(name)]
+    if any(one.averaged for one in sets):
+        choice = chosen(sets, [], options.weights, options.source)
+        notes += filter(None, [choice.note])
+        return folder / choice.key, None
+    for file, kind in STRANGERS.items():
+        if not sets and (folder / file).exists():
+            raise ModelError(f"{options.source!r} {kind}")
+    return folder / "transformer", options.weights
 
 
-def _config(path: Path, what: str, source: str) -> dict[str, Any]:
-    """Read a JSON configuration. Raises `ModelError` if it is missing or invalid."""
-    if not path.is_file():
+def _variant(part: Path, wanted: str | None, source: str, notes: list[str]) -> Path:
+    """The weight file of a folder, or the index of several; of several variants, averaged weights are preferred."""
+    variants = variants_in(part)
+    if not variants:
         raise ModelError(
-            f"{source!r} has no {what} configuration: a diffusers folder contains transformer/config.json, "
-            f"scheduler/scheduler_config.json and model_index.json; {known_sources()}"
+            f"{part} contains no weights: {TRANSFORMER}.safetensors or {TRANSFORMER}.bin was expected; download or "
+            "copy the folder again"
         )
+    raw = any(variant and "non" in variant for variant in variants)  # then those without variant are averaged
+    sets = [WeightSet(one or TRANSFORMER, is_averaged(one or "") or (raw and one is None), {}) for one in variants]
+    if wanted is None and not any(one.averaged for one in sets):
+        variant = preferred(variants)
+        if variant is not None:
+            others = f"; --weights takes another of {', '.join(map(str, variants))}" if len(variants) > 1 else ""
+            notes.append(f"weights of {source}: the variant {variant}{others}")
+        return variants[variant]
+    choice = chosen(sets, [], wanted, source)
+    notes += filter(None, [choice.note])
+    return variants[None if choice.key == TRANSFORMER else choice.key]
+
+
+def _without_ignored(
+    module: nn.Module, architecture: Architecture, tensors: Mapping[str, Tensor], notes: list[str]
+) -> Mapping[str, Tensor]:
+    """The tensors without those that the published class ignores, which are noted."""
+    patterns = getattr(type(module), "_keys_to_ignore_on_load_unexpected", None) or ()
+    own = {*dict(module.named_parameters()), *dict(module.named_buffers())}
+    ignored = [
+        name
+        for name in tensors
+        if name not in own
+        and (
+            any(fnmatchcase(name, pattern) for pattern in architecture.ignores)
+            or any(re.search(pattern, name) for pattern in patterns)
+        )
+    ]
+    if ignored:
+        notes.append(f"ignored, as in diffusers: {', '.join(ignored)}")
+    return Renamed({name: name for name in tensors if name not in ignored}, tensors)
+
+
+def _scheduler(folder: Path, index: Mapping[str, Any], source: str) -> dict[str, Any] | None:
+    path = folder / "scheduler/scheduler_config.json"
+    return read_config(path, "scheduler", source, HINT) if index or path.is_file() else None
+
+
+def _parts(index: Mapping[str, Any], folder: Path, where: Part, options: SourceOptions) -> PipelineParts:
+    """The parts of a pipeline besides the transformer, according to its index; the option `vae` replaces the VAE."""
+    vae, autoencoder = None, None
+    if options.vae is not None:
+        vae, autoencoder = vae_at(options.vae)
+    elif _has(index, VAE):
+        autoencoder = read_config(folder / VAE / "config.json", "VAE", options.source)
+        check_autoencoder(autoencoder, options.source)
+        vae = Part(where.where, where.revision, digest_of_vae(folder, options.source))
+    encoder = where if _has(index, "text_encoder") else None
+    pipeline = index.get("_class_name")
+    return PipelineParts(None if pipeline is None else str(pipeline), vae, autoencoder, encoder)
+
+
+def is_transformer_folder(folder: Path) -> bool:
+    """Whether a folder has the configuration of a diffusers model beside its weights."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the {what} configuration of {source!r} is not JSON ({first_line(error)}); download or copy {path} again"
-        ) from error
-    if not isinstance(config, dict):
-        raise ModelError(f"the {what} configuration {path} of {source!r} is not a JSON object; download it again")
-    return config
-
-
-def _downloaded(hub_id: str) -> Path:
-    """The folder with those files of a repository that an export needs, from the cache or the hub."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        with quiet("huggingface_hub"):  # hides a warning per retry; the final error is enough
-            return Path(snapshot_download(hub_id, allow_patterns=list(FILES)))
-    except Exception as error:  # several libraries raise: no network, no such repository, no permission
-        raise ModelError(
-            f"{hub_id!r} is not a local folder and cannot be downloaded ({type(error).__name__}); download it on a "
-            f"machine with network (hf download {hub_id} --local-dir {hub_id.split('/')[1]}), copy that folder here "
-            "and give its path"
-        ) from error
+        config = json.loads(text_of(folder / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "_class_name" in config
 
 
 def _has(index: Mapping[str, Any], part: str) -> bool:
     """Whether a pipeline has this part: its index holds [library, class], or [null, null] for a missing part."""
     named = index.get(part)
     return isinstance(named, list) and any(named)
-
-
-def _autoencoder(folder: Path, source: str) -> dict[str, Any]:
-    """The configuration of a pipeline's VAE. Raises `ModelError` if the keys that define the latents are invalid."""
-    config = _config(folder / "vae" / "config.json", "VAE", source)
-    numbers = [config.get(key) for key in ("scaling_factor", "shift_factor")]
-    blocks = config.get("block_out_channels")
-    if not isinstance(blocks, list) or not blocks or not all(isinstance(one, float | int | None) for one in numbers):
-        raise ModelError(
-            f"the VAE of {source!r} has no valid AutoencoderKL configuration: block_out_channels is {blocks!r}, "
-            f"scaling_factor is {numbers[0]!r}, shift_factor is {numbers[1]!r}; a list and two numbers are needed"
-        )
-    return config

@@ -29,6 +29,8 @@ from fora_trt.models.architectures import (
     Config,
     PipelineParts,
     Published,
+    factors_of,
+    of_class,
 )
 from fora_trt.models.dit_checkpoint import DIT, SIT, SIZES
 from fora_trt.models.options import SourceOptions
@@ -110,7 +112,7 @@ def spec_from_config(config: Config, options: SourceOptions, parts: PipelinePart
     outputs = config.get("out_channels") or channels
     pixels = parts.vae is None and channels in (1, 3)
     factor, own_size = 1 if pixels else parts.vae_factor, (config["sample_size"], config["sample_size"])
-    scale = 1.0 if pixels else (parts.autoencoder or {}).get("scaling_factor") or VAE_SCALE
+    scale, shift = (1.0, 0.0) if pixels else factors_of(parts.autoencoder, VAE_SCALE)
     sample_size = _square(options, *options.latent_size(own_size, factor, config["patch_size"]))
     if sample_size < 1 or sample_size % config["patch_size"]:
         raise ModelError(
@@ -127,17 +129,28 @@ def spec_from_config(config: Config, options: SourceOptions, parts: PipelinePart
         output=TensorSpec(NOISE_PREDICTION, "float32", (BATCH, outputs, *size)),
         call=call,
         cache_sites={"attention": ("transformer_blocks.*.attn1",), "feed-forward": ("transformer_blocks.*.ff",)},
-        latents=LatentSpec((channels, *size), scale=scale, pixels=pixels, learned_sigma=outputs == 2 * channels),
+        latents=LatentSpec((channels, *size), scale, shift, pixels, learned_sigma=outputs == 2 * channels),
         conditioning={CLASS_LABELS: InputSpec(values=(0, classes + 1))},
         guidance=GuidanceSpec(num_classes=classes, null_class=classes),
         fp32_in_bf16=("transformer_blocks.*.norm1.emb.timestep_embedder",),
     )
 
 
+def guesses(spec: ModelSpec, options: SourceOptions, parts: PipelineParts) -> list[str]:
+    """What is assumed about the latents of a transformer without a VAE."""
+    assert spec.latents is not None
+    if parts.vae is not None or spec.latents.pixels:
+        return []
+    scale = f"{spec.latents.scale:g}"
+    return [f"no VAE is known: latents are scaled by {scale}, as in the DiT paper; --vae FOLDER brings its own scale"]
+
+
 ARCHITECTURES.register(
     Architecture(
         name="DiT",
-        class_names=("DiTTransformer2DModel",),
+        class_names=("DiTTransformer2DModel", "Transformer2DModel"),
+        recognises=partial(of_class, "ada_norm_zero"),
+        guesses=guesses,
         make=lambda config: DiTTransformer2DModel.from_config(dict(config)),
         spec=spec_from_config,
         takes=("image_size",),

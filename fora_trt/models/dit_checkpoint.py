@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fora_trt.contract import TIMESTEP
+from fora_trt.contract import CLASS_LABELS, TIMESTEP, InputSpec, Part
 from fora_trt.errors import ModelError
-from fora_trt.models.architectures import VAE_FACTOR, Config, StateDictFormat
+from fora_trt.models.architectures import VAE_FACTOR, Config, PipelineParts, StateDictFormat
 from fora_trt.models.checkpoint import Tensors
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.spec import ModelSpec
@@ -55,6 +55,9 @@ DIMENSIONS = {"x_embedder.proj.weight": 4, "final_layer.linear.weight": 2, LABEL
 REQUIRED = ("x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "final_layer.linear.weight")
 """Tensors that identify a state dict as one of the authors; all others are checked later by name and shape."""
 
+SHARED_MODULATION = "t_block.1.weight"
+"""Tensor of the PixArt authors, whose other names are those of a DiT."""
+
 GUIDED_CHANNELS = 3
 """The authors apply guidance to three of the four latent channels, also for their published results."""
 
@@ -67,7 +70,7 @@ SIT_SCHEDULER: dict[str, Any] = {
 
 def is_dit_checkpoint(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the tensors have the authors' names."""
-    return all(name in tensors for name in REQUIRED)
+    return all(name in tensors for name in REQUIRED) and SHARED_MODULATION not in tensors
 
 
 def config_from_checkpoint(tensors: Mapping[str, Tensor], options: SourceOptions, what: str) -> dict[str, Any]:
@@ -96,7 +99,8 @@ def config_from_checkpoint(tensors: Mapping[str, Tensor], options: SourceOptions
             f"the feed-forward layers of {what} are {hidden.shape[0] / width:g} times as wide as the network; "
             "diffusers supports only a factor of 4; export the module itself with 'package.module:factory'"
         )
-    side = round(tensors[POSITIONS].shape[1] ** 0.5) if POSITIONS in tensors else 256 // VAE_FACTOR // patch
+    size = max(options.image_size or (256,))
+    side = round(tensors[POSITIONS].shape[1] ** 0.5) if POSITIONS in tensors else size // VAE_FACTOR // patch
     return {
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
@@ -105,7 +109,7 @@ def config_from_checkpoint(tensors: Mapping[str, Tensor], options: SourceOptions
         "num_layers": max(blocks) + 1,
         "sample_size": side * patch,
         "patch_size": patch,
-        "num_embeds_ada_norm": table.shape[0] - 1,  # the last row is the null class
+        "num_embeds_ada_norm": table.shape[0] - 1,  # diffusers adds a row for the null class
         "norm_eps": NORM_EPSILON,
     }
 
@@ -121,7 +125,7 @@ def as_diffusers(tensors: Mapping[str, Tensor], config: Config) -> Tensors:
     def take(theirs: str, ours: str, part: int | None = None) -> None:
         if theirs in tensors:
             left.discard(theirs)
-            read[ours] = lambda: tensors[theirs] if part is None else _third(tensors[theirs], part)
+            read[ours] = lambda: tensors[theirs] if part is None else part_of(tensors[theirs], part, 3)
 
     for end in (".weight", ".bias"):
         for block in range(config["num_layers"]):
@@ -132,15 +136,16 @@ def as_diffusers(tensors: Mapping[str, Tensor], config: Config) -> Tensors:
     return Tensors(read | {name: lambda name=name: tensors[name] for name in left})
 
 
-def _third(joint: Tensor, part: int) -> Tensor:
-    """Query, key or value of a joint projection; of a wrong shape if the size is not divisible by three."""
-    return joint.tensor_split(3)[part] if joint.dim() else joint
+def part_of(joint: Tensor, part: int, parts: int) -> Tensor:
+    """Query, key or value of a joint projection; of a wrong shape if the size is not divisible by `parts`."""
+    return joint.tensor_split(parts)[part] if joint.dim() and parts > 1 else joint
 
 
-def set_up_as_authors(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+def set_up_as_authors(module: nn.Module, tensors: Mapping[str, Tensor], spec: ModelSpec, what: str) -> None:
     """Set attributes of a diffusers DiT that its configuration cannot express: timestep frequencies and positions.
 
-    Raises `ModelError` if the checkpoint has position embeddings for another image size than the module.
+    Raises `ModelError` if the checkpoint has learned position embeddings for another image size than that of the spec;
+    sines and cosines are interpolated, as in diffusers.
     """
     part: Any
     for part in module.modules():
@@ -148,30 +153,59 @@ def set_up_as_authors(module: nn.Module, tensors: Mapping[str, Tensor], what: st
             part.downscale_freq_shift = 0  # diffusers uses 1, which gives slightly different frequencies
     table: Any = module.pos_embed
     positions = tensors.get(POSITIONS)
-    if positions is None or positions.shape == table.pos_embed.shape:
-        if positions is not None and not torch.allclose(positions.float(), table.pos_embed, atol=1e-4):
-            table.pos_embed = positions.float().clone()  # learned positions
+    if positions is not None and positions.shape != table.pos_embed.shape:
+        raise ModelError(
+            f"the position embeddings of {what} are {list(positions.shape)} instead of {list(table.pos_embed.shape)}, "
+            "so the file is damaged; download or copy it again"
+        )
+    if positions is None or torch.allclose(positions.float(), table.pos_embed, atol=1e-4):
         return
-    raise ModelError(
-        f"{what} has position embeddings for {positions.shape[1]} patches, but the image size needs "
-        f"{table.pos_embed.shape[1]} ({list(positions.shape)} instead of {list(table.pos_embed.shape)}); leave "
-        "--image-size out, or give the image size of the training"
+    table.pos_embed = positions.float().clone()  # learned positions
+    assert spec.latents is not None
+    needed = spec.latents.shape[1] * spec.latents.shape[2] // table.patch_size**2
+    if needed != positions.shape[1]:
+        raise ModelError(
+            f"{what} has learned position embeddings for {positions.shape[1]} patches, but the image size needs "
+            f"{needed}; leave --image-size out, or give the image size of the training"
+        )
+
+
+def guided_as_authors(spec: ModelSpec, options: SourceOptions) -> ModelSpec:
+    """The spec with guidance limited to the first channels, as in the authors' sampling loops.
+
+    With the option `null_class` set to False every row of the embedding table is a class, and there is no guidance.
+    """
+    assert spec.guidance is not None
+    guidance = dataclasses.replace(spec.guidance, channels=GUIDED_CHANNELS)
+    if options.null_class is not False:
+        return dataclasses.replace(spec, guidance=guidance)
+    classes = guidance.num_classes + 1
+    return dataclasses.replace(
+        spec,
+        guidance=dataclasses.replace(guidance, num_classes=classes, null_class=None),
+        conditioning={**spec.conditioning, CLASS_LABELS: InputSpec(values=(0, classes))},
     )
 
 
-def guided_as_authors(spec: ModelSpec) -> ModelSpec:
-    """The spec with guidance limited to the first channels, as in the authors' sampling loops."""
+def guesses(spec: ModelSpec, options: SourceOptions) -> list[str]:
+    """What is assumed about the last row of an embedding table whose size is a round number."""
     assert spec.guidance is not None
-    return dataclasses.replace(spec, guidance=dataclasses.replace(spec.guidance, channels=GUIDED_CHANNELS))
+    rows = spec.guidance.num_classes + 1
+    if options.null_class is not None or rows % 10:
+        return []
+    return [
+        f"the last of {rows} rows of the class embeddings is taken for the null class of guidance; give "
+        "--no-null-class if all rows are classes"
+    ]
 
 
-def sit_spec(spec: ModelSpec) -> ModelSpec:
+def sit_spec(spec: ModelSpec, options: SourceOptions) -> ModelSpec:
     """The spec of SiT, a DiT trained by flow matching: time runs from 0 (noise) to 1, and the output is a velocity.
 
     The graphs follow the convention of diffusers' flow-matching schedulers: timesteps decrease from 1000, and the
     prediction is noise minus image. Only the velocity is output, without the unused second half of the channels.
     """
-    spec = guided_as_authors(spec)
+    spec = guided_as_authors(spec, options)
     assert spec.latents is not None
     assert spec.output is not None
     channels, predicted = spec.latents.channels, spec.call
@@ -197,7 +231,8 @@ DIT = StateDictFormat(
     renamed=as_diffusers,
     set_up=set_up_as_authors,
     adapted=guided_as_authors,
-    vae=VAE,
-    takes=("image_size", "architecture", "num_heads"),
+    guesses=guesses,
+    parts=lambda tensors, options: PipelineParts(vae=Part(VAE)),
+    takes=("image_size", "architecture", "num_heads", "null_class"),
 )
 SIT = dataclasses.replace(DIT, name="SiT", adapted=sit_spec)

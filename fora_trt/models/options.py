@@ -10,11 +10,13 @@ from fora_trt.contract import BATCH, LATENTS, TIMESTEP, InputSpec, TensorSpec
 from fora_trt.errors import ModelError
 
 MEANT_FOR = {
-    "architecture": "state dicts in the format of a model's authors",
+    "architecture": "state dicts in the format of a model's authors and PixArt transformers",
     "num_heads": "state dicts in the format of a model's authors",
     "image_size": "models of images",
     "text_length": "models that take a prompt",
     "inputs": "a network of your own (package.module:factory)",
+    "weights": "checkpoints with several sets of weights",
+    "null_class": "state dicts of models with classes",
 }
 """The kind of source that each option is for; every source takes `vae`."""
 
@@ -40,6 +42,8 @@ class SourceOptions(BaseModel):
     """A source and its options; None means that the source determines the value.
 
     `image_size` is height and width in pixels. `inputs` are the inputs of a custom network in the order of its call.
+    `weights` is `ema`, `raw`, or the name of a set of weights in a checkpoint. `null_class` says whether the last row
+    of an embedding table of classes is the null class. `folder` is the folder from which a network is imported.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +54,9 @@ class SourceOptions(BaseModel):
     num_heads: int | None = Field(None, ge=1)
     text_length: int | None = Field(None, ge=1)
     vae: str | None = None
+    weights: str | None = None
+    null_class: bool | None = None
+    folder: str | None = None
     inputs: dict[str, InputOptions] | None = None
 
     @field_validator("image_size", mode="before")

@@ -29,13 +29,14 @@ from fora_trt.models.architectures import (
     Config,
     PipelineParts,
     Published,
+    factors_of,
+    of_class,
 )
 from fora_trt.models.options import SourceOptions
+from fora_trt.models.pixart_checkpoint import ALPHA, PIXART, SIGMA, TEXT_LENGTH, kind_of
 from fora_trt.models.spec import TEXT_GUIDANCE_SCALE, ModelSpec
 from fora_trt.models.text import MASKED_PROMPTS
 
-ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
-TEXT_LENGTH = {ALPHA: 120, SIGMA: 300}  # tokens that the models were trained with
 VAE_SCALE = {ALPHA: 0.18215, SIGMA: 0.13025}  # scaling factors of the VAEs in their repositories
 IMAGE_SIZE, PATCH = 512, 2  # default image size and patch size of the published models
 RESOLUTION, ASPECT_RATIO = "resolution", "aspect_ratio"
@@ -86,13 +87,12 @@ def call(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def spec_from_config(config: Config, options: SourceOptions, parts: PipelineParts) -> ModelSpec:
-    """Describe a PixArt of this configuration; an unknown pipeline is treated as PixArt-alpha.
+    """Describe a PixArt of this configuration; `_pipeline` says how an unknown pipeline is treated.
 
     Models for 1024 pixels also take the image's height and width in pixels and their ratio; the defaults are those of
     the exported size. Raises `ModelError` for an image size that is not divisible into patches.
     """
-    pipeline = parts.pipeline if parts.pipeline in TEXT_LENGTH else ALPHA
-    autoencoder = parts.autoencoder or {}
+    pipeline = _pipeline(options, parts)
     text = TextSpec(options.text_length or TEXT_LENGTH[pipeline], pipeline, parts.encoder)
     own_size = (config["sample_size"], config["sample_size"])
     channels, patch = config["in_channels"], config.get("patch_size", 2)
@@ -127,8 +127,7 @@ def spec_from_config(config: Config, options: SourceOptions, parts: PipelinePart
         },
         latents=LatentSpec(
             (channels, *size),
-            scale=autoencoder.get("scaling_factor") or VAE_SCALE[pipeline],
-            shift=autoencoder.get("shift_factor") or 0.0,
+            *factors_of(parts.autoencoder, VAE_SCALE[pipeline]),
             learned_sigma=outputs == 2 * channels,
         ),
         conditioning={PROMPT_MASK: InputSpec(values=(0, 2))}
@@ -139,13 +138,45 @@ def spec_from_config(config: Config, options: SourceOptions, parts: PipelinePart
     )
 
 
+def _pipeline(options: SourceOptions, parts: PipelineParts) -> str:
+    """The class of the pipeline: that of the option `architecture`, or of the source.
+
+    If neither is known, a VAE with the scale of PixArt-Sigma's tells, else it is taken for PixArt-alpha.
+    """
+    if (named := kind_of(options)) is not None:
+        return named
+    if parts.pipeline in TEXT_LENGTH:
+        return parts.pipeline
+    return SIGMA if (parts.autoencoder or {}).get("scaling_factor") == VAE_SCALE[SIGMA] else ALPHA
+
+
+def guesses(spec: ModelSpec, options: SourceOptions, parts: PipelineParts) -> list[str]:
+    """What is assumed about a transformer without its pipeline or without a VAE."""
+    assert spec.text is not None
+    assert spec.latents is not None
+    found, kind = [], {ALPHA: "PixArt-alpha", SIGMA: "PixArt-Sigma"}[spec.text.pipeline]
+    if parts.pipeline not in TEXT_LENGTH and options.architecture is None:
+        found.append(
+            f"taken for a {kind} with prompts of {spec.text.length} tokens; --architecture says whether it is a "
+            "PixArt-alpha or a PixArt-Sigma, --text-length how many tokens"
+        )
+    if parts.vae is None:
+        scale = f"{spec.latents.scale:g}"
+        found.append(f"latents are scaled by {scale}, as in {kind}; --vae FOLDER brings the scale of your VAE")
+    return found
+
+
 ARCHITECTURES.register(
     Architecture(
         name="PixArt",
-        class_names=("PixArtTransformer2DModel",),
+        class_names=("PixArtTransformer2DModel", "Transformer2DModel"),
+        recognises=partial(of_class, "ada_norm_single"),
+        guesses=guesses,
+        ignores=("caption_projection.y_embedding",),
+        state_dicts=(PIXART,),
         make=lambda config: PixArtTransformer2DModel.from_config(dict(config)),
         spec=spec_from_config,
-        takes=("image_size", "text_length"),
+        takes=("image_size", "text_length", "architecture"),
         published={name: Published(partial(config_from_name, name), pipeline) for name, pipeline in PUBLISHED.items()},
         guidance_scale=TEXT_GUIDANCE_SCALE,
         prompts=MASKED_PROMPTS,

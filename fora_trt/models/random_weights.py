@@ -11,6 +11,7 @@ from fora_trt.errors import ModelError
 from fora_trt.models.architectures import PipelineParts, published_sizes
 from fora_trt.models.assembly import EmptyModel
 from fora_trt.models.options import SourceOptions
+from fora_trt.models.parts import vae_at
 
 
 def empty_of_published_size(options: SourceOptions, name: str) -> EmptyModel:
@@ -21,7 +22,8 @@ def empty_of_published_size(options: SourceOptions, name: str) -> EmptyModel:
     architecture = known[name]
     options.refuse_all_but(architecture.takes)
     published = architecture.published[name]
-    config, parts = published.config(options), PipelineParts(pipeline=published.pipeline)
+    vae, autoencoder = vae_at(options.vae) if options.vae else (None, None)
+    config, parts = published.config(options), PipelineParts(published.pipeline, vae, autoencoder)
     spec = architecture.described(config, options, parts)
     module = architecture.empty_module(config)
     architecture.prepare(module, None)

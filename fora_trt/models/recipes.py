@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fora_trt.contract import Optimization
+from fora_trt.downloads import text_of
 from fora_trt.errors import ModelError
 from fora_trt.models.options import SourceOptions
 from fora_trt.schedule import is_file
@@ -40,7 +41,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises `ModelError` that names the file and the invalid key.
     """
     try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = tomllib.loads(text_of(path))
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]

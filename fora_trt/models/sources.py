@@ -6,7 +6,8 @@ Every loader returns an `EmptyModel`: a module, a `ModelSpec`, and a function th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,16 +16,30 @@ from fora_trt.errors import ModelError
 from fora_trt.models.architectures import known_sources
 from fora_trt.models.assembly import EmptyModel, model_from_empty
 from fora_trt.models.checkpoint import SUFFIXES
-from fora_trt.models.custom import empty_from_factory
+from fora_trt.models.custom import empty_from_factory, folder_of_module
 from fora_trt.models.diffusers_folder import empty_from_folder, empty_from_hub
 from fora_trt.models.options import SourceOptions
+from fora_trt.models.parts import local
 from fora_trt.models.random_weights import empty_of_published_size
 from fora_trt.models.spec import Model
 from fora_trt.models.state_dict import empty_from_state_dict
 
 RANDOM = "random:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LONGEST_SHOWN = 100  # characters of a source that a message shows
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source whose kind is known: the name that a bundle of it gets, its options, and its loader.
+
+    The options name local files by absolute paths, so that they are found from any working directory.
+    """
+
+    name: str
+    options: SourceOptions
+    load: Callable[[], EmptyModel]
 
 
 def model_from_source(
@@ -37,29 +52,55 @@ def model_from_source(
     `cache` lists kinds of sites or patterns over module paths; None means all kinds of the architecture. Raises
     `ModelError` for a source that is unknown or incomplete, `ExportError` for cache sites that do not exist.
     """
-    options = source if isinstance(source, SourceOptions) else SourceOptions(source=source)
+    found = source_from_options(source if isinstance(source, SourceOptions) else SourceOptions(source=source))
     if precision not in PRECISIONS:
         raise ModelError(f"the precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    return model_from_empty(_empty(options), options, precision, cache)
+    empty, options = found.load(), found.options
+    if FACTORY.fullmatch(options.source) and options.folder is None:
+        options = options.model_copy(update={"folder": folder_of_module(options.source)})
+    return model_from_empty(empty, options, precision, cache)
 
 
-def _empty(options: SourceOptions) -> EmptyModel:
-    """The model without its weights, from the loader of its kind of source."""
-    name = options.source
+def source_from_options(given: SourceOptions) -> Source:
+    """Determine the kind of a source; nothing is loaded or downloaded. Raises `ModelError` for an unknown source."""
+    name = given.source
     if not name.strip():
         raise ModelError(f"the source is empty; {known_sources()}")
-    path = Path(name).expanduser()
+    vae = given.vae and (local(given.vae) if _exists(Path(given.vae).expanduser()) else given.vae)
+    options, path = given.model_copy(update={"vae": vae}), Path(name).expanduser()
     if name == "digits":
-        return empty_from_folder(options, name, Path(str(files("fora_trt"))) / "models" / "digits")
+        folder = Path(str(files("fora_trt"))) / "models" / "digits"
+        return Source(name, options, lambda: empty_from_folder(options, name, folder))
     if name.startswith(RANDOM):
-        return empty_of_published_size(options, name.removeprefix(RANDOM))
-    if path.is_file() and path.suffix in SUFFIXES:
-        return empty_from_state_dict(options, path)
-    if path.is_dir():
-        return empty_from_folder(options, path.resolve().name, path)
+        size = name.removeprefix(RANDOM)
+        return Source(f"random-{size.replace('/', '-')}", options, lambda: empty_of_published_size(options, size))
+    if _exists(path):
+        return _local_source(options.model_copy(update={"source": local(name)}))
     if FACTORY.fullmatch(name):
-        return empty_from_factory(options)
-    if HUB_ID.fullmatch(name) and not path.exists() and path.suffix not in SUFFIXES:
-        return empty_from_hub(options)
-    problem = "does not exist" if path.suffix in SUFFIXES else "is neither a file, a folder nor a known name"
-    raise ModelError(f"the source {name!r} {problem}; {known_sources()}")
+        return Source(name.replace(":", "-"), options, lambda: empty_from_factory(options))
+    if HUB_ID.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
+        return Source(name.split("/")[1], options, lambda: empty_from_hub(options))
+    shown = name if len(name) <= LONGEST_SHOWN else f"{name[: LONGEST_SHOWN - 3]}..."
+    problem = "does not exist" if path.suffix.lower() in SUFFIXES else "is neither a file, a folder nor a known name"
+    raise ModelError(f"the source {shown!r} {problem}; {known_sources()}")
+
+
+def _local_source(options: SourceOptions) -> Source:
+    """A file or folder, whose path is absolute."""
+    path = Path(options.source)
+    if path.is_dir():
+        name = path.resolve().name
+        return Source(name, options, lambda: empty_from_folder(options, name, path))
+    if not path.is_file():
+        raise ModelError(f"{path} is neither a file nor a folder; give a weight file or a diffusers folder")
+    name = path.name.lstrip(".")
+    while (end := Path(name).suffix) and end.lower() in SUFFIXES:
+        name = name.removesuffix(end)
+    return Source(name or "model", options, lambda: empty_from_state_dict(options, path, name or "model"))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or contains NUL
+        return False

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fora_trt.contract import GuidanceSpec, InputSpec, LatentSpec, TensorSpec, TextSpec
+from fora_trt.contract import GuidanceSpec, InputSpec, LatentSpec, Part, TensorSpec, TextSpec
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.precision import HalfPrecision
 
@@ -70,7 +70,8 @@ class Model:
     """A module ready to be split: in evaluation mode, on the CPU, with cache sites cast to the precision.
 
     `sites` lists module path and kind of every cache site, in the order of the module tree. `image_size` is height and
-    width in pixels; None if it is unknown how latents relate to images.
+    width in pixels; None if it is unknown how latents relate to images. `notes` are sentences for the user about what
+    was chosen or guessed.
     """
 
     options: SourceOptions
@@ -82,8 +83,9 @@ class Model:
     precision: str
     half: HalfPrecision | None
     scheduler: dict[str, Any]
-    vae: str | None = None
+    vae: Part | None = None
     image_size: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def latents(self) -> LatentSpec:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fora_trt.bundle import Manifest
 from fora_trt.contract import CLASS_LABELS, PROMPT, PROMPT_MASK, InputSpec
+from fora_trt.downloads import is_safetensors, problem_of
 from fora_trt.engines.memory import content_of
 from fora_trt.errors import InputError, first_line
 from fora_trt.models.examples import example_inputs
@@ -147,13 +147,18 @@ def conditioning_from_file(manifest: Manifest, path: Path) -> Conditioning:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".npz":
-            with numpy.load(path, allow_pickle=False) as content:
-                return {name: torch.from_numpy(content[name]) for name in content.files}
-        if path.suffix == ".safetensors":
+        if problem := problem_of(path):
+            raise InputError(f"{path} {problem}")
+        if is_safetensors(path):
             return dict(load_file(path))
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+        with numpy.load(path, allow_pickle=False) as content:
+            if isinstance(content, numpy.lib.npyio.NpzFile):
+                return {name: torch.from_numpy(content[name]) for name in content.files}
+    except InputError:
+        raise
+    except Exception as error:  # damaged files can raise anything
+        reason = first_line(error) or type(error).__name__
+        raise InputError(f"{path} cannot be read: {reason}; write it with numpy.savez or safetensors") from error
     raise InputError(f"{path} is neither a .npz nor a .safetensors file; write one with numpy.savez or safetensors")
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fora_trt.bundle import Manifest
 from fora_trt.contract import TextSpec
-from fora_trt.errors import InputError, first_line
+from fora_trt.errors import InputError, ModelError, first_line
 from fora_trt.models.architectures import prompt_encoding
+from fora_trt.models.checkpoint import preferred, variants_in
+from fora_trt.models.parts import ENCODER_FILES, folder_of
 from fora_trt.quiet import quiet
 from fora_trt.sampling.conditioning import Conditioning, conditioning_of_tensors
 
@@ -57,6 +60,10 @@ def _pipeline(name: str, text: TextSpec, device: torch.device) -> Any:
             f"{name} was exported without access to a text encoder, so it cannot encode a prompt; give --prompt-embeds "
             "FILE, or export it from the folder of the whole pipeline"
         )
+    try:
+        folder = folder_of(text.encoder, ENCODER_FILES)
+    except ModelError as error:
+        raise InputError(f"{error}; or give --prompt-embeds FILE") from error
     if missing := [package for package in ("transformers", "sentencepiece") if find_spec(package) is None]:
         raise InputError(
             f"--prompt needs {' and '.join(missing)}; pip install 'fora-trt[text]', or give --prompt-embeds FILE"
@@ -71,14 +78,25 @@ def _pipeline(name: str, text: TextSpec, device: torch.device) -> Any:
     try:
         with quiet("transformers"), quiet("diffusers"), quiet("huggingface_hub"):
             loaded = getattr(diffusers, text.pipeline).from_pretrained(
-                text.encoder, transformer=None, vae=None, torch_dtype=dtype
+                folder, transformer=None, vae=None, torch_dtype=dtype, variant=_variant(folder)
             )
     except Exception as error:  # from many libraries: a missing or damaged file, no network
         raise InputError(
-            f"the text encoder in {text.encoder!r} cannot be loaded: {first_line(error)}; "
+            f"the text encoder in {text.encoder.where!r} cannot be loaded: {first_line(error)}; "
             "download the whole repository, or give --prompt-embeds FILE"
         ) from error
     finally:
         of_diffusers.enable_progress_bar()
         of_transformers.enable_progress_bar()
     return loaded.to(device)
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of the text encoder's weights. Raises `InputError` if it has none."""
+    variants = variants_in(folder / "text_encoder", "pytorch_model") | variants_in(folder / "text_encoder", "model")
+    if not variants:
+        raise InputError(
+            f"the text encoder in {folder} has no weights: text_encoder/model.safetensors was expected; download the "
+            "whole repository, or give --prompt-embeds FILE"
+        )
+    return preferred(variants)

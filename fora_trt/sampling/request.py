@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fora_trt.bundle import Manifest
+from fora_trt.downloads import problem_of, text_of
 from fora_trt.errors import InputError
 from fora_trt.sampling.conditioning import (
     Conditioning,
@@ -60,7 +61,9 @@ def conditioning_of(
 def lines_of(path: Path) -> tuple[str, ...]:
     """The non-empty lines of a text file."""
     try:
-        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        if problem := problem_of(path, text=True):
+            raise InputError(f"{path} {problem}")
+        lines = tuple(line.strip() for line in text_of(path).split("\n") if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as text ({error})") from error
     if not lines:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fora_trt.errors import InputError, first_line
+from fora_trt.sampling.schedulers import scheduler_from_config
 
+CHECKED_STEPS = 4  # also distilled models, such as LCM, take so many
 LONGEST_MEMORY = 6  # calls; the longest memory among diffusers schedulers is PNDM's, five calls
 AGREEMENT = 1e-4  # relative; if coefficients differ more (the scheduler may clip), the scheduler itself is called
 
@@ -69,12 +71,35 @@ def scheduler_step_from(scheduler: SchedulerMixin, steps: int) -> SchedulerStep:
     timesteps_of(scheduler, steps)
     try:
         coefficients = coefficients_from_scheduler(scheduler, steps)
-    except ValueError as error:  # a setting that the scheduler validates only when it steps
+    except Exception as error:  # a setting or a package that the scheduler needs only when it steps
         raise InputError(
             f"{type(scheduler).__name__} cannot step with the settings of this model's scheduler: "
-            f"{first_line(error)}; correct scheduler_config.json of the source and export it again"
+            f"{first_line(error) or type(error).__name__}; correct scheduler_config.json of the source and export it "
+            "again, or give --scheduler"
         ) from error
     return TabulatedStep(coefficients) if coefficients is not None else CalledScheduler(scheduler, steps)
+
+
+def check_scheduler(config: Mapping[str, Any], learned_sigma: bool) -> None:
+    """Raise `InputError` unless the scheduler of a configuration can make a short trajectory with finite numbers."""
+    scheduler = scheduler_from_config(config, None, learned_sigma)
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    if isinstance(levels, Tensor) and not (levels.isfinite() & (levels >= 0) & (levels <= 1)).all():
+        raise InputError(
+            f"the noise levels of {type(scheduler).__name__} are not all between 0 and 1 with the settings of this "
+            "model; correct scheduler_config.json of the source"
+        )
+    scheduler_step = scheduler_step_from(scheduler, CHECKED_STEPS)
+    scheduler_step.begin((2, 2, 2), [0], torch.device("cpu"))
+    for _ in range(scheduler_step.nfe):
+        predicted = scheduler_step.model_input()
+        scheduler_step.timestep()
+        scheduler_step.advance(torch.cat([predicted] * (2 if scheduler_step.takes_variance else 1), 1))
+    if not scheduler_step.latents.isfinite().all():
+        raise InputError(
+            f"{type(scheduler).__name__} gives latents that are not finite with the settings of this model; correct "
+            "scheduler_config.json of the source"
+        )
 
 
 def timesteps_of(scheduler: SchedulerMixin, steps: int) -> int:
@@ -83,8 +108,10 @@ def timesteps_of(scheduler: SchedulerMixin, steps: int) -> int:
         raise InputError(f"the number of steps is {steps}; at least 1 is needed")
     try:
         set_steps(scheduler, steps)
-    except ValueError as error:
-        raise InputError(f"{type(scheduler).__name__} does not support {steps} steps: {error}") from error
+    except Exception as error:  # schedulers check few of their settings before they use them
+        raise InputError(
+            f"{type(scheduler).__name__} does not support {steps} steps: {first_line(error) or type(error).__name__}"
+        ) from error
     return len(scheduler.timesteps)
 
 

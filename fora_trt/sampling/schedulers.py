@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 from diffusers import SchedulerMixin
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 from fora_trt.errors import InputError, first_line
 
@@ -26,6 +25,18 @@ SHORT_NAMES = {
 FLOW_SHORT_NAMES = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
 """Short names for models trained by flow matching; they work with no other scheduler."""
 
+
+FLOW = "FlowMatch"
+"""Beginning of the class names of schedulers for flow matching."""
+
+WITH_VARIANCE = ("DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler")
+"""Schedulers whose noise has the variance that `variance_type` says."""
+
+LEARNED = ("learned", "learned_range")
+"""Values of `variance_type` for networks that predict a variance."""
+
+MOST_TRAINED_TIMESTEPS = 100_000
+"""Largest number of training timesteps; models are trained with 1000."""
 
 SPACINGS = ("leading", "linspace", "trailing")
 """Timestep spacings of diffusers (table 2 of arXiv 2305.08891)."""
@@ -108,21 +119,37 @@ def scheduler_choice(config: Mapping[str, Any], text: str | None, spacing: str |
     flows = is_flow_config(config)
     names = FLOW_SHORT_NAMES if flows else SHORT_NAMES
     choice = SchedulerChoice.from_text(str(config.get("_class_name")) if text is None else text, names)
-    supported = {*names.values()} if flows else {scheduler.name for scheduler in KarrasDiffusionSchedulers}
-    if choice.name not in supported:
+    if not _is_scheduler(choice.name) or choice.name.startswith(FLOW) is not flows:
         kind = "this model, which was trained by flow matching" if flows else "this model"
         raise InputError(
             f"there is no scheduler {choice.name!r} for {kind}; give one of {', '.join(names)}, "
-            f"or a diffusers class such as {min(supported)}"
+            f"or a diffusers class such as {min(names.values())}"
         )
     if spacing is not None and choice.spacing is not None:
         raise InputError(f"the scheduler {text!r} has a spacing already; give it there or with --timestep-spacing")
     return choice if spacing is None else replace(choice, spacing=spacing)
 
 
+def _is_scheduler(name: str) -> bool:
+    """Whether diffusers has a scheduler of this name that steps from a prediction, a timestep and the latents alone."""
+    found: Any = getattr(diffusers, name, None) if name.isidentifier() else None
+    try:
+        step = getattr(found, "step", None)
+    except ImportError as error:  # diffusers' stand-in for a class whose packages are missing
+        raise InputError(first_line(error)) from error
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin) and hasattr(found, "set_timesteps") and step):
+        return False
+    needed = [
+        one.name
+        for one in inspect.signature(step).parameters.values()
+        if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
+    ]
+    return needed == ["self", "model_output", "timestep", "sample"]
+
+
 def is_flow_config(config: Mapping[str, Any]) -> bool:
     """Whether the model of this scheduler was trained by flow matching."""
-    return str(config.get("_class_name")) in FLOW_SHORT_NAMES.values()
+    return str(config.get("_class_name")).startswith(FLOW)
 
 
 def fine_solver(config: Mapping[str, Any]) -> str:
@@ -133,18 +160,15 @@ def fine_solver(config: Mapping[str, Any]) -> str:
 def scheduler_from_config(
     config: Mapping[str, Any], name: str | None, learned_sigma: bool, spacing: str | None = None
 ) -> SchedulerMixin:
-    """The scheduler that `scheduler_choice` chooses, with the noise levels of `config`.
+    """The scheduler that `scheduler_choice` chooses, with the noise levels and all other settings of `config`.
 
-    With `learned_sigma` DDPM uses the variance that the model predicts; all other schedulers ignore it. Raises
-    `InputError` for settings that the scheduler does not support.
+    With `learned_sigma` DDPM uses the variance that the model predicts, unless `config` has a fixed variance; all other
+    schedulers ignore it. Raises `InputError` for settings that the scheduler does not support.
     """
     choice = scheduler_choice(config, name, spacing)
-    learned = learned_sigma and choice.name == "DDPMScheduler"
-    settings = {**config, "variance_type": "learned_range" if learned else None}
-    if not learned:
-        del settings["variance_type"]
     chosen = getattr(diffusers, choice.name)
-    settings |= choice.settings_for(chosen)
+    settings = {**config, **_variance(config, choice.name, learned_sigma), **choice.settings_for(chosen)}
+    _check_noise_levels(settings)
     try:
         scheduler: SchedulerMixin = chosen.from_config(settings)
     except Exception as error:  # an invalid setting that diffusers does not check can raise anything
@@ -153,3 +177,37 @@ def scheduler_from_config(
             f"{first_line(error)}); correct scheduler_config.json of the source and export it again"
         ) from error
     return scheduler
+
+
+def _variance(config: Mapping[str, Any], name: str, learned_sigma: bool) -> dict[str, str | None]:
+    """The `variance_type` of a scheduler. Raises `InputError` for a learned one if the model predicts no variance."""
+    own = config.get("variance_type")
+    if name not in WITH_VARIANCE:
+        return {"variance_type": None} if own in LEARNED else {}
+    if own in LEARNED and not learned_sigma:
+        raise InputError(
+            f"the scheduler configuration has the variance_type {own!r}, but the network predicts no variance; set it "
+            "to fixed_small in scheduler_config.json"
+        )
+    return {"variance_type": "learned_range"} if own is None and learned_sigma else {}
+
+
+def _check_noise_levels(settings: Mapping[str, Any]) -> None:
+    """Raise `InputError` for noise levels that no scheduler can use."""
+    mend = "correct scheduler_config.json of the source and export it again"
+    steps = settings.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= MOST_TRAINED_TIMESTEPS:
+        raise InputError(
+            f"the scheduler's num_train_timesteps is {steps!r}; an integer from 1 to {MOST_TRAINED_TIMESTEPS} is "
+            f"needed; {mend}"
+        )
+    for key in ("beta_start", "beta_end"):
+        value = settings.get(key, 0.5)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise InputError(f"the scheduler's {key} is {value!r}; a number between 0 and 1 is needed; {mend}")
+    if settings.get("rescale_betas_zero_snr") and settings.get("prediction_type", "epsilon") == "epsilon":
+        raise InputError(
+            "the scheduler has rescale_betas_zero_snr, so its first step is pure noise, from which a network that "
+            "predicts the noise (prediction_type epsilon) tells nothing about the image; set one of the two otherwise "
+            "in scheduler_config.json"
+        )
