@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Container
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import onnx_ir as ir
+from pydantic import AfterValidator, PositiveInt, model_validator
 
 from fora_trt.contract import (
     CONDITIONING,
     FEATURE,
     FULL,
     FULL_CONDITIONING,
+    LATENTS,
+    NOISE_PREDICTION,
     REUSE,
     CacheSite,
     GuidanceSpec,
@@ -28,9 +31,12 @@ from fora_trt.contract import (
     in_window,
     out_of_window,
 )
-from fora_trt.errors import BundleError
+from fora_trt.errors import BundleError, ScheduleError
 from fora_trt.files import MANIFEST, FileRecord, Record, check_files, read_manifest
+from fora_trt.graph_check import check_graph, dtype_of, edge_problem
 from fora_trt.models.options import SourceOptions
+from fora_trt.schedule import OPEN_STEPS, Schedule, is_file
+from fora_trt.untrusted import checked, in_command, name_problem, read_json, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +45,16 @@ FORMAT_VERSION = 7
 SCHEDULER = "scheduler_config.json"
 SCHEDULE = "schedule.json"
 """File of the schedule that is used where none is given, if it was a file at export."""
+
+GRAPHS = {FULL, REUSE, CONDITIONING, FULL_CONDITIONING}
+PlainName = Annotated[str, AfterValidator(checked(name_problem))]
+"""The name of one file or folder: a path would leave the folder."""
+
+MOST_TIMESTEPS = 100_000
+"""Largest number in the configuration of a scheduler, whose tables have an entry for each timestep of the training."""
+
+MOST_PIXELS, MOST_TOKENS, MOST_CLASSES = 2**16, 2**16, 2**31
+"""Largest image side, prompt length and number of classes in a manifest."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +93,13 @@ class ModelRecord(Record):
     config: dict[str, Any]
     weights_sha256: str
     vae: Part | None
-    image_size: tuple[int, int] | None
+    image_size: tuple[PositiveInt, PositiveInt] | None
 
 
 class GraphRecord(Record):
     """An ONNX file with its inputs and outputs."""
 
-    file: str
+    file: PlainName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -92,7 +108,7 @@ class Manifest(Record):
     """The content of a bundle's `manifest.json`; `export/README.md` explains each field."""
 
     format_version: int
-    name: str
+    name: PlainName
     versions: dict[str, str]
     model: ModelRecord
     precision: Literal["fp32", "fp16", "bf16"]
@@ -110,6 +126,17 @@ class Manifest(Record):
     files: dict[str, FileRecord]
     measured_error: dict[str, GraphError] | None
     trajectory_error: TrajectoryError | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        if problem := next(_problems(self), None):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def export_command(self) -> str:
+        """The command that exports the bundle again, for messages; what the manifest says is quoted for a shell."""
+        return f"fora-trt export {in_command(self.model.options.source)} --name {in_command(self.name)} --force"
 
     def features(self) -> list[TensorSpec]:
         """The features of all cache sites, in the order of the sites."""
@@ -137,37 +164,46 @@ class Manifest(Record):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle. `open` checks every file against the manifest, `read` reads the manifest alone."""
+    """A bundle. `open` checks every file against the manifest, `read` reads the manifest alone.
+
+    With `trust_source`, a factory that the manifest names as the source may be called: code of this machine.
+    """
 
     folder: Path
     manifest: Manifest
+    trust_source: bool = field(default=False, compare=False)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Bundle:
-        """Read and check a bundle: manifest, size and SHA-256 of every file, links, external data.
+    def open(cls, folder: str | Path, trust_source: bool = False) -> Bundle:
+        """Read and check a bundle: manifest, size and SHA-256 of every file, links, operators, external data.
 
         Raises `BundleError` that names the first problem and the command that repairs it.
         """
-        bundle = cls.read(folder)
+        bundle = cls.read(folder, trust_source)
         bundle.check()
         return bundle
 
     @classmethod
-    def read(cls, folder: str | Path) -> Bundle:
+    def read(cls, folder: str | Path, trust_source: bool = False) -> Bundle:
         """Read and check the manifest alone. Raises `BundleError`."""
         folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
+        try:
+            known = (folder / MANIFEST).is_file() or (folder / MANIFEST).is_symlink()
+        except OSError as error:  # such as a name that is too long
+            raise BundleError(f"{folder} cannot be read ({error.strerror}); give the folder of a bundle") from error
+        if not known:
             raise BundleError(
                 f"{folder} is not a bundle: it contains no {MANIFEST}; "
                 "create one with 'fora-trt export digits' and give its folder"
             )
         mend = "export the bundle again"
-        return cls(folder, read_manifest(folder, Manifest, FORMAT_VERSION, "bundle", mend, BundleError))
+        manifest = read_manifest(folder, Manifest, FORMAT_VERSION, "bundle", mend, BundleError)
+        return cls(folder, manifest, trust_source)
 
     def check(self) -> None:
         """Raise `BundleError` unless every file matches the manifest."""
         folder, manifest = self.folder, self.manifest
-        mend = f"export it again: fora-trt export {manifest.model.options.source} --name {manifest.name} --force"
+        mend = f"export it again: {manifest.export_command}"
         check_files(folder, manifest.files, mend, BundleError)
         if absent := sorted({FULL, REUSE} - manifest.graphs.keys()):
             raise BundleError(f"the manifest of {folder} lists no {absent[0]} graph; {mend}")
@@ -183,13 +219,21 @@ class Bundle:
                 f"the cache sites in the manifest of {folder} do not match the outputs of its full graph; {mend}"
             )
         if unfed := manifest.unfed():
-            raise BundleError(f"a graph in {folder} reads {unfed[0]!r}, which no other graph provides; {mend}")
+            raise BundleError(f"a graph in {folder} reads {shown(unfed[0])!r}, which no other graph provides; {mend}")
         schedule = {SCHEDULE} if manifest.schedule == SCHEDULE else set()
         needed = {SCHEDULER, *schedule, *(graph.file for graph in manifest.graphs.values())}
         if missing := sorted(needed - manifest.files.keys()):
             raise BundleError(f"the manifest of {folder} does not list {missing[0]}; {mend}")
+        sizes = {name: record.size for name, record in manifest.files.items()}
         for graph in manifest.graphs.values():
-            _check_graph(folder, graph, manifest.files.keys(), mend)
+            path = folder / graph.file
+            try:
+                check_graph(path, graph.inputs, graph.outputs, sizes)
+            except ValueError as error:
+                raise BundleError(f"{path} {error}; {mend}") from error
+        if manifest.schedule is not None:
+            _check_schedule(folder, manifest.schedule, mend)
+        self.scheduler_config  # noqa: B018 # raises for a file that is no configuration
 
     def graph_path(self, name: str) -> Path:
         """The ONNX file of a graph: `full`, `reuse`, or `conditioning` and `full_conditioning` if present."""
@@ -203,36 +247,96 @@ class Bundle:
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
-        """The diffusers configuration of the model's scheduler."""
-        config: dict[str, Any] = json.loads((self.folder / SCHEDULER).read_text())
+        """The diffusers configuration of the model's scheduler. Raises `BundleError` if it is none."""
+        path, mend = self.folder / SCHEDULER, f"export it again: {self.manifest.export_command}"
+        try:
+            _, config = read_json(path)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} {getattr(error, 'strerror', None) or error}; {mend}") from error
+        if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+            raise BundleError(f"{path} is not the configuration of a scheduler, an object with a _class_name; {mend}")
+        if (odd := next(_odd_numbers(config), None)) is not None:
+            raise BundleError(
+                f"{path} holds the number {shown(odd)}; finite numbers of at most {MOST_TIMESTEPS} are needed; {mend}"
+            )
         return config
 
 
-def _check_graph(folder: Path, record: GraphRecord, listed: Container[str], mend: str) -> None:
-    """Check that external weights lie in listed files, and that inputs and outputs match the manifest."""
-    path = folder / record.file
+def _odd_numbers(value: object) -> Iterator[float]:
+    """Numbers of a scheduler's configuration that are not finite, or larger than any that it needs."""
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _odd_numbers(one)
+    elif isinstance(value, int | float) and not abs(value) <= MOST_TIMESTEPS:
+        yield value
+
+
+def _check_schedule(folder: Path, schedule: str, mend: str) -> None:
+    """Raise `BundleError` unless the schedule is a text form, or the file of the bundle, and valid."""
     try:
-        graph = ir.load(path).graph
-    except Exception as error:  # protobuf's decoding error has no public class
-        raise BundleError(f"{path} is not an ONNX file; {mend}") from error
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) not in listed:
-            raise BundleError(
-                f"{path} loads weights from {str(tensor.location)!r}, "
-                f"which the manifest does not list; do not use this bundle, or {mend}"
-            )
-    for edges, promised in ((graph.inputs, record.inputs), (graph.outputs, record.outputs)):
-        found, wanted = ([spec.in_onnx for spec in specs] for specs in (map(tensor_spec, edges), promised))
-        if found != wanted:
-            wrong = sorted({name for name, *_ in {*found} ^ {*wanted}})
-            differing = ", ".join(wrong) or "the order of inputs or outputs"
-            raise BundleError(f"{path} and the manifest disagree on {differing}; {mend}")
+        if schedule == SCHEDULE:
+            Schedule.from_file(folder / SCHEDULE)
+        elif is_file(schedule):
+            raise ScheduleError(f"{shown(schedule)!r} is a file; only {SCHEDULE} of the bundle is read")
+        else:
+            Schedule.from_text(schedule, OPEN_STEPS)
+    except ScheduleError as error:
+        raise BundleError(f"the schedule in the manifest of {folder} is not valid: {error}; {mend}") from error
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    """The values of a manifest that do not fit together, or exceed a limit, as sentences."""
+    if unknown := manifest.graphs.keys() - GRAPHS:
+        yield f"there is a graph {shown(min(unknown))!r}; the graphs are {', '.join(sorted(GRAPHS))}"
+    edges: list[tuple[str, Sequence[TensorSpec], Sequence[TensorSpec]]] = [("the model", manifest.inputs, ())]
+    edges += [(f"the {name} graph", graph.inputs, graph.outputs) for name, graph in manifest.graphs.items()]
+    edges.append(("the cache sites", (), manifest.features()))
+    for what, inputs, outputs in edges:
+        names = [spec.name for spec in (*inputs, *outputs)]
+        yield from (f"{what} names {shown(one)!r} twice" for one in names if names.count(one) > 1)
+        for spec in (*inputs, *outputs):
+            if problem := edge_problem(spec):
+                yield f"{shown(spec.name)!r} of {what} {problem}"
+    shapes = {spec.name: spec.shape[1:] for spec in manifest.inputs}
+    yield from _problems_of_latents(manifest, shapes)
+    for name, valid in manifest.conditioning.items():
+        values, default = valid.values or (0, 1), valid.default or ()
+        if not all(map(math.isfinite, (*values, *default))) or values[0] >= values[1]:
+            yield f"the values of {shown(name)!r} are not finite, or do not rise"
+        size = math.prod(int(one) for one in shapes.get(name, ()))
+        if valid.default is not None and name in shapes and len(default) != size:
+            yield f"the default of {shown(name)!r} has {len(default)} numbers; {size} are needed"
+    if not 0 <= manifest.guidance_scale < math.inf:
+        yield f"the guidance scale is {manifest.guidance_scale}; a finite number of at least 0 is needed"
+    guidance, text = manifest.guidance, manifest.text
+    if guidance and not (1 <= guidance.num_classes <= MOST_CLASSES and 0 <= (guidance.null_class or 0) <= MOST_CLASSES):
+        classes = f"{guidance.num_classes} classes and the null class {guidance.null_class}"
+        yield f"there are {classes}; the limit is {MOST_CLASSES}"
+    if guidance and not 1 <= (1 if guidance.channels is None else guidance.channels) <= manifest.latents.channels:
+        yield f"{guidance.channels} channels are guided; the latents have {manifest.latents.channels}"
+    if text and not (1 <= text.length <= MOST_TOKENS and text.pipeline.isidentifier()):
+        yield f"the text has {text.length} tokens of {shown(text.pipeline)!r}; the limit is {MOST_TOKENS}, and a class"
+    if max(manifest.model.image_size or (1,)) > MOST_PIXELS:
+        yield f"the images are larger than {MOST_PIXELS} pixels, which is the limit"
+    if manifest.model.options.source.startswith("-"):
+        yield "the source begins with a dash"
+
+
+def _problems_of_latents(manifest: Manifest, shapes: dict[str, tuple[int | str, ...]]) -> Iterator[str]:
+    latents = manifest.latents
+    if not latents.shape or shapes.get(LATENTS) != latents.shape:
+        yield f"the latents have the shape {shown(list(latents.shape))}, the input {LATENTS!r} another or none"
+    if not all(map(math.isfinite, (latents.scale, latents.shift))) or latents.scale == 0:
+        yield f"the latents have the scale {latents.scale} and the shift {latents.shift}; finite numbers are needed"
+    for name in {FULL, REUSE} & manifest.graphs.keys():
+        first = next(iter(manifest.graphs[name].outputs), None)
+        wanted = [(many * latents.channels, *latents.shape[1:]) for many in (1, 2) if latents.shape]
+        if first is None or first.name != NOISE_PREDICTION or first.shape[1:] not in wanted:
+            yield f"the first output of the {name} graph is not a {NOISE_PREDICTION!r} of the shape of the latents"
 
 
 def tensor_spec(value: ir.Value, role: Role = "conditioning") -> TensorSpec:
     """Name, dtype, shape and role of a graph input or output, as the manifest records them."""
     assert value.name is not None and value.dtype is not None and value.shape is not None
-    dtypes = {"FLOAT": "float32", "DOUBLE": "float64"}
     shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
-    return TensorSpec(value.name, dtypes.get(value.dtype.name, value.dtype.name.lower()), shape, role)
+    return TensorSpec(value.name, dtype_of(value.dtype.name), shape, role)

@@ -33,6 +33,8 @@ def problem_of(path: Path, text: bool = False) -> str | None:
     Recognizes empty and truncated files, Git LFS pointers, web pages, messages of a server and archives. With `text`,
     text is expected, otherwise weights or arrays. Raises `OSError` if the file cannot be read.
     """
+    if not path.is_file():
+        return "is not a file" if path.exists() else "does not exist"
     with path.open("rb") as file:
         start = file.read(BEGINNING)
     if not start:
@@ -96,6 +98,9 @@ def text_of(path: Path) -> str:
 
     Raises `OSError` or `UnicodeDecodeError`.
     """
-    content = path.read_bytes()
-    encoding = next((name for mark, name in ENCODINGS.items() if content.startswith(mark)), "utf-8")
-    return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    return decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decoded(content: bytes) -> str:
+    """The text of a file's content; see `text_of`. Raises `UnicodeDecodeError`."""
+    return content.decode(next((name for mark, name in ENCODINGS.items() if content.startswith(mark)), "utf-8"))

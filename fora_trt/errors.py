@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from fora_trt.untrusted import one_line
+
+LONGEST_MESSAGE = 4000
+"""Most characters of a message."""
+
 
 class ForaError(Exception):
-    """Base of all errors of this package; the command line prints the message and exits with status 1."""
+    """Base of all errors of this package; the command line prints the message and exits with status 1.
+
+    A message is one line without control characters, whatever text of a file or another library it quotes.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message, LONGEST_MESSAGE))
 
 
 class ScheduleError(ForaError, ValueError):
@@ -31,6 +42,10 @@ class SourceError(BackendError):
     """The checkpoint from which a bundle was exported has moved or can no longer be loaded."""
 
 
+class TrustError(BackendError):
+    """A bundle that names a factory, code of this machine, which nobody allowed to run."""
+
+
 class PlanError(BackendError):
     """Plans that cannot be built, are damaged, or do not match this bundle, GPU or TensorRT version."""
 
@@ -49,4 +64,4 @@ class RoomError(InputError):
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's error message, short enough to quote in a sentence."""
-    return str(error).strip().partition("\n")[0]
+    return one_line(str(error).strip().partition("\n")[0], LONGEST_MESSAGE // 4)

@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fora_trt.errors import ForaError, InputError
+from fora_trt.untrusted import name_problem, read_json, shown
 
 MANIFEST = "manifest.json"
 _DIGEST = "sha256"
@@ -88,26 +89,29 @@ def read_manifest(
     """
     path = folder / name
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
+        raw, content = read_json(path)
         found = content["format_version"]
     except OSError as problem:
         raise error(f"{path} cannot be read ({problem.strerror}); make it readable, or {mend}") from problem
-    except (ValueError, KeyError, TypeError) as problem:
-        raise error(f"{path} is not the manifest of a {what}: {problem}; {mend}") from problem
-    if not isinstance(found, int) or found > version:
-        raise error(f"{path} has format version {found}; this fora-trt reads up to {version}: pip install -U fora-trt")
+    except (KeyError, TypeError, IndexError) as problem:
+        raise error(f"{path} is not the manifest of a {what}: it has no format_version; {mend}") from problem
+    except ValueError as problem:
+        raise error(f"{path} is not the manifest of a {what}: it {problem}; {mend}") from problem
+    if type(found) is not int or found > version:
+        raise error(
+            f"{path} has format version {shown(found)}; this fora-trt reads up to {version}: pip install -U fora-trt"
+        )
     if found < version:
         raise error(f"{path} has format version {found} of an older fora-trt; version {version} is needed; {mend}")
     digest = content.pop(_DIGEST, None)
-    if digest != _digest_of(content) or text != sealed(content):  # other digits may be the same number
+    if digest != _digest_of(content) or raw != sealed(content).encode():  # other digits may be the same number
         raise error(f"{path} was altered: its content does not match the SHA-256 that it records; {mend}")
     try:
         return kind.model_validate(content)
     except ValidationError as problem:
         first = problem.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the top level"
-        raise error(f"{path} is damaged at {where}: {first['msg']}; {mend}") from problem
+        where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise error(f"{path} is damaged at {shown(where or 'the top level')}: {reason}; {mend}") from problem
 
 
 def _digest_of(content: Mapping[str, Any]) -> str:
@@ -117,8 +121,11 @@ def _digest_of(content: Mapping[str, Any]) -> str:
 def check_files(folder: Path, files: Mapping[str, FileRecord], mend: str, error: type[ForaError]) -> None:
     """Raise `error` unless every file is a regular file in this folder with the recorded size and SHA-256."""
     for name, record in files.items():
-        if Path(name).name != name or "\\" in name:
-            raise error(f"the manifest of {folder} lists {name!r}, a path outside the folder; do not use this folder")
+        if name_problem(name):
+            raise error(
+                f"the manifest of {folder} lists {shown(name)!r}, a path outside the folder or no name of a file; do "
+                "not use this folder"
+            )
         path = folder / name
         try:
             status = path.lstat()
@@ -129,10 +136,14 @@ def check_files(folder: Path, files: Mapping[str, FileRecord], mend: str, error:
         if status.st_size != record.size:
             raise error(f"{path} has {status.st_size} bytes; the manifest records {record.size}; {mend}")
     paths = [folder / name for name in files]
-    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-        for path, digest, record in zip(paths, pool.map(sha256_of, paths), files.values(), strict=True):
-            if digest != record.sha256:
-                raise error(f"{path} was altered: its SHA-256 differs from the one in the manifest; {mend}")
+    try:
+        with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+            digests = [*pool.map(sha256_of, paths)]
+    except OSError as problem:
+        raise error(f"{problem.filename} cannot be read ({problem.strerror}); make it readable, or {mend}") from problem
+    for path, digest, record in zip(paths, digests, files.values(), strict=True):
+        if digest != record.sha256:
+            raise error(f"{path} was altered: its SHA-256 differs from the one in the manifest; {mend}")
 
 
 def sha256_of(path: Path) -> str:

@@ -49,7 +49,8 @@ class PipelineConfig:
     `scheduler` is a short name (`ddim`) or a diffusers class, with settings in a text form such as
     `dpm-solver++:order=3,spacing=lu`; `timestep_spacing` is leading, linspace or trailing. `guidance_interval` has the
     first guided step and the step after the last; None means all steps. `engines` is the folder of TensorRT plans.
-    `batch_size` images are denoised together. `vae` is a folder or hub id.
+    `batch_size` images are denoised together. `vae` is a folder or hub id. With `trust_source`, a comparison with
+    PyTorch may call the factory that the bundle names as its source.
     """
 
     bundle: str | Path
@@ -64,6 +65,7 @@ class PipelineConfig:
     device: str = AUTO
     engines: str | Path = "engines"
     vae: str | None = None
+    trust_source: bool = False
     cache_interval: InitVar[int | None] = None
     forecast: InitVar[int | None] = None
 
@@ -161,9 +163,12 @@ class Pipeline:
         **settings: Any,
     ) -> None:
         if isinstance(bundle, PipelineConfig):
-            self.bundle, self.config = opened or Bundle.open(bundle.bundle), replace(bundle, **settings)
+            self.config = replace(bundle, **settings)
+            self.bundle = opened or Bundle.open(bundle.bundle, self.config.trust_source)
         else:
-            self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+            trust = settings.setdefault("trust_source", opened.trust_source)
+            self.bundle = replace(opened, trust_source=trust)
             self.config = PipelineConfig(self.bundle.folder, **settings)
         self._predictor, self.report, self._progress = predictor, report, progress
         self._built_for: int | None = None

@@ -15,6 +15,9 @@ from fora_trt.errors import ScheduleError
 LATEST = (1.0,)
 """Weights of FORA: a reuse step reads the last full step with weight 1."""
 
+MOST_STEPS = 10_000
+"""Most steps of a trajectory."""
+
 HIGHEST_ORDER = 3
 """Highest order of a forecast; more points amplify differences between the features more than they foresee."""
 

@@ -18,10 +18,21 @@ from pathlib import Path
 from typing import Any, overload
 
 from fora_trt.contract import FULL, REUSE
-from fora_trt.downloads import text_of
 from fora_trt.errors import ScheduleError
-from fora_trt.plan import FULL_STEP, LATEST, REUSE_STEP, Step, depth_of, forecast, offsets_of, readers_of, rows_of
+from fora_trt.plan import (
+    FULL_STEP,
+    LATEST,
+    MOST_STEPS,
+    REUSE_STEP,
+    Step,
+    depth_of,
+    forecast,
+    offsets_of,
+    readers_of,
+    rows_of,
+)
 from fora_trt.registry import Registry
+from fora_trt.untrusted import read_json, shown
 
 FORMAT_VERSION = 1
 NONE = "none"
@@ -191,11 +202,11 @@ class Schedule:
     def from_file(cls, path: str | Path) -> Schedule:
         """Read a schedule that `to_file` wrote. Raises `ScheduleError` for an unreadable or invalid file."""
         try:
-            content = json.loads(text_of(Path(path)))
+            _, content = read_json(Path(path), follow=True)
         except OSError as error:
             raise ScheduleError(f"the schedule {path} cannot be read ({error.strerror})") from error
         except ValueError as error:
-            raise ScheduleError(f"the schedule {path} is not JSON: {error}") from error
+            raise ScheduleError(f"the schedule {path} {error}") from error
         try:
             return cls(_plan_from(content), str(path), content.get("made_from", {}))
         except ScheduleError as error:
@@ -229,7 +240,8 @@ class Schedule:
             return
         if weights_sha256 != made.get("weights_sha256") and source != made.get("source"):
             raise ScheduleError(
-                f"the schedule {self.text} was calibrated for {made.get('name')} (from {made.get('source')}), not for "
+                f"the schedule {self.text} was calibrated for {shown(made.get('name'))} (from "
+                f"{shown(made.get('source'))}), not for "
                 f"this model (from {source}); calibrate one for it: fora-trt calibrate BUNDLE -o FILE"
             )
 
@@ -238,6 +250,8 @@ class Schedule:
         made, times = self.made_from.get("scheduler"), self.made_from.get("timesteps")
         if not isinstance(made, str) or not isinstance(times, list):
             return
+        if not all(isinstance(one, int | float) for one in times):
+            raise ScheduleError(f"the timesteps in the schedule {self.text} are not all numbers; calibrate it again")
         equal = len(times) == len(timesteps) and all(abs(a - b) < 1e-2 for a, b in zip(times, timesteps, strict=True))
         if made != scheduler or not equal:
             raise ScheduleError(
@@ -303,6 +317,8 @@ def _described(scheduler: str, timesteps: Sequence[float]) -> str:
 def _counted(steps: int) -> int:
     if steps < 1:
         raise ScheduleError(f"the number of steps is {steps}; at least 1 is needed")
+    if steps > MOST_STEPS:
+        raise ScheduleError(f"the number of steps is {steps}; the limit is {MOST_STEPS}")
     return steps
 
 
@@ -319,10 +335,11 @@ def _plan_from(content: Any) -> tuple[Step, ...]:
         raise ScheduleError("expected an object with the keys format_version, steps and made_from")
     if content.get("format_version") != FORMAT_VERSION:
         raise ScheduleError(
-            f"format_version is {content.get('format_version')}; this version of fora-trt reads {FORMAT_VERSION}"
+            f"format_version is {shown(content.get('format_version'))}; this version of fora-trt reads {FORMAT_VERSION}"
         )
     if not isinstance(content.get("made_from", {}), dict) or not isinstance(content.get("steps"), list):
         raise ScheduleError("'steps' must be a list and 'made_from' an object")
+    _counted(len(content["steps"]))
     return tuple(_step_from(number, one) for number, one in enumerate(content["steps"]))
 
 
@@ -333,7 +350,9 @@ def _step_from(number: int, content: Any) -> Step:
         isinstance(one, (int, float)) and not isinstance(one, bool) for one in content
     ):
         return Step(REUSE, tuple(map(_as_float, content)))
-    raise ScheduleError(f"step {number} is {content!r}; expected {FULL!r} or a list of weights such as {list(LATEST)}")
+    raise ScheduleError(
+        f"step {number} is {shown(repr(content))}; expected {FULL!r} or a list of weights such as {list(LATEST)}"
+    )
 
 
 def _as_float(number: float) -> float:

@@ -62,7 +62,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "reads 'latents', which no other graph provides",
     ),
     "another dtype": (
-        lambda f: rewrite(f, lambda m: m["graphs"]["reuse"]["outputs"][0].update(dtype="float128")),
+        lambda f: rewrite(f, lambda m: m["graphs"]["reuse"]["outputs"][0].update(dtype="float64")),
         "reuse.onnx and the manifest disagree on noise_prediction",
     ),
     "an unknown key": (lambda f: rewrite(f, lambda m: m.update(plugin="x.so")), "is damaged at plugin"),

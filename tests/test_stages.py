@@ -16,16 +16,18 @@ from fora_trt.cli import main
 PACKAGE = Path(__file__).parents[1] / "fora_trt"
 
 STAGES = [
+    "downloads",
+    "untrusted",
     "errors",
     "quiet",
     "registry",
-    "downloads",
     "contract",
     "plan",
     "schedule",
     "presets",
     "files",
     "models",
+    "graph_check",
     "bundle",
     "export",
     "engines",

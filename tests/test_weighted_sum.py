@@ -258,3 +258,47 @@ def test_sums_that_begin_with_another_value_are_not_added_up() -> None:
     assert kinds(model) == ["WeightedSum"]
     assert not AccumulateSumsPass()(model).modified
     assert not AccumulateSumsPass()(sums([3], 5, 64, 2, None)).modified, "no window output"
+
+
+REFUSED: dict[str, tuple[dict[str, list[int]], int, int, str]] = {
+    "a term of another shape": (
+        {"g": [2, 1, 16], "f": [2, 4, 16], "g1": [2, 1, 16], "f1": [2, 900_000, 16]}, -1, 0, "features of several"
+    ),
+    "a gate of another shape": (
+        {"g": [2, 1, 16], "f": [2, 4, 16], "g1": [2, 1, 8], "f1": [2, 4, 16]}, -1, 0, "gates of several shapes"
+    ),
+    "one gate for two features": ({"g": [2, 1, 16], "f": [2, 4, 16], "f1": [2, 4, 16]}, -1, 0, "no gate for each"),
+    "no feature": ({"g": [2, 1, 16]}, -1, 0, "no gate for each feature"),
+    "rows that the gates do not have": ({"g": [2, 3, 16], "f": [2, 4, 16]}, 3, 0, "gates that do not fit"),
+    "several rows without a first": ({"g": [2, 3, 16], "f": [2, 4, 16]}, -1, 0, "gates that do not fit"),
+    "gates of fewer channels": ({"g": [2, 1, 8], "f": [2, 4, 16]}, -1, 0, "gates that do not fit"),
+    "gates without dimensions": ({"g": [], "f": [2, 4, 16]}, -1, 0, "gates that do not fit"),
+    "features of four dimensions": ({"g": [2, 1, 16], "f": [2, 4, 1, 16]}, -1, 0, "gates that do not fit"),
+    "nine dimensions": ({"g": [2, 1, 16], "f": [1] * 9}, -1, 0, "too many dimensions"),
+    "a short beginning": ({"b": [2, 1, 16], "g": [2, 1, 16], "f": [2, 4, 16]}, -1, 1, "begins with a value"),
+    "a beginning of more steps": (
+        {"b": [9, 2, 4, 16], "w": [3], "g": [3, 2, 1, 16], "f": [2, 4, 16]}, -1, 2, "begins with a value"
+    ),
+    "too few weights": ({"b": [3, 2, 4, 16], "w": [1], "g": [3, 2, 1, 16], "f": [2, 4, 16]}, -1, 2, "begins with a"),
+    "attributes out of range": ({"g": [2, 1, 16], "f": [2, 4, 16]}, -7, 0, "attributes out of range"),
+    "65 terms": (
+        {f"g{k}": [1, 1, 16] for k in range(65)} | {f"f{k}": [1, 4, 16] for k in range(65)}, -1, 0, "more than 64 terms"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_kernel_refuses_what_it_would_read_beyond_the_end_of(case: str) -> None:
+    shapes, first, begins, message = REFUSED[case]
+    names = sorted(shapes, key=lambda name: "bwgf".index(name[0]))
+    node = helper.make_node("WeightedSum", names, ["y"], domain="fora_trt", first=first, begins=begins)
+    graph = helper.make_graph(
+        [node],
+        "sums",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in names],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("fora_trt", 1)]
+    model = ir.serde.deserialize_model(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    with pytest.raises(Exception, match=message):
+        run(model, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})

@@ -14,6 +14,7 @@ from fora_trt.cli.options import (
     ENGINES,
     SCHEDULER,
     SCHEDULES,
+    TRUST_SOURCE,
     Numbers,
     Words,
     pipeline_of,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 @click.option("--memory/--no-memory", default=True, help="Measure peak memory, in a separate process per backend.")
 @DEVICE
 @ENGINES
+@TRUST_SOURCE
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: no report]")
 @click.option("--force", is_flag=True, help="Replace the latency part of an existing report.")
 @AS_JSON
@@ -72,6 +74,7 @@ def bench(
     engines: Path,
     out: Path | None,
     force: bool,
+    trust_source: bool,
     as_json: bool,
 ) -> None:
     """Measure how much time caching saves: every backend with every schedule, and plain PyTorch.
@@ -86,6 +89,7 @@ def bench(
       fora-trt bench export/digits --backends onnxruntime --cache-intervals 1,3 --repeats 3 --json
     """
     settings = {"steps": steps, "scheduler": scheduler, "guidance_scale": guidance_scale, "engines": engines}
+    settings["trust_source"] = trust_source
     pipeline = pipeline_of(bundle, as_json, **settings)
     from fora_trt.engines.backends import backend_from_name
     from fora_trt.evaluate.bench import Benchmark

@@ -13,6 +13,7 @@ from fora_trt.cli.options import AS_JSON, PRECISION, VAE, ImageSize, Words
 from fora_trt.cli.terminal import say
 from fora_trt.contract import OPTIMIZATIONS
 from fora_trt.errors import BackendError, ExportError, ForaError, first_line
+from fora_trt.untrusted import name_problem, shown
 
 if TYPE_CHECKING:
     from fora_trt.bundle import Bundle, TrajectoryError
@@ -205,9 +206,10 @@ def _recipe(source: str, given: dict[str, Any]) -> Recipe:
 
 
 def _folder_name(name: str) -> str:
-    if name in ("", ".", "..") or name != Path(name).name or name.startswith(".") or "\0" in name:
+    if problem := name_problem(name):
         raise click.BadParameter(
-            f"{name!r} is not a folder name; give a name without slashes that does not begin with a dot",
+            f"{shown(name)!r} is not a folder name: it {problem}; give a name without slashes that does not begin with "
+            "a dot",
             param_hint="--name",
         )
     return name

@@ -162,6 +162,11 @@ GUIDANCE_INTERVAL = click.option(
 )
 VAE = click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
 
+TRUST_SOURCE = click.option(
+    "--trust-source",
+    is_flag=True,
+    help="Call the factory package.module:factory that the bundle names as its source, to compare with PyTorch.",
+)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
@@ -192,7 +197,13 @@ def pipeline_of(bundle: Path, quiet: bool, **settings: Any) -> Pipeline:
 
     context = click.get_current_context()
     progress = context.with_resource(bar(quiet))
-    return Pipeline(bundle, report=lambda line: say(quiet, line), progress=progress, **settings)
+    pipeline = Pipeline(bundle, report=lambda line: say(quiet, line), progress=progress, **settings)
+    if settings.get("trust_source"):
+        from fora_trt.models.sources import is_factory
+
+        if not is_factory(pipeline.manifest.model.options.source):
+            raise InputError(f"the source of {bundle} is no factory, so no code of it runs; leave --trust-source out")
+    return pipeline
 
 
 def schedule_of(cache_interval: int | None, schedule: str | None, forecast: int | None) -> str:

@@ -14,6 +14,7 @@ from fora_trt.cli.options import (
     DEVICE,
     ENGINES,
     SCHEDULES,
+    TRUST_SOURCE,
     Numbers,
     pipeline_of,
     schedules_of,
@@ -30,6 +31,7 @@ from fora_trt.schedule import fora_text, text_with_forecast
 @click.option("--steps", type=click.IntRange(min=1), default=50, help="Steps of the trajectories.")
 @click.option("--cache-intervals", type=Numbers(), default="2,3,5", help="Cache intervals of the trajectories.")
 @SCHEDULES
+@TRUST_SOURCE
 @AS_JSON
 def verify(
     bundle: Path,
@@ -39,6 +41,7 @@ def verify(
     steps: int,
     cache_intervals: tuple[int, ...],
     schedules: tuple[str, ...],
+    trust_source: bool,
     as_json: bool,
 ) -> None:
     """Compare a bundle with PyTorch: a full and a reuse step, then whole cached trajectories.
@@ -57,6 +60,7 @@ def verify(
     from fora_trt.evaluate.verify import compare_with_pytorch
 
     settings = {"steps": steps, "backend": backend, "device": device, "engines": engines, "batch_size": 2}
+    settings["trust_source"] = trust_source
     pipeline = pipeline_of(bundle, as_json, **settings)
     reference, description = reference_from_bundle(pipeline.bundle, pipeline.device)
     if not schedules and pipeline.manifest.can_forecast:

@@ -6,8 +6,6 @@ Shapes: B pictures (B, H, W, C), integers from 0 to 255; features (B, D).
 from __future__ import annotations
 
 import tempfile
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ from fora_trt.errors import InputError, ModelError, first_line
 from fora_trt.evaluate.digit_classifier import digit_classifier, makes_digits, pixels_of
 from fora_trt.files import sha256_of
 from fora_trt.models.checkpoint import tensors_from_file
+from fora_trt.untrusted import read_npz
 
 INCEPTION_LAYER = "2048"
 INCEPTION_SHAPES = {
@@ -147,18 +146,8 @@ def reference_pictures(path: Path, shape: tuple[int, ...] | None) -> NDArray[num
     Raises `InputError` unless they have the `shape` (H, W, C) of the bundle's pictures, if that is known.
     """
     try:
-        with numpy.load(path, allow_pickle=False) as content:
-            pictures: NDArray[Any] = content["arr_0"]
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        pictures: NDArray[Any] = read_npz(path, ["arr_0"])["arr_0"]
+    except (OSError, ValueError, LookupError) as error:
         raise InputError(
             f"{path} cannot be read as reference images: {first_line(error)}; give a .npz file with the array arr_0 in "
             "uint8, (images, height, width, channels)"

@@ -132,7 +132,7 @@ def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
 
 def measure(config: PipelineConfig, given: Conditioning) -> int:
     """Run the trajectory in this process; return its peak memory. Raises `ForaError` for unsupported inputs."""
-    bundle, device = Bundle.read(config.bundle), torch.device(config.device)
+    bundle, device = Bundle.read(config.bundle, config.trust_source), torch.device(config.device)
     given = conditioning_of_tensors(bundle.manifest, given.images, given.conditional, given.unconditional)
     with PeakMemory(device) as peak:
         plans = EngineOptions(Path(config.engines), batch=2 * given.images)

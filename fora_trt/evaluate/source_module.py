@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from fora_trt.bundle import Bundle
-from fora_trt.errors import BackendError, ExportError, ModelError, SourceError
+from fora_trt.errors import BackendError, ExportError, ModelError, SourceError, TrustError
 from fora_trt.export.write import weights_digest
 from fora_trt.models.precision import dtypes_of_parameters
-from fora_trt.models.sources import model_from_source
+from fora_trt.models.sources import is_factory, model_from_source
 from fora_trt.models.spec import Model
+from fora_trt.untrusted import shown
 
 
 def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
     """Load the module that a bundle was exported from, and check that its weights are the same.
 
     With another `precision`, the weights are compared after they are rounded to that of the bundle. Raises
-    `SourceError` if the source cannot be loaded, `BackendError` if its weights differ.
+    `SourceError` if the source cannot be loaded, `BackendError` if its weights differ, `TrustError` if the source is a
+    factory and the bundle is opened without `trust_source`.
     """
     record, sites = bundle.manifest.model, [site.module for site in bundle.manifest.cache_sites]
     source = record.options.source
+    if is_factory(source) and not bundle.trust_source:
+        raise TrustError(
+            f"{bundle.folder} names the factory {shown(source)!r} as its source, and loading it would run this code of "
+            "the current folder or of an installed package, for weights with the SHA-256 "
+            f"{shown(record.weights_sha256)}; if you know the code and the bundle, give --trust-source "
+            "(trust_source=True in Python)"
+        )
     try:
         model = model_from_source(record.options, precision or bundle.manifest.precision, sites)
     except (ModelError, ExportError) as error:
         raise SourceError(
             f"the PyTorch reference needs the checkpoint that {bundle.folder} was exported from, "
-            f"but {source!r} cannot be loaded: {error}"
+            f"but {shown(source)!r} cannot be loaded: {error}"
         ) from error
     paths = [path for path, _ in model.sites]
     kept = model.spec.fp32_in_bf16 if bundle.manifest.precision == "bf16" else ()
@@ -33,7 +42,7 @@ def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
         and weights_digest(model.module, dtypes) != record.weights_sha256
     ):
         raise BackendError(
-            f"the weights of {source!r} differ from those that {bundle.folder} was exported from; "
-            f"export it again: fora-trt export {source} --name {bundle.manifest.name} --force"
+            f"the weights of {shown(source)!r} differ from those that {bundle.folder} was exported from; "
+            f"export it again: {bundle.manifest.export_command}"
         )
     return model

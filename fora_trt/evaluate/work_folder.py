@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import zipfile
-import zlib
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from fora_trt.errors import InputError
 from fora_trt.files import Record, write_whole
+from fora_trt.untrusted import read_npz
 
 SETTINGS, PARTS, LOCK = "settings.json", "parts", ".lock"
 
@@ -43,9 +42,8 @@ class WorkFolder:
         """Read a part, or only its arrays with these names. Raises `InputError` for a damaged part."""
         path = self._path(part)
         try:
-            with numpy.load(path, allow_pickle=False) as content:
-                return {name: content[name] for name in content.files if names is None or name in names}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            return read_npz(path, names)
+        except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}); remove it and continue with --resume") from error
 
     def clear(self) -> None:

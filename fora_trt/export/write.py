@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from pydantic import ValidationError
 
 from fora_trt import __version__
 from fora_trt.bundle import (
@@ -25,7 +26,7 @@ from fora_trt.bundle import (
     TrajectoryError,
 )
 from fora_trt.contract import OPTIMIZATIONS, Optimization
-from fora_trt.errors import ExportError, ScheduleError
+from fora_trt.errors import BundleError, ExportError, ScheduleError
 from fora_trt.export.check import is_rounding, measure_errors
 from fora_trt.export.graphs import save_graph
 from fora_trt.export.traced import TracedModel, check_opset, traced_from_model
@@ -74,13 +75,21 @@ def bundle_from_model(
         if usual is not None and schedule is not None and is_file(schedule):
             usual.to_file(folder / SCHEDULE)
             files.append(folder / SCHEDULE)
-        manifest = _manifest(target.name, traced, written, files, SCHEDULE if folder / SCHEDULE in files else schedule)
+        used = SCHEDULE if folder / SCHEDULE in files else schedule
+        try:
+            manifest = _manifest(target.name, traced, written, files, used)
+        except ValidationError as error:  # a name, a size or a value beyond a limit of the format
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ExportError(f"the bundle {target} cannot be described: {reason}; correct the source") from error
         if usual is not None:
             _check_schedule(usual, manifest)
-        del traced  # frees memory for `measure`, which loads the model again
-        manifest = manifest.model_copy(update={"trajectory_error": measure(Bundle(folder, manifest))})
         write_manifest(folder, manifest)
-    return Bundle(target, manifest)
+        _check_that_it_opens(folder, target)
+        del traced  # frees memory for `measure`, which loads the model again
+        measured = measure(Bundle(folder, manifest, trust_source=True))
+        manifest = manifest.model_copy(update={"trajectory_error": measured})
+        write_manifest(folder, manifest)
+    return Bundle(target, manifest, trust_source=True)  # a factory has just run, as the user asked
 
 
 def _read(schedule: str) -> Schedule:
@@ -95,6 +104,15 @@ def _check_schedule(schedule: Schedule, manifest: Manifest) -> None:
             f"{schedule.text} forecasts, but the full graph of {manifest.name} folds values that are not linear in the "
             "features; export it with --optimize conditioning, or give a schedule without a forecast"
         )
+
+
+def _check_that_it_opens(folder: Path, target: Path) -> None:
+    """Raise `ExportError` for a bundle that `Bundle.open` refuses, such as one with an operator that is not allowed."""
+    try:
+        Bundle.open(folder)
+    except BundleError as error:
+        reason = str(error).replace(str(folder), str(target)).partition("; export it again")[0]
+        raise ExportError(f"the bundle could not be opened again, so it was not written: {reason}") from error
 
 
 def _graphs_that_equal_pytorch(

@@ -34,7 +34,7 @@ def check_image_size(manifest: Manifest, height: int | None, width: int | None) 
         wanted = f"{height or size[0]}x{width or size[1]}"
         raise InputError(
             f"{manifest.name} was exported for images of {size[0]}x{size[1]} (height x width), not {wanted}; export it "
-            f"again: fora-trt export {manifest.model.options.source} --image-size {wanted}"
+            f"again: {manifest.export_command} --image-size {wanted}"
         )
 
 

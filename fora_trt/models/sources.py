@@ -23,10 +23,10 @@ from fora_trt.models.parts import local
 from fora_trt.models.random_weights import empty_of_published_size
 from fora_trt.models.spec import Model
 from fora_trt.models.state_dict import empty_from_state_dict
+from fora_trt.untrusted import shown
 
 RANDOM = "random:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-LONGEST_SHOWN = 100  # characters of a source that a message shows
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -56,7 +56,7 @@ def model_from_source(
     if precision not in PRECISIONS:
         raise ModelError(f"the precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
     empty, options = found.load(), found.options
-    if FACTORY.fullmatch(options.source) and options.folder is None:
+    if is_factory(options.source) and options.folder is None:
         options = options.model_copy(update={"folder": folder_of_module(options.source)})
     return model_from_empty(empty, options, precision, cache)
 
@@ -76,13 +76,12 @@ def source_from_options(given: SourceOptions) -> Source:
         return Source(f"random-{size.replace('/', '-')}", options, lambda: empty_of_published_size(options, size))
     if _exists(path):
         return _local_source(options.model_copy(update={"source": local(name)}))
-    if FACTORY.fullmatch(name):
+    if is_factory(name):
         return Source(name.replace(":", "-"), options, lambda: empty_from_factory(options))
     if HUB_ID.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
         return Source(name.split("/")[1], options, lambda: empty_from_hub(options))
-    shown = name if len(name) <= LONGEST_SHOWN else f"{name[: LONGEST_SHOWN - 3]}..."
     problem = "does not exist" if path.suffix.lower() in SUFFIXES else "is neither a file, a folder nor a known name"
-    raise ModelError(f"the source {shown!r} {problem}; {known_sources()}")
+    raise ModelError(f"the source {shown(name)!r} {problem}; {known_sources()}")
 
 
 def _local_source(options: SourceOptions) -> Source:
@@ -104,3 +103,9 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # a name that is too long, or contains NUL
         return False
+
+
+def is_factory(source: str) -> bool:
+    """Whether a source is `package.module:factory`, code that loading the model would run."""
+    known = source.startswith(RANDOM) or _exists(Path(source).expanduser())
+    return FACTORY.fullmatch(source) is not None and not known

@@ -6,11 +6,11 @@ Shapes: B images; the first dimension of every tensor is B.
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,6 +22,7 @@ from fora_trt.engines.memory import content_of
 from fora_trt.errors import InputError, first_line
 from fora_trt.models.examples import example_inputs
 from fora_trt.runtime.inputs import completed_inputs, inputs_of
+from fora_trt.untrusted import read_npz
 
 NEGATIVE = "negative_"
 """Prefix of tensors in a file that belong to the unconditional half."""
@@ -151,9 +152,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             raise InputError(f"{path} {problem}")
         if is_safetensors(path):
             return dict(load_file(path))
-        with numpy.load(path, allow_pickle=False) as content:
-            if isinstance(content, numpy.lib.npyio.NpzFile):
-                return {name: torch.from_numpy(content[name]) for name in content.files}
+        if zipfile.is_zipfile(path):
+            return {name: torch.from_numpy(array) for name, array in read_npz(path).items()}
     except InputError:
         raise
     except Exception as error:  # damaged files can raise anything

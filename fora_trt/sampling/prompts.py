@@ -18,6 +18,10 @@ from fora_trt.models.checkpoint import preferred, variants_in
 from fora_trt.models.parts import ENCODER_FILES, folder_of
 from fora_trt.quiet import quiet
 from fora_trt.sampling.conditioning import Conditioning, conditioning_of_tensors
+from fora_trt.untrusted import shown
+
+LOADER = "diffusers.pipelines.pipeline_utils"
+"""Module of `DiffusionPipeline`, which would choose the class that the repository names."""
 
 
 @torch.no_grad()
@@ -53,8 +57,6 @@ def conditioning_of_prompts(
 
 def _pipeline(name: str, text: TextSpec, device: torch.device) -> Any:
     """The diffusers pipeline with only its tokenizer and text encoder."""
-    import diffusers
-
     if text.encoder is None:
         raise InputError(
             f"{name} was exported without access to a text encoder, so it cannot encode a prompt; give --prompt-embeds "
@@ -68,6 +70,7 @@ def _pipeline(name: str, text: TextSpec, device: torch.device) -> Any:
         raise InputError(
             f"--prompt needs {' and '.join(missing)}; pip install 'fora-trt[text]', or give --prompt-embeds FILE"
         )
+    kind, variant = _class_of_pipeline(name, text.pipeline), _variant(folder)
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging
 
@@ -77,9 +80,7 @@ def _pipeline(name: str, text: TextSpec, device: torch.device) -> Any:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:
         with quiet("transformers"), quiet("diffusers"), quiet("huggingface_hub"):
-            loaded = getattr(diffusers, text.pipeline).from_pretrained(
-                folder, transformer=None, vae=None, torch_dtype=dtype, variant=_variant(folder)
-            )
+            loaded = kind.from_pretrained(folder, transformer=None, vae=None, torch_dtype=dtype, variant=variant)
     except Exception as error:  # from many libraries: a missing or damaged file, no network
         raise InputError(
             f"the text encoder in {text.encoder.where!r} cannot be loaded: {first_line(error)}; "
@@ -89,6 +90,19 @@ def _pipeline(name: str, text: TextSpec, device: torch.device) -> Any:
         of_diffusers.enable_progress_bar()
         of_transformers.enable_progress_bar()
     return loaded.to(device)
+
+
+def _class_of_pipeline(name: str, pipeline: str) -> Any:
+    """The pipeline class of diffusers with this name. Raises `InputError` for any other name."""
+    import diffusers
+
+    kind: object = getattr(diffusers, pipeline, None)
+    if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline) and kind.__module__ != LOADER:
+        return kind
+    raise InputError(
+        f"{name} names {shown(pipeline)!r} as the pipeline that encodes its prompts, which is none of diffusers; give "
+        "--prompt-embeds FILE"
+    )
 
 
 def _variant(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from fora_trt.sampling.conditioning import (
 )
 from fora_trt.sampling.prompts import conditioning_of_prompts
 
+MOST_NUMBERS = 2**31
+"""Most numbers in the latents of all images of one call."""
+
 
 def conditioning_of(
     manifest: Manifest,
@@ -34,6 +38,12 @@ def conditioning_of(
     Raises `InputError` if the model needs conditioning and none is given, if several kinds are given, or if the model
     does not take the given kind.
     """
+    images = max(len(class_labels or ()), (num_images or 1) * max(1, len(prompts)))
+    if (numbers := images * math.prod(manifest.latents.shape)) > MOST_NUMBERS:
+        raise InputError(
+            f"the latents of {images} images have {numbers} numbers; the limit of one call is {MOST_NUMBERS}; make "
+            "fewer images at a time, or use fora-trt sample"
+        )
     options = {
         "--class-labels": class_labels is not None,
         "--prompt": bool(prompts),

@@ -23,6 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fora_trt.errors import InputError, first_line
+from fora_trt.plan import MOST_STEPS
 from fora_trt.sampling.schedulers import scheduler_from_config
 
 CHECKED_STEPS = 4  # also distilled models, such as LCM, take so many
@@ -106,12 +107,18 @@ def timesteps_of(scheduler: SchedulerMixin, steps: int) -> int:
     """Set the scheduler to `steps` steps; return the NFE, which is larger for some schedulers (Heun, PNDM)."""
     if steps < 1:
         raise InputError(f"the number of steps is {steps}; at least 1 is needed")
+    if steps > MOST_STEPS:
+        raise InputError(f"the number of steps is {steps}; the limit is {MOST_STEPS}")
     try:
         set_steps(scheduler, steps)
-    except Exception as error:  # schedulers check few of their settings before they use them
+    except Exception as error:  # a setting that diffusers does not check can raise anything
+        reason = first_line(error) or type(error).__name__
+        raise InputError(f"{type(scheduler).__name__} does not support {steps} steps: {reason}") from error
+    if len(scheduler.timesteps) > 2 * MOST_STEPS or not torch.as_tensor(scheduler.timesteps).isfinite().all():
         raise InputError(
-            f"{type(scheduler).__name__} does not support {steps} steps: {first_line(error) or type(error).__name__}"
-        ) from error
+            f"{type(scheduler).__name__} takes timesteps for {steps} steps that are not finite, or more than "
+            f"{2 * MOST_STEPS}; correct scheduler_config.json of the source and export it again"
+        )
     return len(scheduler.timesteps)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 from diffusers import SchedulerMixin
 
+from fora_trt.bundle import MOST_TIMESTEPS
 from fora_trt.errors import InputError, first_line
 
 SHORT_NAMES = {
@@ -34,9 +35,6 @@ WITH_VARIANCE = ("DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler")
 
 LEARNED = ("learned", "learned_range")
 """Values of `variance_type` for networks that predict a variance."""
-
-MOST_TRAINED_TIMESTEPS = 100_000
-"""Largest number of training timesteps; models are trained with 1000."""
 
 SPACINGS = ("leading", "linspace", "trailing")
 """Timestep spacings of diffusers (table 2 of arXiv 2305.08891)."""
@@ -196,10 +194,9 @@ def _check_noise_levels(settings: Mapping[str, Any]) -> None:
     """Raise `InputError` for noise levels that no scheduler can use."""
     mend = "correct scheduler_config.json of the source and export it again"
     steps = settings.get("num_train_timesteps", 1000)
-    if type(steps) is not int or not 1 <= steps <= MOST_TRAINED_TIMESTEPS:
+    if type(steps) is not int or not 1 <= steps <= MOST_TIMESTEPS:
         raise InputError(
-            f"the scheduler's num_train_timesteps is {steps!r}; an integer from 1 to {MOST_TRAINED_TIMESTEPS} is "
-            f"needed; {mend}"
+            f"the scheduler's num_train_timesteps is {steps!r}; an integer from 1 to {MOST_TIMESTEPS} is needed; {mend}"
         )
     for key in ("beta_start", "beta_end"):
         value = settings.get(key, 0.5)

@@ -31,6 +31,9 @@ _ELEMENT_TYPES = {
     "int64": TensorProto.INT64,
 }
 
+SILENT = 4
+"""Log level: only fatal errors are printed. All others are raised too."""
+
 
 class ComputeStream:
     """The CUDA stream on which all sessions of a denoiser compute, ordered with the caller's stream.
@@ -86,6 +89,7 @@ class OnnxRuntimeEngine(Engine):
         self._added = [name for name in self.outputs if f"{BASE}{name}" in given]
         self.accumulates = bool(self._added) and self.shortest_window == 0
         self._run_options = onnxruntime.RunOptions()
+        self._run_options.log_severity_level = SILENT
         if stream is not None:  # without this entry, the session waits for its stream at the end of each run
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
@@ -195,6 +199,7 @@ def _why_not_on_the_gpu(path: Path, provider: Mapping[str, str]) -> str | None:
 
 def _session_options() -> Any:
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = SILENT
     # The sessions alternate: threads that keep spinning after a run of one session would slow down the other session.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

@@ -5,7 +5,7 @@
    weights (W): each sum is multiplied by its weight before its initial value is added; the gates; K features (B, N, C).
    With the attribute first=-1 there are K gates (W, B, 1, C). With first=F there is
    one tensor (W, B, G, C), and the gates are its rows from F on. The output is (W, B, N, C). If the gates have no
-   dimension W, the output has none.
+   dimension W, the output has none. Inputs of other numbers or shapes are refused: nothing is read beyond their ends.
 
    The C API of ONNX Runtime is a table of functions in a fixed order. This file declares only the used part, of API
    version 17 (onnxruntime_c_api.h, ONNX Runtime 1.17). */
@@ -28,6 +28,7 @@ typedef struct Operator Operator;
 enum {
   API_VERSION = 17,
   /* indices in the table */
+  CREATE_STATUS = 0,
   CREATE_DOMAIN = 26,
   DOMAIN_ADD = 27,
   OPTIONS_ADD = 28,
@@ -44,6 +45,7 @@ enum {
   /* values of the API's enumerations */
   FLOAT = 1,
   REQUIRED = 0,
+  INVALID_ARGUMENT = 2,
   VARIADIC = 2,
 };
 
@@ -234,36 +236,76 @@ static void add_up(void *data, size_t k) {
 
 /* ---- callbacks of ONNX Runtime ---- */
 
-static Status *input(Context *context, size_t k, const float **data, int64_t *sizes, size_t *rank) {
+static Status *refused(const char *why) { return CALL(CREATE_STATUS, (int)INVALID_ARGUMENT, why); }
+
+typedef struct {
+  size_t rank;
+  int64_t sizes[MOST_RANK];
+} Sizes;
+
+static Status *input(Context *context, size_t k, const float **data, Sizes *found) {
   const Value *value;
   Shape *shape;
   TRY(CALL(INPUT, context, k, &value));
+  if (value == NULL) return refused("WeightedSum lacks an input");
   TRY(CALL(TENSOR_DATA, value, data));
   TRY(CALL(TENSOR_SHAPE, value, &shape));
-  Status *failure = CALL(SHAPE_RANK, shape, rank);
-  if (failure == NULL) failure = CALL(SHAPE_SIZES, shape, sizes, *rank);
+  Status *failure = CALL(SHAPE_RANK, shape, &found->rank);
+  if (failure == NULL && found->rank > MOST_RANK) failure = refused("WeightedSum has an input of too many dimensions");
+  if (failure == NULL) failure = CALL(SHAPE_SIZES, shape, found->sizes, found->rank);
   ((void (*)(Shape *))api[SHAPE_RELEASE])(shape);
   return failure;
 }
 
+static int equal(const Sizes *one, const Sizes *other) {
+  int same = one->rank == other->rank;
+  for (size_t k = 0; same && k < one->rank; k++) same = one->sizes[k] == other->sizes[k];
+  return same;
+}
+
+/* Whether an initial value has a shape that the top of this file lists; nothing is read beyond its end then. */
+static int begins_well(size_t begun, const Sizes *initial, const Sizes *weights, const Sizes *gates,
+                       const Sizes *features) {
+  size_t rank = initial->rank;
+  if (begun == 0) return 1;
+  if (rank < 3 || rank > 4 || rank > gates->rank || (begun == 2 && rank != 4)) return 0;
+  const int64_t *last = initial->sizes + rank - 3, *wanted = features->sizes;
+  int shared = rank == 3 && last[0] == 1;
+  if ((last[0] != wanted[0] && !shared) || last[1] != wanted[1] || last[2] != wanted[2]) return 0;
+  if (begun == 2) return weights->rank == 1 && weights->sizes[0] == gates->sizes[0] && initial->sizes[0] <= gates->sizes[0];
+  return rank == 3 || initial->sizes[0] == gates->sizes[0];
+}
+
 static Status *compute(void *kernel, Context *context) {
   Sum sum = {0};
-  size_t count, rank, gate_rank, begun_rank = 0, weight_rank;
-  int64_t sizes[MOST_RANK], gate_sizes[MOST_RANK], begun_sizes[MOST_RANK], weight_sizes[MOST_RANK];
+  size_t count;
+  Sizes feature = {0}, gate = {0}, initial = {0}, weight = {0}, other = {0};
   intptr_t attributes = (intptr_t)kernel; /* see `create` */
-  size_t begun = attributes & 3, joined = attributes > 3;
+  size_t begun = attributes & 3, joined = attributes > 3, first = joined ? (size_t)(attributes >> 2) - 1 : 0;
   TRY(CALL(INPUT_COUNT, context, &count));
+  if (count < begun + 2 || (!joined && (count - begun) % 2)) return refused("WeightedSum has no gate for each feature");
   sum.terms = joined ? count - begun - 1 : (count - begun) / 2;
+  if (sum.terms > MOST_TERMS) return refused("WeightedSum has more than 64 terms");
   size_t first_feature = count - sum.terms;
-  if (begun) TRY(input(context, 0, &sum.begun, begun_sizes, &begun_rank));
-  if (begun == 2) TRY(input(context, 1, &sum.weights, weight_sizes, &weight_rank));
+  if (begun) TRY(input(context, 0, &sum.begun, &initial));
+  if (begun == 2) TRY(input(context, 1, &sum.weights, &weight));
   for (size_t k = 0; k < sum.terms; k++) {
-    TRY(input(context, joined ? begun : begun + k, &sum.gates[k], gate_sizes, &gate_rank));
-    TRY(input(context, first_feature + k, &sum.features[k], sizes, &rank));
+    TRY(input(context, joined ? begun : begun + k, &sum.gates[k], k ? &other : &gate));
+    if (k && !equal(&other, &gate)) return refused("WeightedSum has gates of several shapes");
+    TRY(input(context, first_feature + k, &sum.features[k], k ? &other : &feature));
+    if (k && !equal(&other, &feature)) return refused("WeightedSum has features of several shapes");
   }
+  const int64_t *sizes = feature.sizes, *gate_sizes = gate.sizes, *begun_sizes = initial.sizes;
+  size_t gate_rank = gate.rank, begun_rank = initial.rank;
+  if (feature.rank != 3 || gate_rank < 3 || gate_rank > 4 || gate_sizes[gate_rank - 3] != sizes[0] ||
+      gate_sizes[gate_rank - 1] != sizes[2] || (size_t)gate_sizes[gate_rank - 2] < first + (joined ? sum.terms : 1) ||
+      (!joined && gate_sizes[gate_rank - 2] != 1))
+    return refused("WeightedSum has gates that do not fit its features");
+  if (!begins_well(begun, &initial, &weight, &gate, &feature))
+    return refused("WeightedSum begins with a value that does not fit its features");
   size_t rows = (size_t)gate_sizes[gate_rank - 2];
   for (size_t k = 0; k < sum.terms && joined; k++)
-    sum.gates[k] += ((size_t)(attributes >> 2) - 1 + k) * (size_t)sizes[2];
+    sum.gates[k] += (first + k) * (size_t)sizes[2];
   sum.window = gate_rank == 4 ? (size_t)gate_sizes[0] : 1;
   sum.batch = (size_t)sizes[0], sum.tokens = (size_t)sizes[1], sum.channels = (size_t)sizes[2];
   sum.blocks = (sum.tokens + TOKENS - 1) / TOKENS;
@@ -278,7 +320,7 @@ static Status *compute(void *kernel, Context *context) {
   Value *output;
   TRY(CALL(OUTPUT, context, (size_t)0, all + 4 - gate_rank, gate_rank, &output));
   TRY(CALL(TENSOR_DATA, output, &sum.sums));
-  if (sum.window == 0) return NULL;
+  if (sum.window * sum.batch * sum.tokens * sum.channels == 0) return NULL;
   sum.past_cache = sum.window * sum.sum_step > CACHED && sum.channels % LANES == 0 &&
                    (uintptr_t)sum.sums % sizeof(Lanes) == 0; /* such stores must be aligned */
   return CALL(PARALLEL_FOR, context, add_up, sum.batch * sum.blocks, (size_t)0, &sum);
@@ -290,6 +332,8 @@ static Status *create(const Operator *operator, const Function *table, const voi
   (void)operator, (void)table;
   TRY(CALL(ATTRIBUTE_INT, info, "first", &first));
   TRY(CALL(ATTRIBUTE_INT, info, "begins", &begins));
+  if (first < -1 || first > INT32_MAX / 8 || begins < 0 || begins > 2)
+    return refused("WeightedSum has attributes out of range");
   *kernel = (void *)(intptr_t)(4 * (first + 1) + begins);
   return NULL;
 }

@@ -20,7 +20,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from fora_trt import __version__
-from fora_trt.bundle import SCHEDULER, Bundle
+from fora_trt.bundle import SCHEDULER, Bundle, PlainName
 from fora_trt.engines.options import EngineOptions, Progress
 from fora_trt.engines.tensorrt.library import TENSORRT, Gpu, Library, supported_capabilities, unsupported
 from fora_trt.engines.tensorrt.plan_builder import Attention, PlanOptions, Profile, plan_from_onnx
@@ -35,6 +35,7 @@ from fora_trt.files import (
     staging,
     write_manifest,
 )
+from fora_trt.untrusted import in_command
 
 FORMAT_VERSION = 3
 PORTABLE = ("8.0", "8.6", "8.9", "12.0")
@@ -47,7 +48,7 @@ DEFAULT_MAXIMUM = 16
 class PlanRecord(Record):
     """A plan file, the attentions of its graph (fused or not), and the duration of the build."""
 
-    file: str
+    file: PlainName
     attentions: tuple[Attention, ...]
     seconds: float
 
@@ -227,7 +228,7 @@ def open_plans(
     Raises `PlanError` that names the difference and the command that builds a matching set.
     """
     manifest = _manifest_of(folder, bundle, library)
-    mend = f"fora-trt build {bundle.folder} --backend {library.backend}"
+    mend = _build_command(bundle, library)
     if reason := _difference(manifest, bundle, library, gpu, batch):
         wider = f" --batch 1:{batch}:{batch}" if batch is not None and not _admits(manifest, batch) else ""
         raise PlanError(f"{folder} cannot be used: it {reason}; build a matching set: {mend}{wider}")
@@ -240,8 +241,12 @@ def open_plans(
 
 
 def _manifest_of(folder: Path, bundle: Bundle, library: Library) -> PlanManifest:
-    mend = f"build it again: fora-trt build {bundle.folder} --backend {library.backend} --force"
+    mend = f"build it again: {_build_command(bundle, library)} --force"
     return read_manifest(folder, PlanManifest, FORMAT_VERSION, "set of plans", mend, PlanError)
+
+
+def _build_command(bundle: Bundle, library: Library) -> str:
+    return f"fora-trt build {in_command(bundle.folder)} --backend {library.backend}"
 
 
 def _difference(
