@@ -219,7 +219,7 @@ class Bundle:
                 f"the cache sites in the manifest of {folder} do not match the outputs of its full graph; {mend}"
             )
         if unfed := manifest.unfed():
-            raise BundleError(f"a graph in {folder} reads {shown(unfed[0])!r}, which no other graph provides; {mend}")
+            raise BundleError(f"a graph in {folder} reads '{shown(unfed[0])}', which no other graph provides; {mend}")
         schedule = {SCHEDULE} if manifest.schedule == SCHEDULE else set()
         needed = {SCHEDULER, *schedule, *(graph.file for graph in manifest.graphs.values())}
         if missing := sorted(needed - manifest.files.keys()):
@@ -277,7 +277,7 @@ def _check_schedule(folder: Path, schedule: str, mend: str) -> None:
         if schedule == SCHEDULE:
             Schedule.from_file(folder / SCHEDULE)
         elif is_file(schedule):
-            raise ScheduleError(f"{shown(schedule)!r} is a file; only {SCHEDULE} of the bundle is read")
+            raise ScheduleError(f"'{shown(schedule)}' is a file; only {SCHEDULE} of the bundle is read")
         else:
             Schedule.from_text(schedule, OPEN_STEPS)
     except ScheduleError as error:
@@ -287,25 +287,25 @@ def _check_schedule(folder: Path, schedule: str, mend: str) -> None:
 def _problems(manifest: Manifest) -> Iterator[str]:
     """The values of a manifest that do not fit together, or exceed a limit, as sentences."""
     if unknown := manifest.graphs.keys() - GRAPHS:
-        yield f"there is a graph {shown(min(unknown))!r}; the graphs are {', '.join(sorted(GRAPHS))}"
+        yield f"there is a graph '{shown(min(unknown))}'; the graphs are {', '.join(sorted(GRAPHS))}"
     edges: list[tuple[str, Sequence[TensorSpec], Sequence[TensorSpec]]] = [("the model", manifest.inputs, ())]
     edges += [(f"the {name} graph", graph.inputs, graph.outputs) for name, graph in manifest.graphs.items()]
     edges.append(("the cache sites", (), manifest.features()))
     for what, inputs, outputs in edges:
         names = [spec.name for spec in (*inputs, *outputs)]
-        yield from (f"{what} names {shown(one)!r} twice" for one in names if names.count(one) > 1)
+        yield from (f"{what} names '{shown(one)}' twice" for one in names if names.count(one) > 1)
         for spec in (*inputs, *outputs):
             if problem := edge_problem(spec):
-                yield f"{shown(spec.name)!r} of {what} {problem}"
+                yield f"'{shown(spec.name)}' of {what} {problem}"
     shapes = {spec.name: spec.shape[1:] for spec in manifest.inputs}
     yield from _problems_of_latents(manifest, shapes)
     for name, valid in manifest.conditioning.items():
         values, default = valid.values or (0, 1), valid.default or ()
         if not all(map(math.isfinite, (*values, *default))) or values[0] >= values[1]:
-            yield f"the values of {shown(name)!r} are not finite, or do not rise"
+            yield f"the values of '{shown(name)}' are not finite, or do not rise"
         size = math.prod(int(one) for one in shapes.get(name, ()))
         if valid.default is not None and name in shapes and len(default) != size:
-            yield f"the default of {shown(name)!r} has {len(default)} numbers; {size} are needed"
+            yield f"the default of '{shown(name)}' has {len(default)} numbers; {size} are needed"
     if not 0 <= manifest.guidance_scale < math.inf:
         yield f"the guidance scale is {manifest.guidance_scale}; a finite number of at least 0 is needed"
     guidance, text = manifest.guidance, manifest.text
@@ -315,7 +315,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     if guidance and not 1 <= (1 if guidance.channels is None else guidance.channels) <= manifest.latents.channels:
         yield f"{guidance.channels} channels are guided; the latents have {manifest.latents.channels}"
     if text and not (1 <= text.length <= MOST_TOKENS and text.pipeline.isidentifier()):
-        yield f"the text has {text.length} tokens of {shown(text.pipeline)!r}; the limit is {MOST_TOKENS}, and a class"
+        yield f"the text has {text.length} tokens of '{shown(text.pipeline)}'; the limit is {MOST_TOKENS}, and a class"
     if max(manifest.model.image_size or (1,)) > MOST_PIXELS:
         yield f"the images are larger than {MOST_PIXELS} pixels, which is the limit"
     if manifest.model.options.source.startswith("-"):

@@ -123,7 +123,7 @@ def check_files(folder: Path, files: Mapping[str, FileRecord], mend: str, error:
     for name, record in files.items():
         if name_problem(name):
             raise error(
-                f"the manifest of {folder} lists {shown(name)!r}, a path outside the folder or no name of a file; do "
+                f"the manifest of {folder} lists '{shown(name)}', a path outside the folder or no name of a file; do "
                 "not use this folder"
             )
         path = folder / name

@@ -102,13 +102,14 @@ def _parts(message: Any) -> Iterator[Any]:
     """All messages in a protobuf message, however deep, and the message itself."""
     todo = [message]
     while todo:
-        yield (one := todo.pop())
+        one = todo.pop()
         for field, value in one.ListFields():
             values = value if hasattr(value, "append") else [value]
             if field.type == field.TYPE_MESSAGE:
                 todo += values
             elif field.type == field.TYPE_STRING and not all(isinstance(text, str) for text in values):
                 raise ValueError(f"holds a text in the field {field.name} that is not UTF-8")
+        yield one
 
 
 def _check_part(part: Any, sizes: Mapping[str, int]) -> None:
@@ -118,7 +119,7 @@ def _check_part(part: Any, sizes: Mapping[str, int]) -> None:
             raise ValueError(f"contains the operator {shown(domain + part.op_type)}, which no export writes")
     elif isinstance(part, onnx.AttributeProto):
         if part.ref_attr_name or part.HasField("g") or part.graphs or part.HasField("sparse_tensor"):
-            raise ValueError(f"contains a graph or a sparse tensor in the attribute {shown(part.name)!r} of a node")
+            raise ValueError(f"contains a graph or a sparse tensor in the attribute '{shown(part.name)}' of a node")
     elif isinstance(part, onnx.SparseTensorProto):
         raise ValueError("contains a sparse tensor, which no export writes")
     elif isinstance(part, onnx.TensorProto):
@@ -127,7 +128,7 @@ def _check_part(part: Any, sizes: Mapping[str, int]) -> None:
 
 def _check_tensor(tensor: onnx.TensorProto, sizes: Mapping[str, int]) -> None:
     """Check that the numbers of a tensor are there: in the graph, or in a listed file, in the right number."""
-    what = f"the tensor {shown(tensor.name)!r}"
+    what = f"the tensor '{shown(tensor.name)}'"
     dtype = _dtype(tensor.data_type)
     elements = math.prod(tensor.dims)
     if dtype not in BITS or tensor.string_data or min(tensor.dims, default=0) < 0 or elements > MOST_ELEMENTS:
@@ -142,13 +143,13 @@ def _check_tensor(tensor: onnx.TensorProto, sizes: Mapping[str, int]) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     if (file := entries.get("location", "")) not in sizes:
         raise ValueError(
-            f"loads weights from {shown(file)!r}, which the manifest does not list; do not use this bundle"
+            f"loads weights from '{shown(file)}', which the manifest does not list; do not use this bundle"
         )
     offset, length = (_count(entries.get(key, usual)) for key, usual in (("offset", "0"), ("length", str(expected))))
     known = entries.keys() <= {"location", "offset", "length"} and len(entries) == len(tensor.external_data)
     if not known or offset is None or length != expected or offset + expected > sizes[file]:
         raise ValueError(
-            f"loads {what} from {shown(file)!r}, {expected} bytes that are not in this file or not described rightly"
+            f"loads {what} from '{shown(file)}', {expected} bytes that are not in this file or not described rightly"
         )
 
 
@@ -167,7 +168,7 @@ def _in_onnx(edge: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]
     kind = edge.type.tensor_type
     if not edge.type.HasField("tensor_type") or not kind.HasField("shape"):
         raise ValueError(
-            f"has the input or output {shown(edge.name)!r} without a shape; a tensor with a shape is needed"
+            f"has the input or output '{shown(edge.name)}' without a shape; a tensor with a shape is needed"
         )
     return (
         edge.name,
@@ -192,7 +193,7 @@ def _check_sizes(model: onnx.ModelProto) -> None:
         elements = math.prod(size.dim_value or 1 for size in value.type.tensor_type.shape.dim)
         if not 0 <= elements <= MOST_ELEMENTS:
             raise ValueError(
-                f"computes the tensor {shown(value.name)!r} of {elements} elements; the limit is {MOST_ELEMENTS}"
+                f"computes the tensor '{shown(value.name)}' of {elements} elements; the limit is {MOST_ELEMENTS}"
             )
 
 
@@ -207,7 +208,7 @@ def edge_problem(spec: TensorSpec) -> str | None:
     if not spec.name or len(spec.name) > 1000 or UNSAFE.search(spec.name):
         return "has no name, or one that is no text"
     if spec.dtype not in DTYPES:
-        return f"has the dtype {shown(spec.dtype)!r}; the dtypes are {', '.join(sorted(DTYPES))}"
+        return f"has the dtype '{shown(spec.dtype)}'; the dtypes are {', '.join(sorted(DTYPES))}"
     if [*spec.shape] != [*symbols, *fixed] or symbols not in ([BATCH], [WINDOW, BATCH]) or len(fixed) > 8:
         return f"has the shape {shown(list(spec.shape))}; {BATCH!r} and then at most 8 numbers are needed"
     if min(fixed, default=1) < 1 or math.prod(fixed) > MOST_ELEMENTS:

@@ -157,7 +157,7 @@ def check_values(value: object) -> None:
 def _text_problem(text: str) -> str | None:
     if len(text) > LONGEST_TEXT:
         return f"holds a text of {len(text)} characters, of which at most {LONGEST_TEXT} are read,"
-    return f"holds a control character in {shown(text)!r}" if UNSAFE.search(text) else None
+    return f"holds a control character in '{shown(text)}'" if UNSAFE.search(text) else None
 
 
 def _integer(digits: str) -> int:
@@ -171,7 +171,7 @@ def checked(rule: Callable[[str], str | None]) -> Callable[[str], str]:
 
     def check(text: str) -> str:
         if problem := rule(text):
-            raise ValueError(f"{shown(text)!r} {problem}")
+            raise ValueError(f"'{shown(text)}' {problem}")
         return text
 
     return check

@@ -208,7 +208,7 @@ def _recipe(source: str, given: dict[str, Any]) -> Recipe:
 def _folder_name(name: str) -> str:
     if problem := name_problem(name):
         raise click.BadParameter(
-            f"{shown(name)!r} is not a folder name: it {problem}; give a name without slashes that does not begin with "
+            f"'{shown(name)}' is not a folder name: it {problem}; give a name without slashes that does not begin with "
             "a dot",
             param_hint="--name",
         )

@@ -22,7 +22,7 @@ def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
     source = record.options.source
     if is_factory(source) and not bundle.trust_source:
         raise TrustError(
-            f"{bundle.folder} names the factory {shown(source)!r} as its source, and loading it would run this code of "
+            f"{bundle.folder} names the factory '{shown(source)}' as its source, and loading it would run this code of "
             "the current folder or of an installed package, for weights with the SHA-256 "
             f"{shown(record.weights_sha256)}; if you know the code and the bundle, give --trust-source "
             "(trust_source=True in Python)"
@@ -32,7 +32,7 @@ def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
     except (ModelError, ExportError) as error:
         raise SourceError(
             f"the PyTorch reference needs the checkpoint that {bundle.folder} was exported from, "
-            f"but {shown(source)!r} cannot be loaded: {error}"
+            f"but '{shown(source)}' cannot be loaded: {error}"
         ) from error
     paths = [path for path, _ in model.sites]
     kept = model.spec.fp32_in_bf16 if bundle.manifest.precision == "bf16" else ()
@@ -42,7 +42,7 @@ def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
         and weights_digest(model.module, dtypes) != record.weights_sha256
     ):
         raise BackendError(
-            f"the weights of {shown(source)!r} differ from those that {bundle.folder} was exported from; "
+            f"the weights of '{shown(source)}' differ from those that {bundle.folder} was exported from; "
             f"export it again: {bundle.manifest.export_command}"
         )
     return model

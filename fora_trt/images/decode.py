@@ -63,8 +63,8 @@ class Decoder:
                 self._scale, self._shift = factors_of(config, self._scale)
             if part is None:
                 raise InputError(
-                    f"{manifest.name} needs a VAE to decode its latents; its source {manifest.model.options.source!r} "
-                    "has none; name one with --vae FOLDER"
+                    f"{manifest.name} needs a VAE to decode its latents; its source "
+                    f"'{shown(manifest.model.options.source)}' has none; name one with --vae FOLDER"
                 )
             self._folder, self._variant = weights_of_vae(part)
         except ModelError as error:

@@ -81,7 +81,7 @@ def source_from_options(given: SourceOptions) -> Source:
     if HUB_ID.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
         return Source(name.split("/")[1], options, lambda: empty_from_hub(options))
     problem = "does not exist" if path.suffix.lower() in SUFFIXES else "is neither a file, a folder nor a known name"
-    raise ModelError(f"the source {shown(name)!r} {problem}; {known_sources()}")
+    raise ModelError(f"the source '{shown(name)}' {problem}; {known_sources()}")
 
 
 def _local_source(options: SourceOptions) -> Source:

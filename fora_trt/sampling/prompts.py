@@ -100,7 +100,7 @@ def _class_of_pipeline(name: str, pipeline: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline) and kind.__module__ != LOADER:
         return kind
     raise InputError(
-        f"{name} names {shown(pipeline)!r} as the pipeline that encodes its prompts, which is none of diffusers; give "
+        f"{name} names '{shown(pipeline)}' as the pipeline that encodes its prompts, which is none of diffusers; give "
         "--prompt-embeds FILE"
     )
 
