@@ -263,11 +263,14 @@ class Bundle:
 
 
 def _odd_numbers(value: object) -> Iterator[float]:
-    """Numbers of a scheduler's configuration that are not finite, or larger than any that it needs."""
+    """Numbers of a scheduler's configuration that are not finite, or larger than any that it needs.
+
+    Minus infinity is the default of `lambda_min_clipped`.
+    """
     if isinstance(value, dict | list):
         for one in value.values() if isinstance(value, dict) else value:
             yield from _odd_numbers(one)
-    elif isinstance(value, int | float) and not abs(value) <= MOST_TIMESTEPS:
+    elif isinstance(value, int | float) and not abs(value) <= MOST_TIMESTEPS and value != float("-inf"):
         yield value
 
 

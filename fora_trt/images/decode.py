@@ -14,6 +14,7 @@ from fora_trt.errors import InputError, ModelError, first_line
 from fora_trt.models.architectures import Config, factors_of
 from fora_trt.models.parts import vae_at, weights_of_vae
 from fora_trt.quiet import quiet
+from fora_trt.untrusted import shown
 
 DECODED_AT_ONCE = 8 * 256 * 256  # pixels of the first batch; a batch that does not fit GPU memory is halved
 
