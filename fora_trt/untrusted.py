@@ -143,7 +143,7 @@ def check_values(value: object) -> None:
     todo: list[tuple[object, tuple[object, ...]]] = [(value, ())]
     while todo:
         one, place = todo.pop()
-        if len(place) > MOST_LEVELS:
+        if isinstance(one, dict | list) and len(place) >= MOST_LEVELS:
             raise ValueError(f"nests lists or objects deeper than {MOST_LEVELS} levels")
         if isinstance(one, dict):
             todo += [(key, (*place, "a key")) for key in one]

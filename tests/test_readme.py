@@ -50,7 +50,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-LINKED = (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "export/README.md", "engines/README.md")
+LINKED = (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "export/README.md", "engines/README.md")
 TEXT = {page: (ROOT / page).read_text() for page in LINKED}
 README, MEASUREMENTS = TEXT["README.md"], TEXT["docs/measurements.md"]
 REGISTRIES: tuple[Registry[Any], ...] = (ARCHITECTURES, BACKENDS, KINDS, METRICS)

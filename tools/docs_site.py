@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 DOCS, REPOSITORY = "docs/", "repository/"
 
-OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "export/README.md", "engines/README.md")
+OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "export/README.md", "engines/README.md")
 """Pages of the site that are not in docs/."""
 
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<path>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
