@@ -1,5 +1,19 @@
-"""`python -m fora_trt` is `fora-trt`."""
+"""The program `fora-trt`, also as `python -m fora_trt`."""
 
-from fora_trt.cli import main
+from __future__ import annotations
 
-main(prog_name="fora-trt")
+import sys
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C while it is imported ends the process quietly too."""
+    try:
+        from fora_trt.cli import main as command
+
+        command(prog_name="fora-trt")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -32,7 +32,7 @@ from fora_trt.contract import (
     out_of_window,
 )
 from fora_trt.errors import BundleError, ScheduleError
-from fora_trt.files import MANIFEST, FileRecord, Record, check_files, read_manifest
+from fora_trt.files import MANIFEST, FileRecord, Record, check_files, clear_unfinished, read_manifest
 from fora_trt.graph_check import check_graph, dtype_of, edge_problem
 from fora_trt.models.options import SourceOptions
 from fora_trt.schedule import OPEN_STEPS, Schedule, is_file
@@ -188,7 +188,9 @@ class Bundle:
         """Read and check the manifest alone. Raises `BundleError`."""
         folder = Path(folder)
         try:
-            known = (folder / MANIFEST).is_file() or (folder / MANIFEST).is_symlink()
+            if not (known := _has_manifest(folder)):
+                clear_unfinished(folder.parent)  # puts a bundle back whose replacement was killed
+                known = _has_manifest(folder)
         except OSError as error:  # such as a name that is too long
             raise BundleError(f"{folder} cannot be read ({error.strerror}); give the folder of a bundle") from error
         if not known:
@@ -260,6 +262,10 @@ class Bundle:
                 f"{path} holds the number {shown(odd)}; finite numbers of at most {MOST_TIMESTEPS} are needed; {mend}"
             )
         return config
+
+
+def _has_manifest(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() or (folder / MANIFEST).is_symlink()
 
 
 def _odd_numbers(value: object) -> Iterator[float]:

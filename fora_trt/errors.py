@@ -58,6 +58,10 @@ class ShapeError(InputError):
     """An input that the exported graphs do not have, or whose shape differs from the exported one."""
 
 
+class BusyError(ForaError, RuntimeError):
+    """A denoiser that another thread is using, or whose engines were started before the process was forked."""
+
+
 class RoomError(InputError):
     """A batch that does not fit the free memory of the device."""
 

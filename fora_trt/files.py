@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import mmap
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -40,18 +40,101 @@ class FileRecord(Record):
 ManifestType = TypeVar("ManifestType", bound=Record)
 
 
+def _hidden(path: Path, what: str) -> Path:
+    """`.digits.fora-new`, `-old` or `-lock` beside `digits`: a later call knows by the name what a killed one left."""
+    return path.with_name(f".{path.name}.fora-{what}")
+
+
+def _locked(path: Path, wait: bool) -> int | None:
+    """A descriptor of the file `path`, created if it is missing, and locked; None if it is locked and `wait` is false.
+
+    The operating system releases the lock when the descriptor is closed or its process ends, however it ends: a lock
+    always has a living owner, on another host of a shared file system too.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError:  # a file system without locks; one process at a time works there
+            return handle
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.lstat()):
+                return handle
+        os.close(handle)  # its last owner has renamed or removed it meanwhile
+
+
 @contextmanager
 def beside(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file next to `path`: it replaces `path` when the block ends and is deleted when the block fails."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    written = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    """A temporary file next to `path`: it replaces `path` when the block ends and is deleted when the block fails.
+
+    A second writer of the same path waits. What a killed process has left is overwritten.
+    """
+    written = _hidden(path, "new")
+    handle = _locked(written, wait=True)
+    assert handle is not None
+    with os.fdopen(handle, "wb") as file:  # the lock is released last: then the name belongs to the next writer
+        try:
+            file.truncate()
             yield file
-        written.chmod(0o644)
-        written.replace(path)
+            file.flush()
+            written.replace(path)
+        except BaseException:
+            written.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def only_writer(target: Path, error: type[ForaError]) -> Iterator[None]:
+    """Hold the lock of `target`, a file or folder. Raises `error` if another process holds it.
+
+    At the end, nothing but `target` itself is left: see `_settle`.
+    """
+    lock = _hidden(target, "lock")
+    handle = _locked(lock, wait=False)
+    if handle is None:
+        raise error(f"another process is writing {target}; wait for it, or choose another name")
+    try:
+        _settle(target)
+        yield
     finally:
-        written.unlink(missing_ok=True)
+        _settle(target)
+        lock.unlink(missing_ok=True)  # last: whoever finds no lock finds nothing else either
+        os.close(handle)
+
+
+def _settle(target: Path) -> None:
+    """Remove the unfinished folder of `target` and the old one that was replaced, or put the old one back.
+
+    Its caller holds the lock of `target`.
+    """
+    new, old = _hidden(target, "new"), _hidden(target, "old")
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+    for folder in (new, old):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left unfinished in a folder, and put back what they were replacing.
+
+    What a live process is writing is locked and stays.
+    """
+    with suppress(OSError, ValueError):  # such as a folder that cannot be written; the next writer says so
+        for lock in [*folder.glob(_hidden(folder / "*", "lock").name)]:
+            target = folder / lock.name.removeprefix(".").removesuffix(".fora-lock")
+            with suppress(_BusyError), only_writer(target, _BusyError):
+                pass
+        for file in [*folder.glob(_hidden(folder / "*", "new").name)]:
+            if file.is_file() and (handle := _locked(file, wait=False)) is not None:
+                file.unlink(missing_ok=True)
+                os.close(handle)
+
+
+class _BusyError(ForaError):
+    """Another process is writing a path that was to be cleared."""
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -161,7 +244,11 @@ def record_of(path: Path) -> FileRecord:
 
 
 def refuse_existing(target: Path, force: bool, what: str, error: type[ForaError]) -> None:
-    """Raise `error` if `target` exists and either `force` is false or `target` is not a `what` ("bundle")."""
+    """Raise `error` if `target` exists and either `force` is false or `target` is not a `what` ("bundle").
+
+    What a killed process left beside `target` is put in order first.
+    """
+    clear_unfinished(target.parent)
     try:
         there, known = target.exists(), (target / MANIFEST).is_file()
     except OSError as problem:  # such as a name that is too long
@@ -176,36 +263,25 @@ def refuse_existing(target: Path, force: bool, what: str, error: type[ForaError]
 def staging(target: Path, force: bool, what: str, error: type[ForaError]) -> Iterator[Path]:
     """A temporary folder next to `target`: it replaces `target` when the block ends and is deleted if the block fails.
 
-    Raises `error` if `target` may not be replaced (`refuse_existing`), and if it cannot be written.
+    A process that is killed leaves the old `target`, or the new one, or the old one under another name until
+    `clear_unfinished` puts it back. Raises `error` if `target` may not be replaced (`refuse_existing`), if another
+    process is writing it, and if it cannot be written.
     """
     refuse_existing(target, force, what, error)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as problem:
-        raise error(
-            f"{target.parent} cannot be written ({problem.strerror}); choose another folder with --out"
-        ) from problem
-    try:
-        folder.chmod(0o755)
-        yield folder
-        _move(folder, target, replace=force and target.exists())
-    except OSError as problem:
-        raise error(f"writing {target} failed ({problem.strerror or problem}); nothing was changed") from problem
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move(folder: Path, target: Path, replace: bool) -> None:
-    """Rename `folder` to `target`; an old `target` is moved aside first and deleted last."""
-    if not replace:
-        folder.rename(target)  # fails if another process has created `target` meanwhile
-        return
-    aside = folder.with_name(folder.name + ".old")
-    target.rename(aside)
-    try:
-        folder.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    with ExitStack() as stack:
+        folder = _hidden(target, "new")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_writer(target, error))
+            folder.mkdir()
+        except OSError as problem:
+            raise error(
+                f"{target.parent} cannot be written ({problem.strerror}); choose another folder with --out"
+            ) from problem
+        try:
+            yield folder
+            if force and target.exists():
+                target.rename(_hidden(target, "old"))
+            folder.rename(target)  # fails if another program has created `target` meanwhile
+        except OSError as problem:
+            raise error(f"writing {target} failed ({problem.strerror or problem}); nothing was changed") from problem

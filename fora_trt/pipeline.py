@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -172,6 +173,7 @@ class Pipeline:
             self.config = PipelineConfig(self.bundle.folder, **settings)
         self._predictor, self.report, self._progress = predictor, report, progress
         self._built_for: int | None = None
+        self._one_call = RLock()
 
     def __call__(
         self,
@@ -189,8 +191,26 @@ class Pipeline:
 
         `num_images` is the number of images per prompt, or of an unconditional model. `steps` replaces the
         configuration's for this call. `watch` wraps the steps, for a progress bar. Raises `InputError` for inputs that
-        the bundle does not take, `BackendError` if the backend does not work here or latents are not finite.
+        the bundle does not take, `BackendError` if the backend does not work here or latents are not finite,
+        `BusyError` in a process that was forked after the engines were started. Threads that call a pipeline at once
+        wait for each other.
         """
+        if isinstance(self._predictor, Denoiser):
+            self._predictor.access.check_process()
+        with self._one_call:
+            return self._made(class_labels, prompt, negative_prompt, conditioning, num_images, steps, seed, watch)
+
+    def _made(
+        self,
+        class_labels: Sequence[int] | None,
+        prompt: str | Sequence[str],
+        negative_prompt: str,
+        conditioning: Conditioning | str | Path | None,
+        num_images: int | None,
+        steps: int | None,
+        seed: int,
+        watch: Watch,
+    ) -> PipelineOutput:
         sampling = self.sampling(steps)
         given = self.conditioning(class_labels, prompt, negative_prompt, conditioning, num_images)
         guidance, batch_size = self.guidance(given, sampling), self.config.batch_size

@@ -266,11 +266,55 @@ def test_ctrl_c_during_export_leaves_the_old_bundle(bundle_copy: Path, pipeline_
             process.send_signal(signal.SIGINT)
             break
     rest = process.stderr.read()
-    assert process.wait() == 1
-    assert "Aborted!" in rest
+    assert process.wait() == 130
+    assert rest.endswith("interrupted\n")
     assert "Traceback" not in rest
     assert {path.name: path.read_bytes() for path in bundle_copy.iterdir()} == before
     assert [path.name for path in bundle_copy.parent.iterdir()] == ["tiny"]
+
+
+class Slow:
+    """Takes the place of what a command does, and lets a signal come."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def __call__(self, *_: object, **__: object) -> None:
+        os.kill(os.getpid(), self.number)
+        time.sleep(5)
+        raise AssertionError("the signal was ignored")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["inspect", "sample", "quality"])
+def test_an_interruption_is_130_and_names_resume_where_there_is_one(
+    number: signal.Signals, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+    monkeypatch.setattr(Bundle, "open", Slow(number))
+    monkeypatch.setattr(Bundle, "read", Slow(number))
+    out = [] if command == "inspect" else ["--out", tmp_path / "out"]
+    stopped = fora(command, tmp_path, *out)
+    signal.signal(signal.SIGINT, before)
+    assert stopped.exit_code == 130
+    assert stopped.stderr.startswith("interrupted")
+    assert ("--resume to go on" in stopped.stderr) == (command != "inspect")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("to", "code", "said"),
+    [
+        (">/dev/full", 1, "Error: the output cannot be written: No space left on device; write it elsewhere\n"),
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        ("| true; exit ${PIPESTATUS[0]}", 1, ""),
+    ],
+)
+def test_output_that_goes_nowhere(to: str, code: int, said: str) -> None:
+    command = f"sleep 0.2; {sys.executable} -m fora_trt --help {to}"
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True)  # noqa: S607 # wherever it is
+    assert (shown.returncode, shown.stderr) == (code, said)
 
 
 def test_no_progress_bar_in_a_pipe(exported: Bundle, tmp_path: Path) -> None:

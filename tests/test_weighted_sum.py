@@ -1,7 +1,10 @@
 """The kernel for weighted sums: the same results as ONNX Runtime's own operators, and no need of it."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import onnx_ir as ir
@@ -128,9 +131,73 @@ def with_kernel(optimized: dict[str, Bundle]) -> torch.Tensor:
 @pytest.mark.usefixtures("with_kernel", "no_compiler")
 def test_without_a_compiler_the_graphs_run_as_they_are(optimized: dict[str, Bundle], with_kernel: torch.Tensor) -> None:
     assert kernel_library() is None
+    with pytest.warns(UserWarning, match="the C compiler .* makes no kernel that works here"):
+        fora_trt.load(optimized["fold"], cache_interval=3, backend="onnxruntime", device="cpu")
     assert (latents_of(optimized["fold"]) - with_kernel).abs().max() < 1e-5 * with_kernel.abs().max()
     (found,) = (one.found for one in findings() if one.what == "backend onnxruntime")
     assert "no C compiler" in found
+
+
+COMPILERS = {
+    "hangs": "exec sleep 60",
+    "hangs in a child": "sleep 60; true",
+    "waits for input": "cat; false",
+    "says much": "yes | head -c 5000000; yes | head -c 5000000 >&2; false",
+    "makes something else": 'while [ "$1" != -o ]; do shift; done; echo text > "$2"',
+    "makes nothing": "true",
+    "no program": None,
+    "'no closing quote": None,
+}
+
+
+@pytest.mark.parametrize("kind", COMPILERS)
+def test_no_compiler_stops_a_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, path = COMPILERS[kind], tmp_path / "odd cc"
+    if script is not None:
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("CC", kind if script is None else str(path))
+    monkeypatch.setattr(weighted_sum, "COMPILING", 0.5)
+    began = perf_counter()
+    assert kernel_library.__wrapped__() is None
+    assert perf_counter() - began < 20  # those that hang take a minute
+
+
+def test_a_compiler_has_options_or_a_space_in_its_path_and_needs_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str]) -> None:
+        asked.append(command)
+        raise OSError
+
+    program = tmp_path / "my tools cc"
+    program.touch(0o755)
+    monkeypatch.setattr(weighted_sum, "_run", run)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    for given in ("gcc -m64", str(program), "", " "):
+        monkeypatch.setenv("CC", given)
+        assert kernel_library.__wrapped__() is None
+    named = [command[: command.index("-std=gnu17")] for command in asked]
+    assert named == [["gcc", "-m64"], [str(program)], ["cc"], ["cc"]]
+
+
+FORKED = """
+import os, sys
+import onnxruntime
+from fora_trt.engines.onnxruntime.weighted_sum import kernel_library
+library = kernel_library()
+child = os.fork()
+if not child:
+    sys.exit()
+os.waitpid(child, 0)
+onnxruntime.SessionOptions().register_custom_ops_library(str(library))
+"""
+
+
+def test_the_kernel_outlives_a_fork_that_ends_first() -> None:
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
 
 
 def test_a_folded_full_graph_uses_it_and_its_bundle_does_not_change(optimized: dict[str, Bundle]) -> None:

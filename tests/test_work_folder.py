@@ -117,7 +117,7 @@ def test_a_damaged_part_is_a_sentence(keep: int, tmp_path: Path) -> None:
 
 def test_half_a_part_is_none_and_is_removed(tmp_path: Path) -> None:
     filled(tmp_path)
-    (tmp_path / PARTS / ".000002.npz.x1y2z3").write_bytes(b"PK")
+    (tmp_path / PARTS / ".000002.npz.fora-new").write_bytes(b"PK")
     with work_folder(tmp_path, Settings(), resume=True) as work:
         assert not work.has(2)
     assert [path.name for path in sorted((tmp_path / PARTS).iterdir())] == ["000000.npz", "000001.npz"]

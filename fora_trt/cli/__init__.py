@@ -5,6 +5,14 @@ No other package turns errors into exit codes or writes to the terminal.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
+from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import click
@@ -23,15 +31,75 @@ from fora_trt.cli.sample import sample
 from fora_trt.cli.verify import verify
 from fora_trt.errors import ForaError
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C or SIGTERM."""
+
+FULL = (ENOSPC, EDQUOT, EFBIG, EIO)
+"""Errors of a write that are the device's fault, or its owner's."""
+
 
 class Commands(click.Group):
-    """Prints the message of a `ForaError` and exits with 1; any other exception is a bug and shows its traceback."""
+    """Turns what ends a command into an exit code and a sentence; any other exception is a bug with a traceback.
+
+    Exit codes are 0, 1 for a `ForaError` and for output that cannot be written, 2 for wrong usage, which click finds,
+    and 130 for Ctrl-C and SIGTERM.
+    """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        _open_streams()
+        with _terminated_like_ctrl_c():
+            return super().main(*args, **kwargs)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _endings(None):
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        name = next(iter(ctx._protected_args), "")
+        with _endings(self.commands.get(name)):
             return super().invoke(ctx)
-        except ForaError as error:
-            raise click.ClickException(str(error)) from error
+
+
+@contextmanager
+def _endings(command: click.Command | None) -> Iterator[None]:
+    """Exit as the class above describes. `command` is the command that is running, if it is known."""
+    try:
+        yield
+    except ForaError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        goes_on = command is not None and any(one.name == "resume" for one in command.params)
+        kept = "; what is finished is kept: give the same command with --resume to go on" if goes_on else ""
+        click.echo(f"interrupted{kept}", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    except OSError as error:
+        if error.filename is not None or error.errno not in FULL:
+            raise  # click ends quietly after a closed pipe
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.ClickException(f"the output cannot be written: {error.strerror}; write it elsewhere") from error
+
+
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` for SIGTERM too, so that a command cleans up; unless a parent wants it ignored."""
+    if current_thread() is not main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _open_streams() -> None:
+    """Replace standard streams that are closed: else the next file that is opened gets their number and their text."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 # until the process ends
 
 
 @click.group(
@@ -41,6 +109,8 @@ class Commands(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """FORA caching for diffusion transformers: exports a full and a reuse graph and alternates their engines.
+
+    Exit codes: 0, 1 if a command failed, 2 for wrong usage, 130 after Ctrl-C or SIGTERM.
 
     \b
     Examples:

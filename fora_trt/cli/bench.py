@@ -127,28 +127,29 @@ def _measured(benchmark: Benchmark, batch_sizes: tuple[int, ...], repeats: int, 
                 for stage in benchmark.measure(example_conditioning(benchmark.pipeline.manifest, images), repeats):
                     tell(stage)
     except KeyboardInterrupt:
+        if not benchmark.has_result:
+            raise
         return True
     return False
 
 
 def _show(found: Bench, benchmark: Benchmark, out: Path | None, as_json: bool) -> None:
-    """Write the report, and print the result."""
+    """Print the result, and write the report."""
     from fora_trt.report.environment import environment
     from fora_trt.report.page import write_report
     from fora_trt.report.results import About
     from fora_trt.report.tables import bench_tables
 
-    report = None
-    if out is not None:
-        report = write_report(out, About.of(benchmark.pipeline.bundle), environment(), bench=found)
     if as_json:
         click.echo(found.model_dump_json())
-        return
-    for one in bench_tables(found):
-        print_found(one)
-    for missing in found.absent:
-        click.echo(f"{missing.backend}: {missing.why}")
-    for note in found.notes:
-        click.echo(note)
-    if out is not None and report is not None:
-        click.echo(f"{report.recommendation}\nwrote {out / 'report.html'}")
+    else:
+        for one in bench_tables(found):
+            print_found(one)
+        for missing in found.absent:
+            click.echo(f"{missing.backend}: {missing.why}")
+        for note in found.notes:
+            click.echo(note)
+    if out is not None:  # last: it may fail where the disk is full
+        report = write_report(out, About.of(benchmark.pipeline.bundle), environment(), bench=found)
+        if not as_json:
+            click.echo(f"{report.recommendation}\nwrote {out / 'report.html'}")

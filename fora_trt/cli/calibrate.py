@@ -26,6 +26,7 @@ from fora_trt.cli.options import (
     pipeline_of,
 )
 from fora_trt.cli.terminal import new_table, print_table, status
+from fora_trt.errors import InputError
 
 if TYPE_CHECKING:
     from fora_trt.evaluate.calibrate import Calibrated, Calibration
@@ -81,6 +82,7 @@ def calibrate(
     """
     pipeline = pipeline_of(bundle, as_json, **settings)
     from fora_trt.evaluate.calibrate import Calibration, Wanted, read_trials, trials_file
+    from fora_trt.files import only_writer
     from fora_trt.images.save import writable_file
 
     if output.suffix != ".json":
@@ -89,11 +91,12 @@ def calibrate(
     asked = Wanted(images=num_images, seed=seed, **goal)
     given = conditioning_in_turn(pipeline, wanted, 2 * num_images)
     identity = _identity(pipeline, asked, given.digest(), settings)
-    calibration = Calibration(pipeline, given, asked, read_trials(trials_file(output), identity))
-    found = _found(calibration, trials_file(output), identity, as_json)
-    calibration.write(output, found)
-    if not found.interrupted:
-        trials_file(output).unlink(missing_ok=True)
+    with only_writer(output, InputError):  # of the trials too
+        calibration = Calibration(pipeline, given, asked, read_trials(trials_file(output), identity))
+        found = _found(calibration, trials_file(output), identity, as_json)
+        calibration.write(output, found)
+        if not found.interrupted:
+            trials_file(output).unlink(missing_ok=True)
     if as_json:
         click.echo(json.dumps({"output": str(output), **found.model_dump(mode="json")}))
     else:
@@ -130,6 +133,8 @@ def _found(calibration: Calibration, trials: Path, identity: dict[str, Any], qui
             return calibration.result(tell)
     except KeyboardInterrupt:
         write_trials(trials, identity, calibration.trials.known)
+        if calibration.best is None:
+            raise
         return calibration.so_far()
 
 

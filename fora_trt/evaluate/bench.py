@@ -204,9 +204,17 @@ class Benchmark:
         schedule = row.setting.schedule if row.sampler.schedule.depth > 1 else usual
         return row.target.backend, str(row.target.pipeline.device), images, schedule
 
+    @property
+    def has_result(self) -> bool:
+        """Whether a row was timed."""
+        return bool(self._timed()) and self._peaks is not None
+
+    def _timed(self) -> list[tuple[int, Timing]]:
+        return [(images, row) for images, rows in self.rows.items() for row in rows if row.trajectories]
+
     def result(self, interrupted: bool = False) -> Bench:
         """The results so far, without rows that have no timed run. Raises `BackendError` if there is none."""
-        timed = [(images, row) for images, rows in self.rows.items() for row in rows if row.trajectories]
+        timed = self._timed()
         if not timed or self._peaks is None:
             raise BackendError("the benchmark was interrupted before the first measurement; run it again")
         roofline, peaks = Roofline(self.pipeline.bundle), self._peaks

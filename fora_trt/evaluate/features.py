@@ -5,7 +5,7 @@ Shapes: B pictures (B, H, W, C), integers from 0 to 255; features (B, D).
 
 from __future__ import annotations
 
-import tempfile
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,12 +82,12 @@ class Inception(Extractor):
         tensors = _inception_tensors(weights)
         self.digest, self._device = sha256_of(weights), device
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                ours = Path(folder, "inception.pth")  # a safe copy: torch-fidelity would run code in a pickle file
-                torch.save(tensors, ours)
-                self._model = network(
-                    "inception-v3-compat", [INCEPTION_LAYER], feature_extractor_weights_path=str(ours)
-                )
+            # a safe copy, in memory: torch-fidelity would run code in a pickle file
+            with os.fdopen(os.memfd_create("inception.pth"), "wb") as file:
+                torch.save(tensors, file)
+                file.flush()
+                ours = f"/proc/self/fd/{file.fileno()}"
+                self._model = network("inception-v3-compat", [INCEPTION_LAYER], feature_extractor_weights_path=ours)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{weights} does not fit the InceptionV3 of torch-fidelity: {reason}") from error

@@ -115,7 +115,6 @@ def measure_quality(
         plans=tuple(one.sampling.schedule.digest() for one in candidates),
     )
     with work_folder(folder / WORK, settings, resume) as work:
-        _remove_halves(work.folder)
         if (work.folder / FINISHED).is_file():
             work.clear()  # parts are still there if the run was interrupted at this point
             return _read(work.folder / FINISHED)
@@ -168,12 +167,6 @@ def _solution(pipeline: Pipeline, options: QualityOptions) -> Sampling:
             f"the fine solution has {steps} steps; give more than the {max(options.steps)} steps of the settings"
         )
     return pipeline.uncached(fine_solver(pipeline.bundle.scheduler_config), steps)
-
-
-def _remove_halves(folder: Path) -> None:
-    """Remove incomplete files of a killed process."""
-    for half in (*folder.glob(".*.npz.*"), *folder.glob(".*.json.*")):
-        half.unlink()
 
 
 def _write(found: Quality, path: Path) -> None:

@@ -102,8 +102,6 @@ class SampleSet:
         Raises `InputError` for a folder that is not empty (without `resume`) or was made with other settings.
         """
         with work_folder(self.folder, self.settings, resume) as work:
-            for left in (*self.folder.glob(".*.png.*"), *self.folder.glob(f".{self.archive.name}.*")):
-                left.unlink()  # an incomplete file of a killed process
             if not self.archive.is_file():
                 batches = self._batches()
                 for number, images in watch(batches):

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from fora_trt.errors import InputError
-from fora_trt.files import Record, write_whole
+from fora_trt.files import Record, clear_unfinished, write_whole
 from fora_trt.untrusted import read_npz
 
 SETTINGS, PARTS, LOCK = "settings.json", "parts", ".lock"
@@ -86,8 +86,8 @@ def work_folder(folder: Path, settings: Record, resume: bool, beside: tuple[str,
             text = settings.model_dump_json(indent=2) + "\n"
             write_whole(path, lambda file: file.write(text.encode()))
         (folder / PARTS).mkdir(exist_ok=True)
-        for left in (folder / PARTS).glob(".*"):  # an incomplete part of a killed process
-            left.unlink()
+        for place in (folder, folder / PARTS):
+            clear_unfinished(place)
         yield WorkFolder(folder)
     except BaseException:
         own = {path, folder / PARTS}

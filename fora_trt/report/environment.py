@@ -50,10 +50,10 @@ def _commit() -> str | None:
         return None
     git = ["git", "-C", str(root)]
     try:
-        run = partial(subprocess.run, capture_output=True, text=True, check=True)
+        run = partial(subprocess.run, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=10)
         commit = run([*git, "rev-parse", "HEAD"]).stdout.strip()
         sources = [".", ":!benchmarks/results"]  # a new result file does not change the measured code
         changed = run([*git, "status", "--porcelain", "-uno", "--", *sources]).stdout
-    except (OSError, subprocess.CalledProcessError):  # git is missing, or another user owns the folder
+    except (OSError, subprocess.SubprocessError):  # git is missing or slow, or another user owns the folder
         return None
     return f"{commit}{' with changes' if changed else ''}"

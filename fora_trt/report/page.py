@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 from filelock import FileLock
 
 from fora_trt.errors import InputError
-from fora_trt.files import read_manifest, sealed, write_whole
+from fora_trt.files import beside, read_manifest, sealed
 from fora_trt.images.save import writable_file
 from fora_trt.metrics import METRICS, SOLUTION_PSNR
 from fora_trt.report.advice import Advice, advice_of, recommendation
@@ -40,6 +41,9 @@ REPORT_NAMES = (JSON, CSV, HTML, *PLOTS, GRID, WORK)
 
 Part = Literal["bench", "quality"]
 _AGAIN = {"bench": "--force to measure it again", "quality": "--resume to continue it"}
+ROOM = 4 << 20
+"""Bytes that a report may take; a usual one has less than one MiB."""
+
 _NEEDED = ("matplotlib", "jinja2")
 
 
@@ -53,17 +57,39 @@ def check_report_folder(folder: Path, part: Part, about: About, replace: bool = 
         raise InputError(f"{folder} is a file; give a folder for the report")
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     writable_file(nearest / JSON)
+    _check_room(nearest)
     there = read_report(folder)
     if there is not None:
         _check_same(folder, there.about, about)
+        mended = "" if _is_whole(folder) else f", from which {HTML} and the plots are written now"
+        if mended:  # the disk was full, or the process killed
+            _write_files(folder, there)
         if getattr(there, part) is not None and not replace:
             raise InputError(
-                f"{folder} already contains the {part} part of a report of {there.about.name}; give {_AGAIN[part]}"
+                f"{folder} already contains the {part} part of a report of {there.about.name}{mended}; "
+                f"give {_AGAIN[part]}"
             )
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     strange = [name for name in found if name not in REPORT_NAMES and not name.startswith(".")]
     if strange and not replace:
         raise InputError(f"{folder} contains {strange[0]}, which is not a file of a report; give another folder")
+
+
+def _check_room(folder: Path) -> None:
+    try:
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
+    except OSError as error:
+        raise InputError(
+            f"a report needs {ROOM >> 20} MiB in {folder}, which cannot be written ({error.strerror}); make room, or "
+            "give another folder"
+        ) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the page, which is written last, is of the same results as the JSON file, which is written first."""
+    page = folder / HTML
+    return page.exists() and page.stat().st_mtime_ns >= (folder / JSON).stat().st_mtime_ns
 
 
 def check_installed() -> None:
@@ -129,7 +155,15 @@ def _write_files(folder: Path, report: Report) -> None:
     """Write JSON and CSV first: the results are complete even if plotting fails."""
 
     def write(name: str, content: bytes) -> None:
-        write_whole(folder / name, lambda file: file.write(content))
+        try:
+            with beside(folder / name) as file:
+                file.write(content)
+        except OSError as error:
+            again = "quality --resume" if name == JSON else "the same command, quality with --resume,"
+            raise InputError(
+                f"{folder / name} cannot be written: {error.strerror or error}; make room; {again} writes the report "
+                "without measuring again"
+            ) from error
 
     write(JSON, sealed(report.model_dump(mode="json")).encode())
     write(CSV, as_csv(report).encode())

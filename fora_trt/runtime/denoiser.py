@@ -35,6 +35,7 @@ from fora_trt.engines.options import EngineOptions
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.plan import Plan, depth_of, rows_of
 from fora_trt.presets import usual_text
+from fora_trt.runtime.access import Access
 from fora_trt.runtime.layout import Layout, within
 from fora_trt.runtime.precomputed import PrecomputedConditioning
 from fora_trt.runtime.step_by_step import StepByStep
@@ -135,15 +136,16 @@ class Denoiser(StepByStep):
         batches: Sequence[int],
     ) -> EngineRun:
         """Announce a trajectory like `begin`, with a layout: that of the whole plan and that of the steps to come."""
-        if self.run is not None:
-            self.run.ended = True
-        rows = max(whole.rows, self.engines[FULL].shortest_window) if self.folds else 0
-        if self.precomputed is not None:
-            self.precomputed.begin(timesteps, layout, conditioning, max(batches), rows)
-        window = self._windows.prepared(whole, rows, batches)
-        window.begin(layout)
-        self.run = EngineRun(window, self.precomputed, layout, plan, whole)
-        return self.run
+        with self.access.alone():
+            if self.run is not None:
+                self.run.ended = True
+            rows = max(whole.rows, self.engines[FULL].shortest_window) if self.folds else 0
+            if self.precomputed is not None:
+                self.precomputed.begin(timesteps, layout, conditioning, max(batches), rows)
+            window = self._windows.prepared(whole, rows, batches)
+            window.begin(layout)
+            self.run = EngineRun(window, self.precomputed, layout, plan, whole, self.access)
+            return self.run
 
     @property
     def window(self) -> Window | None:
@@ -200,8 +202,8 @@ class Denoiser(StepByStep):
 class EngineRun:
     """An announced trajectory: its window, its conditioning, and where each of its steps finds what it reads.
 
-    `whole` is the layout of the whole plan, `layout` that of the steps of the run. `ended` says that another trajectory
-    has begun on the same buffers.
+    `whole` is the layout of the whole plan, `layout` that of the steps of the run. `ended` says that another
+    trajectory has begun on the same buffers.
     """
 
     window: Window
@@ -209,6 +211,7 @@ class EngineRun:
     layout: Layout
     plan: Plan
     whole: Layout
+    access: Access
     ended: bool = False
 
     @property
@@ -226,13 +229,16 @@ class EngineRun:
 
         Raises `InputError` if another trajectory has begun.
         """
-        if self.ended:
-            raise InputError("another trajectory has begun on this denoiser; a denoiser runs one trajectory at a time")
-        self.window.prepare(batch)
-        self.window.select(step)
-        if self.precomputed is not None:
-            self.precomputed.select(step)
-        return EngineStep(self, step)
+        with self.access.alone():
+            if self.ended:
+                raise InputError(
+                    "another trajectory has begun on this denoiser; a denoiser runs one trajectory at a time"
+                )
+            self.window.prepare(batch)
+            self.window.select(step)
+            if self.precomputed is not None:
+                self.precomputed.select(step)
+            return EngineStep(self, step)
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,12 @@ class EngineStep:
 
     def predict(self, offset: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
         """Run the engine for an offset in the window; return the prediction, which is a buffer of the window."""
+        with self.run.access.alone():
+            return self._predict(offset, latents, timestep, conditioning)
+
+    def _predict(
+        self, offset: int, latents: Tensor, timestep: Tensor | float, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
         window, precomputed = self.run.window, self.run.precomputed
         buffers = window.buffers.tensors
         buffers[LATENTS].copy_(latents)

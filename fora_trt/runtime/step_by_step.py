@@ -10,14 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from warnings import warn
 
 import torch
 from torch import Tensor
 
 from fora_trt.bundle import Manifest
-from fora_trt.errors import ScheduleError
+from fora_trt.errors import BusyError, ScheduleError
 from fora_trt.plan import Plan, adapted
+from fora_trt.runtime.access import Access
 from fora_trt.runtime.inputs import check_latents, completed_inputs
 from fora_trt.runtime.interface import Run
 from fora_trt.schedule import Schedule
@@ -49,6 +51,8 @@ class StepByStep(ABC):
         self._step = 0
         self._timesteps: Tensor | None = None
         self._followed: _Followed | None = None
+        self.access = Access()
+        self._thread = 0  # of the trajectory at hand
 
     @abstractmethod
     def begin(
@@ -94,8 +98,19 @@ class StepByStep(ABC):
 
         `latents` is (B, C, H, W), `timestep` a scalar or (B,), `conditioning` the model's other inputs by name
         (`class_labels`, (B,)). The result is a buffer of the denoiser, valid until the next call.
-        Raises `ScheduleError` past the end of the schedule, `InputError` for inputs that the graphs do not take.
+        Raises `ScheduleError` past the end of the schedule, `InputError` for inputs that the graphs do not take,
+        `BusyError` in a thread or process other than that of the trajectory.
         """
+        with self.access.alone():
+            return self._next(latents, timestep, conditioning)
+
+    def _next(self, latents: Tensor, timestep: Tensor | float, conditioning: Mapping[str, Tensor]) -> Tensor:
+        if self._step and self._thread != get_ident():
+            raise BusyError(
+                f"another thread has run step {self._step} of a trajectory on this denoiser; load one for each thread, "
+                "or call reset() before a trajectory, and begin none before the last is done"
+            )
+        self._thread = get_ident()
         if self.finished:
             raise ScheduleError(
                 f"all {self.schedule.steps} steps of the schedule are done; call reset() before the next trajectory"
@@ -120,6 +135,10 @@ class StepByStep(ABC):
         `timesteps` (S,) are the timesteps of the coming calls. A bundle with folded sums needs them; without them every
         step runs in full.
         """
+        with self.access.alone():
+            self._reset(schedule, timesteps)
+
+    def _reset(self, schedule: Schedule | None, timesteps: Tensor | None) -> None:
         self._schedule = self._schedule if schedule is None else self._checked(schedule)
         self._timesteps = None if timesteps is None else torch.as_tensor(timesteps).cpu().float()
         if self._timesteps is not None and self._timesteps.shape != (self.schedule.steps,):

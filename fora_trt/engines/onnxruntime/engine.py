@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import onnx_ir as ir
 import onnxruntime
@@ -210,7 +211,14 @@ def _for_cpu(bundle: Bundle, graph: str, options: Any) -> Any:
     path, outputs = bundle.graph_path(graph), bundle.manifest.graphs[graph].outputs
     model = ir.load(path)
     changed = SeparateProjectionsPass()(model).modified
-    library = kernel_library() if any(output.shape[0] == WINDOW for output in outputs) else None
+    folds = any(output.shape[0] == WINDOW for output in outputs)
+    library = kernel_library() if folds else None
+    if folds and library is None:
+        warn(
+            "the C compiler (cc, or the one that the variable CC names) makes no kernel that works here; folded sums "
+            "take operators of onnxruntime, which are slower",
+            stacklevel=2,
+        )
     if library is not None and FuseWeightedSumsPass()(model).modified:
         options.register_custom_ops_library(str(library))
         AccumulateSumsPass()(model)

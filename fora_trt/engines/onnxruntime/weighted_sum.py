@@ -6,12 +6,13 @@ feature once. It is compiled for this machine at first use; without a C compiler
 
 from __future__ import annotations
 
-import atexit
 import os
 import shlex
+import shutil
+import signal
 import subprocess
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import as_file, files
@@ -36,26 +37,47 @@ MOST_JOINED = 32
 OPTIONS = ("-std=gnu17", "-O3", "-march=native", "-shared", "-fPIC")
 
 
+COMPILING = 60.0
+"""Seconds after which a compiler is ended; a compilation takes one to ten."""
+
+
 @cache
 def kernel_library() -> Path | None:
     """Compile the kernel once per process and return its path; None if it cannot be compiled or loaded.
 
-    The compiler is `cc`, or the value of the environment variable `CC`.
+    The compiler is `cc`, or the value of the environment variable `CC`: a program, also with options. The library is a
+    file in memory: it needs no folder, processes that are forked later have it too, and nothing is left to remove.
     """
     import onnxruntime  # not at the top: other backends use the pass without onnxruntime
 
-    folder = tempfile.TemporaryDirectory(prefix="fora-trt-")
-    atexit.register(folder.cleanup)
-    library = Path(folder.name) / "weighted_sum.so"
-    compiler = shlex.split(os.environ.get("CC") or "cc")
     try:
+        handle = os.memfd_create("weighted_sum.so")
         with as_file(files("fora_trt.engines.onnxruntime") / "weighted_sum.c") as source:
-            command = [*compiler, *OPTIONS, "-o", str(library), str(source)]
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            _run([*_compiler(), *OPTIONS, "-o", f"/proc/{os.getpid()}/fd/{handle}", str(source)])
+        library = Path(f"/proc/self/fd/{handle}")
         onnxruntime.SessionOptions().register_custom_ops_library(str(library))
-    except Exception:  # no compiler, one that does not support these options, or a folder mounted noexec
+    except Exception:  # no compiler, one that does not support these options, or one that makes something else
         return None
     return library
+
+
+def _compiler() -> list[str]:
+    given = os.environ.get("CC", "")
+    return [given] if shutil.which(given) else shlex.split(given) or ["cc"]
+
+
+def _run(command: Sequence[str]) -> None:
+    """Run a compiler, whose output is of no use here; if it fails or hangs, the processes that it started end too."""
+    nothing = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+    try:
+        if status := process.wait(COMPILING):
+            raise subprocess.CalledProcessError(status, command)
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
 
 
 class FuseWeightedSumsPass(InPlacePass):

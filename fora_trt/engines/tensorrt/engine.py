@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +24,7 @@ from fora_trt.engines.tensorrt.library import Gpu, Library, gpu_of, library_from
 from fora_trt.engines.tensorrt.plan_builder import CONDITIONING_ROWS, WINDOWS, Profile
 from fora_trt.engines.tensorrt.plan_store import PlanSet, plans_for
 from fora_trt.errors import BackendError, InputError
+from fora_trt.files import beside
 
 ALIGNMENT = 256  # bytes, of scratch memory
 
@@ -81,13 +81,8 @@ class KernelCache:
             self._saved = digest
 
     def _write(self, content: bytes) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        with suppress(OSError):  # such as a folder without write permission
-            try:
-                temporary.write_bytes(content)
-                temporary.replace(self._path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with suppress(OSError), beside(self._path) as file:  # such as a folder without write permission
+            file.write(content)
 
 
 @dataclass(eq=False)

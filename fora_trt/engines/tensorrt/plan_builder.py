@@ -15,7 +15,7 @@ from fora_trt.contract import CONDITIONING, FULL_CONDITIONING, TensorSpec
 from fora_trt.engines.options import Progress
 from fora_trt.engines.tensorrt.library import Library
 from fora_trt.errors import PlanError
-from fora_trt.files import Record
+from fora_trt.files import Record, beside
 
 
 class Profile(Record):
@@ -114,7 +114,8 @@ def plan_from_onnx(
     if not done:
         raise PlanError(f"{library.backend} could not build {onnx}: {log.reason()}")
     if timing_cache is not None:
-        _save_timing_cache(config, timing_cache)
+        with beside(timing_cache) as file:
+            file.write(config.get_timing_cache().serialize())
     return BuiltPlan(_fused_among(names, log.layers), time.perf_counter() - began)
 
 
@@ -167,15 +168,6 @@ def _use_timing_cache(trt: Any, config: Any, path: Path) -> None:
     content = path.read_bytes() if path.is_file() else b""
     if not config.set_timing_cache(config.create_timing_cache(content), False):
         config.set_timing_cache(config.create_timing_cache(b""), False)
-
-
-def _save_timing_cache(config: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(config.get_timing_cache().serialize())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from fora_trt.files import (
     FileRecord,
     Record,
     check_files,
+    clear_unfinished,
     read_manifest,
     record_of,
     staging,
@@ -161,10 +161,9 @@ def build_plans(
         return found, True
     cache = timing_cache or (None if target.library.is_rtx else engines / f"{target.prefix}.timing-cache")
     with _only_builder(engines, report):
+        clear_unfinished(folder.parent)  # of builds with other options too
         if folder.exists() and not force:
             return open_plans(folder, bundle, target.library), True
-        for left in folder.parent.glob(f".{folder.name}.*"):  # temporary folders of builds that were killed
-            shutil.rmtree(left, ignore_errors=True)
         with staging(folder, force, "set of plans", PlanError) as staged:
             plans: dict[str, PlanRecord] = {}
             for number, (name, graph) in enumerate(bundle.manifest.graphs.items()):
