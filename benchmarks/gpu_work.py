@@ -33,6 +33,7 @@ from fora_trt.bundle import Bundle, GraphError
 from fora_trt.engines.options import EngineOptions
 from fora_trt.errors import ForaError, first_line
 from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.evaluate.export_check import GraphCheck
 from fora_trt.evaluate.peak_memory import PeakMemory, release
 from fora_trt.evaluate.peaks import measure_peaks
 from fora_trt.evaluate.targets import predictor_of
@@ -91,7 +92,11 @@ def bundle_of(exported: Exported, work: Path) -> Bundle:
         size = None if exported.image_size is None else (exported.image_size, exported.image_size)
         model = model_from_source(SourceOptions(source=exported.source, image_size=size), exported.precision)
         return bundle_from_model(
-            model, folder, optimization=exported.optimization, report=lambda stage: print(stage, flush=True)
+            model,
+            folder,
+            check=GraphCheck(),
+            optimization=exported.optimization,
+            report=lambda stage: print(stage, flush=True),
         )
 
 

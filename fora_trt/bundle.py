@@ -70,7 +70,9 @@ class GraphError:
         difference = (measured.double() - reference.double()).abs().max().item()
         largest = reference.double().abs().max().item()
         finite = difference == difference
-        return cls(difference if finite else float("inf"), difference / largest if finite and largest else float("inf"))
+        if not finite:
+            return cls(float("inf"), float("inf"))
+        return cls(difference, difference / largest if largest else (0.0 if difference == 0 else float("inf")))
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Manifest(Record):
     schedule: str | None = None
     files: dict[str, FileRecord]
     measured_error: dict[str, GraphError] | None
+    measured_on: str | None = None
     trajectory_error: TrajectoryError | None = None
 
     @model_validator(mode="after")

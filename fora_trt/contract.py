@@ -43,6 +43,20 @@ def of_window(name: str) -> str:
     return f"{WINDOW}.{name}"
 
 
+DTYPES = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "float64": "DOUBLE",
+    "int64": "INT64",
+    "int32": "INT32",
+    "int16": "INT16",
+    "int8": "INT8",
+    "uint8": "UINT8",
+    "bool": "BOOL",
+}
+"""The dtypes that graph inputs and outputs can have: name in torch -> name in ONNX."""
+
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precision of a graph -> dtype of its weights, its cache sites' arithmetic and its features."""
 
@@ -71,6 +85,16 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if self.role == "conditioning":
             object.__setattr__(self, "role", ROLES_OF_NAMES.get(self.name, self.role))
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether the values are floating-point numbers."""
+        return "float" in self.dtype
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the values are integers; bool is none."""
+        return "int" in self.dtype
 
     @property
     def is_of_window(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from fora_trt.contract import BATCH, WINDOW, TensorSpec
+from fora_trt.contract import BATCH, DTYPES, WINDOW, TensorSpec
 from fora_trt.untrusted import UNSAFE, shown
 
 OPERATORS = frozenset(
@@ -36,9 +36,6 @@ graph passes. Control flow, sequences, text, random numbers, detection and losse
 
 DOMAINS = ("", "ai.onnx")
 """The standard domain of ONNX, under both of its names."""
-
-DTYPES = frozenset(["bool", "int8", "int16", "int32", "int64", "uint8", "float16", "bfloat16", "float32", "float64"])
-"""Dtypes of graph inputs and outputs."""
 
 MOST_BYTES = 2**28
 """Largest graph file in bytes; weights lie in other files."""
@@ -179,7 +176,7 @@ def _in_onnx(edge: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]
 
 def dtype_of(name: str) -> str:
     """The dtype as torch spells it, for ONNX's name of a dtype."""
-    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(name, name.lower())
+    return {in_onnx: in_torch for in_torch, in_onnx in DTYPES.items()}.get(name, name.lower())
 
 
 def _check_sizes(model: onnx.ModelProto) -> None:

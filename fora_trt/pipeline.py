@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -27,6 +28,7 @@ from fora_trt.errors import InputError
 from fora_trt.images.decode import Decoder
 from fora_trt.presets import usual_text
 from fora_trt.runtime.denoiser import Denoiser
+from fora_trt.runtime.inputs import integer_of
 from fora_trt.runtime.interface import Predictor
 from fora_trt.sampling.conditioning import Conditioning, usual_guidance_scale
 from fora_trt.sampling.guidance import Guidance
@@ -79,8 +81,14 @@ class PipelineConfig:
         given = self.schedule and with_forecast(self.schedule, forecast)
         if given or cache_interval is not None or forecast is not None:
             object.__setattr__(self, "schedule", given or usual_text(cache_interval, forecast))
-        if self.batch_size < 1:
-            raise InputError(f"the batch size is {self.batch_size}; at least 1 is needed")
+        integer_of("the batch size", self.batch_size, 1)
+        scale, interval = self.guidance_scale, self.guidance_interval
+        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, Real)):
+            raise InputError(f"guidance_scale is {scale!r}; a number is needed")
+        if interval is not None and not (isinstance(interval, tuple | list) and len(interval) == 2):
+            raise InputError(f"guidance_interval is {interval!r}; give the first step and the step after the last")
+        for step in interval or ():
+            integer_of("a step of the guidance interval", step, 0)
 
 
 @dataclass
@@ -211,6 +219,7 @@ class Pipeline:
         seed: int,
         watch: Watch,
     ) -> PipelineOutput:
+        integer_of("the seed", seed, 0)
         sampling = self.sampling(steps)
         given = self.conditioning(class_labels, prompt, negative_prompt, conditioning, num_images)
         guidance, batch_size = self.guidance(given, sampling), self.config.batch_size
@@ -303,6 +312,8 @@ class Pipeline:
             if class_labels is not None or prompt or negative_prompt or num_images is not None:
                 raise InputError("the conditioning contains the inputs of all images; leave the other inputs out")
             return conditioning
+        if num_images is not None:
+            integer_of("num_images", num_images, 1)
         prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
         file = None if conditioning is None else Path(conditioning)
         return conditioning_of(self.manifest, class_labels, prompts, negative_prompt, file, num_images, self.device)

@@ -184,7 +184,7 @@ class Schedule:
             return cls.from_text(text, OPEN_STEPS)  # raises
         raise ScheduleError(
             f"the schedule {text!r} needs the number of steps; give Schedule.from_text({text!r}, steps), or "
-            "as_transformer(pipe.scheduler) in a diffusers pipeline"
+            "as_transformer(pipe) in a diffusers pipeline"
         )
 
     def with_forecast(self, order: int) -> Schedule:

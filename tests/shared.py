@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from fora_trt.bundle import Bundle
 from fora_trt.contract import OPTIMIZATIONS, Optimization
+from fora_trt.evaluate.export_check import GraphCheck
 from fora_trt.export import write
 from fora_trt.export.traced import TracedModel, traced_from_model
 from fora_trt.export.write import bundle_from_model, weights_digest
@@ -65,7 +66,7 @@ def bundles_once(folder: Path, name: str, load: Callable[[], Model]) -> dict[Opt
         model = load()
         with one_trace_for_all():
             for level in OPTIMIZATIONS:
-                bundle_from_model(model, unfinished / level / name, optimization=level)
+                bundle_from_model(model, unfinished / level / name, optimization=level, check=GraphCheck())
 
     made_once(folder, make)
     return {level: Bundle.read(folder / level / name) for level in OPTIMIZATIONS}
@@ -76,6 +77,6 @@ def bundle_once(folder: Path, load: Callable[[], Model]) -> Bundle:
 
     def make(unfinished: Path) -> None:
         with one_trace_for_all():
-            bundle_from_model(load(), unfinished)
+            bundle_from_model(load(), unfinished, check=GraphCheck())
 
     return Bundle.read(made_once(folder, make))

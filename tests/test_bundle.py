@@ -7,6 +7,7 @@ import pytest
 
 from fora_trt.bundle import Bundle
 from fora_trt.errors import BundleError, ExportError
+from fora_trt.evaluate.export_check import GraphCheck
 from fora_trt.export.write import bundle_from_model
 from fora_trt.files import record_of, staging
 from fora_trt.models.sources import model_from_source
@@ -120,7 +121,7 @@ def test_a_bundle_records_where_it_came_from(exported: Bundle, pipeline_folder: 
 def test_two_exports_of_one_checkpoint_are_the_same_files(
     optimized: dict[str, Bundle], pipeline_folder: Path, tmp_path: Path
 ) -> None:
-    again = bundle_from_model(model_from_source(str(pipeline_folder)), tmp_path / "tiny")
+    again = bundle_from_model(model_from_source(str(pipeline_folder)), tmp_path / "tiny", check=GraphCheck())
     assert again.manifest.files == optimized["fold"].manifest.files
 
 
@@ -140,7 +141,9 @@ def test_a_failed_export_leaves_the_old_bundle_and_nothing_else(
             raise failure
 
     with pytest.raises(failure):
-        bundle_from_model(model_from_source(str(pipeline_folder)), bundle_copy, force=True, report=fail)
+        bundle_from_model(
+            model_from_source(str(pipeline_folder)), bundle_copy, force=True, report=fail, check=GraphCheck()
+        )
     assert {path.name: path.read_bytes() for path in bundle_copy.iterdir()} == before
     assert names_in(bundle_copy.parent) == ["tiny"]
 

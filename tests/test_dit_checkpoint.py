@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from fora_trt.bundle import Bundle
 from fora_trt.contract import Part
 from fora_trt.errors import ModelError
+from fora_trt.evaluate.export_check import GraphCheck
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.sources import model_from_source
@@ -137,7 +138,7 @@ def test_sit_integrates_its_velocity_as_the_authors_do(state: dict[str, torch.Te
     """Euler and Heun from t = 0 (noise) to 1 (image) in steps of one length, velocity taken as it is."""
     torch.save(state, tmp_path / "SiT-small.pt")
     model = opened(tmp_path / "SiT-small.pt")
-    bundle = bundle_from_model(model, tmp_path / "export" / "sit")
+    bundle = bundle_from_model(model, tmp_path / "export" / "sit", check=GraphCheck())
     assert not bundle.manifest.latents.learned_sigma
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     steps, x, y = 8, noise.clone(), torch.tensor([1, 7])

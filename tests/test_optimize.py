@@ -18,11 +18,14 @@ from fora_trt import Denoiser, InputSpec, ModelSpec, Schedule, TensorSpec, load
 from fora_trt.bundle import Bundle, GraphError, GraphRecord
 from fora_trt.cli import main
 from fora_trt.contract import Optimization, Role
-from fora_trt.errors import ScheduleError
+from fora_trt.errors import ExportError, ScheduleError
+from fora_trt.evaluate.export_check import GraphCheck
 from fora_trt.evaluate.verify import compare_with_pytorch
+from fora_trt.export.check import Measured
 from fora_trt.export.traced import TracedModel
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
+from fora_trt.models.spec import Model
 from fora_trt.pipeline import Pipeline
 from fora_trt.sampling.conditioning import conditioning_of_classes, example_conditioning
 from fora_trt.sampling.guidance import Guidance
@@ -415,7 +418,7 @@ def test_a_network_never_seen_goes_as_far_as_it_can(
     vars(importlib.import_module(f"net_{how}"))["made"] = (module, spec)
     told: list[str] = []
     model = model_from_source(f"net_{how}:make")
-    bundle = bundle_from_model(model, tmp_path / "own", report=told.append)
+    bundle = bundle_from_model(model, tmp_path / "own", report=told.append, check=GraphCheck())
     assert bundle.manifest.optimization == reached
     assert (f"Mixed supports --optimize {reached} at most" in told) == (reached != "fold")
     if folded is not None:
@@ -428,7 +431,7 @@ def test_a_network_never_seen_goes_as_far_as_it_can(
             [*compare_with_pytorch(pipeline_of(bundle), ["fora:3,forecast=2"])]
         vars(importlib.import_module(f"net_{how}"))["made"] = (Mixed(how), spec)  # the first one has hooks by now
         again = model_from_source(f"net_{how}:make")
-        bundle = bundle_from_model(again, tmp_path / "conditioning", optimization="conditioning")
+        bundle = bundle_from_model(again, tmp_path / "conditioning", optimization="conditioning", check=GraphCheck())
     (*_, forecast) = compare_with_pytorch(pipeline_of(bundle), ["fora:3,forecast=2"])
     assert forecast.error.relative < 1e-5, forecast
 
@@ -443,15 +446,29 @@ def test_graphs_that_compute_something_else_are_not_kept(
         traces.append(traced_once(*given))
         return traces[-1]
 
-    def measured(*_: object) -> dict[str, GraphError]:
-        return {"full": GraphError(1.0, next(errors)), "reuse": GraphError(0.0, 0.0)}
+    class Checked(GraphCheck):
+        def measure(self, model: Model, bundle: Bundle) -> Measured:
+            return Measured({"full": GraphError(1.0, next(errors)), "reuse": GraphError(0.0, 0.0)}, "a backend")
+
+        def locate(self, model: Model, bundle: Bundle, graph: str) -> str:
+            return f"a node of the {graph} graph"
 
     monkeypatch.setattr("fora_trt.export.write.traced_from_model", trace)
-    monkeypatch.setattr("fora_trt.export.write.measure_errors", measured)
     told: list[str] = []
-    bundle = bundle_from_model(model_from_source(str(pipeline_folder)), tmp_path / "b", report=told.append)
+    bundle = bundle_from_model(
+        model_from_source(str(pipeline_folder)), tmp_path / "b", report=told.append, check=Checked()
+    )
     assert len(traces) == 1
     assert bundle.manifest.optimization == "none"
     assert sorted(path.name for path in bundle.folder.glob("*.onnx")) == ["full.onnx", "reuse.onnx"]
     assert "the optimized graphs differ from PyTorch by 1.0e-03; trying conditioning instead" in told
     Bundle.open(bundle.folder)
+
+    errors = iter([1e-3, 1e-3, 2e-3])
+    message = (
+        r"^c is not written: its full graph differs from PyTorch by 2\.0e-03 of the largest value on a backend, and "
+        r"the tolerance in fp32 is 1e-04; a node of the full graph$"
+    )
+    with pytest.raises(ExportError, match=message):
+        bundle_from_model(model_from_source(str(pipeline_folder)), tmp_path / "c", check=Checked())
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]

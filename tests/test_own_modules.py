@@ -315,7 +315,12 @@ def test_inputs_that_the_module_does_not_take_are_named(package: str, tmp_path: 
     assert "cannot be called with the inputs latents [2, 6, 15] float32, timestep [2] float32" in wrong
     assert "'latents' and 'timestep' are needed" in refused("timestep = {}", "time = {}")
     assert "has no upper bound; give `below` in the recipe" in refused(", below = 5", "")
-    assert "is not float32 or int64" in refused('"int64"', '"int8"')
+    assert "is not one of float32, float16" in refused('"int64"', '"complex64"')
+    assert "'class_labels' of" in (range_ := refused('"int64", below = 5', '"int8", below = 500'))
+    assert "has values from 0 to 499, which int8 does not hold" in range_
+    assert "'timestep' of" in (range_ := refused("timestep = {}", 'timestep = { dtype = "uint8" }'))
+    assert "has values from 0 to 999, which uint8 does not hold" in range_
+    assert "latents are noise, so give float32" in refused("shape = [6, 16]", 'shape = [6, 16], dtype = "int64"')
     assert "cannot be called" in refused("timestep = {}", "timestep = {}\nmore = {}")
 
 

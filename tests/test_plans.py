@@ -34,6 +34,7 @@ from fora_trt.engines.tensorrt.plan_store import (
     target_of,
 )
 from fora_trt.errors import BackendError, BundleError, PlanError
+from fora_trt.evaluate.export_check import GraphCheck
 from fora_trt.export.graphs import save_graph
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
@@ -147,7 +148,7 @@ def test_one_head_at_a_batch_of_one_builds(library: Library, target: Target, tmp
     )
     network.save_pretrained(tmp_path / "one-head")
     model = model_from_source(str(tmp_path / "one-head"), precision="fp16")
-    bundle = bundle_from_model(model, tmp_path / "export" / "one-head")
+    bundle = bundle_from_model(model, tmp_path / "export" / "one-head", check=GraphCheck())
     single, _ = build_plans(bundle, target, options((1, 1, 1)), tmp_path / "engines")
     assert [one.fused for one in single.manifest.plans["full"].attentions] == [False, False]
     several, _ = build_plans(bundle, target, options((1, 2, 4)), tmp_path / "engines")

@@ -18,7 +18,9 @@ from fora_trt.bundle import Bundle, GraphError, TrajectoryError
 from fora_trt.cli import main
 from fora_trt.contract import BATCH, WINDOW
 from fora_trt.errors import BackendError, ExportError, InputError
+from fora_trt.evaluate.export_check import GraphCheck
 from fora_trt.evaluate.verify import compare_with_pytorch, measured_trajectories
+from fora_trt.export.check import Measured
 from fora_trt.export.nodes import nodes_behind
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
@@ -108,7 +110,9 @@ def test_a_bundle_is_measured_before_it_is_sealed(pipeline_folder: Path, tmp_pat
         seen.append(sorted(path.name for path in staged.folder.iterdir()))
         return wanted
 
-    made = bundle_from_model(model_from_source(str(pipeline_folder), "fp16"), tmp_path / "half", measure=measure)
+    made = bundle_from_model(
+        model_from_source(str(pipeline_folder), "fp16"), tmp_path / "half", measure=measure, check=GraphCheck()
+    )
     assert seen == [sorted(made.manifest.files)]
     assert made.manifest.trajectory_error == wanted
     assert Bundle.open(tmp_path / "half").manifest == made.manifest
@@ -185,7 +189,7 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_bundle(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full_disk)
         with pytest.raises(ExportError, match=r"half failed \(No space left on device\); nothing was changed"):
-            bundle_from_model(model_from_source(str(pipeline_folder), "fp16"), old, force=True)
+            bundle_from_model(model_from_source(str(pipeline_folder), "fp16"), old, force=True, check=GraphCheck())
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
     assert [path.name for path in old.parent.iterdir()] == ["half"]
 
@@ -258,11 +262,20 @@ def overflowing(folder: Path, precision: str) -> Model:
     return model
 
 
+class Unchecked(GraphCheck):
+    """Passes any bundle."""
+
+    def measure(self, model: Model, bundle: Bundle) -> Measured:
+        return Measured({"full": GraphError(0.0, 0.0)}, "nothing")
+
+
 @pytest.mark.usefixtures("one_trace")
 def test_overflow_names_the_first_tensor_that_is_not_finite(
     two_blocks: Path, pipeline_folder: Path, tmp_path: Path
 ) -> None:
-    bundle = bundle_from_model(overflowing(two_blocks, "fp16"), tmp_path / "export" / "over", optimization="none")
+    bundle = bundle_from_model(
+        overflowing(two_blocks, "fp16"), tmp_path / "export" / "over", optimization="none", check=Unchecked()
+    )
     denoiser = load(bundle, schedule=Schedule.fora(6, 2), backend="onnxruntime", device="cpu")
     pipeline = Pipeline(bundle, predictor=denoiser, steps=6, schedule=denoiser.schedule, guidance_scale=1.5)
     with pytest.raises(BackendError) as raised:
@@ -279,7 +292,7 @@ def test_overflow_names_the_first_tensor_that_is_not_finite(
 
 
 @pytest.mark.usefixtures("one_trace")
-def test_an_export_that_is_not_finite_says_so(
+def test_an_export_that_is_not_finite_is_not_written(
     two_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = overflowing(two_blocks, "fp16")
@@ -287,8 +300,10 @@ def test_an_export_that_is_not_finite_says_so(
     command = ["export", str(two_blocks), "--precision", "fp16", "--no-measure-trajectory", "--out", str(tmp_path)]
     command += ["--optimize", "none"]
     shown = CliRunner().invoke(main, command)
-    assert "outputs of the graphs are not finite in fp16" in shown.stderr
-    assert "export it with --precision bf16 or fp32" in shown.stderr
+    assert shown.exit_code == 1
+    assert "is not written: its full graph differs from PyTorch by inf of the largest value" in shown.stderr
+    assert "(Add) in transformer_blocks.1.ff; export it with --precision bf16 or fp32" in shown.stderr
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_sum_of_the_stream_does_not_overflow(two_blocks: Path, tmp_path: Path) -> None:
@@ -299,7 +314,7 @@ def test_the_sum_of_the_stream_does_not_overflow(two_blocks: Path, tmp_path: Pat
             model.module.get_submodule(name).bias.fill_(4e4)  # type: ignore[operator]
         for block in model.module.transformer_blocks:  # type: ignore[union-attr]
             block.norm1.linear.bias[-16:] = 1.0
-    bundle = bundle_from_model(model, tmp_path / "export" / "large")
+    bundle = bundle_from_model(model, tmp_path / "export" / "large", check=GraphCheck())
     assert bundle.manifest.measured_error is not None
     assert bundle.manifest.measured_error["full"].relative < 1e-2
     denoiser = load(bundle, schedule=Schedule.fora(1, 1), backend="onnxruntime", device="cpu")

@@ -12,7 +12,8 @@ from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from fora_trt.bundle import tensor_spec
-from fora_trt.contract import Optimization, TensorSpec
+from fora_trt.contract import DTYPES, Optimization, TensorSpec
+from fora_trt.errors import ExportError
 from fora_trt.export.nodes import role_of
 from fora_trt.export.slice_projections import SliceProjectionsPass
 
@@ -46,7 +47,14 @@ def graph_from_onnx(model: ir.Model) -> Graph:
 
 
 def _specs(edges: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
-    return tuple(tensor_spec(value, role_of(value)) for value in edges)
+    specs = tuple(tensor_spec(value, role_of(value)) for value in edges)
+    for one in specs:
+        if one.dtype not in DTYPES:
+            raise ExportError(
+                f"{one.name!r} passes between graphs with the dtype {one.dtype}, which no backend runs; cast it in the "
+                f"model to one of {', '.join(DTYPES)}, or give --cache other sites"
+            )
+    return specs
 
 
 def save_graph(graph: Graph, path: Path) -> list[Path]:

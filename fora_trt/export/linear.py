@@ -15,7 +15,7 @@ IN_THE_FIRST = {
     *("Neg", "Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Expand", "Slice", "Split", "Gather"),
     *("ReduceSum", "ReduceMean", "Div"),
 }
-"""Operators that are linear in their first input, if the others are independent of features."""
+"""Operators that are linear in their first input, if the others are independent of features and values stay floats."""
 
 IN_ALL = {"Add", "Sub", "Sum", "Concat"}
 """Operators that are linear if all their inputs are."""
@@ -34,12 +34,19 @@ def featured_values(graph: ir.Graph) -> set[ir.Value]:
 
 
 def linear_values(graph: ir.Graph, nodes: Iterable[ir.Node], featured: set[ir.Value]) -> set[ir.Value]:
-    """The features and, among the outputs of `nodes`, the values that are linear in them, without a constant term."""
-    linear = {value for value in graph.inputs if value in featured}
+    """The features and, among the outputs of `nodes`, the values that are linear in them, without a constant term.
+
+    Values that are not floats are not linear: a forecast takes the latest ones.
+    """
+    linear = {value for value in graph.inputs if value in featured and _is_floating(value)}
     for node in nodes:
         read = [value in featured for value in node.inputs if value is not None]
         kind = node.op_type
         one = read.count(True) == 1 and (kind in IN_ONE or (kind in IN_THE_FIRST and read[0]))
         if (one or (all(read) and kind in IN_ALL)) and {*node.inputs} & featured <= linear:
-            linear.update(node.outputs)
+            linear.update(value for value in node.outputs if _is_floating(value))
     return linear
+
+
+def _is_floating(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_floating_point()

@@ -18,15 +18,13 @@ from fora_trt.export.slice_projections import SliceProjectionsPass, take_project
 SINGLE = "hoisted."
 """Name prefix of single values that pass from the conditioning graph to other graphs, before they are stacked."""
 
-FLOATING = ("float16", "bfloat16", "float32", "float64")
-
 
 def pooled_inputs(inputs: Sequence[TensorSpec]) -> list[str]:
     """Names of the inputs that hold one number or vector per sample: timestep, class, pooled text.
 
     Prompt tokens and their mask are excluded: values that depend only on them are equal at every step.
     """
-    return [one.name for one in inputs if len(one.shape) <= (2 if one.dtype in FLOATING else 1)]
+    return [one.name for one in inputs if len(one.shape) <= (2 if one.is_floating else 1)]
 
 
 def optimized(

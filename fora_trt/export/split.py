@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fora_trt.contract import FEATURE
+from fora_trt.contract import DTYPES, FEATURE
 from fora_trt.errors import ExportError, first_line
 from fora_trt.models.examples import example_inputs
 from fora_trt.models.spec import ModelSpec
@@ -157,6 +157,12 @@ def _taken_apart(path: str, result: Any) -> tuple[Output, dict[str, Tensor]]:
             f"the cache site {path} outputs an object of type {type(odd[0]).__name__}; only tensors, alone or in "
             "tuples, lists and dictionaries, can be cached; leave it out of --cache"
         )
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and (dtype := str(leaf.dtype).removeprefix("torch.")) not in DTYPES:
+            raise ExportError(
+                f"the cache site {path} outputs a tensor of dtype {dtype}, and graphs pass only {', '.join(DTYPES)}; "
+                "leave it out of --cache"
+            )
     count = sum(isinstance(leaf, Tensor) for leaf in leaves)
     if count == 0:
         raise ExportError(f"the cache site {path} outputs no tensor that could be cached; leave it out of --cache")
@@ -244,8 +250,9 @@ def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> Non
         (replayed,) = reuse(*inputs, *(features[name] for name in reuse.features))
         if not _equal(replayed, prediction):
             raise ExportError(
-                f"the cache site {path} has side effects (it changes its input in place, or stores a value that "
-                "another module reads), so it cannot be cached; leave the site out of --cache"
+                f"the cache site {path} has side effects (it changes its input in place, stores a value that another "
+                "module reads, or its output is changed in place), so it cannot be cached; leave the site out of "
+                "--cache"
             )
 
 

@@ -33,6 +33,7 @@ from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.graphs import Graphs, graph_from_onnx
 from fora_trt.export.hoist import drop_unread, replace_reads
 from fora_trt.export.join_projections import JoinProjectionsPass
+from fora_trt.export.near_neutral import near_neutral_hidden
 from fora_trt.export.nodes import edge, with_role
 from fora_trt.export.optimize import optimized
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
@@ -149,15 +150,26 @@ def check_opset(opset: int) -> None:
         raise ExportError(f"the opset is {opset}; give --opset a value from {OPSETS[0]} to {OPSETS[-1]}")
 
 
+def onnx_from_program(program: torch.export.ExportedProgram, step: Split, opset: int) -> torch.onnx.ONNXProgram:
+    """Convert an exported step to ONNX without optimization; values have the names of the program's nodes.
+
+    Raises `ExportError` for an operator or a dtype that ONNX does not have.
+    """
+    with torch.no_grad(), quiet("torch.onnx"):
+        try:
+            made = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
+        except Exception as error:  # the exporter raises many exception classes
+            reason = first_line(error.__cause__ or error)
+            raise ExportError(f"{step.spec.architecture} cannot be converted to ONNX: {reason}") from error
+    assert made is not None
+    return made
+
+
 def _traced(step: FullStep, prediction: str, opset: int) -> ir.Model:
     """Trace with `torch.export`, which raises if the batch is specialized, and convert to ONNX without optimization."""
     check_opset(opset)
     inputs = example_inputs(step.spec.inputs, step.spec.conditioning, TRACED_BATCH)
-    program = program_from_step(step, inputs)
-    with torch.no_grad(), quiet("torch.onnx"):
-        traced = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
-    assert traced is not None
-    model = traced.model
+    model = onnx_from_program(program_from_step(step, inputs), step, opset).model
     model.graph.name = FULL
     _rename(model.graph, list(inputs), [prediction, *step.features])
     return model
@@ -183,7 +195,8 @@ def _tidy(model: ir.Model, step: FullStep) -> None:
         fold_constants_ir(model)
         lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
         Sequential(RemoveUnusedNodesPass(), lift, *once_only)(model)
-        torch.onnx.ONNXProgram(model, None).optimize()
+        with near_neutral_hidden(model):
+            torch.onnx.ONNXProgram(model, None).optimize()
     _name_attentions(model.graph)
     Sequential(
         DropSqueezesPass(),

@@ -1,4 +1,4 @@
-"""Write a bundle: trace a model, write its graphs into a folder, and measure their errors against PyTorch."""
+"""Write a bundle: trace a model, write its graphs into a folder, and check them against PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from fora_trt.bundle import (
     SCHEDULE,
     SCHEDULER,
     Bundle,
-    GraphError,
     GraphRecord,
     Manifest,
     ModelRecord,
@@ -27,7 +26,7 @@ from fora_trt.bundle import (
 )
 from fora_trt.contract import OPTIMIZATIONS, Optimization
 from fora_trt.errors import BundleError, ExportError, ScheduleError
-from fora_trt.export.check import is_rounding, measure_errors
+from fora_trt.export.check import GRAPH_TOLERANCE, Check, Measured
 from fora_trt.export.graphs import save_graph
 from fora_trt.export.traced import TracedModel, check_opset, traced_from_model
 from fora_trt.files import record_of, staging, write_manifest
@@ -37,18 +36,18 @@ from fora_trt.schedule import OPEN_STEPS, Schedule, is_file
 
 @dataclass(frozen=True)
 class WrittenGraphs:
-    """Graphs that were written to a bundle's folder: optimization level, records, files and errors against PyTorch."""
+    """Graphs that were written to a bundle's folder: optimization level, records and files."""
 
     optimization: Optimization
     records: dict[str, GraphRecord]
     files: list[Path]
-    errors: dict[str, GraphError] | None
 
 
 def bundle_from_model(
     model: Model,
     target: Path,
     *,
+    check: Check,
     opset: int = 23,
     optimization: Optimization = OPTIMIZATIONS[-1],
     schedule: str | None = None,
@@ -56,38 +55,46 @@ def bundle_from_model(
     report: Callable[[str], None] = lambda stage: None,
     measure: Callable[[Bundle], TrajectoryError | None] = lambda staged: None,
 ) -> Bundle:
-    """Split, trace, optimize, measure and write `model` as the bundle `target`; the folder name is the bundle's name.
+    """Split, trace, optimize, check and write `model` as the bundle `target`; the folder name is the bundle's name.
 
-    `optimization` is the highest level to try; a lower level is used if the model does not support it, or if the
-    optimized graphs exceed the tolerance against PyTorch. `schedule` is the text form or the file of the schedule that
-    is used where none is given; a file is copied into the bundle. `report` is called with the name of each stage as it
-    begins. `measure` is called with the bundle in its temporary folder, before the manifest file is written; the
-    manifest records the result. Raises `ExportError`, `ScheduleError` for a schedule that is not valid or not for this
-    model, and the exceptions of `measure`; then `target` is unchanged.
+    `check` compares the graphs with PyTorch. `optimization` is the highest level to try; a lower level is used if the
+    model does not support it, or if the optimized graphs exceed the tolerance; graphs that exceed it at every level are
+    not written. `schedule` is the text form or the file of the schedule that is used where none is given; a file is
+    copied into the bundle. `report` is called with the name of each stage as it begins. `measure` is called with the
+    bundle in its temporary folder, before the manifest file is written; the manifest records the result. Raises
+    `ExportError`, `ScheduleError` for a schedule that is not valid or not for this model, and the exceptions of
+    `measure`; then `target` is unchanged.
     """
     check_opset(opset)
     usual = None if schedule is None else _read(schedule)
     with staging(target, force, "bundle", ExportError) as folder:
         traced = traced_from_model(model, opset, report)
-        written = _graphs_that_equal_pytorch(traced, optimization, folder, report)
+        try:
+            plain = _manifest(target.name, traced)
+        except ValidationError as error:  # a name, a size or a value beyond a limit of the format
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ExportError(f"the bundle {target} cannot be described: {reason}; correct the source") from error
+        written, measured = _graphs_that_equal_pytorch(traced, plain, optimization, folder, report, check)
         (folder / SCHEDULER).write_text(json.dumps(model.scheduler, indent=2) + "\n", encoding="utf-8")
         files = [*written.files, folder / SCHEDULER]
         if usual is not None and schedule is not None and is_file(schedule):
             usual.to_file(folder / SCHEDULE)
             files.append(folder / SCHEDULE)
-        used = SCHEDULE if folder / SCHEDULE in files else schedule
-        try:
-            manifest = _manifest(target.name, traced, written, files, used)
-        except ValidationError as error:  # a name, a size or a value beyond a limit of the format
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ExportError(f"the bundle {target} cannot be described: {reason}; correct the source") from error
+        manifest = _with_graphs(plain, traced, written).model_copy(
+            update={
+                "schedule": SCHEDULE if folder / SCHEDULE in files else schedule,
+                "files": {file.name: record_of(file) for file in files},
+                "measured_error": measured.errors,
+                "measured_on": measured.where,
+            }
+        )
         if usual is not None:
             _check_schedule(usual, manifest)
         write_manifest(folder, manifest)
         _check_that_it_opens(folder, target)
         del traced  # frees memory for `measure`, which loads the model again
-        measured = measure(Bundle(folder, manifest, trust_source=True))
-        manifest = manifest.model_copy(update={"trajectory_error": measured})
+        trajectory_error = measure(Bundle(folder, manifest, trust_source=True))
+        manifest = manifest.model_copy(update={"trajectory_error": trajectory_error})
         write_manifest(folder, manifest)
     return Bundle(target, manifest, trust_source=True)  # a factory has just run, as the user asked
 
@@ -116,28 +123,39 @@ def _check_that_it_opens(folder: Path, target: Path) -> None:
 
 
 def _graphs_that_equal_pytorch(
-    traced: TracedModel, level: Optimization, folder: Path, report: Callable[[str], None]
-) -> WrittenGraphs:
-    """Write the graphs at a level, or at the next lower level while the error exceeds the tolerance."""
+    traced: TracedModel, plain: Manifest, level: Optimization, folder: Path, report: Callable[[str], None], check: Check
+) -> tuple[WrittenGraphs, Measured]:
+    """Write the graphs at a level, or at the next lower level while the error exceeds the tolerance.
+
+    Raises `ExportError` if it exceeds the tolerance at the lowest level too.
+    """
+    model = traced.model
     written = _written(traced, level, folder, report)
-    errors = written.errors
-    if written.optimization == "none" or errors is None or is_rounding(errors, traced.model.precision):
-        return written
+    staged = Bundle(folder, _with_graphs(plain, traced, written), trust_source=True)
+    report("measuring the graphs against PyTorch")
+    measured = check.measure(model, staged)
+    if (graph := measured.wrong(model.precision)) is None:
+        return written, measured
+    error = measured.errors[graph].relative
+    if written.optimization == "none":
+        raise ExportError(
+            f"{plain.name} is not written: its {graph} graph differs from PyTorch by {error:.1e} of the largest value "
+            f"on {measured.where}, and the tolerance in {model.precision} is {GRAPH_TOLERANCE[model.precision]:.0e}; "
+            f"{check.locate(model, staged, graph)}"
+        )
     lower = OPTIMIZATIONS[OPTIMIZATIONS.index(written.optimization) - 1]
-    worst = max(error.relative for error in errors.values())
-    report(f"the optimized graphs differ from PyTorch by {worst:.1e}; trying {lower} instead")
+    report(f"the optimized graphs differ from PyTorch by {error:.1e}; trying {lower} instead")
     for file in written.files:
         file.unlink()
-    return _graphs_that_equal_pytorch(traced, lower, folder, report)
+    return _graphs_that_equal_pytorch(traced, plain, lower, folder, report, check)
 
 
 def _written(traced: TracedModel, level: Optimization, folder: Path, report: Callable[[str], None]) -> WrittenGraphs:
-    model = traced.model
     if level != "none":
         report(f"optimizing the graphs to level {level}")
     made = traced.graphs(level)
     if made.optimization != level:
-        report(f"{model.spec.architecture} supports --optimize {made.optimization} at most")
+        report(f"{traced.model.spec.architecture} supports --optimize {made.optimization} at most")
     report("writing the graphs")
     files = [file for name, graph in made.graphs.items() for file in save_graph(graph, folder / f"{name}.onnx")]
     records = {
@@ -146,15 +164,12 @@ def _written(traced: TracedModel, level: Optimization, folder: Path, report: Cal
     }
     made.graphs.clear()
     gc.collect()  # reference cycles of the exporter keep weights in memory
-    report("measuring the graphs against PyTorch")
-    return WrittenGraphs(made.optimization, records, files, measure_errors(model, traced.sites, folder, records))
+    return WrittenGraphs(made.optimization, records, files)
 
 
-def _manifest(
-    name: str, traced: TracedModel, written: WrittenGraphs, files: list[Path], schedule: str | None
-) -> Manifest:
+def _manifest(name: str, traced: TracedModel) -> Manifest:
+    """The part of the manifest that does not depend on the graphs."""
     model = traced.model
-    read = {tensor.name for record in written.records.values() for tensor in record.inputs}
     return Manifest(
         format_version=FORMAT_VERSION,
         name=name,
@@ -169,19 +184,24 @@ def _manifest(
         ),
         precision=model.precision,
         opset=traced.opset,
-        optimization=written.optimization,
-        inputs=tuple(tensor for tensor in model.spec.inputs if tensor.name in read),
-        graphs=written.records,
+        optimization="none",
+        inputs=model.spec.inputs,
+        graphs={},
         cache_sites=traced.sites,
         latents=model.latents,
         conditioning=dict(model.spec.conditioning),
         guidance=model.spec.guidance,
         guidance_scale=model.guidance_scale,
         text=model.spec.text,
-        schedule=schedule,
-        files={file.name: record_of(file) for file in files},
-        measured_error=written.errors,
+        files={},
+        measured_error=None,
     )
+
+
+def _with_graphs(plain: Manifest, traced: TracedModel, written: WrittenGraphs) -> Manifest:
+    read = {tensor.name for record in written.records.values() for tensor in record.inputs}
+    inputs = tuple(tensor for tensor in traced.model.spec.inputs if tensor.name in read)
+    return plain.model_copy(update={"optimization": written.optimization, "graphs": written.records, "inputs": inputs})
 
 
 def weights_digest(module: torch.nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> str:

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from fora_trt.contract import (
     BATCH,
     CLASS_LABELS,
+    DTYPES,
     FEATURE,
     LATENTS,
     NOISE_PREDICTION,
     TIMESTEP,
     GuidanceSpec,
+    InputSpec,
     LatentSpec,
     Role,
     TensorSpec,
@@ -100,11 +102,7 @@ def completed(module: nn.Module, spec: ModelSpec, source: str, autoencoder: Conf
     latents = next(tensor for tensor in spec.inputs if tensor.name == LATENTS)
     conditioning = dict(spec.conditioning)
     for tensor in spec.inputs:
-        if tensor.dtype == "int64" and tensor.name not in (TIMESTEP, *conditioning):
-            raise ModelError(
-                f"the integer input {tensor.name!r} of {source!r} has no upper bound; give `below` in the recipe, or "
-                f"conditioning={{{tensor.name!r}: InputSpec(values=(0, N))}} in the ModelSpec"
-            )
+        _check_dtype(tensor, conditioning, source)
     if not isinstance(spec.scheduler, Mapping | None):
         raise ModelError(f"the scheduler of {source!r} is {_kind(spec.scheduler)}; a diffusers configuration is needed")
     usual = CLASS_GUIDANCE_SCALE if spec.text is None else TEXT_GUIDANCE_SCALE
@@ -143,6 +141,28 @@ def completed(module: nn.Module, spec: ModelSpec, source: str, autoencoder: Conf
         guidance=guidance,
         guidance_scale=float(scale),
     )
+
+
+def _check_dtype(tensor: TensorSpec, conditioning: Mapping[str, InputSpec], source: str) -> None:
+    """Raise `ModelError` for a dtype that graphs cannot have, and for integers without a range that fits theirs."""
+    named = f"the input {tensor.name!r} of {source!r}"
+    if tensor.dtype not in DTYPES:
+        raise ModelError(f"{named} has the dtype {tensor.dtype!r}; give one of {', '.join(DTYPES)}")
+    if tensor.name == LATENTS and not tensor.is_floating:
+        raise ModelError(f"{named} has the dtype {tensor.dtype}; latents are noise, so give float32")
+    if not tensor.is_integer and tensor.name != TIMESTEP:
+        return
+    given = None if tensor.name == TIMESTEP else conditioning.get(tensor.name, InputSpec()).values
+    if given is None and tensor.name != TIMESTEP:
+        raise ModelError(
+            f"the integer input {tensor.name!r} of {source!r} has no upper bound; give `below` in the recipe, or "
+            f"conditioning={{{tensor.name!r}: InputSpec(values=(0, N))}} in the ModelSpec"
+        )
+    low, high = given or (0, TRAINED_TIMESTEPS)
+    dtype = getattr(torch, tensor.dtype)
+    held = torch.finfo(dtype) if tensor.is_floating else torch.iinfo(dtype) if tensor.is_integer else None
+    if held is None or not held.min <= low < high <= held.max + 1:
+        raise ModelError(f"{named} has values from {low:g} to {high - 1:g}, which {tensor.dtype} does not hold")
 
 
 def _with_time_up_to(most: float, call: Call) -> Call:

@@ -25,7 +25,7 @@ def example_inputs(
     for tensor in tensors:
         shape, dtype = tensor.sized(batch), getattr(torch, tensor.dtype)
         valid = conditioning.get(tensor.name, InputSpec())
-        low, high = valid.values or (0, TRAINED_TIMESTEPS)
+        low, high = valid.values or (0, 2 if dtype == torch.bool else TRAINED_TIMESTEPS)
         if valid.default is not None:
             values[tensor.name] = default_of(tensor, valid).expand(shape).clone()
         elif not dtype.is_floating_point:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
-from fora_trt.contract import BATCH, LATENTS, TIMESTEP, InputSpec, TensorSpec
+from fora_trt.contract import BATCH, DTYPES, LATENTS, TIMESTEP, InputSpec, TensorSpec
 from fora_trt.errors import ModelError
 
 MEANT_FOR = {
@@ -33,8 +33,8 @@ class InputOptions(BaseModel):
     @field_validator("dtype")
     @classmethod
     def _known(cls, dtype: str) -> str:
-        if dtype not in ("float32", "int64"):
-            raise ValueError(f"{dtype!r} is not float32 or int64")
+        if dtype not in DTYPES:
+            raise ValueError(f"{dtype!r} is not one of {', '.join(DTYPES)}")
         return dtype
 
 

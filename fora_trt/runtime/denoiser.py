@@ -175,9 +175,11 @@ class Denoiser(StepByStep):
     def as_transformer(self, scheduler: Any = None) -> DenoiserTransformer:
         """A replacement for the transformer of a diffusers pipeline.
 
-        Use it as `pipe.transformer = denoiser.as_transformer(pipe.scheduler)`: it reads the timesteps of a call from
-        the scheduler. Without a scheduler it reads them from the storage behind the timestep tensor; on a GPU some
-        pipelines pass a copy, and then the later timesteps are unknown.
+        Use it as `pipe.transformer = denoiser.as_transformer(pipe)`: it reads the timesteps of a call from the
+        scheduler of the pipeline, also if that is replaced later. `as_transformer(pipe.scheduler)` reads them from this
+        scheduler; a warning says if the pipeline runs others. Without either, it reads them from the storage behind the
+        timestep tensor; on a GPU some pipelines pass a copy, and then the later timesteps are unknown. Raises
+        `InputError` for another object.
         """
         return DenoiserTransformer(self, scheduler)
 

@@ -121,9 +121,13 @@ def _source_of(name: str, full: Engine) -> str:
 def add_rows(rows: Tensor, index: Tensor, weights: Tensor, target: Tensor) -> None:
     """Write `sum_k weights[k] * rows[index[k]]` to `target` (N,); `rows` is (K, N).
 
-    The sum is computed in fp32. On a CPU, fp32 rows are added in one pass by one thread: torch's other threads would
-    keep spinning after their work and slow down the engine.
+    Of rows that are not floats, `target` gets the first of `index`, the latest. The sum is computed in fp32. On a CPU,
+    fp32 rows are added in one pass by one thread: torch's other threads would keep spinning after their work and slow
+    down the engine.
     """
+    if not rows.is_floating_point():
+        target.copy_(rows.index_select(0, index[:1])[0])
+        return
     if rows.device.type == "cpu" and rows.dtype == torch.float32:
         (total,) = torch.nn.functional.embedding_bag(index[None], rows, per_sample_weights=weights[None], mode="sum")
         target.numpy()[:] = total.numpy()

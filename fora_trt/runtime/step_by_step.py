@@ -20,7 +20,7 @@ from fora_trt.bundle import Manifest
 from fora_trt.errors import BusyError, ScheduleError
 from fora_trt.plan import Plan, adapted
 from fora_trt.runtime.access import Access
-from fora_trt.runtime.inputs import check_latents, completed_inputs
+from fora_trt.runtime.inputs import check_latents, checked_timestep, completed_inputs
 from fora_trt.runtime.interface import Run
 from fora_trt.schedule import Schedule
 
@@ -115,15 +115,16 @@ class StepByStep(ABC):
             raise ScheduleError(
                 f"all {self.schedule.steps} steps of the schedule are done; call reset() before the next trajectory"
             )
-        check_latents(self.manifest, latents)
+        check_latents(self.manifest, latents, self.device)
         batch = len(latents)
+        timestep = checked_timestep(timestep, batch)
         if not self.next_step_is_full and (self._followed is None or batch != self._followed.batch):
             raise ScheduleError(
                 f"the batch size changed to {batch} within a trajectory, but the cached features have another batch "
                 "size; call reset() before the next trajectory"
             )
         given = completed_inputs(self.manifest, conditioning, batch, values=self._step == 0)
-        followed = self._follow(torch.as_tensor(timestep), given, batch)
+        followed = self._follow(timestep, given, batch)
         step = self._step - followed.first
         prediction = followed.run.at(step, batch).predict(followed.run.offsets[step], latents, timestep, **given)
         self._step += 1
@@ -182,7 +183,7 @@ class StepByStep(ABC):
         if self.folds and not plan[first].is_full:
             warn(
                 "running a full step instead of a reuse step: this timestep was not announced, so no sum was "
-                "precomputed; call as_transformer(pipe.scheduler) or reset(timesteps=...), keep the conditioning fixed "
+                "precomputed; call as_transformer(pipe) or reset(timesteps=...), keep the conditioning fixed "
                 "during a trajectory, or export with --optimize conditioning",
                 stacklevel=3,
             )

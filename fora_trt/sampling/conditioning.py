@@ -21,7 +21,7 @@ from fora_trt.downloads import is_safetensors, problem_of
 from fora_trt.engines.memory import content_of
 from fora_trt.errors import InputError, first_line
 from fora_trt.models.examples import example_inputs
-from fora_trt.runtime.inputs import completed_inputs, inputs_of
+from fora_trt.runtime.inputs import completed_inputs, inputs_of, integer_of
 from fora_trt.untrusted import read_npz
 
 NEGATIVE = "negative_"
@@ -60,10 +60,16 @@ class Conditioning:
 
 def conditioning_of_classes(manifest: Manifest, class_labels: Sequence[int]) -> Conditioning:
     """Conditioning of class labels, one per image. Raises `InputError` for a class that the model does not have."""
-    check_labels(class_labels, manifest)
+    try:
+        given = [] if isinstance(class_labels, str) else list(class_labels)
+    except TypeError:
+        given = []
+    if not given:
+        raise InputError(f"class_labels is {class_labels!r}; give integers in a list, one for each image")
+    check_labels(given, manifest)
     assert manifest.guidance is not None
     null = manifest.guidance.null_class
-    labels = torch.tensor(list(class_labels))
+    labels = torch.tensor([int(label) for label in given])
     without = None if null is None else {CLASS_LABELS: torch.full_like(labels, null)}
     return conditioning_of_tensors(manifest, len(labels), {CLASS_LABELS: labels}, without)
 
@@ -90,7 +96,7 @@ def check_labels(class_labels: Iterable[int], manifest: Manifest) -> None:
         raise InputError(f"{manifest.name} has no classes; it takes {inputs}")
     last = manifest.guidance.num_classes - 1
     for label in class_labels:
-        if not 0 <= label <= last:
+        if integer_of("a class label", label) not in range(last + 1):
             raise InputError(f"there is no class {label}; {manifest.name} has the classes 0 to {last}")
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fora_trt.errors import InputError, first_line
 from fora_trt.plan import MOST_STEPS
+from fora_trt.runtime.inputs import integer_of
 from fora_trt.sampling.schedulers import scheduler_from_config
 
 CHECKED_STEPS = 4  # also distilled models, such as LCM, take so many
@@ -105,8 +106,7 @@ def check_scheduler(config: Mapping[str, Any], learned_sigma: bool) -> None:
 
 def timesteps_of(scheduler: SchedulerMixin, steps: int) -> int:
     """Set the scheduler to `steps` steps; return the NFE, which is larger for some schedulers (Heun, PNDM)."""
-    if steps < 1:
-        raise InputError(f"the number of steps is {steps}; at least 1 is needed")
+    steps = integer_of("the number of steps", steps, 1)
     if steps > MOST_STEPS:
         raise InputError(f"the number of steps is {steps}; the limit is {MOST_STEPS}")
     try:

@@ -12,11 +12,10 @@ from warnings import warn
 import onnx_ir as ir
 import onnxruntime
 import torch
-from onnx import TensorProto
 from torch import Tensor
 
 from fora_trt.bundle import Bundle
-from fora_trt.contract import WINDOW
+from fora_trt.contract import DTYPES, WINDOW
 from fora_trt.engines.backends import release_of
 from fora_trt.engines.base import BASE, WEIGHTS, Engine, Launch
 from fora_trt.engines.memory import address_of
@@ -25,12 +24,6 @@ from fora_trt.errors import BackendError
 from fora_trt.export.join_projections import SeparateProjectionsPass
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-_ELEMENT_TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int64": TensorProto.INT64,
-}
 
 SILENT = 4
 """Log level: only fatal errors are printed. All others are raised too."""
@@ -107,7 +100,7 @@ class OnnxRuntimeEngine(Engine):
                     name,
                     self.device.type,
                     self.device.index or 0,
-                    _ELEMENT_TYPES[dtypes.get(name, "float32")],
+                    ir.DataType[DTYPES[dtypes.get(name, "float32")]].value,
                     tuple(tensor.shape),
                     address_of(tensor),
                 )

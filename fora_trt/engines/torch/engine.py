@@ -19,7 +19,7 @@ from fora_trt.contract import FULL, REUSE
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.engines.tf32 import without_tf32
-from fora_trt.engines.torch.graph import Shape, TorchGraph
+from fora_trt.engines.torch.graph import HALF, Shape, TorchGraph
 from fora_trt.errors import BackendError, first_line
 from fora_trt.quiet import quiet
 
@@ -29,12 +29,15 @@ Step = Callable[..., object]
 class TorchEngine(Engine):
     """Runs a graph as PyTorch modules, one module per batch and window size, with shared weights.
 
-    With `replays`, the second call of a launch on a GPU is captured as a CUDA graph.
+    With `replays`, the second call of a launch on a GPU is captured as a CUDA graph. With `widened`, arithmetic is in
+    fp32 whatever the precision of the graph.
     """
 
-    def __init__(self, path: Path, record: GraphRecord, device: torch.device, replays: bool = False) -> None:
+    def __init__(
+        self, path: Path, record: GraphRecord, device: torch.device, replays: bool = False, widened: bool = False
+    ) -> None:
         super().__init__(record.inputs, record.outputs, device)
-        self._graph, self._replays = TorchGraph(path, device), replays
+        self._graph, self._replays, self._widened = TorchGraph(path, device, widened), replays, widened
         self.any_window = device.type == "cpu"
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
@@ -48,7 +51,18 @@ class TorchEngine(Engine):
 
     def _step_of(self, shapes: Mapping[str, Shape]) -> Step:
         """A function of input tensors of these shapes, followed by output tensors to which it writes the results."""
-        return self._graph.module(shapes, [*self.outputs], into=True).forward
+        step: Step = self._graph.module(shapes, [*self.outputs], into=True).forward
+        return self._widening(step) if self._widened else step
+
+    def _widening(self, step: Step) -> Step:
+        """The step with its inputs in half precision cast to fp32."""
+        count = len(self.inputs)
+
+        def run(*tensors: Tensor) -> object:
+            inputs = [one.float() if one.dtype in HALF else one for one in tensors[:count]]
+            return step(*inputs, *tensors[count:])
+
+        return run
 
     @staticmethod
     def _run(step: Step, tensors: Sequence[Any], device: torch.device) -> None:
@@ -114,6 +128,12 @@ def run_compiled(step: Step, tensors: Sequence[Any], device: torch.device) -> No
         raise BackendError(
             f"torch.compile cannot compile or run this model: {first_line(error)}; use --backend torch"
         ) from error
+
+
+def widened_engines(bundle: Bundle, device: torch.device) -> dict[str, Engine]:
+    """An engine for each graph, with all arithmetic in fp32. Raises `BackendError` as `engines_from_bundle`."""
+    graphs = bundle.manifest.graphs.items()
+    return {name: TorchEngine(bundle.graph_path(name), record, device, widened=True) for name, record in graphs}
 
 
 def engines_from_bundle(bundle: Bundle, device: torch.device, compiled: bool) -> dict[str, Engine]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fora_trt.contract import DTYPES
+
 Numbers = Sequence[int]
 
 
@@ -92,11 +94,11 @@ def operator(
 
 def torch_dtype(onnx_type: int) -> torch.dtype:
     """The PyTorch dtype for the number of an ONNX data type. Raises `ValueError` if PyTorch has none."""
-    name = ir.DataType(onnx_type).name.lower()
-    named = {"float": torch.float32, "double": torch.float64, "bool": torch.bool}
-    dtype = named.get(name) or getattr(torch, name, None)
+    name = ir.DataType(onnx_type).name
+    named = {in_onnx: in_torch for in_torch, in_onnx in DTYPES.items()}
+    dtype = getattr(torch, named.get(name, name.lower()), None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"PyTorch has no dtype {name}")
+        raise ValueError(f"PyTorch has no dtype {name.lower()}")
     return dtype
 
 

@@ -1,0 +1,199 @@
+"""The check that an export makes before it writes a bundle: the denoiser on the CPU against the module in memory.
+
+It runs the graphs as `fora-trt run` does, through the same engines, buffers and bindings. So a bundle that passes also
+runs. The reference is the module in fp32 arithmetic with the weights of its precision.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fora_trt.bundle import Bundle, GraphError
+from fora_trt.contract import FULL, LATENTS, PRECISIONS, REUSE, TIMESTEP
+from fora_trt.engines.backends import AUTO, BACKENDS, backend_from_name
+from fora_trt.engines.base import Engine
+from fora_trt.engines.memory import free_bytes
+from fora_trt.engines.torch.engine import widened_engines
+from fora_trt.errors import BackendError, ExportError, first_line
+from fora_trt.evaluate.eager_fora import forecast_of
+from fora_trt.evaluate.first_difference import first_difference
+from fora_trt.export.check import Measured
+from fora_trt.export.split import steps_of_module
+from fora_trt.export.statistics import graph_statistics
+from fora_trt.models.examples import example_inputs
+from fora_trt.models.spec import Model
+from fora_trt.plan import FULL_STEP, REUSE_STEP, Plan, forecast
+from fora_trt.runtime.denoiser import Denoiser
+from fora_trt.runtime.interface import overflow_remedy
+
+CPU = torch.device("cpu")
+
+FORA = (FULL_STEP, REUSE_STEP, REUSE_STEP)
+"""A window with more than one reuse step."""
+
+FORECAST = forecast((FULL_STEP, FULL_STEP, REUSE_STEP), order=1)
+"""A reuse step that reads two full steps."""
+
+COPIES = 3
+"""Copies of the weights, in fp32, that ONNX Runtime has in memory for a moment: stored, widened and packed."""
+
+
+LONGEST = 30.0
+"""Seconds that steps in half precision may take on the CPU; longer ones are computed in fp32."""
+
+Runner: TypeAlias = tuple[str, Callable[[Bundle], dict[str, Engine]]]
+"""What runs the graphs, in words, and its engines."""
+
+
+class GraphCheck:
+    """The `Check` of `bundle_from_model`."""
+
+    def measure(self, model: Model, bundle: Bundle) -> Measured:
+        """Errors of the full and the reuse graph, over two trajectories with batches of 3 and of 1.
+
+        In the first, samples have different timesteps, and a window has two reuse steps; the second forecasts if the
+        bundle can. Neither batch is that of the trace, so that a batch that was traced as a constant is detected.
+        Raises `ExportError` if the graphs cannot be run.
+        """
+        cases = [(FORA, 3), (FORECAST if bundle.manifest.can_forecast else FORA[:2], 1)]
+        given = [_inputs(model, plan, batch) for plan, batch in cases]
+        with _computing_in_fp32(model):
+            expected = [_expected(model, bundle, plan, steps) for (plan, _), steps in zip(cases, given, strict=True)]
+        full_samples = sum(batch * sum(step.is_full for step in plan) for plan, batch in cases)
+        errors: dict[str, GraphError] = {}
+        names = []
+        for name, engines in _runners(bundle, full_samples):
+            try:
+                denoiser = Denoiser(engines(bundle), bundle.manifest, name)
+                for (plan, batch), steps, wanted in zip(cases, given, expected, strict=True):
+                    for step, got, want in zip(plan, _predictions(denoiser, plan, batch, steps), wanted, strict=True):
+                        graph = FULL if step.is_full else REUSE
+                        errors[graph] = _worse(GraphError.between(got, want), errors.get(graph))
+            except BackendError as error:
+                raise ExportError(f"{bundle.manifest.name} is not written: {error}") from error
+            names.append(name)
+        return Measured(errors, f"{' and '.join(names)} ({CPU})")
+
+    def locate(self, model: Model, bundle: Bundle, graph: str) -> str:
+        """The first node of a graph that differs from the same operation in PyTorch, and what to do, in words."""
+        (_, engines), *_ = reversed(_runners(bundle, 1))
+        try:
+            found = first_difference(model, bundle, graph, engines)
+        except Exception as error:  # the graphs are wrong, so anything can fail; that they are is the message
+            found = f"the first node that differs could not be found ({first_line(error) or type(error).__name__})"
+        return found if model.precision == "fp32" else f"{found}; {overflow_remedy(model.precision)}"
+
+
+def _runners(bundle: Bundle, full_samples: int) -> list[Runner]:
+    """What measures a bundle: the backend that `auto` selects on a CPU, and for half precision PyTorch too.
+
+    ONNX Runtime computes fp16 in fp32 on a CPU and does not know bf16; PyTorch rounds every result to them. Where that
+    would take long for so many samples of full steps, it computes in fp32. It maps the weights, so it also replaces a
+    backend whose copies of them would not fit the memory.
+    """
+    manifest = bundle.manifest
+    chosen = backend_from_name(AUTO, manifest, CPU.type)
+    half = manifest.precision != "fp32"
+    stored = sum(file.stat().st_size for file in bundle.folder.glob("*.onnx*"))
+    if COPIES * stored * (2 if half else 1) > free_bytes(CPU):
+        chosen = BACKENDS["torch"]
+    rounds = not half or _seconds_of_half(bundle, full_samples) <= LONGEST
+    exact: Runner = "torch", lambda one: BACKENDS["torch"].engines(one, CPU)
+    in_fp32: Runner = "torch in fp32 arithmetic", lambda one: widened_engines(one, CPU)
+    if chosen.name == "torch":
+        return [exact if rounds else in_fp32]
+    usual: Runner = chosen.name, lambda one: chosen.engines(one, CPU)
+    return [usual, exact] if half and rounds else [usual]
+
+
+def _seconds_of_half(bundle: Bundle, full_samples: int) -> float:
+    """Estimated time of full steps, at the rate of a small matrix product in the precision of the bundle."""
+    size = 64
+    matrix = torch.ones(size, size, dtype=getattr(torch, PRECISIONS[bundle.manifest.precision]))
+    seconds = []
+    for _ in range(3):  # the first warms up
+        began = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - began)
+    return graph_statistics(bundle.graph_path(FULL)).flops * full_samples * min(seconds) / (2 * size**3)
+
+
+def _inputs(model: Model, plan: Plan, batch: int) -> list[dict[str, Tensor]]:
+    """Seeded inputs for each step; latents and timesteps differ between steps, the conditioning does not."""
+    spec = model.spec
+    steps = [example_inputs(spec.inputs, spec.conditioning, batch, seed) for seed in range(1, len(plan) + 1)]
+    changing = (LATENTS, TIMESTEP)
+    return [steps[0] | {name: value for name, value in one.items() if name in changing} for one in steps]
+
+
+def _expected(model: Model, bundle: Bundle, plan: Plan, steps: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """The predictions of the module along a plan."""
+    paths = [site.module for site in bundle.manifest.cache_sites]
+    full, reuse = steps_of_module(model.module, model.spec, paths)
+    kept: list[list[Tensor]] = []
+    predictions = []
+    with torch.no_grad():
+        for step, inputs in zip(plan, steps, strict=True):
+            if step.is_full:
+                prediction, *features = full(*inputs.values())
+                kept.insert(0, features)
+            else:
+                reuse.features = full.features
+                batch = len(inputs[LATENTS])
+                read = [forecast_of(one, step.weights, batch) for one in zip(*kept, strict=True)]
+                (prediction,) = reuse(*inputs.values(), *read)
+            predictions.append(prediction.clone())
+    if not all(prediction.isfinite().all() for prediction in predictions):
+        raise ExportError(
+            f"{bundle.manifest.name} is not written: {model.spec.architecture} itself predicts values that are not "
+            "finite, in PyTorch and fp32, for example inputs; check its weights, and the ranges in its ModelSpec"
+        )
+    return predictions
+
+
+def _predictions(denoiser: Denoiser, plan: Plan, batch: int, steps: Sequence[Mapping[str, Tensor]]) -> Iterator[Tensor]:
+    given = {name: value for name, value in steps[0].items() if name not in (LATENTS, TIMESTEP)}
+    times = torch.stack([inputs.get(TIMESTEP, torch.zeros(batch)).float() for inputs in steps])  # (S, B)
+    run = denoiser.begin(plan, times, given, [batch])
+    for number, inputs in enumerate(steps):
+        step = run.at(number, batch)
+        yield step.predict(run.offsets[number], inputs[LATENTS], times[number], **given)
+
+
+def _worse(one: GraphError, other: GraphError | None) -> GraphError:
+    if other is None:
+        return one
+    return GraphError(max(one.maximum, other.maximum), max(one.relative, other.relative))
+
+
+@contextmanager
+def _computing_in_fp32(model: Model) -> Iterator[None]:
+    """Widen the parameters of each layer to fp32 only during its call, so that the weights are not in memory twice."""
+    if model.half is None:
+        yield
+        return
+    dtypes = {parameter: parameter.dtype for parameter in model.module.parameters()}
+
+    def widen(layer: nn.Module, _: object) -> None:
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+
+    def narrow(layer: nn.Module, *_: object) -> None:
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtypes[parameter])
+
+    layers = [layer for layer in model.module.modules() if any(True for _ in layer.parameters(recurse=False))]
+    hooks = [layer.register_forward_pre_hook(widen) for layer in layers]
+    hooks += [layer.register_forward_hook(narrow) for layer in layers]
+    try:
+        with model.half.off():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
