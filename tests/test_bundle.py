@@ -28,8 +28,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "is not the manifest of a bundle"),
     "another kind of JSON": (lambda f: (f / "manifest.json").write_text("[1]"), "is not the manifest of a bundle"),
     "a newer format": (
-        lambda f: rewrite(f, lambda m: m.update(format_version=7)),
-        "has format version 7; this fora-trt reads up to 6: pip install -U fora-trt",
+        lambda f: rewrite(f, lambda m: m.update(format_version=8)),
+        "has format version 8; this fora-trt reads up to 7: pip install -U fora-trt",
     ),
     "an older format": (
         lambda f: rewrite(f, lambda m: m.update(format_version=1)),
