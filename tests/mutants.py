@@ -263,13 +263,13 @@ class Workers:
             self._process.start()
             theirs.close()
             self.run(self._warm_up, self._where, 180)  # imports take longer than a command
-        self._pipe.send(([str(one) for one in arguments], str(where)))
         try:
+            self._pipe.send(([str(one) for one in arguments], str(where)))
             if self._pipe.poll(patience):
                 found: tuple[str, str] = self._pipe.recv()
                 return found
             kind = "hang"
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # the process has ended
             kind = "crash"
         self.end()
         return kind, ""
