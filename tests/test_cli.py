@@ -220,7 +220,6 @@ def test_a_bundle_that_is_there_is_kept(bundle_copy: Path, pipeline_folder: Path
     assert {path.name: path.stat().st_mtime_ns for path in bundle_copy.iterdir()} == before
 
 
-@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -240,7 +239,10 @@ def test_what_will_fail_in_the_end_is_said_before_anything_is_loaded(
     assert message in made.output
 
 
-def test_a_model_of_latents_without_a_vae_wants_latents_out(pipeline_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_trace")
+def test_a_model_of_latents_without_a_vae_wants_latents_out(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fora("export", pipeline_folder / "transformer", "--out", tmp_path, "--name", "bare")
     refused = fora("run", tmp_path / "bare", "--class-labels", "1", "-o", tmp_path / "a.png")
     assert refused.exit_code == 1
@@ -248,6 +250,11 @@ def test_a_model_of_latents_without_a_vae_wants_latents_out(pipeline_folder: Pat
     taken = fora("run", tmp_path / "bare", "--class-labels", "1", "--steps", 3, "--latents-out", tmp_path / "l.npy")
     assert taken.exit_code == 0, taken.output
     assert np.load(tmp_path / "l.npy").shape == (1, 4, 8, 8)
+    monkeypatch.chdir(tmp_path)
+    kept = fora("run", tmp_path / "bare", "--class-labels", "1", "--steps", 3)
+    assert kept.exit_code == 0, kept.output
+    assert "bare has no VAE, so its latents are written" in kept.stderr
+    assert np.load("bare.npy").shape == (1, 4, 8, 8)
 
 
 @pytest.mark.slow
@@ -400,3 +407,57 @@ def test_a_schedule_that_does_not_fit_is_refused_at_export(
     assert refused.exit_code == 1
     assert re.search(message, " ".join(refused.stderr.split()))
     assert not (tmp_path / "mine").exists()
+
+
+def test_existing_files_are_kept_without_force(
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = ["run", exported.folder, "--class-labels", "1,2", "--steps", 3, "--backend", "torch"]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Path("a.png").write_text("mine")
+    (folder / "b.txt").write_text("mine")
+    for option, path in (("-o", "a.png"), ("--latents-out", "a.png"), ("-o", folder)):
+        refused = fora(*run, option, path)
+        assert refused.exit_code == 1
+        assert "or --force to write over what is there" in " ".join(refused.stderr.split())
+    assert Path("a.png").read_text() == "mine"
+    assert [path.name for path in folder.iterdir()] == ["b.txt"]
+    assert fora(*run, "-o", "a.png", "--force").exit_code == 0
+    assert Image.open("a.png").format == "PNG"
+    assert [json.loads(fora(*run, "--json").stdout)["output"] for _ in range(2)] == ["tiny.png", "tiny-2.png"]
+
+
+def test_a_png_carries_its_settings(exported: Bundle, tmp_path: Path) -> None:
+    run = ["run", exported.folder, "--class-labels", "1,2", "--steps", 3, "--seed", 7, "--backend", "torch"]
+    said = json.loads(fora(*run, "-o", tmp_path / "a.png", "--json").stdout)
+    text = json.loads(Image.open(tmp_path / "a.png").info["fora-trt"])
+    assert {name: said[name] for name in text} == text
+    assert (text["seed"], text["class_labels"], text["steps"], text["schedule"]) == (7, [1, 2], 3, "fora:3")
+    assert {"fora_trt", "torch"} <= text["versions"].keys()
+    assert fora(*run, "-o", tmp_path / "images").exit_code == 0
+    second = json.loads(Image.open(tmp_path / "images" / "0001.png").info["fora-trt"])
+    assert (second["image"], second["image_seed"], second["class_label"]) == (1, 8, 2)
+
+
+def test_latents_are_kept_where_they_cannot_be_decoded(
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("fora_trt.images.decode.Decoder.images", fails)
+    picture = tmp_path / "a.png"
+    failed = fora("run", exported.folder, "--class-labels", 1, "--steps", 3, "--backend", "torch", "-o", picture)
+    assert failed.exit_code == 1
+    assert "out of memory; the latents are in" in failed.stderr
+    assert len(np.load(tmp_path / "a.npy")) == 1
+    assert not picture.exists()
+
+
+@pytest.mark.slow
+def test_inspect_does_not_import_torch(exported: Bundle) -> None:
+    code = "import sys; from fora_trt.cli import main; main(['inspect', sys.argv[1]], standalone_mode=False); "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, str(exported.folder)], check=False).returncode == 0

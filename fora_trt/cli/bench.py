@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from fora_trt.report.results import Bench
 
 
+WARM_UPS = 3
+"""About how many times each row runs before it is timed."""
+
+
 @click.command()
 @BUNDLE
 @click.option(
@@ -122,15 +126,23 @@ def _measured(benchmark: Benchmark, batch_sizes: tuple[int, ...], repeats: int, 
     from fora_trt.sampling.conditioning import example_conditioning
 
     try:
-        with status(quiet) as tell:
-            for images in sorted(set(batch_sizes)):
+        with status(quiet, "bench") as tell:
+            sizes = sorted(set(batch_sizes))
+            for at, images in enumerate(sizes):
                 for stage in benchmark.measure(example_conditioning(benchmark.pipeline.manifest, images), repeats):
-                    tell(stage)
+                    begins = images in benchmark.rows and not any(row.trajectories for row in benchmark.rows[images])
+                    tell(stage, _runs(benchmark, images, sizes[at + 1 :], repeats) if begins else None)
     except KeyboardInterrupt:
         if not benchmark.has_result:
             raise
         return True
     return False
+
+
+def _runs(benchmark: Benchmark, images: int, later: list[int], repeats: int) -> float:
+    """Timed runs from here on, in runs of this batch size: those of a larger one take longer, and have a warm-up."""
+    rows = len(benchmark.rows[images])
+    return rows * (repeats + sum((repeats + WARM_UPS) * size / images for size in later))
 
 
 def _show(found: Bench, benchmark: Benchmark, out: Path | None, as_json: bool) -> None:

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     ENGINES,
 )
 @SEED
+@click.option("--force", is_flag=True, help="Replace an existing schedule file.")
 @AS_JSON
 def calibrate(
     bundle: Path,
@@ -66,6 +67,7 @@ def calibrate(
     wanted: dict[str, Any],
     settings: dict[str, Any],
     seed: int,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Find the schedule with which cached images come closest to those without caching, and write it to a file.
@@ -83,11 +85,12 @@ def calibrate(
     pipeline = pipeline_of(bundle, as_json, **settings)
     from fora_trt.evaluate.calibrate import Calibration, Wanted, read_trials, trials_file
     from fora_trt.files import only_writer
-    from fora_trt.images.save import writable_file
+    from fora_trt.images.save import check_new, writable_file
 
     if output.suffix != ".json":
         raise click.BadParameter(f"{output} does not end in .json", param_hint="--output")
     writable_file(output)
+    check_new(output, force or trials_file(output).exists())  # an interrupted search wrote the best so far
     asked = Wanted(images=num_images, seed=seed, **goal)
     given = conditioning_in_turn(pipeline, wanted, 2 * num_images)
     identity = _identity(pipeline, asked, given.digest(), settings)
@@ -126,7 +129,7 @@ def _found(calibration: Calibration, trials: Path, identity: dict[str, Any], qui
     from fora_trt.evaluate.calibrate import write_trials
 
     try:
-        with status(quiet) as tell:
+        with status(quiet, "calibrate") as tell:
             for line in calibration.run():
                 tell(line)
                 write_trials(trials, identity, calibration.trials.known)

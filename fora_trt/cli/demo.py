@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from fora_trt.cli.export import export
 from fora_trt.cli.options import BACKEND, DEVICE, ENGINES, Numbers, pipeline_of, schedules_of
@@ -38,6 +39,7 @@ CALIBRATED_STEPS = 50
 @BACKEND
 @DEVICE
 @ENGINES
+@click.option("--force", is_flag=True, help="Replace an existing image.")
 def demo(
     out: Path,
     output: Path,
@@ -47,6 +49,7 @@ def demo(
     backend: str,
     device: str,
     engines: Path,
+    force: bool,
 ) -> None:
     """Export, verify and run the digits model: FORA, fewer steps, and a calibrated schedule, from the same noise.
 
@@ -62,11 +65,14 @@ def demo(
             "the first must be 1 (no caching): all others are compared with it", param_hint="--cache-intervals"
         )
     from fora_trt.evaluate.pictures import conclusion_of, sheet_of, shown_of
-    from fora_trt.images.save import save_image, writable_file
+    from fora_trt.images.save import check_new, free_name, save_image, writable_file
     from fora_trt.report.tables import scheduler_label
 
-    writable_file(output)
     context = click.get_current_context()
+    if context.get_parameter_source("output") is ParameterSource.DEFAULT:
+        output = free_name(output)
+    check_new(output, force)
+    writable_file(output)
     context.invoke(export, source="digits", name="digits", out=out, force=True)
     bundle = out / "digits"
     context.invoke(verify, bundle=bundle, backend=backend, device=device, engines=engines)
@@ -101,7 +107,7 @@ def _timed(pipeline: Pipeline, cache_intervals: tuple[int, ...], repeats: int) -
         targets, _ = targets_of(pipeline, [backend], schedules, lambda name: pipeline.device, plans, [EAGER])
     kept = [replace(one, controls=tuple({CONTROLLED}.intersection(one.controls))) for one in targets]
     benchmark = Benchmark(pipeline, kept, solved=True)
-    with status(False) as tell:
+    with status(False, "demo") as tell:
         for stage in benchmark.measure(conditioning_of_classes(pipeline.manifest, range(10)), repeats):
             tell(stage)
     return benchmark

@@ -27,7 +27,7 @@ from fora_trt.cli.options import (
     pipeline_of,
     schedules_of,
 )
-from fora_trt.cli.terminal import print_found, watched
+from fora_trt.cli.terminal import print_found, status, watched
 from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.presets import USUAL_ORDER
 
@@ -127,7 +127,8 @@ def quality(
     )
     given = conditioning_in_turn(pipeline, wanted, num_images)
     watch = watched("comparing", as_json)
-    found = measure_quality(pipeline, options, given, out, **compared, resume=resume, watch=watch)
+    with status(as_json, "quality"):
+        found = measure_quality(pipeline, options, given, out, **compared, resume=resume, watch=watch)
     report = write_report(out, about, environment(), quality=found, min_psnr=min_psnr)
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle), "out": str(out), **found.model_dump(mode="json")}))

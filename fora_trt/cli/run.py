@@ -21,10 +21,12 @@ from fora_trt.cli.options import (
     sampling_options,
 )
 from fora_trt.cli.terminal import watched
-from fora_trt.errors import InputError
+from fora_trt.errors import InputError, first_line
 from fora_trt.presets import doubt_of
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from fora_trt.pipeline import Pipeline, PipelineOutput
 
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     "-o", "--output", type=click.Path(path_type=Path), help="A .png file for a grid, or a folder for single images."
 )
 @click.option("--latents-out", type=click.Path(path_type=Path), help="Write the latents to this .npy file.")
+@click.option("--force", is_flag=True, help="Write over existing files, and into a folder that is not empty.")
 @AS_JSON
 def run(
     bundle: Path,
@@ -51,12 +54,14 @@ def run(
     sampling: SamplingOptions,
     output: Path | None,
     latents_out: Path | None,
+    force: bool,
     as_json: bool,
     **wanted: Any,
 ) -> None:
     """Make images with the two engines of a bundle.
 
-    Without -o and --latents-out, a grid is written to NAME.png in the current folder if latents can be decoded.
+    Without -o and --latents-out, a grid is written to NAME.png in the current folder, or the latents to NAME.npy if
+    the model has no VAE; if that file exists, to NAME-2.png and so on. A PNG carries the settings as text.
 
     \b
     Examples:
@@ -67,11 +72,19 @@ def run(
     """
     pipeline = sampling.pipeline(bundle, as_json)
     from fora_trt.images.decode import can_decode, check_image_size
-    from fora_trt.images.save import save_images, save_latents, writable_file, writable_images
+    from fora_trt.images.save import check_new, free_name, save_images, save_latents, writable_file, writable_images
+    from fora_trt.report.environment import versions
 
     check_image_size(pipeline.manifest, height, width)
-    if output is None and latents_out is None and (sampling.vae is not None or can_decode(pipeline.manifest)):
-        output = Path(f"{pipeline.manifest.name}.png")
+    name = pipeline.manifest.name
+    if output is None and latents_out is None:
+        if sampling.vae is not None or can_decode(pipeline.manifest):
+            output = free_name(Path(f"{name}.png"))
+        else:
+            latents_out = free_name(Path(f"{name}.npy"))
+            click.echo(f"{name} has no VAE, so its latents are written; --vae FOLDER decodes them", err=True)
+    for path in filter(None, (output, latents_out)):
+        check_new(path, force)
     if output is not None:
         with _or_latents():
             pipeline.decoder  # noqa: B018 # raises for a missing VAE before anything is computed
@@ -79,14 +92,13 @@ def run(
     if latents_out is not None:
         writable_file(latents_out)
     made = pipeline(**wanted, watch=watched("denoising", as_json))
+    figures = {**_figures(bundle, pipeline, made), **_inputs(wanted), "versions": versions()}
     if latents_out is not None:
         save_latents(made.latents, latents_out)
     if output is not None:
-        with _or_latents():
-            save_images(made.images, output)
+        save_images(_images_of(made, output, latents_out), output, figures, _each(made, wanted))
     if doubt := doubt_of(made.sampling.schedule, made.guidance.scale, made.sampling.scheduler_step.adds_noise):
         click.echo(doubt, err=True)
-    figures = _figures(bundle, pipeline, made)
     written = {"output": output, "latents_out": latents_out}
     if as_json:
         click.echo(json.dumps({**figures, **{name: path and str(path) for name, path in written.items()}}))
@@ -94,6 +106,37 @@ def run(
     click.echo(_sentence(figures, pipeline.backend.compiles))
     for path in filter(None, written.values()):
         click.echo(f"wrote {path}")
+
+
+def _images_of(made: PipelineOutput, output: Path, latents_out: Path | None) -> list[Image]:
+    """The decoded images; if that fails, the latents are written before the error is raised."""
+    from fora_trt.images.save import free_name, save_latents
+
+    try:
+        return made.images
+    except Exception as error:
+        kept = latents_out or free_name(output.with_suffix(".npy"))
+        if latents_out is None:
+            save_latents(made.latents, kept)
+        raise InputError(f"{first_line(error)}; the latents are in {kept}") from error
+
+
+def _inputs(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Seed and inputs that were given, as values for JSON."""
+    given = {name: value for name, value in wanted.items() if value not in (None, "", ())}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
+
+def _each(made: PipelineOutput, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """What differs from image to image: its number, seed, and label or prompt."""
+    images, labels, prompts = len(made.latents), wanted["class_labels"], wanted["prompt"]
+    each: list[dict[str, Any]] = [{"image": k, "image_seed": wanted["seed"] + k} for k in range(images)]
+    for k, one in enumerate(each):
+        if labels:
+            one["class_label"] = labels[k]
+        elif prompts:
+            one["image_prompt"] = prompts[k * len(prompts) // images]
+    return each
 
 
 @contextmanager
@@ -110,6 +153,8 @@ def _figures(bundle: Path, pipeline: Pipeline, made: PipelineOutput) -> dict[str
     schedule, trajectory, images = made.sampling.schedule, made.trajectory, len(made.latents)
     return {
         "bundle": str(bundle),
+        "weights_sha256": pipeline.manifest.model.weights_sha256,
+        "vae": pipeline.config.vae,
         "backend": pipeline.backend.name,
         "device": str(pipeline.device),
         "scheduler": made.sampling.name,

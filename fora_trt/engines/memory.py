@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-
-import psutil
-import torch
-from torch import Tensor
+from string import ascii_letters
+from typing import TYPE_CHECKING
 
 from fora_trt.contract import TensorSpec
 from fora_trt.errors import InputError, RoomError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that can be allocated: free memory, and on a CUDA device also torch's cached memory."""
+    import psutil
+    import torch
+
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
     free, _ = torch.cuda.mem_get_info(device)
@@ -29,7 +34,12 @@ def gibibytes(count: float) -> str:
 
 def bytes_of(tensors: Iterable[TensorSpec], batch: int, window: int = 0) -> int:
     """Bytes of tensors for a batch size and a number of reuse steps in the window."""
-    return sum(math.prod(one.sized(batch, window)) * getattr(torch, one.dtype).itemsize for one in tensors)
+    return sum(math.prod(one.sized(batch, window)) * _width(one.dtype) for one in tensors)
+
+
+def _width(dtype: str) -> int:
+    """Bytes of an element of a dtype as torch spells it; without torch, which takes seconds to import."""
+    return int(dtype.lstrip(ascii_letters)) // 8 if dtype != "bool" else 1
 
 
 def address_of(tensor: Tensor) -> int:
@@ -39,6 +49,8 @@ def address_of(tensor: Tensor) -> int:
 
 def content_of(tensor: Tensor) -> bytes:
     """The bytes of a tensor of any dtype, in row-major order."""
+    import torch
+
     row = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.flatten())  # a single element may have a stride
     return row.view(torch.uint8).numpy().tobytes()
 

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import numpy
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fora_trt.errors import InputError
 from fora_trt.files import write_whole
 from fora_trt.images.grid import square_grid
+
+TEXT = "fora-trt"
+"""Keyword of the PNG text with the settings of an image, as JSON."""
+
+
+def check_new(path: Path, force: bool) -> None:
+    """Raise `InputError` if `path` is a file, or a folder that is not empty, and `force` is not given."""
+    if force or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    there = "is a folder with files in it" if path.is_dir() else "already exists"
+    raise InputError(f"{path} {there}; give another name, or --force to write over what is there")
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or NAME-2, NAME-3 and so on with the same suffix: the first that does not exist."""
+    names = chain([path], (path.with_name(f"{path.stem}-{k}{path.suffix}") for k in count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def writable_file(path: Path) -> None:
@@ -34,20 +55,32 @@ def writable_images(path: Path) -> None:
         _probe(path.parent, path)
 
 
-def save_images(images: Sequence[Image.Image], path: Path) -> None:
-    """Write all images as a grid to one file, or separately to a folder as `0000.png`, `0001.png` and so on."""
+def save_images(
+    images: Sequence[Image.Image],
+    path: Path,
+    settings: Mapping[str, Any] | None = None,
+    each: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write all images as a grid to one file, or separately to a folder as `0000.png`, `0001.png` and so on.
+
+    A grid carries the `settings` of all images, a single image also its own entry of `each`.
+    """
     if not _is_folder(path):
-        save_image(square_grid(images), path)
+        save_image(square_grid(images), path, settings)
         return
     path.mkdir(exist_ok=True)
     for k, image in enumerate(images):
-        save_image(image, path / f"{k:04d}.png")
+        save_image(image, path / f"{k:04d}.png", {**(settings or {}), **(each[k] if each else {})})
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write one image; the suffix of `path` determines the format."""
+def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write one image; the suffix of `path` determines the format. A PNG carries the settings as JSON in a text."""
     form = Image.registered_extensions()[path.suffix.lower()]
-    write_whole(path, lambda file: image.save(file, format=form))
+    options: dict[str, Any] = {}
+    if settings and form == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt(TEXT, json.dumps(settings))
+    write_whole(path, lambda file: image.save(file, format=form, **options))
 
 
 def save_latents(latents: Tensor, path: Path) -> None:
