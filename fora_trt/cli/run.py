@@ -118,7 +118,10 @@ def _images_of(made: PipelineOutput, output: Path, latents_out: Path | None) -> 
         kept = latents_out or free_name(output.with_suffix(".npy"))
         if latents_out is None:
             save_latents(made.latents, kept)
-        raise InputError(f"{first_line(error)}; the latents are in {kept}") from error
+        if isinstance(error, InputError):
+            raise InputError(f"{error}; the latents are in {kept}") from error
+        click.echo(f"the latents are in {kept}", err=True)
+        raise
 
 
 def _inputs(wanted: dict[str, Any]) -> dict[str, Any]:
