@@ -339,7 +339,7 @@ def _plan_from(content: Any) -> tuple[Step, ...]:
         )
     if not isinstance(content.get("made_from", {}), dict) or not isinstance(content.get("steps"), list):
         raise ScheduleError("'steps' must be a list and 'made_from' an object")
-    _counted(len(content["steps"]))
+    _counted(max(1, len(content["steps"])))  # `Schedule` refuses an empty plan
     return tuple(_step_from(number, one) for number, one in enumerate(content["steps"]))
 
 

@@ -95,7 +95,7 @@ def json_value(content: bytes) -> Any:
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON ({error})") from None
+        raise ValueError(f"is not JSON: {error}") from None
     check_values(value)
     return value
 
