@@ -93,7 +93,7 @@ def json_value(content: bytes) -> Any:
     except RecursionError:
         raise ValueError(f"nests lists or objects deeper than {MOST_LEVELS} levels") from None
     except UnicodeDecodeError:
-        raise ValueError("is not UTF-8 text") from None
+        raise ValueError("is not JSON: it is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error}") from None
     check_values(value)
