@@ -261,7 +261,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no step": ({"format_version": 1, "steps": []}, "a schedule must begin with a full step"),
     "reuse first": ({"format_version": 1, "steps": [[1.0], "full"]}, "a schedule must begin with a full step"),
     "a huge weight": (
-        {"format_version": 1, "steps": ["full", [10**400]]}, "step 1 has the weights [inf]; give finite numbers"
+        {"format_version": 1, "steps": ["full", [float("inf")]]}, "step 1 has the weights [inf]; give finite numbers"
     ),
     "no weight": ({"format_version": 1, "steps": ["full", []]}, "step 1 has the weights []; give finite numbers"),
     "too many weights": (
