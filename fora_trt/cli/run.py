@@ -21,7 +21,7 @@ from fora_trt.cli.options import (
     sampling_options,
 )
 from fora_trt.cli.terminal import watched
-from fora_trt.errors import InputError, first_line
+from fora_trt.errors import InputError
 from fora_trt.presets import doubt_of
 
 if TYPE_CHECKING:
