@@ -33,7 +33,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an older format": (
         lambda f: rewrite(f, lambda m: m.update(format_version=1)),
-        "has format version 1 of an older fora-trt; version 6 is needed; export the bundle again",
+        "has format version 1 of an older fora-trt; version 7 is needed; export the bundle again",
     ),
     "a path that leaves the folder": (
         lambda f: rewrite(f, lambda m: m["files"].update({"../full.onnx": m["files"].pop("full.onnx")})),

@@ -89,7 +89,18 @@ def test_a_time_that_includes_compiling_says_so(
     exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_engine, "compiled", lambda step: step)
-    run = ["run", exported.folder, "--class-labels", "1", "--steps", 3, "-o", tmp_path / "one.png", "--backend"]
+    run = [
+        "run",
+        exported.folder,
+        "--class-labels",
+        "1",
+        "--steps",
+        3,
+        "-o",
+        tmp_path / "one.png",
+        "--force",
+        "--backend",
+    ]
     assert "on torch-compile (cpu), compilation included: 3 steps" in fora(*run, "torch-compile").output
     assert "on torch (cpu): 3 steps" in fora(*run, "torch").output
 
@@ -153,7 +164,7 @@ BAD = {
         "the guidance scale is nan",
     ),
     "a seed that no generator takes": (["run", "BUNDLE", "--class-labels", "1", "--seed", str(2**64)], 2, "range"),
-    "a name that no folder can have": (["export", "PIPELINE", "--name", "x" * 300], 1, "cannot be written"),
+    "a name that no folder can have": (["export", "PIPELINE", "--name", "x" * 300], 2, "has more than 200 bytes"),
     "no number": (["run", "BUNDLE", "--class-labels", "cat"], 2, "'cat' is not a list of integers"),
     "no classes": (["run", "BUNDLE"], 1, "tiny needs conditioning inputs; give --class-labels"),
     "zero steps": (["run", "BUNDLE", "--class-labels", "1", "--steps", "0"], 2, "0 is not in the range x>=1"),
@@ -370,7 +381,17 @@ def test_a_recipe_gives_the_bundle_its_schedule(pipeline_folder: Path, tmp_path:
     Schedule.of_full_steps(8, [0, 3, 6, 7]).with_forecast(1).to_file(given)
     recipe = tmp_path / "mine.toml"
     small = f"source = '{pipeline_folder}'\nname = 'mine'\n"
-    run = ["run", tmp_path / "mine", "--class-labels", 1, "--backend", "torch", "--latents-out", tmp_path / "x.npy"]
+    run = [
+        "run",
+        tmp_path / "mine",
+        "--class-labels",
+        1,
+        "--backend",
+        "torch",
+        "--latents-out",
+        tmp_path / "x.npy",
+        "--force",
+    ]
     found = []
     for schedule in ("given.json", "dense:every=4,forecast=2"):
         recipe.write_text(f"{small}schedule = '{schedule}'\n")

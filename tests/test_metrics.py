@@ -261,7 +261,7 @@ def test_weights_of_the_wrong_kind_are_a_sentence(tmp_path: Path, capsys: pytest
         ),
         ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "does not contain the InceptionV3 weights .* is missing"),
         ({**weights(), "unknown": torch.zeros(1)}, "does not fit the InceptionV3 of torch-fidelity"),
-        ({**weights(), "run": Evil()}, "contains objects other than tensors"),
+        ({**weights(), "run": Evil()}, "contains 'run': builtins.print; a dictionary of tensors was expected"),
         ([1, 2], "contains an object of type list; a dictionary of tensors was expected"),
     ]
     for content, message in cases:

@@ -192,7 +192,7 @@ def test_a_factory_and_two_patterns_give_eager_fora(package: str, tmp_path: Path
         tmp_path,
     )
     assert made.exit_code == 0, made.output
-    bundle = Bundle.open(tmp_path / "own")
+    bundle = Bundle.open(tmp_path / "own", trust_source=True)
     sites = {site.module: [one.name for one in site.features] for site in bundle.manifest.cache_sites}
     assert sites["blocks.0.attn"] == ["feature.blocks.0.attn.0"], "the weights, which nobody reads, are no feature"
     assert sites["blocks.1.mlp"] == ["feature.blocks.1.mlp"]
@@ -236,7 +236,7 @@ def test_tables_in_fp32_and_pytorchs_own_attention_fit_any_precision(
         "--name", "own", "--out", tmp_path,
     )  # fmt: skip
     assert made.exit_code == 0, made.output
-    bundle = Bundle.open(tmp_path / "own")
+    bundle = Bundle.open(tmp_path / "own", trust_source=True)
     admitted = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 5e-2}[precision]
     backend = "torch" if precision == "bf16" else "onnxruntime"
     pipeline = Pipeline(bundle, steps=10, backend=backend, device="cpu")
@@ -258,7 +258,7 @@ def test_a_module_with_compiled_functions_needs_no_compiler_and_may_print(
     assert made.exit_code == 0, made.output
     assert json.loads(made.stdout)["bundle"] == str(tmp_path / "own"), "nothing else is on this output"
     assert "a word of its own" in made.stderr
-    bundle = Bundle.open(tmp_path / "own")
+    bundle = Bundle.open(tmp_path / "own", trust_source=True)
     pipeline = Pipeline(bundle, steps=10, backend="onnxruntime", device="cpu")
     for comparison in compare_with_pytorch(pipeline, ["none", "fora:3"]):
         assert comparison.error.relative < 1e-4, comparison

@@ -247,7 +247,7 @@ def test_stopped_anywhere_and_resumed_it_finds_the_same(
     with pytest.raises(InputError, match="was made with conditioning '"):
         other = conditioning_of_classes(pixels.manifest, [0, 3, 8])
         measure(pixels, tmp_path / "parts", resume=True, conditioning=other)
-    half = tmp_path / "parts" / "quality" / ".ddim-8-steps-no-cache.npz.x1y2z3"
+    half = tmp_path / "parts" / "quality" / ".ddim-8-steps-no-cache.npz.fora-new"
     half.touch()  # of a process that was killed
     resumed = measure(pixels, tmp_path / "parts", resume=True)
     assert not half.exists()

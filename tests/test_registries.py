@@ -112,7 +112,7 @@ def test_a_schedule_is_used_by_its_text(exported: Bundle, tmp_path: Path) -> Non
     done = fora(*common, "--schedule", tmp_path / "mine.json", "--latents-out", tmp_path / "file.npy")
     assert done.exit_code == 0, done.output
     assert np.array_equal(np.load(tmp_path / "file.npy"), latents["ends:2"])
-    refused = fora(*common, "--schedule", "middle:2", "--latents-out", tmp_path / "none.npy")
+    refused = fora(*common, "--schedule", "middle:2", "--latents-out", tmp_path / "refused.npy")
     assert refused.exit_code == 1
     assert "there is no schedule 'middle:2'; give none, fora:N, " in refused.stderr
     assert "ends:N, or a .json file" in refused.stderr

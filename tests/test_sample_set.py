@@ -140,7 +140,7 @@ def test_the_command_says_what_it_made(exported: Bundle, tmp_path: Path) -> None
     ("options", "message"),
     [
         (["--cache-interval", 9, "--steps", 4], "the cache interval 9 is larger than the number of steps 4"),
-        (["--prompts", "none.txt"], "none.txt cannot be read as text"),
+        (["--prompts", "none.txt"], "none.txt does not exist"),
         (["--prompts", "empty.txt"], "empty.txt contains no prompt; write one per line"),
         (["--prompts", "prompts.txt"], "takes no prompt; give --class-labels"),
         (["--scheduler", "dance"], "there is no scheduler 'dance'"),

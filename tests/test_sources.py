@@ -294,5 +294,5 @@ def test_the_name_of_a_bundle_is_known_before_anything_is_loaded(source: str, tm
 
 @pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "\n"])
 def test_a_source_that_no_path_can_be_is_named(source: str) -> None:
-    with pytest.raises(ModelError, match=r"the source (.{,110} is neither a file, a folder nor a known name|is empty)"):
+    with pytest.raises(ModelError, match=r"the source (.{,210} is neither a file, a folder nor a known name|is empty)"):
         model_from_source(source)

@@ -499,10 +499,10 @@ def test_kernels_of_another_batch_are_kept_too_and_looked_for_once_a_batch(rtx: 
 def test_kernels_that_cannot_be_written_are_no_error(rtx: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rtx.start()["full"]
 
-    def full_disk(path: Path, content: bytes) -> int:
+    def full_disk(path: Path) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr("fora_trt.engines.tensorrt.engine.beside", full_disk)
     step(engine)
     assert not list(rtx.source.folder.rglob("*.kernels"))
     assert rtx.recorder.named(EXECUTE)

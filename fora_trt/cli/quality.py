@@ -125,8 +125,7 @@ def quality(
         keep_images=not no_images,
         truth_steps=truth_steps,
     )
-    given = conditioning_in_turn(pipeline, wanted, num_images)
-    watch = watched("comparing", as_json)
+    given, watch = conditioning_in_turn(pipeline, wanted, num_images), watched("comparing", as_json)
     with status(as_json, "quality"):
         found = measure_quality(pipeline, options, given, out, **compared, resume=resume, watch=watch)
     report = write_report(out, about, environment(), quality=found, min_psnr=min_psnr)

@@ -118,7 +118,7 @@ def _images_of(made: PipelineOutput, output: Path, latents_out: Path | None) -> 
         kept = latents_out or free_name(output.with_suffix(".npy"))
         if latents_out is None:
             save_latents(made.latents, kept)
-        if isinstance(error, InputError):
+        if isinstance(error, InputError | RuntimeError):  # such as a VAE that does not fit the memory
             raise InputError(f"{error}; the latents are in {kept}") from error
         click.echo(f"the latents are in {kept}", err=True)
         raise

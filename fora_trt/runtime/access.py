@@ -19,6 +19,14 @@ class Access:
 
     def __init__(self) -> None:
         self._process, self._lock = os.getpid(), threading.RLock()
+        self._owner = 0
+
+    def own(self, begun: bool) -> bool:
+        """Let this thread own the trajectory; False if it has `begun` in another thread."""
+        if begun and self._owner != threading.get_ident():
+            return False
+        self._owner = threading.get_ident()
+        return True
 
     @contextmanager
     def alone(self) -> Iterator[None]:

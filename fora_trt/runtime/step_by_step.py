@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from threading import get_ident
 from warnings import warn
 
 import torch
@@ -52,7 +51,6 @@ class StepByStep(ABC):
         self._timesteps: Tensor | None = None
         self._followed: _Followed | None = None
         self.access = Access()
-        self._thread = 0  # of the trajectory at hand
 
     @abstractmethod
     def begin(
@@ -105,12 +103,11 @@ class StepByStep(ABC):
             return self._next(latents, timestep, conditioning)
 
     def _next(self, latents: Tensor, timestep: Tensor | float, conditioning: Mapping[str, Tensor]) -> Tensor:
-        if self._step and self._thread != get_ident():
+        if not self.access.own(begun=self._step > 0):
             raise BusyError(
                 f"another thread has run step {self._step} of a trajectory on this denoiser; load one for each thread, "
                 "or call reset() before a trajectory, and begin none before the last is done"
             )
-        self._thread = get_ident()
         if self.finished:
             raise ScheduleError(
                 f"all {self.schedule.steps} steps of the schedule are done; call reset() before the next trajectory"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 
 import torch
@@ -38,7 +38,8 @@ def conditioning_of(
     Raises `InputError` if the model needs conditioning and none is given, if several kinds are given, or if the model
     does not take the given kind.
     """
-    images = max(len(class_labels or ()), (num_images or 1) * max(1, len(prompts)))
+    labels = len(class_labels) if isinstance(class_labels, Sized) else 0
+    images = max(labels, (num_images or 1) * max(1, len(prompts)))
     if (numbers := images * math.prod(manifest.latents.shape)) > MOST_NUMBERS:
         raise InputError(
             f"the latents of {images} images have {numbers} numbers; the limit of one call is {MOST_NUMBERS}; make "

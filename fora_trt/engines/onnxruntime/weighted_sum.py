@@ -6,11 +6,13 @@ feature once. It is compiled for this machine at first use; without a C compiler
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -51,14 +53,26 @@ def kernel_library() -> Path | None:
     import onnxruntime  # not at the top: other backends use the pass without onnxruntime
 
     try:
-        handle = os.memfd_create("weighted_sum.so")
+        written, library = _places()
         with as_file(files("fora_trt.engines.onnxruntime") / "weighted_sum.c") as source:
-            _run([*_compiler(), *OPTIONS, "-o", f"/proc/{os.getpid()}/fd/{handle}", str(source)])
-        library = Path(f"/proc/self/fd/{handle}")
+            _run([*_compiler(), *OPTIONS, "-o", str(written), str(source)])
         onnxruntime.SessionOptions().register_custom_ops_library(str(library))
     except Exception:  # no compiler, one that does not support these options, or one that makes something else
         return None
     return library
+
+
+def _places() -> tuple[Path, Path]:
+    """Where a compiler writes the library, and where this process and its children find it: a file in memory.
+
+    Systems other than Linux have none: there it is a temporary file, which this process removes when it ends.
+    """
+    if hasattr(os, "memfd_create"):
+        handle = os.memfd_create("weighted_sum.so")
+        return Path(f"/proc/{os.getpid()}/fd/{handle}"), Path(f"/proc/self/fd/{handle}")
+    folder, owner = tempfile.mkdtemp(prefix="fora-trt-"), os.getpid()
+    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
+    return Path(folder) / "weighted_sum.so", Path(folder) / "weighted_sum.so"
 
 
 def _compiler() -> list[str]:
