@@ -44,7 +44,7 @@ COPIES = 3
 """Copies of the weights, in fp32, that ONNX Runtime has in memory for a moment: stored, widened and packed."""
 
 
-LONGEST = 30.0
+LONGEST = 10.0
 """Seconds that steps in half precision may take on the CPU; longer ones are computed in fp32."""
 
 Runner: TypeAlias = tuple[str, Callable[[Bundle], dict[str, Engine]]]
