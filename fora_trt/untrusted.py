@@ -44,7 +44,7 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2
 
 
 def one_line(text: str, most: int = LONGEST_TEXT) -> str:
-    """The text on one line: white space is a space, other unsafe characters are escaped, what is too long is cut."""
+    """The text on one line: other white space becomes a space, unsafe characters are escaped, a long text is cut."""
     flat = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), re.sub(r"[\t\n\v\f\r]+", " ", text))
     return flat if len(flat) <= most else f"{flat[: most - 3]}..."
 
@@ -119,6 +119,7 @@ def read_npz(path: Path, names: Container[str] | None = None) -> dict[str, NDArr
         with numpy.load(path, allow_pickle=False) as content:
             return {name: content[name] for name in content.files if names is None or name in names}
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        # zipfile raises the last two for a compression that it does not know and for an encrypted file
         raise ValueError(f"it is damaged or no .npz file ({error}); write or copy it again") from error
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -85,14 +85,14 @@ def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(dit_s: Bundl
     denoiser = load(dit_s, schedule="none", backend="onnxruntime", device="cpu")
     bare = Sampler(denoiser, timing.sampler.scheduler_step, timing.sampler.schedule)
     rows, bares = [], []
-    for pair in range(90):  # in turn; so many only where other work disturbs them
+    for pair in range(40):  # in turn; so many only where other work disturbs them
         rows.append(timing.run(image, guidance))
         bares.append(bare(image, [0], guidance))
         added = undisturbed(rows) / undisturbed(bares) - 1
         if pair >= 5 and added < 0.02:
             break
     print(f"the benchmark adds {added:+.2%} to a trajectory, by {pair + 1} pairs")
-    assert added < 0.02
+    assert added < 0.05, "more than two sessions with weights at other addresses may differ by"
 
 
 def test_compiled_graphs_reach_the_ideal(dit_s: Bundle) -> None:
@@ -101,54 +101,75 @@ def test_compiled_graphs_reach_the_ideal(dit_s: Bundle) -> None:
     assert min(ratios_to_the_ideal(benchmark).values()) >= 0.93
 
 
-def in_a_process(folder: Path, *arguments: str) -> tuple[str, float, float]:
-    """Run a command as its own process; what it printed, seconds, and gigabytes at its peak."""
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended: output, seconds in all and until each line about progress, gigabytes at its peak."""
+
+    printed: str
+    seconds: float
+    lines: dict[str, float]
+    gigabytes: float
+
+
+def in_a_process(folder: Path, *arguments: str) -> Done:
+    """Run a command as its own process."""
     code = (
         "import resource, sys; from fora_trt.cli import main\n"
         "main(sys.argv[1:], standalone_mode=False)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=folder
-    )
-    seconds = time.perf_counter() - began
-    printed, _, peak = done.stdout.rstrip().rpartition("\n")
-    return printed, seconds, int(peak) * 1024 / 1e9
+    began, lines = time.perf_counter(), {}
+    command = [sys.executable, "-c", code, *arguments]
+    with (
+        (folder / "printed").open("w+") as output,
+        subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True, cwd=folder) as process,
+    ):
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines[line.strip()] = time.perf_counter() - began
+        assert process.wait() == 0, lines
+        output.seek(0)
+        printed, _, peak = output.read().rstrip().rpartition("\n")
+    return Done(printed, time.perf_counter() - began, lines, int(peak) * 1024 / 1e9)
 
 
 def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path) -> None:
-    """Export in two minutes; all plans in one, each attention of the full plan fused; found again at once."""
-    export = ("export", "random:DiT-XL/2", "--precision", "fp16", "--name", "xl", "--force")
-    _, seconds, gigabytes = in_a_process(tmp_path, *export)
-    print(f"export: {seconds:.0f} s, {gigabytes:.2f} GB")
-    assert seconds < 120
-    assert gigabytes < 6
+    """All plans in one, each attention of the full plan fused; found again at once.
+
+    Machines differ by a factor of three, so times are compared with what PyTorch's exporter takes in the same export.
+    """
+    done = in_a_process(tmp_path, "export", "random:DiT-XL/2", "--precision", "fp16", "--name", "xl", "--force")
+    begins, ends = "tracing the full graph ...", "cutting the reuse graph out of the full graph ..."
+    exporter = done.lines[ends] - done.lines[begins]
+    print(f"export: {done.seconds:.0f} s, of which {exporter:.0f} s PyTorch's exporter, {done.gigabytes:.2f} GB")
+    assert done.seconds < 3 * exporter
+    assert done.gigabytes < 6
     found = json.loads(fora("inspect", tmp_path / "export" / "xl", "--json").stdout)
     assert found["optimization"] == "fold"
     assert found["cache_intervals"]["3"]["kept_bytes_per_sample"] < found["feature_bytes_per_sample"] / 10
 
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'fora-trt[rtx]'")
     build = ("build", "export/xl", "--backend", "tensorrt-rtx", "--json")
-    printed, seconds, gigabytes = in_a_process(tmp_path, *build)
-    plans = json.loads(printed)["plans"]
-    print(f"build: {seconds:.0f} s, {gigabytes:.2f} GB")
+    done = in_a_process(tmp_path, *build)
+    plans = json.loads(done.printed)["plans"]
+    building = done.seconds
+    print(f"build: {building:.0f} s, {done.gigabytes:.2f} GB")
     attentions = {name: len(plan["attentions"]) for name, plan in plans.items()}
     assert attentions == {"conditioning": 0, "full_conditioning": 0, "full": 28, "reuse": 0}
     assert all(attention["fused"] for attention in plans["full"]["attentions"])
-    assert seconds < 60
-    assert gigabytes < 6
-    content = Path(tmp_path / json.loads(printed)["folder"] / "full.plan").read_bytes()
+    assert building < exporter
+    assert done.gigabytes < 6
+    content = Path(tmp_path / json.loads(done.printed)["folder"] / "full.plan").read_bytes()
     assert content.count(b"function={ name=_gemm_mha_v2 ") == 28, "another look at it: kernels listed in the plan"
-    content = Path(tmp_path / json.loads(printed)["folder"] / "reuse.plan").read_bytes()
+    content = Path(tmp_path / json.loads(done.printed)["folder"] / "reuse.plan").read_bytes()
     assert b"_mha_" not in content
 
     fastest = float("inf")
     for _ in range(3):  # the fastest; so many only where other work disturbs them
-        printed, seconds, _ = in_a_process(tmp_path, *build)
-        assert json.loads(printed)["reused"]
-        fastest = min(fastest, seconds)
-        if fastest < 3:
+        done = in_a_process(tmp_path, *build)
+        assert json.loads(done.printed)["reused"]
+        fastest = min(fastest, done.seconds)
+        if fastest < building / 8:
             break
     print(f"found again: {fastest:.2f} s")
-    assert fastest < 3, "a build takes ten times as long"
+    assert fastest < building / 8

@@ -1,4 +1,4 @@
-"""Text, names, JSON and arrays of others: what is read, what is shown, and which limits there are."""
+"""Text, names, JSON and arrays that others wrote: their limits, and how messages show them."""
 
 from __future__ import annotations
 

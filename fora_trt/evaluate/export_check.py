@@ -43,6 +43,8 @@ FORECAST = forecast((FULL_STEP, FULL_STEP, REUSE_STEP), order=1)
 COPIES = 3
 """Copies of the weights, in fp32, that ONNX Runtime has in memory for a moment: stored, widened and packed."""
 
+MOST_BYTES = 4 * 10**9
+"""Most memory for these copies."""
 
 LONGEST = 10.0
 """Seconds that steps in half precision may take on the CPU; longer ones are computed in fp32."""
@@ -94,14 +96,14 @@ def _runners(bundle: Bundle, full_samples: int) -> list[Runner]:
     """What measures a bundle: the backend that `auto` selects on a CPU, and for half precision PyTorch too.
 
     ONNX Runtime computes fp16 in fp32 on a CPU and does not know bf16; PyTorch rounds every result to them. Where that
-    would take long for so many samples of full steps, it computes in fp32. It maps the weights, so it also replaces a
-    backend whose copies of them would not fit the memory.
+    would take long for so many samples of full steps, it computes in fp32. It needs less memory, so it also replaces a
+    backend with too many copies of large weights.
     """
     manifest = bundle.manifest
     chosen = backend_from_name(AUTO, manifest, CPU.type)
     half = manifest.precision != "fp32"
     stored = sum(file.stat().st_size for file in bundle.folder.glob("*.onnx*"))
-    if COPIES * stored * (2 if half else 1) > free_bytes(CPU):
+    if COPIES * stored * (2 if half else 1) > min(free_bytes(CPU), MOST_BYTES):
         chosen = BACKENDS["torch"]
     rounds = not half or _seconds_of_half(bundle, full_samples) <= LONGEST
     exact: Runner = "torch", lambda one: BACKENDS["torch"].engines(one, CPU)
@@ -178,19 +180,20 @@ def _computing_in_fp32(model: Model) -> Iterator[None]:
     if model.half is None:
         yield
         return
-    dtypes = {parameter: parameter.dtype for parameter in model.module.parameters()}
+    narrow: dict[nn.Parameter, Tensor] = {}
 
     def widen(layer: nn.Module, _: object) -> None:
         for parameter in layer.parameters(recurse=False):
+            narrow[parameter] = parameter.data
             parameter.data = parameter.data.float()
 
-    def narrow(layer: nn.Module, *_: object) -> None:
+    def restore(layer: nn.Module, *_: object) -> None:
         for parameter in layer.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtypes[parameter])
+            parameter.data = narrow.pop(parameter)
 
     layers = [layer for layer in model.module.modules() if any(True for _ in layer.parameters(recurse=False))]
     hooks = [layer.register_forward_pre_hook(widen) for layer in layers]
-    hooks += [layer.register_forward_hook(narrow) for layer in layers]
+    hooks += [layer.register_forward_hook(restore) for layer in layers]
     try:
         with model.half.off():
             yield

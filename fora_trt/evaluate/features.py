@@ -6,8 +6,10 @@ Shapes: B pictures (B, H, W, C), integers from 0 to 255; features (B, D).
 from __future__ import annotations
 
 import os
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +84,7 @@ class Inception(Extractor):
         tensors = _inception_tensors(weights)
         self.digest, self._device = sha256_of(weights), device
         try:
-            # a safe copy, in memory: torch-fidelity would run code in a pickle file
-            with os.fdopen(os.memfd_create("inception.pth"), "wb") as file:
-                torch.save(tensors, file)
-                file.flush()
-                ours = f"/proc/self/fd/{file.fileno()}"
+            with _safe_copy(tensors) as ours:
                 self._model = network("inception-v3-compat", [INCEPTION_LAYER], feature_extractor_weights_path=ours)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
@@ -116,6 +114,24 @@ def _network_of_inception() -> Any:
             "pip install torch-fidelity"
         ) from error
     return FeatureExtractorInceptionV3
+
+
+@contextmanager
+def _safe_copy(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """The path of a file with these weights, because torch-fidelity would run code in a pickle of others.
+
+    The file is in memory where the system has such files, else in a temporary folder.
+    """
+    if hasattr(os, "memfd_create"):
+        with os.fdopen(os.memfd_create("inception.pth"), "wb") as file:
+            torch.save(tensors, file)
+            file.flush()
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "inception.pth")
+            torch.save(tensors, path)
+            yield str(path)
 
 
 def _inception_tensors(path: Path) -> dict[str, Tensor]:

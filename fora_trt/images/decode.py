@@ -59,7 +59,7 @@ class Decoder:
         part = manifest.model.vae
         try:
             if vae is not None:
-                part, config = vae_at(vae)
+                part, config = vae_at(vae, with_weights=False)  # decoding looks at them
                 _check_fits(manifest, part, config)
                 self._scale, self._shift = factors_of(config, self._scale)
             if part is None:

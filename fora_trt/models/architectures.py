@@ -71,7 +71,7 @@ def _unchanged(spec: ModelSpec, options: SourceOptions) -> ModelSpec:
     return spec
 
 
-def _no_guesses_of_weights(spec: ModelSpec, options: SourceOptions) -> list[str]:
+def _no_guesses(*_: object) -> list[str]:
     return []
 
 
@@ -111,7 +111,7 @@ class StateDictFormat:
     adapted: Callable[[ModelSpec, SourceOptions], ModelSpec] = _unchanged
     parts: Callable[[Mapping[str, Tensor], SourceOptions], PipelineParts] = _no_parts
     kinds: tuple[str, ...] = ()
-    guesses: Callable[[ModelSpec, SourceOptions], list[str]] = _no_guesses_of_weights
+    guesses: Callable[[ModelSpec, SourceOptions], list[str]] = _no_guesses
     takes: tuple[str, ...] = ("architecture", "image_size")
 
 
@@ -125,10 +125,6 @@ def of_class(norm_type: str, config: Config) -> bool:
     Published configurations of DiT and PixArt have the older name; the kind of norm tells them apart.
     """
     return config.get("_class_name") != "Transformer2DModel" or config.get("norm_type") == norm_type
-
-
-def _no_guesses(spec: ModelSpec, options: SourceOptions, parts: PipelineParts) -> list[str]:
-    return []
 
 
 def _nothing_to_prepare(module: nn.Module, tensors: Mapping[str, Tensor] | None) -> None:

@@ -5,7 +5,6 @@ Each kind of source provides an `EmptyModel`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from fora_trt.errors import ModelError
 from fora_trt.models.architectures import Config, PipelineParts
-from fora_trt.models.checkpoint import place_weights
+from fora_trt.models.checkpoint import depth_of, place_weights
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.precision import HalfPrecision, dtypes_of_parameters
 from fora_trt.models.sites import find_sites
@@ -105,10 +104,7 @@ def placing(module: nn.Module, tensors: Mapping[str, Tensor], config: Config, so
     """A `Fill` that places `tensors`, which have the names of the module's parameters, one at a time."""
     sizes = [key for key in ("num_layers", "num_attention_heads", "attention_head_dim") if key in config]
     listed = ", ".join(f"{key} {config[key]}" for key in sizes) or "no sizes"
-    fits = f"the configuration has {listed}{_depth_of(tensors)}; use weights and configuration of one model"
+    depth = depth_of(tensors)
+    blocks = f" and the weights have {depth} blocks (num_layers)" if depth else ""
+    fits = f"the configuration has {listed}{blocks}; use weights and configuration of one model"
     return lambda dtypes: place_weights(module, tensors, dtypes, repr(source), fits)
-
-
-def _depth_of(tensors: Mapping[str, Tensor]) -> str:
-    found = {int(match[1]) for name in tensors if (match := re.match(r"(?:transformer_)?blocks\.(\d+)\.", name))}
-    return f" and the weights have {max(found) + 1} blocks (num_layers)" if found else ""

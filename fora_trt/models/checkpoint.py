@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,12 @@ def preferred(variants: Mapping[str | None, Path]) -> str | None:
 def tensors_of(file: Path) -> Mapping[str, Tensor]:
     """The tensors of a weight file, or of all files that an index lists. Raises `ModelError`."""
     return _sharded(file) if file.suffix == ".json" else tensors_from_file(file)
+
+
+def depth_of(names: Iterable[str]) -> int:
+    """Number of blocks (num_layers) in the names of tensors, of diffusers or of the authors; 0 if they name none."""
+    found = (re.match(r"(?:transformer_)?blocks\.(\d+)\.", name) for name in names)
+    return 1 + max((int(one[1]) for one in found if one), default=-1)
 
 
 def _safetensors(path: Path) -> Tensors:

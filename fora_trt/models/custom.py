@@ -187,9 +187,13 @@ def _not_compiled(call: Call) -> Call:
 
 def folder_of_module(source: str) -> str | None:
     """The current folder, if the module of an imported factory is in it; None for an installed package."""
-    file = getattr(sys.modules.get(source.partition(":")[0]), "__file__", None)
-    here = Path.cwd()
+    file, here = _file_of_module(source), Path.cwd()
     return str(here) if file is not None and here in Path(file).parents and "site-packages" not in file else None
+
+
+def _file_of_module(source: str) -> str | None:
+    """The file of the imported module of a factory; None if it has none."""
+    return getattr(sys.modules.get(source.partition(":")[0]), "__file__", None)
 
 
 def _called(source: str, folder: str | None) -> object:
@@ -218,7 +222,7 @@ def _called(source: str, folder: str | None) -> object:
 
 def _other_file(source: str, folder: str) -> str | None:
     """The file of an imported module that is not in the folder; None if it is there."""
-    file = getattr(sys.modules.get(source.partition(":")[0]), "__file__", None)
+    file = _file_of_module(source)
     return None if file is None or Path(folder) in Path(file).absolute().parents else str(file)
 
 

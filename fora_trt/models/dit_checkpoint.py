@@ -7,8 +7,7 @@ heads does not; for the published models it follows from the width.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from fora_trt.contract import CLASS_LABELS, TIMESTEP, InputSpec, Part
 from fora_trt.errors import ModelError
 from fora_trt.models.architectures import VAE_FACTOR, Config, PipelineParts, StateDictFormat
-from fora_trt.models.checkpoint import Tensors
+from fora_trt.models.checkpoint import Tensors, depth_of
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.spec import ModelSpec
 
@@ -45,7 +44,8 @@ NAMES = {  # the authors' name -> the diffusers name, without .weight or .bias; 
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
 }
-QKV = ("blocks.{}.attn.qkv", "transformer_blocks.{}.attn1.to_")
+JOINT = {"blocks.{}.attn.qkv": ("transformer_blocks.{}.attn1.to_", "qkv")}
+"""Joint projections: the beginning of the names of their parts, and a letter for each."""
 
 LABELS, HIDDEN = "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight"
 
@@ -86,7 +86,6 @@ def config_from_checkpoint(tensors: Mapping[str, Tensor], options: SourceOptions
     patches, output = tensors["x_embedder.proj.weight"], tensors["final_layer.linear.weight"]
     table, hidden = tensors[LABELS], tensors[HIDDEN]
     width, channels, patch = patches.shape[0], patches.shape[1], patches.shape[2]
-    blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
     heads = options.num_heads or HEADS.get(width)
     if heads is None or width % heads:
         raise ModelError(
@@ -106,7 +105,7 @@ def config_from_checkpoint(tensors: Mapping[str, Tensor], options: SourceOptions
         "attention_head_dim": width // heads,
         "in_channels": channels,
         "out_channels": output.shape[0] // patch**2,
-        "num_layers": max(blocks) + 1,
+        "num_layers": depth_of(tensors),
         "sample_size": side * patch,
         "patch_size": patch,
         "num_embeds_ada_norm": table.shape[0] - 1,  # diffusers adds a row for the null class
@@ -114,29 +113,36 @@ def config_from_checkpoint(tensors: Mapping[str, Tensor], options: SourceOptions
     }
 
 
-def as_diffusers(tensors: Mapping[str, Tensor], config: Config) -> Tensors:
-    """The tensors under their diffusers names; the joint QKV projection is split into three.
+def as_diffusers(
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    names: Mapping[str, str] = NAMES,
+    joint: Mapping[str, tuple[str, str]] = JOINT,
+    unused: Collection[str] = (POSITIONS,),
+) -> Tensors:
+    """The tensors under their diffusers names; joint projections are split.
 
     Unknown tensors keep their names, so that placing the weights reports them as unexpected.
     """
     read: dict[str, Callable[[], Tensor]] = {}
-    left = {name for name in tensors if name != POSITIONS}
+    left = {name for name in tensors if name not in unused}
 
-    def take(theirs: str, ours: str, part: int | None = None) -> None:
+    def take(theirs: str, ours: str, part: int = 0, parts: int = 1) -> None:
         if theirs in tensors:
             left.discard(theirs)
-            read[ours] = lambda: tensors[theirs] if part is None else part_of(tensors[theirs], part, 3)
+            read[ours] = lambda: _part_of(tensors[theirs], part, parts)
 
-    for end in (".weight", ".bias"):
+    for end in ("", ".weight", ".bias"):
         for block in range(config["num_layers"]):
-            for theirs, ours in NAMES.items():
+            for theirs, ours in names.items():
                 take(theirs.format(block) + end, ours.format(block) + end)
-            for part, letter in enumerate("qkv"):
-                take(QKV[0].format(block) + end, QKV[1].format(block) + letter + end, part)
+            for theirs, (ours, letters) in joint.items():
+                for part, letter in enumerate(letters):
+                    take(theirs.format(block) + end, ours.format(block) + letter + end, part, len(letters))
     return Tensors(read | {name: lambda name=name: tensors[name] for name in left})
 
 
-def part_of(joint: Tensor, part: int, parts: int) -> Tensor:
+def _part_of(joint: Tensor, part: int, parts: int) -> Tensor:
     """Query, key or value of a joint projection; of a wrong shape if the size is not divisible by `parts`."""
     return joint.tensor_split(parts)[part] if joint.dim() and parts > 1 else joint
 

@@ -58,11 +58,11 @@ def folder_of(part: Part, files: Sequence[str]) -> Path:
 def vae_at(where: str, with_weights: bool = True) -> tuple[Part, dict[str, Any]]:
     """The VAE at a folder or hub id, which may be a whole pipeline, with its configuration.
 
-    `with_weights` also checks that its weights are there, and records what they are. Raises `ModelError`.
+    `with_weights` also checks its weights and records what they are. Raises `ModelError`.
     """
     part = Part(local(where)) if Path(where).expanduser().exists() else Part(where)
     folder = folder_of(part, VAE_FILES if with_weights else ("config.json", "vae/config.json"))
-    if folder.name != part.where and not Path(part.where).is_absolute():
+    if not Path(part.where).is_absolute():
         part = Part(part.where, revision=folder.name)
     config = read_config(_vae_folder(folder, where) / "config.json", "VAE", where)
     check_autoencoder(config, where)
@@ -87,18 +87,26 @@ def weights_of_vae(part: Part) -> tuple[Path, str | None]:
     Raises `ModelError` for a VAE that is missing, incomplete or another one.
     """
     folder = folder_of(part, VAE_FILES)
-    own = _vae_folder(folder, part.where)
-    variants = variants_in(own)
+    own, variant, _ = _weights_of_vae(folder, part.where)
     if part.sha256 is not None and digest_of_vae(folder, part.where) != part.sha256:
         raise ModelError(
             f"the VAE at {part.where!r} is another one than at export; put the old one there, or give --vae FOLDER to "
             "decode with this one"
         )
-    return own, preferred(variants) if variants else None
+    return own, variant
 
 
 def digest_of_vae(folder: Path, where: str) -> str:
     """SHA-256 over configuration and weights of a VAE. Raises `ModelError` if its weights are missing or damaged."""
+    own, _, weights = _weights_of_vae(folder, where)
+    digest = hashlib.sha256()
+    for path in (own / "config.json", *weights):
+        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _weights_of_vae(folder: Path, where: str) -> tuple[Path, str | None, list[Path]]:
+    """The folder, the variant and the weight files of a VAE. Raises `ModelError` if one is missing or damaged."""
     own = _vae_folder(folder, where)
     variants = variants_in(own)
     if not variants:
@@ -106,15 +114,13 @@ def digest_of_vae(folder: Path, where: str) -> str:
             f"the VAE at {where!r} has no weights: {TRANSFORMER}.safetensors was expected in {own}; download or copy "
             "the folder again"
         )
-    file = variants[preferred(variants)]
+    variant = preferred(variants)
+    file = variants[variant]
     shards = files_of_index(file) if file.suffix == ".json" else [file]
     for shard in shards:
         if problem := problem_of(shard):
             raise ModelError(f"{shard} {problem}")
-    digest = hashlib.sha256()
-    for path in (own / "config.json", *shards):
-        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
-    return digest.hexdigest()
+    return own, variant, shards
 
 
 def check_autoencoder(config: dict[str, Any], where: str) -> None:

@@ -33,7 +33,7 @@ from fora_trt.models.architectures import (
     of_class,
 )
 from fora_trt.models.options import SourceOptions
-from fora_trt.models.pixart_checkpoint import ALPHA, PIXART, SIGMA, TEXT_LENGTH, kind_of
+from fora_trt.models.pixart_checkpoint import ALPHA, KINDS, PIXART, SIGMA, TEXT_LENGTH, kind_of
 from fora_trt.models.spec import TEXT_GUIDANCE_SCALE, ModelSpec
 from fora_trt.models.text import MASKED_PROMPTS
 
@@ -154,7 +154,7 @@ def guesses(spec: ModelSpec, options: SourceOptions, parts: PipelineParts) -> li
     """What is assumed about a transformer without its pipeline or without a VAE."""
     assert spec.text is not None
     assert spec.latents is not None
-    found, kind = [], {ALPHA: "PixArt-alpha", SIGMA: "PixArt-Sigma"}[spec.text.pipeline]
+    found, kind = [], next(name for name, pipeline in KINDS.items() if pipeline == spec.text.pipeline)
     if parts.pipeline not in TEXT_LENGTH and options.architecture is None:
         found.append(
             f"taken for a {kind} with prompts of {spec.text.length} tokens; --architecture says whether it is a "

@@ -6,23 +6,23 @@ follows from the position embeddings where the file has them.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from fora_trt.contract import Part
 from fora_trt.errors import ModelError
-from fora_trt.models.architectures import VAE_FACTOR, Config, PipelineParts, StateDictFormat
-from fora_trt.models.checkpoint import Tensors
-from fora_trt.models.dit_checkpoint import POSITIONS, SHARED_MODULATION, part_of
+from fora_trt.models.architectures import VAE_FACTOR, PipelineParts, StateDictFormat
+from fora_trt.models.checkpoint import depth_of
+from fora_trt.models.dit_checkpoint import POSITIONS, SHARED_MODULATION, as_diffusers
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.spec import ModelSpec
 
 ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
 TEXT_LENGTH = {ALPHA: 120, SIGMA: 300}  # tokens that the models were trained with
-KINDS = {"pixart-alpha": ALPHA, "pixart-sigma": SIGMA}  # the option `architecture` in lower case
+KINDS = {"PixArt-alpha": ALPHA, "PixArt-Sigma": SIGMA}  # values of the option `architecture`
 VAES = {ALPHA: "stabilityai/sd-vae-ft-ema", SIGMA: "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"}
 
 HEAD_WIDTH = 72  # of the published models
@@ -61,8 +61,6 @@ NAMES = {  # the authors' name -> the diffusers name, without .weight or .bias; 
     "blocks.{}.mlp.fc1": "transformer_blocks.{}.ff.net.0.proj",
     "blocks.{}.mlp.fc2": "transformer_blocks.{}.ff.net.2",
     "final_layer.linear": "proj_out",
-}
-TABLES = {
     "blocks.{}.scale_shift_table": "transformer_blocks.{}.scale_shift_table",
     "final_layer.scale_shift_table": "scale_shift_table",
 }
@@ -70,7 +68,7 @@ JOINT = {
     "blocks.{}.attn.qkv": ("transformer_blocks.{}.attn1.to_", "qkv"),
     "blocks.{}.cross_attn.kv_linear": ("transformer_blocks.{}.attn2.to_", "kv"),
 }
-"""Joint projections, and the names of their parts."""
+"""Joint projections, as in `dit_checkpoint`."""
 
 
 def recognises(tensors: Mapping[str, Tensor]) -> bool:
@@ -82,9 +80,10 @@ def kind_of(options: SourceOptions) -> str | None:
     """The pipeline class that the option `architecture` names; None without it. Raises `ModelError`."""
     if options.architecture is None or options.architecture.lower() == "pixart":
         return None
-    if (found := KINDS.get(options.architecture.lower())) is None:
-        raise ModelError(f"the architecture is {options.architecture!r}; choose PixArt-alpha or PixArt-Sigma")
-    return found
+    for name, pipeline in KINDS.items():
+        if name.lower() == options.architecture.lower():
+            return pipeline
+    raise ModelError(f"the architecture is {options.architecture!r}; choose {' or '.join(KINDS)}")
 
 
 def parts_of(tensors: Mapping[str, Tensor], options: SourceOptions) -> PipelineParts:
@@ -118,14 +117,13 @@ def config_from_checkpoint(tensors: Mapping[str, Tensor], options: SourceOptions
             f"{what} has a width of {width}, for which {heads or 'the number of'} attention heads do not fit; give "
             f"--num-heads, a divisor of {width}"
         )
-    blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
     side = _image_size(tensors, options, patch)
     return {
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "in_channels": channels,
         "out_channels": output.shape[0] // patch**2,
-        "num_layers": max(blocks) + 1,
+        "num_layers": depth_of(tensors),
         "cross_attention_dim": width,
         "caption_channels": tensors["y_embedder.y_proj.fc1.weight"].shape[1],
         "sample_size": side // VAE_FACTOR,
@@ -149,31 +147,6 @@ def _image_size(tensors: Mapping[str, Tensor], options: SourceOptions, patch: in
     return max(options.image_size)
 
 
-def renamed(tensors: Mapping[str, Tensor], config: Config) -> Tensors:
-    """The tensors under their diffusers names; joint projections are split.
-
-    Unknown tensors keep their names, so that placing the weights reports them as unexpected.
-    """
-    read: dict[str, Callable[[], Tensor]] = {}
-    left = {name for name in tensors if name not in (POSITIONS, NULL_PROMPT)}
-
-    def take(theirs: str, ours: str, part: int = 0, parts: int = 1) -> None:
-        if theirs in tensors:
-            left.discard(theirs)
-            read[ours] = lambda: part_of(tensors[theirs], part, parts)
-
-    for block in range(config["num_layers"]):
-        for theirs, ours in TABLES.items():
-            take(theirs.format(block), ours.format(block))
-        for end in (".weight", ".bias"):
-            for theirs, ours in NAMES.items():
-                take(theirs.format(block) + end, ours.format(block) + end)
-            for theirs, (ours, letters) in JOINT.items():
-                for part, letter in enumerate(letters):
-                    take(theirs.format(block) + end, ours.format(block) + letter + end, part, len(letters))
-    return Tensors(read | {name: lambda name=name: tensors[name] for name in left})
-
-
 def set_up(module: nn.Module, tensors: Mapping[str, Tensor], spec: ModelSpec, what: str) -> None:
     """Use the position embeddings of the file; for another image size, diffusers computes them."""
     table: Any = module.pos_embed
@@ -184,10 +157,10 @@ def set_up(module: nn.Module, tensors: Mapping[str, Tensor], spec: ModelSpec, wh
 
 PIXART = StateDictFormat(
     name="PixArt",
-    kinds=("PixArt-alpha", "PixArt-Sigma"),
+    kinds=tuple(KINDS),
     recognises=recognises,
     config=config_from_checkpoint,
-    renamed=renamed,
+    renamed=partial(as_diffusers, names=NAMES, joint=JOINT, unused=(POSITIONS, NULL_PROMPT)),
     set_up=set_up,
     parts=parts_of,
     takes=("image_size", "architecture", "num_heads", "text_length"),

@@ -18,7 +18,7 @@ from fora_trt.models.checkpoint import content_of_file
 from fora_trt.models.diffusers_folder import empty_from_folder, is_transformer_folder
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.parts import pinned, vae_at
-from fora_trt.models.weight_sets import Choice, chosen, sets_in
+from fora_trt.models.weight_sets import chosen, sets_in
 
 OTHERS = {
     "transformer_blocks.": "has the tensor names of diffusers; give its folder, with config.json beside the weights",
@@ -52,12 +52,9 @@ def empty_from_state_dict(options: SourceOptions, path: Path, name: str) -> Empt
     architecture.prepare(module, None)
     form.set_up(module, tensors, spec, what)
     fill = placing(module, form.renamed(tensors, config), config, what)
-    notes = _notes(choice, architecture.guesses(spec, options, parts) + form.guesses(spec, options))
+    guesses = architecture.guesses(spec, options, parts) + form.guesses(spec, options)
+    notes = (*filter(None, [choice.note]), *guesses)
     return EmptyModel(name, module, spec, fill, config, parts=parts, notes=notes)
-
-
-def _notes(choice: Choice, guesses: list[str]) -> tuple[str, ...]:
-    return (*filter(None, [choice.note]), *guesses)
 
 
 def _accepted(tensors: Mapping[str, Tensor]) -> bool:

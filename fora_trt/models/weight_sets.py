@@ -83,14 +83,17 @@ def sets_in(content: object, accepts: Accepts) -> tuple[list[WeightSet], list[st
         others += rest
     raw = [one for one in found if not one.averaged]
     unreadable = []
-    least = min(map(_elements, (one.tensors for one in raw)), default=0) / 2  # other averages, as of a loss, are small
-    for key, tensors in others:
-        if is_averaged(key) and _elements(tensors) >= least:
-            named = next(filter(None, (_named(tensors, one) for one in raw)), None)
-            if named is not None and accepts(named):
-                found.append(WeightSet(key, True, named))
-            else:
-                unreadable.append(key)
+    averages = [(key, tensors) for key, tensors in others if is_averaged(key)]
+    # other averages, as of a loss, are small; without any, no size is needed, for which a file would be read
+    least = min((_elements(one.tensors) for one in raw), default=0) / 2 if averages else 0
+    for key, tensors in averages:
+        if _elements(tensors) < least:
+            continue
+        named = next(filter(None, (_named(tensors, one) for one in raw)), None)
+        if named is not None and accepts(named):
+            found.append(WeightSet(key, True, named))
+        else:
+            unreadable.append(key)
     return found, unreadable
 
 
@@ -212,7 +215,7 @@ def _named(tensors: Named | Sequence[Tensor], raw: WeightSet) -> Named | None:
 
 
 def _in_order(tensors: Sequence[Tensor], raw: Named) -> Named | None:
-    """Named in the order of the raw parameters by name; raw buffers, which have no average, are skipped."""
+    """Tensors in the order of the raw parameters by name; raw buffers, which have no average, are skipped."""
     remaining, named = list(tensors), {}
     for name, one in raw.items():
         if remaining and remaining[0].shape == one.shape:
