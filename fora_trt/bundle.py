@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -197,10 +198,7 @@ class Bundle:
         except OSError as error:  # such as a name that is too long
             raise BundleError(f"{folder} cannot be read ({error.strerror}); give the folder of a bundle") from error
         if not known:
-            raise BundleError(
-                f"{folder} is not a bundle: it contains no {MANIFEST}; "
-                "create one with 'fora-trt export digits' and give its folder"
-            )
+            raise BundleError(f"{folder} is not a bundle: it contains no {MANIFEST}; {_meant(folder)}")
         mend = "export the bundle again"
         manifest = read_manifest(folder, Manifest, FORMAT_VERSION, "bundle", mend, BundleError)
         return cls(folder, manifest, trust_source)
@@ -265,6 +263,15 @@ class Bundle:
                 f"{path} holds the number {shown(odd)}; finite numbers of at most {MOST_TIMESTEPS} are needed; {mend}"
             )
         return config
+
+
+def _meant(folder: Path) -> str:
+    """What to give instead of a folder that is no bundle: the bundle of this name in `export/`, if there is one."""
+    near = Path("export") / folder.name
+    with suppress(OSError):
+        if _has_manifest(near):
+            return f"did you mean {near}?"
+    return "create one with 'fora-trt export digits' and give its folder"
 
 
 def _has_manifest(folder: Path) -> bool:

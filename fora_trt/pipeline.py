@@ -24,7 +24,7 @@ from torch import Tensor
 from fora_trt.bundle import Bundle, Manifest
 from fora_trt.engines.backends import AUTO, Backend, backend_from_name, device_from_name
 from fora_trt.engines.options import EngineOptions, Progress
-from fora_trt.errors import InputError
+from fora_trt.errors import InputError, ScheduleError
 from fora_trt.images.decode import Decoder
 from fora_trt.presets import usual_text
 from fora_trt.runtime.denoiser import Denoiser
@@ -282,11 +282,6 @@ class Pipeline:
         """Any scheduler at any number of steps, without caching. Raises `InputError`."""
         return Sampling.of(self.scheduler_named(name), steps, name=self.scheduler_text(name))
 
-    @property
-    def schedule(self) -> Schedule | str:
-        """The schedule of the configuration, else of the bundle, else the usual one."""
-        return self.config.schedule or self.bundle.schedule or usual_text()
-
     def sampling(self, steps: int | None = None, schedule: Schedule | str | None = None) -> Sampling:
         """Scheduler, steps and schedule of the configuration; `steps` and `schedule` replace the configured values.
 
@@ -294,10 +289,29 @@ class Pipeline:
         """
         config = self.config
         taken = config.steps if steps is None else steps
-        asked = self.schedule if schedule is None else schedule
-        sampling = Sampling.of(self.scheduler, taken, asked, self.scheduler_text(config.scheduler))
+        asked = config.schedule if schedule is None else schedule
+        uncached = Sampling.of(self.scheduler, taken, name=self.scheduler_text(config.scheduler))
+        if not asked:
+            return uncached.with_schedule(self._default_for(uncached))
+        sampling = uncached.with_schedule(asked)
         self.check_model(sampling.schedule)
         return sampling
+
+    def _default_for(self, uncached: Sampling) -> Schedule:
+        """The schedule where none is given: the bundle's if it fits the scheduler and the steps, else the usual one.
+
+        An interval longer than the trajectory is shortened.
+        """
+        usual = Schedule.open(usual_text(), uncached.nfe)
+        if self.bundle.schedule is None:
+            return usual
+        try:
+            own = uncached.with_schedule(Schedule.open(self.bundle.schedule, uncached.nfe)).schedule
+            self.check_model(own)
+        except ScheduleError as error:
+            self.report(f"{usual.text} is used instead of the bundle's schedule: {error}")
+            return usual
+        return own
 
     def conditioning(
         self,

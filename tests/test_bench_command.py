@@ -100,7 +100,12 @@ def test_ctrl_c_keeps_the_rows_that_are_done(
 
 
 BAD = {
-    "an interval over the steps": (["--steps", "4"], 1, "the cache interval 5 is larger than the number of steps 4"),
+    "an interval over the steps": (
+        ["--steps", "4", "--cache-intervals", "5"],
+        1,
+        "the cache interval 5 is larger than the number of steps 4",
+    ),
+    "force without a report": (["--force"], 2, "--force has no effect: without --out no report is written"),
     "no interval": (["--cache-intervals", "0"], 1, "the cache interval is 0"),
     "no batch": (["--batch-sizes", "4,0"], 1, "a batch size is 0; at least 1 is needed"),
     "a batch that does not fit": (

@@ -311,7 +311,11 @@ def test_one_file_of_inputs_serves_all_images_in_turn(pixels: Bundle, tmp_path: 
 
 
 BAD: dict[str, tuple[list[str], int, str]] = {
-    "interval over the steps": (["--steps", "4"], 1, "the cache interval 5 is larger than the number of steps 4"),
+    "interval over the steps": (
+        ["--steps", "4", "--cache-intervals", "5"],
+        1,
+        "the cache interval 5 is larger than the number of steps 4",
+    ),
     "no interval": (["--cache-intervals", "0"], 1, "the cache interval is 0"),
     "no steps": (["--steps", "0"], 1, "the number of steps is 0"),
     "more steps than noise levels": (["--steps", "1001"], 1, "does not support 1001"),

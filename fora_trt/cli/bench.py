@@ -17,7 +17,9 @@ from fora_trt.cli.options import (
     TRUST_SOURCE,
     Numbers,
     Words,
+    fitting,
     pipeline_of,
+    refuse_given,
     schedules_of,
 )
 from fora_trt.cli.terminal import plan_source, print_found, say, status
@@ -92,10 +94,12 @@ def bench(
       fora-trt bench export/dit-xl-2-256 --batch-sizes 1,8,32 --out report
       fora-trt bench export/digits --backends onnxruntime --cache-intervals 1,3 --repeats 3 --json
     """
+    if out is None:
+        refuse_given("without --out no report is written", "force")
     settings = {"steps": steps, "scheduler": scheduler, "guidance_scale": guidance_scale, "engines": engines}
     settings["trust_source"] = trust_source
     pipeline = pipeline_of(bundle, as_json, **settings)
-    from fora_trt.engines.backends import backend_from_name
+    from fora_trt.engines.backends import BACKENDS, backend_from_name
     from fora_trt.evaluate.bench import Benchmark
     from fora_trt.evaluate.targets import device_of, targets_of
     from fora_trt.report.page import check_report_folder
@@ -103,7 +107,10 @@ def bench(
 
     for name in backends:
         backend_from_name(name)  # rejects a misspelled name before anything is loaded
-    taken = [pipeline.sampling(schedule=one).schedule for one in schedules_of(cache_intervals, schedules)]
+    if not any(BACKENDS[name].builds for name in backends if name in BACKENDS):
+        refuse_given("no TensorRT plans are loaded with these --backends", "engines")
+    texts = schedules_of(fitting(cache_intervals, steps), schedules)
+    taken = [pipeline.sampling(schedule=one).schedule for one in texts]
     if bad := [size for size in batch_sizes if size < 1]:
         raise InputError(f"a batch size is {bad[0]}; at least 1 is needed")
     if out is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fora_trt.cli.options import AS_JSON, BUNDLE, BatchProfile, Words
+from fora_trt.cli.options import AS_JSON, BUNDLE, BatchProfile, Words, refuse_given
 from fora_trt.cli.terminal import bar, in_bytes, new_table, print_table, say
 
 if TYPE_CHECKING:
@@ -90,13 +90,9 @@ def build(
     gpu = first_gpu()
     library = library_for_building(backend, gpu)
     target = target_of(library, gpu, compute_capability)
-    if library.is_rtx and (optimization_level, workspace, timing_cache) != (None, None, None):
-        click.echo(
-            "tensorrt-rtx times nothing while it builds, so --optimization-level, --workspace and --timing-cache "
-            "have no effect",
-            err=True,
-        )
-        optimization_level = workspace = timing_cache = None
+    if library.is_rtx:
+        why = "tensorrt-rtx times nothing while it builds; leave it out, or give --backend tensorrt"
+        refuse_given(why, "optimization_level", "workspace", "timing_cache")
     options = PlanOptions(
         profiles=tuple(Profile(minimum=a, optimum=b, maximum=c) for a, b, c in profiles),
         optimization_level=optimization_level,

@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from fora_trt.cli.export import export
-from fora_trt.cli.options import BACKEND, DEVICE, ENGINES, Numbers, pipeline_of, schedules_of
+from fora_trt.cli.options import (
+    BACKEND,
+    DEVICE,
+    ENGINES,
+    WITHOUT_PLANS,
+    Numbers,
+    is_given,
+    pipeline_of,
+    refuse_given,
+    schedules_of,
+)
 from fora_trt.cli.terminal import new_table, plan_source, print_table, status
 from fora_trt.cli.verify import verify
 
@@ -64,12 +73,16 @@ def demo(
         raise click.BadParameter(
             "the first must be 1 (no caching): all others are compared with it", param_hint="--cache-intervals"
         )
+    from fora_trt.engines.backends import AUTO, backend_from_name
     from fora_trt.evaluate.pictures import conclusion_of, sheet_of, shown_of
     from fora_trt.images.save import check_new, free_name, save_image, writable_file
     from fora_trt.report.tables import scheduler_label
 
+    if backend != AUTO and not backend_from_name(backend).builds:
+        refuse_given(WITHOUT_PLANS.format(backend), "engines")
     context = click.get_current_context()
-    if context.get_parameter_source("output") is ParameterSource.DEFAULT:
+    if not is_given("output"):
+        refuse_given("without -o, a new file is written", "force")
         output = free_name(output)
     check_new(output, force)
     writable_file(output)

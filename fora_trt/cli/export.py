@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fora_trt.cli.options import AS_JSON, PRECISION, VAE, ImageSize, Words
+from fora_trt.cli.options import AS_JSON, PRECISION, VAE, ImageSize, Words, refuse_given
 from fora_trt.cli.terminal import say
 from fora_trt.contract import OPTIMIZATIONS
 from fora_trt.errors import BackendError, ExportError, ForaError, first_line
@@ -114,6 +114,8 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
 
     precision, opset = recipe.precision or "fp32", recipe.opset or DEFAULT_OPSET
     check_opset(opset)
+    if measured and precision == "fp32":
+        refuse_given("trajectories are compared with those in fp32; give --precision fp16 or bf16", "measured")
     target = out / _folder_name(recipe.name or source_from_options(recipe.options()).name)
     refuse_existing(target, force, "bundle", ExportError)
     say(as_json, f"loading {recipe.source}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from fora_trt.cli.terminal import bar, say
 from fora_trt.errors import InputError
@@ -116,6 +117,9 @@ ENGINES = click.option(
     default="engines",
     help="Folder of TensorRT plans; missing plans are built there. Or one set of plans, which is used as it is.",
 )
+WITHOUT_PLANS = "no TensorRT plans are loaded with --backend {}"
+"""Why `ENGINES` has no effect."""
+
 SCHEDULE_FORMS = "fora:3, even:18, dense:18,0.3 or full:0,1,4, each also with ,forecast=2; or a .json file"
 SCHEDULES = click.option(
     "--schedule",
@@ -203,7 +207,31 @@ def pipeline_of(bundle: Path, quiet: bool, **settings: Any) -> Pipeline:
 
         if not is_factory(pipeline.manifest.model.options.source):
             raise InputError(f"the source of {bundle} is no factory, so no code of it runs; leave --trust-source out")
+    if "backend" in settings and not pipeline.backend.builds:
+        refuse_given(WITHOUT_PLANS.format(pipeline.backend.name), "engines")
     return pipeline
+
+
+def is_given(name: str) -> bool:
+    """Whether the user gave a parameter of the running command, rather than leaving it at its default."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+
+
+def refuse_given(because: str, *names: str) -> None:
+    """Refuse the given ones of these parameters, which have no effect for the reason `because`: exit code 2."""
+    context = click.get_current_context()
+    options = [max(one.opts, key=len) for one in context.command.params if one.name in names and is_given(one.name)]
+    if options:
+        verb = "has" if len(options) == 1 else "have"
+        raise click.UsageError(f"{' and '.join(options)} {verb} no effect: {because}", context)
+
+
+def fitting(cache_intervals: tuple[int, ...], steps: int) -> tuple[int, ...]:
+    """The cache intervals that fit the number of steps, if they are the default; given ones may be refused later."""
+    if is_given("cache_intervals"):
+        return cache_intervals
+    return tuple(one for one in cache_intervals if one <= steps) or (1,)
 
 
 def schedule_of(cache_interval: int | None, schedule: str | None, forecast: int | None) -> str:

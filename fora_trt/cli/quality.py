@@ -23,8 +23,10 @@ from fora_trt.cli.options import (
     Numbers,
     Schedulers,
     conditioning_in_turn,
+    fitting,
     grouped,
     pipeline_of,
+    refuse_given,
     schedules_of,
 )
 from fora_trt.cli.terminal import print_found, status, watched
@@ -115,12 +117,16 @@ def quality(
     from fora_trt.report.tables import quality_table
 
     about = About.of(pipeline.bundle)
+    if not pipeline.manifest.can_forecast:
+        refuse_given(f"{pipeline.manifest.name} cannot forecast; export it with --optimize conditioning", "forecast")
+        forecast = 0
+    cache_intervals = fitting(cache_intervals, min(steps))
     check_report_folder(out, "quality", about, resume)
     options = QualityOptions(
         images=num_images,
         schedulers=schedulers or (None,),
         steps=steps,
-        schedules=tuple(schedules_of(cache_intervals, schedules, forecast if pipeline.manifest.can_forecast else 0)),
+        schedules=tuple(schedules_of(cache_intervals, schedules, forecast)),
         seed=seed,
         keep_images=not no_images,
         truth_steps=truth_steps,

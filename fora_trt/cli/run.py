@@ -18,6 +18,7 @@ from fora_trt.cli.options import (
     SEED,
     Numbers,
     SamplingOptions,
+    refuse_given,
     sampling_options,
 )
 from fora_trt.cli.terminal import watched
@@ -78,11 +79,14 @@ def run(
     check_image_size(pipeline.manifest, height, width)
     name = pipeline.manifest.name
     if output is None and latents_out is None:
+        refuse_given("without -o and --latents-out, a new file is written", "force")
         if sampling.vae is not None or can_decode(pipeline.manifest):
             output = free_name(Path(f"{name}.png"))
         else:
             latents_out = free_name(Path(f"{name}.npy"))
             click.echo(f"{name} has no VAE, so its latents are written; --vae FOLDER decodes them", err=True)
+    if output is None:
+        refuse_given("only latents are written; give -o for images", "vae")
     for path in filter(None, (output, latents_out)):
         check_new(path, force)
     if output is not None:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from fora_trt.cli.options import AS_JSON, BUNDLE, CONDITIONING, NEGATIVE_PROMPT, SEED, SamplingOptions, sampling_options
+from fora_trt.cli.options import (
+    AS_JSON,
+    BUNDLE,
+    CONDITIONING,
+    NEGATIVE_PROMPT,
+    SEED,
+    SamplingOptions,
+    refuse_given,
+    sampling_options,
+)
 from fora_trt.cli.terminal import watched
 from fora_trt.presets import doubt_of
 
@@ -76,7 +85,13 @@ def sample(
     from fora_trt.sampling.request import lines_of
 
     prompts = lines_of(prompts_file) if prompts_file else ()
-    without_classes = prompts or conditioning is not None
+    if prompts and conditioning is not None:
+        raise click.UsageError("--prompts and --prompt-embeds exclude each other; give one of them")
+    without_classes = prompts or conditioning is not None or pipeline.manifest.guidance is None
+    if without_classes:
+        refuse_given("these images have no class labels", "labels")
+    if negative_prompt and not prompts:
+        refuse_given("it needs --prompts; a file has the tensor negative_prompt_embeds", "negative_prompt")
     classes = None if without_classes else _classes(pipeline.manifest, labels, num_images, seed)
     given = pipeline.conditioning(classes, prompts, negative_prompt, conditioning)
     images = SampleSet.of(out, pipeline, given, num_images, seed, layout)
@@ -92,10 +107,8 @@ def sample(
         click.echo(f"wrote {made}: {num_images} images ({seconds:.1f} s in this call)")
 
 
-def _classes(manifest: Manifest, labels: str, num_images: int, seed: int) -> list[int] | None:
-    """One class label per image; None for a model without classes."""
+def _classes(manifest: Manifest, labels: str, num_images: int, seed: int) -> list[int]:
+    """One class label per image."""
     from fora_trt.sampling.conditioning import balanced_labels, drawn_labels
 
-    if manifest.guidance is None:
-        return None
     return balanced_labels(manifest, num_images) if labels == "balanced" else drawn_labels(manifest, num_images, seed)

@@ -16,6 +16,7 @@ from fora_trt.cli.options import (
     SCHEDULES,
     TRUST_SOURCE,
     Numbers,
+    fitting,
     pipeline_of,
     schedules_of,
 )
@@ -62,8 +63,9 @@ def verify(
     settings = {"steps": steps, "backend": backend, "device": device, "engines": engines, "batch_size": 2}
     settings["trust_source"] = trust_source
     pipeline = pipeline_of(bundle, as_json, **settings)
+    cache_intervals = fitting(cache_intervals, steps)
     reference, description = reference_from_bundle(pipeline.bundle, pipeline.device)
-    if not schedules and pipeline.manifest.can_forecast:
+    if not schedules and pipeline.manifest.can_forecast and max(cache_intervals) > 1:
         schedules = (text_with_forecast(fora_text(max(cache_intervals)), 2),)
     comparisons = compare_with_pytorch(pipeline, schedules_of(cache_intervals, schedules), reference)
     title = f"{bundle} on {pipeline.backend.name} ({pipeline.device}) against {description}"

@@ -118,6 +118,13 @@ def device_from_name(name: str, backend: Backend) -> torch.device:
     return device
 
 
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of fora-trt; ONNX Runtime for the CPU and for GPUs exclude each other."""
+    command = f"pip install 'fora-trt[{extra}]'"
+    clashes = extra == "gpu" and installed_version("onnxruntime") is not None
+    return f"pip uninstall onnxruntime, then {command}" if clashes else command
+
+
 def release_of(version: str) -> tuple[int, int]:
     """The first two numbers of a version string."""
     major, minor = version.split(".")[:2]

@@ -137,9 +137,10 @@ def measure(config: PipelineConfig, given: Conditioning) -> int:
     with PeakMemory(device) as peak:
         plans = EngineOptions(Path(config.engines), batch=2 * given.images)
         pipeline = Pipeline(config, opened=bundle, predictor=predictor_of(bundle, config.backend, device, plans))
-        plain = pipeline.sampling(schedule=NONE)
-        schedule = pipeline.schedule
-        sampling = plain.with_schedule(Schedule.open(schedule, plain.nfe) if isinstance(schedule, str) else schedule)
+        asked = config.schedule
+        if asked and isinstance(asked, str):
+            asked = Schedule.open(asked, pipeline.sampling(schedule=NONE).nfe)
+        sampling = pipeline.sampling(schedule=asked)
         few = steps_until_full(sampling.schedule)
         guidance = pipeline.guidance(given, sampling)
         pipeline.sampler(sampling)(given, range(given.images), guidance, lambda steps: islice(steps, few))

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from fora_trt.engines.backends import how_to_install
 from fora_trt.errors import BackendError
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
@@ -101,14 +102,14 @@ def library_for_building(backend: str, gpu: Gpu | None) -> Library:
     if installation_problem(TENSORRT_RTX) is None:
         return library_from_name(TENSORRT_RTX)
     raise BackendError(
-        "plans need TensorRT; pip install 'fora-trt[gpu]' on the machine whose GPU will run them, "
-        "or 'fora-trt[rtx]' to build for GeForce and workstation GPUs on any machine"
+        f"plans need TensorRT; {how_to_install('gpu')} on the machine whose GPU will run them, "
+        f"or {how_to_install('rtx')} to build for GeForce and workstation GPUs on any machine"
     )
 
 
 def installation_problem(backend: str) -> str | None:
     """Why the library cannot be imported, and how to fix that; None if it can."""
-    remedy = f"pip install 'fora-trt[{_EXTRAS[backend]}]'"
+    remedy = how_to_install(_EXTRAS[backend])
     if find_spec(_MODULES[backend]) is None:
         return f"{backend} is not installed; {remedy}"
     try:

@@ -1,0 +1,124 @@
+"""Options that were given and would have no effect are refused; defaults that do not fit are adapted."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fora_trt import Schedule
+from fora_trt.bundle import Bundle
+from fora_trt.files import record_of, write_manifest
+from tests.test_cli import fora
+
+ONE = ("--class-labels", "1", "--steps", "3")
+
+WITHOUT_EFFECT: dict[str, tuple[Sequence[object], str]] = {
+    "force of run": (("run", "BUNDLE", *ONE, "--force"), "--force has no effect: without -o and --latents-out"),
+    "a VAE for latents": (
+        ("run", "BUNDLE", *ONE, "--latents-out", "x.npy", "--vae", "some/vae"),
+        "--vae has no effect: only latents are written; give -o for images",
+    ),
+    "labels beside prompts": (
+        ("sample", "BUNDLE", "--labels", "drawn", "--prompts", "LINES", "--out", "out"),
+        "--labels has no effect: these images have no class labels",
+    ),
+    "a negative prompt for classes": (
+        ("sample", "BUNDLE", "--negative-prompt", "blurred", "--out", "out"),
+        "--negative-prompt has no effect: it needs --prompts",
+    ),
+    "two kinds of inputs": (
+        ("sample", "BUNDLE", "--prompts", "LINES", "--prompt-embeds", "x.npz", "--out", "out"),
+        "--prompts and --prompt-embeds exclude each other; give one of them",
+    ),
+    "plans without TensorRT": (
+        ("run", "BUNDLE", *ONE, "--backend", "torch", "--engines", "plans"),
+        "--engines has no effect: no TensorRT plans are loaded with --backend torch",
+    ),
+    "plans of bench": (
+        ("bench", "BUNDLE", "--backends", "torch", "--engines", "plans"),
+        "--engines has no effect: no TensorRT plans are loaded with these --backends",
+    ),
+    "plans of demo": (("demo", "--backend", "torch", "--engines", "plans"), "--engines has no effect"),
+    "a measurement against itself": (
+        ("export", "digits", "--measure-trajectory"),
+        "--measure-trajectory has no effect: trajectories are compared with those in fp32",
+    ),
+    "force of bench": (("bench", "BUNDLE", "--force"), "--force has no effect: without --out no report is written"),
+    "force of demo": (("demo", "--force"), "--force has no effect: without -o, a new file is written"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_EFFECT)
+def test_an_option_without_effect_is_refused(
+    case: str, pixels: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines.txt").write_text("a cat\n")
+    arguments, message = WITHOUT_EFFECT[case]
+    known = {"BUNDLE": pixels.folder, "LINES": "lines.txt"}
+    shown = fora(*(known.get(str(one), one) for one in arguments))
+    assert shown.exit_code == 2
+    assert message in " ".join(shown.stderr.split())
+    assert [one.name for one in tmp_path.iterdir()] == ["lines.txt"]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_default_interval_fits_few_steps(
+    steps: int, pixels: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = fora("run", pixels.folder, "--class-labels", "1", "--steps", steps, "-o", "one.png", "--json")
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["schedule"] == {1: "none", 2: "fora:2"}[steps]
+
+
+@pytest.mark.parametrize(
+    ("steps", "schedules"),
+    [(1, ["none"]), (2, ["fora:2", "fora:2,forecast=2"]), (4, ["fora:2", "fora:3", "fora:3,forecast=2"])],
+)
+def test_verify_leaves_out_default_intervals_that_do_not_fit(steps: int, schedules: list[str], pixels: Bundle) -> None:
+    shown = fora("verify", pixels.folder, "--steps", steps, "--json")
+    assert shown.exit_code == 0, shown.output
+    compared = [row["what"] for row in json.loads(shown.stdout)["comparisons"]]
+    assert compared == ["full graph", "reuse graph", *(f"{steps} steps, {one}" for one in schedules)]
+
+
+def test_quality_leaves_out_default_intervals_that_do_not_fit(
+    pixels: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = fora("quality", pixels.folder, "--steps", 2, "--num-images", 2, "--out", "quality", "--json")
+    assert shown.exit_code == 0, shown.output
+    assert {row["setting"]["schedule"] for row in json.loads(shown.stdout)["rows"]} >= {"none", "fora:2"}
+
+
+def test_a_schedule_of_the_bundle_that_does_not_fit_is_replaced_aloud(
+    pixels: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "export" / "pixels"
+    shutil.copytree(pixels.folder, folder)
+    Schedule.fora(20, 4).to_file(folder / "schedule.json")
+    files = {**pixels.manifest.files, "schedule.json": record_of(folder / "schedule.json")}
+    write_manifest(folder, pixels.manifest.model_copy(update={"schedule": "schedule.json", "files": files}))
+
+    fits = fora("run", folder, "--class-labels", "1", "--steps", 20, "-o", "a.png", "--json")
+    assert json.loads(fits.stdout)["full_steps"] == Schedule.fora(20, 4).full_steps
+    other = fora("run", folder, "--class-labels", "1", "--steps", 6, "-o", "b.png")
+    assert other.exit_code == 0, other.output
+    assert "fora:3 is used instead of the bundle's schedule" in " ".join(other.output.split())
+    given = fora("run", folder, "--class-labels", "1", "--steps", 6, "--schedule", folder / "schedule.json")
+    assert given.exit_code == 1
+    assert "is for 20 model evaluations, but this trajectory has 6" in given.output
+
+
+def test_the_name_of_a_bundle_in_export_is_recognized(
+    pixels: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pixels.folder, tmp_path / "export" / "pixels")
+    shown = fora("inspect", "pixels")
+    assert shown.exit_code == 1
+    assert "did you mean export/pixels?" in shown.output
