@@ -201,7 +201,11 @@ BAD = {
         "no/such/a.png cannot be written: No such file or directory",
     ),
     "a folder where latents go": (["run", "BUNDLE", "--class-labels", "1", "--latents-out", "."], 1, "is a folder"),
-    "verify an interval over steps": (["verify", "BUNDLE", "--steps", "2"], 1, "cache interval 3 is larger"),
+    "verify an interval over steps": (
+        ["verify", "BUNDLE", "--steps", "2", "--cache-intervals", "3"],
+        1,
+        "cache interval 3 is larger",
+    ),
     "inspect no bundle": (["inspect", "."], 1, "is not a bundle"),
     "demo that does not begin with 1": (["demo", "--cache-intervals", "2,3"], 2, "the first must be 1"),
     "unknown command": (["exprot"], 2, "No such command 'exprot'"),

@@ -33,6 +33,13 @@ class Phase(Enum):
     TRAIN = 1
 
 
+class EarlierMember:
+    """Stored as Python 3.11.0 to 3.11.3 store the member of an enumeration."""
+
+    def __reduce__(self) -> tuple[object, tuple[type, str]]:
+        return getattr, (Phase, "TRAIN")
+
+
 class Slots:
     __slots__ = ("rate",)
 
@@ -52,6 +59,7 @@ EXTRAS: dict[str, Any] = {
     "a subclass of a list": Names(["a", "b"]),
     "a deque": deque([1, 2]),
     "an enumeration": Phase.TRAIN,
+    "an enumeration of Python 3.11.2": EarlierMember(),
     "slots": Slots(),
     "a time": datetime(2026, 1, 1),
     "a partial function": functools.partial(print, "x"),

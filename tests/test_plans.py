@@ -378,7 +378,10 @@ def test_ctrl_c_cancels_and_leaves_nothing(half: Bundle, tmp_path: Path) -> None
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such backend": (["--backend", "onnxruntime"], "'onnxruntime' is not one of 'auto', 'tensorrt', 'tensorrt-rtx'"),
-    "tensorrt without it": (["--backend", "tensorrt"], "tensorrt is not installed; pip install 'fora-trt[gpu]'"),
+    "tensorrt without it": (
+        ["--backend", "tensorrt"],
+        "tensorrt is not installed; pip uninstall onnxruntime, then pip install",
+    ),
     "not a batch": (["--batch", "16"], "'16' is not a profile of three integers min:opt:max such as 1:2:16"),
     "a falling batch": (["--batch", "4:2:8"], "'4:2:8' is not a valid profile; expected 1 <= min <= opt <= max"),
     "a level too high": (["--optimization-level", "9"], "9 is not in the range 0<=x<=5"),

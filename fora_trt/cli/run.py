@@ -28,6 +28,7 @@ from fora_trt.presets import doubt_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from fora_trt.bundle import Manifest
     from fora_trt.pipeline import Pipeline, PipelineOutput
 
 
@@ -72,19 +73,14 @@ def run(
       fora-trt run export/dit-xl-2-256 --class-labels 207 --schedule fora:5 --json
     """
     pipeline = sampling.pipeline(bundle, as_json)
-    from fora_trt.images.decode import can_decode, check_image_size
-    from fora_trt.images.save import check_new, free_name, save_images, save_latents, writable_file, writable_images
+    from fora_trt.images.decode import check_image_size
+    from fora_trt.images.save import check_new, save_images, save_latents, writable_file, writable_images
     from fora_trt.report.environment import versions
 
     check_image_size(pipeline.manifest, height, width)
-    name = pipeline.manifest.name
     if output is None and latents_out is None:
         refuse_given("without -o and --latents-out, a new file is written", "force")
-        if sampling.vae is not None or can_decode(pipeline.manifest):
-            output = free_name(Path(f"{name}.png"))
-        else:
-            latents_out = free_name(Path(f"{name}.npy"))
-            click.echo(f"{name} has no VAE, so its latents are written; --vae FOLDER decodes them", err=True)
+        output, latents_out = _new_file(pipeline.manifest, sampling)
     if output is None:
         refuse_given("only latents are written; give -o for images", "vae")
     for path in filter(None, (output, latents_out)):
@@ -110,6 +106,17 @@ def run(
     click.echo(_sentence(figures, pipeline.backend.compiles))
     for path in filter(None, written.values()):
         click.echo(f"wrote {path}")
+
+
+def _new_file(manifest: Manifest, sampling: SamplingOptions) -> tuple[Path | None, Path | None]:
+    """Where images go if no file is named, or the latents of a model without a VAE."""
+    from fora_trt.images.decode import can_decode
+    from fora_trt.images.save import free_name
+
+    if sampling.vae is not None or can_decode(manifest):
+        return free_name(Path(f"{manifest.name}.png")), None
+    click.echo(f"{manifest.name} has no VAE, so its latents are written; --vae FOLDER decodes them", err=True)
+    return None, free_name(Path(f"{manifest.name}.npy"))
 
 
 def _images_of(made: PipelineOutput, output: Path, latents_out: Path | None) -> list[Image]:

@@ -18,11 +18,14 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from fora_trt.errors import ModelError
 
 RUNS_CODE = re.compile(
-    r"(builtins\.)?(eval|exec|compile|open|getattr|setattr|delattr|__import__|input|breakpoint|globals|vars)|"
+    r"(builtins\.)?(eval|exec|compile|open|setattr|delattr|__import__|input|breakpoint|globals|vars)|"
     r"io\.open|(os|nt|posix|sys|subprocess|commands|shutil|socket|runpy|importlib|pty|ctypes|webbrowser|code|pdb|timeit|multiprocessing|"
     r"asyncio|urllib|http|requests|builtins\.__\w+)\..*"
 )
-"""Names that no training script stores: a file that calls one of them was made to run code when it is loaded."""
+"""Names that no training script stores: a file that calls one of them was made to run code when it is loaded.
+
+`getattr` is not one of them: Python 3.11.0 to 3.11.3 stores the member of an enumeration as a call of it.
+"""
 
 UNKNOWN = re.compile(r"GLOBAL (\S+) was not an allowed global|unsupported GLOBAL (\S+) whose module")
 NO_DICTIONARY = re.compile(r"Can only SETITEMS? for .* but got <class 'stand-in\.(.+)'>")
