@@ -265,12 +265,12 @@ class Bundle:
         return config
 
 
-def _meant(folder: Path) -> str:
-    """What to give instead of a folder that is no bundle: the bundle of this name in `export/`, if there is one."""
-    near = Path("export") / folder.name
-    with suppress(OSError):
-        if _has_manifest(near):
-            return f"did you mean {near}?"
+def _meant(path: Path) -> str:
+    """What to give instead of a path that is no bundle: its folder, or the one of this name in `export/`, if it is."""
+    for near in (path.parent, Path("export") / path.name):
+        with suppress(OSError):
+            if _has_manifest(near):
+                return f"did you mean {near}?"
     return "create one with 'fora-trt export digits' and give its folder"
 
 

@@ -114,11 +114,12 @@ def test_a_schedule_of_the_bundle_that_does_not_fit_is_replaced_aloud(
     assert "is for 20 model evaluations, but this trajectory has 6" in given.output
 
 
-def test_the_name_of_a_bundle_in_export_is_recognized(
-    pixels: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("given", ["pixels", "export/pixels/full.onnx", "export/pixels/manifest.json"])
+def test_the_bundle_that_was_meant_is_named(
+    given: str, pixels: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(pixels.folder, tmp_path / "export" / "pixels")
-    shown = fora("inspect", "pixels")
+    shown = fora("inspect", given)
     assert shown.exit_code == 1
     assert "did you mean export/pixels?" in shown.output

@@ -99,15 +99,14 @@ def bench(
     settings = {"steps": steps, "scheduler": scheduler, "guidance_scale": guidance_scale, "engines": engines}
     settings["trust_source"] = trust_source
     pipeline = pipeline_of(bundle, as_json, **settings)
-    from fora_trt.engines.backends import BACKENDS, backend_from_name
+    from fora_trt.engines.backends import backend_from_name
     from fora_trt.evaluate.bench import Benchmark
     from fora_trt.evaluate.targets import device_of, targets_of
     from fora_trt.report.page import check_report_folder
     from fora_trt.report.results import About
 
-    for name in backends:
-        backend_from_name(name)  # rejects a misspelled name before anything is loaded
-    if not any(BACKENDS[name].builds for name in backends if name in BACKENDS):
+    timed = list(map(backend_from_name, backends))  # rejects a misspelled name before anything is loaded
+    if not any(backend.builds for backend in timed):
         refuse_given("no TensorRT plans are loaded with these --backends", "engines")
     texts = schedules_of(fitting(cache_intervals, steps), schedules)
     taken = [pipeline.sampling(schedule=one).schedule for one in texts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,6 +32,9 @@ from fora_trt.cli.options import (
 from fora_trt.cli.terminal import print_found, status, watched
 from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.presets import USUAL_ORDER
+
+if TYPE_CHECKING:
+    from fora_trt.bundle import Manifest
 
 
 @click.command()
@@ -117,16 +120,12 @@ def quality(
     from fora_trt.report.tables import quality_table
 
     about = About.of(pipeline.bundle)
-    if not pipeline.manifest.can_forecast:
-        refuse_given(f"{pipeline.manifest.name} cannot forecast; export it with --optimize conditioning", "forecast")
-        forecast = 0
-    cache_intervals = fitting(cache_intervals, min(steps))
     check_report_folder(out, "quality", about, resume)
     options = QualityOptions(
         images=num_images,
         schedulers=schedulers or (None,),
         steps=steps,
-        schedules=tuple(schedules_of(cache_intervals, schedules, forecast)),
+        schedules=_schedules(pipeline.manifest, steps, cache_intervals, forecast, schedules),
         seed=seed,
         keep_images=not no_images,
         truth_steps=truth_steps,
@@ -142,3 +141,13 @@ def quality(
     for note in (*found.notes, report.recommendation):
         click.echo(note)
     click.echo(f"wrote {out / 'report.html'}, {found.grid}{'' if no_images else ', and the images of every setting'}")
+
+
+def _schedules(
+    manifest: Manifest, steps: tuple[int, ...], cache_intervals: tuple[int, ...], forecast: int, given: tuple[str, ...]
+) -> tuple[str, ...]:
+    """All schedules to compare; by default without a forecast for a bundle that cannot forecast."""
+    if not manifest.can_forecast:
+        refuse_given(f"{manifest.name} cannot forecast; export it with --optimize conditioning", "forecast")
+        forecast = 0
+    return tuple(schedules_of(fitting(cache_intervals, min(steps)), given, forecast))
