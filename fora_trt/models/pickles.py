@@ -30,7 +30,8 @@ RUNS_CODE = re.compile(
 UNKNOWN = re.compile(r"GLOBAL (\S+) was not an allowed global|unsupported GLOBAL (\S+) whose module")
 NO_DICTIONARY = re.compile(r"Can only SETITEMS? for .* but got <class 'stand-in\.(.+)'>")
 NO_LIST = re.compile(r"Can only (?:append to|extend) lists, but got <class 'stand-in\.(.+)'>")
-"""Messages of PyTorch: a name that it does not allow, and a stand-in that must be a dictionary or a list."""
+CALLED = re.compile(r"unrecognized function <stand-in\.(\S+) object")
+"""Messages of PyTorch on a name that it does not allow, and on a stand-in that must be a container or is called."""
 
 
 class StandIn:
@@ -82,6 +83,8 @@ def content_of_pickle(path: Path) -> Any:
                 return _loaded(path)
         except UnpicklingError as error:  # noqa: PERF203 # a few iterations at most
             name, kind = _needed(str(error))
+            if called := CALLED.search(str(error)):
+                raise _runs_code(called[1], path) from error
             if name is None or kinds.get(name) is kind:
                 lines = str(error).partition("WeightsUnpickler error:")[2].split("\n")
                 reason = next(filter(None, map(str.strip, lines)), "a damaged pickle")
@@ -103,11 +106,15 @@ def _needed(message: str) -> tuple[str | None, type[StandIn]]:
 
 def _stand_in(name: str, kind: type[StandIn], path: Path) -> type[StandIn]:
     if RUNS_CODE.fullmatch(name):
-        raise ModelError(
-            f"{path} contains a call of {name}, so loading it could run code of its author; do not use this file: "
-            "get the weights from their publisher, as .safetensors if possible"
-        )
+        raise _runs_code(name, path)
     return type(name, (kind,), {"__module__": "stand-in", "__qualname__": name})
+
+
+def _runs_code(name: str, path: Path) -> ModelError:
+    return ModelError(
+        f"{path} contains a call of {name}, so loading it could run code of its author; do not use this file: "
+        "get the weights from their publisher, as .safetensors if possible"
+    )
 
 
 def _loaded(path: Path) -> Any:
