@@ -21,7 +21,7 @@ from fora_trt.untrusted import name_problem, read_json, shown
 
 MANIFEST = "manifest.json"
 _DIGEST = "sha256"
-PIECE = 2**20
+PIECE = 2**20  # bytes that are read at once
 
 
 class Record(BaseModel):

@@ -105,7 +105,6 @@ BAD = {
         1,
         "the cache interval 5 is larger than the number of steps 4",
     ),
-    "force without a report": (["--force"], 2, "--force has no effect: without --out no report is written"),
     "no interval": (["--cache-intervals", "0"], 1, "the cache interval is 0"),
     "no batch": (["--batch-sizes", "4,0"], 1, "a batch size is 0; at least 1 is needed"),
     "a batch that does not fit": (

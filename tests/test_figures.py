@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fora_trt import Schedule, load
+from fora_trt import Schedule
 from fora_trt.bundle import Bundle
 from fora_trt.engines.options import EngineOptions
 from fora_trt.evaluate.bench import Benchmark
@@ -82,17 +82,17 @@ def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(dit_s: Bundl
     assert reuse / full <= 0.015
 
     image, guidance = example_conditioning(dit_s.manifest, 1), benchmark.guidance
-    denoiser = load(dit_s, schedule="none", backend="onnxruntime", device="cpu")
-    bare = Sampler(denoiser, timing.sampler.scheduler_step, timing.sampler.schedule)
+    # The same sessions: others, with weights at other addresses, differ by two or three percent themselves.
+    bare = Sampler(timing.sampler.denoiser, timing.sampler.scheduler_step, timing.sampler.schedule)
     rows, bares = [], []
-    for pair in range(40):  # in turn; so many only where other work disturbs them
+    for pair in range(90):  # in turn; so many only where other work disturbs them
         rows.append(timing.run(image, guidance))
         bares.append(bare(image, [0], guidance))
         added = undisturbed(rows) / undisturbed(bares) - 1
         if pair >= 5 and added < 0.02:
             break
     print(f"the benchmark adds {added:+.2%} to a trajectory, by {pair + 1} pairs")
-    assert added < 0.05, "more than two sessions with weights at other addresses may differ by"
+    assert added < 0.02
 
 
 def test_compiled_graphs_reach_the_ideal(dit_s: Bundle) -> None:
