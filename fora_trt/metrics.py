@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
+from fora_trt.engines.backends import how_to_install
 from fora_trt.errors import InputError
 from fora_trt.registry import Registry
 
@@ -33,7 +34,7 @@ DISTANCES_AT_ONCE = 1 << 24
 def check_torchmetrics() -> None:
     """Raise `InputError` if torchmetrics, which computes the metrics, is missing."""
     if find_spec("torchmetrics") is None:
-        raise InputError("the metrics need torchmetrics, which is not installed; pip install 'fora-trt[report]'")
+        raise InputError(f"the metrics need torchmetrics, which is not installed; {how_to_install('report')}")
 
 
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
@@ -54,6 +55,16 @@ def latent_psnr(latents: Tensor, reference: Tensor, pixels: bool) -> Tensor:
     peak = 2.0 if pixels else float(reference.max() - reference.min())
     errors = (latents.double() - reference.double()).square().flatten(1).mean(1).clamp_min(1e-20 * peak**2)
     return 10 * torch.log10(peak**2 / errors)
+
+
+def psnr_of_latents(latents: Tensor, reference: Tensor) -> Tensor:
+    """PSNR of each of the latents (B, C, ...) in dB, (B,); infinite for identical ones.
+
+    The peak is the range of each reference, because latents of a model without a VAE have no known limits.
+    """
+    found, wanted = (one.flatten(1).double() for one in (latents, reference))
+    peak = wanted.amax(1) - wanted.amin(1)
+    return 10 * torch.log10(peak**2 / (found - wanted).square().mean(1))
 
 
 def mean_psnr(each: Tensor) -> float | None:
@@ -99,9 +110,10 @@ def lpips_problem(shape: tuple[int, ...] | None) -> str | None:
     try:
         from torchvision.models import AlexNet_Weights
     except (ImportError, RuntimeError):  # RuntimeError if torchvision does not match the installed torch
-        return "torchvision is not installed"
-    weights = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(AlexNet_Weights.DEFAULT.url).path).name)
-    return None if weights.is_file() else f"the weights of AlexNet are not in {weights}"
+        return "torchvision, of the release that fits torch, is not installed; pip install torchvision"
+    url = AlexNet_Weights.DEFAULT.url
+    weights = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+    return None if weights.is_file() else f"the weights of AlexNet are not in {weights}; download {url}"
 
 
 def lpips(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -213,6 +225,8 @@ def _four_digits(value: float | None) -> str:
 class Metric:
     """A metric of the pictures of a setting against the pictures without caching.
 
+    A model without a VAE makes latents (B, C, ...), which only metrics with `of_latents` compare.
+
     `each(device)` returns a function of two batches of pictures (B, H, W, C) that returns one value per picture (B,);
     the second batch is without caching, or with `to_solution` the fine solution. `summary` reduces the values of all
     pictures to one number. A set metric has `of_set` instead, which returns None if the set lacks data that it
@@ -226,6 +240,7 @@ class Metric:
     unit: str = ""
     to_solution: bool = False
     each: Callable[[torch.device], Callable[[Tensor, Tensor], Tensor]] | None = None
+    of_latents: Callable[[Tensor, Tensor], Tensor] | None = None
     summary: Callable[[Tensor], float | None] = _mean
     of_set: Callable[[PictureSet], float | None] | None = None
     problem: Callable[[tuple[int, ...] | None], str | None] = _without_problem
@@ -238,6 +253,12 @@ METRICS: Registry[Metric] = Registry("metric", InputError)
 def measured_each(shape: tuple[int, ...] | None, solution: bool = False) -> dict[str, Metric]:
     """The per-picture metrics that can be measured on pictures of this shape (H, W, C), with or without a solution."""
     each = [one for one in METRICS.values() if one.each is not None and one.problem(shape) is None]
+    return {one.name: one for one in each if solution or not one.to_solution}
+
+
+def measured_on_latents(solution: bool = False) -> dict[str, Metric]:
+    """The metrics that compare latents, with or without a fine solution."""
+    each = [one for one in METRICS.values() if one.of_latents is not None]
     return {one.name: one for one in each if solution or not one.to_solution}
 
 
@@ -266,12 +287,13 @@ for _metric in (
     Metric(
         "psnr", "PSNR",
         "Mean PSNR against the same images without caching, of pixels before they are rounded; higher is closer.",
-        "dB", each=lambda device: psnr, summary=mean_psnr, shown=_decibels,
+        "dB", each=lambda device: psnr, of_latents=psnr_of_latents, summary=mean_psnr, shown=_decibels,
     ),
     Metric(
         SOLUTION_PSNR, "PSNR to solution",
         "Mean PSNR against a fine solution: many steps without caching, from the same noise.",
-        "dB", to_solution=True, each=lambda device: psnr, summary=mean_psnr, shown=_decibels,
+        "dB", to_solution=True, each=lambda device: psnr, of_latents=psnr_of_latents, summary=mean_psnr,
+        shown=_decibels,
     ),
     Metric(
         "ssim", "SSIM", "Structural similarity to the images without caching; 1 for identical images.",

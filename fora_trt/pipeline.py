@@ -25,7 +25,7 @@ from fora_trt.bundle import Bundle, Manifest
 from fora_trt.engines.backends import AUTO, Backend, backend_from_name, device_from_name
 from fora_trt.engines.options import EngineOptions, Progress
 from fora_trt.errors import InputError, ScheduleError
-from fora_trt.images.decode import Decoder
+from fora_trt.images.decode import Decoder, can_decode
 from fora_trt.presets import usual_text
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.inputs import integer_of
@@ -254,6 +254,11 @@ class Pipeline:
     def denoiser(self) -> Predictor:
         """The denoiser, or the predictor that replaces it; the first access starts the engines."""
         return self._predictor or self.start()
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether there is a VAE to decode latents, or they are pixels; else latents are what a pipeline makes."""
+        return self.config.vae is not None or can_decode(self.manifest)
 
     @cached_property
     def decoder(self) -> Decoder:

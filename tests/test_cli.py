@@ -16,6 +16,7 @@ from PIL import Image
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
 from fora_trt.cli.options import Schedulers
+from fora_trt.doctor import EXTRAS
 from fora_trt.engines.torch import engine as torch_engine
 from fora_trt.schedule import Schedule
 
@@ -121,7 +122,8 @@ def test_doctor_names_every_backend() -> None:
     assert shown.exit_code == 0
     for text in ("fora-trt", "torch", "GPU", "backend onnxruntime", "backend torch"):
         assert text in shown.stdout
-    assert {line["what"] for line in json.loads(fora("doctor", "--json").stdout)} >= {"Python", "GPU"}
+    found = json.loads(fora("doctor", "--json").stdout)["findings"]
+    assert {one["what"] for one in found} >= {"Python", "GPU", *(f"extra {name}" for name in EXTRAS if name != "cpu")}
 
 
 def test_verify_fails_where_the_graphs_differ(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +272,17 @@ def test_a_model_of_latents_without_a_vae_wants_latents_out(
     assert kept.exit_code == 0, kept.output
     assert "bare has no VAE, so its latents are written" in kept.stderr
     assert np.load("bare.npy").shape == (1, 4, 8, 8)
+    small = ["--num-images", 3, "--steps", 3, "--batch-size", 2]
+    made = fora("sample", tmp_path / "bare", *small, "--out", tmp_path / "set")
+    assert made.exit_code == 0, made.output
+    assert "bare has no VAE, so latents are written" in made.stderr
+    with np.load(tmp_path / "set" / "latents.npz") as content:
+        assert (content["arr_0"].shape, content["arr_0"].dtype) == ((3, 4, 8, 8), np.float32)
+        assert content["arr_1"].tolist() == [0, 1, 2]
+    as_pictures = fora("sample", tmp_path / "bare", *small, "--format", "png", "--out", tmp_path / "pngs")
+    assert as_pictures.exit_code == 1
+    assert "bare has no VAE to decode latents, which do not fit into PNG files" in as_pictures.stderr
+    assert not (tmp_path / "pngs").exists()
 
 
 @pytest.mark.slow
@@ -464,6 +477,35 @@ def test_a_png_carries_its_settings(exported: Bundle, tmp_path: Path) -> None:
     assert fora(*run, "-o", tmp_path / "images").exit_code == 0
     second = json.loads(Image.open(tmp_path / "images" / "0001.png").info["fora-trt"])
     assert (second["image"], second["image_seed"], second["class_label"]) == (1, 8, 2)
+
+
+def test_a_folder_has_the_images_of_one_call(exported: Bundle, tmp_path: Path) -> None:
+    run = ["run", exported.folder, "--steps", 3, "--backend", "torch", "-o", tmp_path / "images"]
+    assert fora(*run, "--class-labels", "1,2,3").exit_code == 0
+    (tmp_path / "images" / "note.txt").write_text("mine")
+    assert fora(*run, "--class-labels", "4", "--force").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["0000.png", "note.txt"]
+
+
+def test_json_is_one_object_with_the_options(exported: Bundle, tmp_path: Path) -> None:
+    run = ["run", exported.folder, "--class-labels", "1,2", "--steps", 3, "--backend", "torch", "--json"]
+    shown = fora(*run, "-o", tmp_path / "a.png", "--seed", 4)
+    said = json.loads(shown.stdout)
+    assert (said["command"], said["options"]["seed"], said["options"]["class_labels"]) == ("run", 4, [1, 2])
+    assert said["options"]["batch_size"] == 64
+
+
+def test_quiet_and_verbose(bundle_copy: Path, tmp_path: Path) -> None:
+    export = ["export", "digits", "--out", tmp_path]
+    assert "tracing" in fora(*export).stderr
+    assert fora(*export, "--force", "-q").stderr == ""
+    refused = fora(*export, "-q", "-v")
+    assert (refused.exit_code, "--verbose and --quiet exclude each other" in refused.stderr) == (2, True)
+    (bundle_copy / "manifest.json").write_text("{")
+    short, long = (fora("inspect", bundle_copy, *more) for more in ((), ("-v",)))
+    assert (short.exit_code, short.stderr.count("\n")) == (1, 1)
+    assert long.exit_code == 1
+    assert "Traceback" in long.stderr and long.stderr.endswith(short.stderr)
 
 
 def test_latents_are_kept_where_they_cannot_be_decoded(

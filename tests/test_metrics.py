@@ -147,13 +147,17 @@ def test_lpips_says_why_it_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert metrics.lpips_problem((8, 8, 1)) == "the pictures have fewer than 32 pixels a side"
     assert metrics.lpips_problem(None) == "the manifest has no image size"
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    assert metrics.lpips_problem((64, 64, 3)) == "torchvision is not installed"
+    assert metrics.lpips_problem((64, 64, 3)) == (
+        "torchvision, of the release that fits torch, is not installed; pip install torchvision"
+    )
     models = types.ModuleType("torchvision.models")
     models.AlexNet_Weights = types.SimpleNamespace(DEFAULT=types.SimpleNamespace(url="https://x.org/a/alex.pth"))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.models", models)
     missing = tmp_path / "checkpoints" / "alex.pth"
-    assert metrics.lpips_problem((64, 64, 3)) == f"the weights of AlexNet are not in {missing}"
+    assert metrics.lpips_problem((64, 64, 3)) == (
+        f"the weights of AlexNet are not in {missing}; download https://x.org/a/alex.pth"
+    )
     missing.parent.mkdir()
     missing.touch()
     assert metrics.lpips_problem((64, 64, 3)) is None

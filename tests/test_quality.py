@@ -304,9 +304,8 @@ def test_one_file_of_inputs_serves_all_images_in_turn(pixels: Bundle, tmp_path: 
     small = ["--num-images", 3, "--steps", 2, "--cache-intervals", 2, "--out", tmp_path / "out"]
     done = fora("quality", pixels.folder, *small, "--conditioning", tmp_path / "in.npz", "--json")
     assert done.exit_code == 0, done.output
-    (plain, *_) = Quality.model_validate(
-        {k: v for k, v in json.loads(done.stdout).items() if k not in ("out", "bundle")}
-    ).rows
+    said = json.loads(done.stdout)
+    (plain, *_) = Quality.model_validate({name: said[name] for name in Quality.model_fields}).rows
     assert saved(tmp_path / "out", plain.setting)["arr_1"].tolist() == [4, 2, 4]
 
 
@@ -362,9 +361,11 @@ def test_what_cannot_be_compared_is_a_sentence(pixels: Bundle, exported: Bundle,
         measure(exported, tmp_path / "out", reference=tmp_path / "r.npz")
     with pytest.raises(InputError, match=r"a reference for this bundle must be uint8 with shape \[images, 8, 8, 1\]"):
         measure(pixels, tmp_path / "out", reference=tmp_path / "r.npz")
-    record = exported.manifest.model.model_copy(update={"vae": None})
+    assert exported.manifest.model.vae is not None
+    lost = exported.manifest.model.vae.model_copy(update={"where": str(tmp_path / "moved")})
+    record = exported.manifest.model.model_copy(update={"vae": lost})
     bare = Bundle(exported.folder, exported.manifest.model_copy(update={"model": record}))
-    with pytest.raises(InputError, match=r"has none; name one with --vae FOLDER$"):
+    with pytest.raises(InputError, match=r"moved"):
         measure(bare, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ForaError):
@@ -460,3 +461,31 @@ def test_the_command_compares_forecasts_and_a_file(pixels: Bundle, tmp_path: Pat
     page = (tmp_path / "out" / "report.html").read_text()
     assert "PSNR to solution" in page
     assert "solution: 12 steps of ddim" in page
+
+
+@pytest.mark.usefixtures("one_trace")
+def test_latents_are_compared_where_there_is_no_vae(pipeline_folder: Path, tmp_path: Path) -> None:
+    fora("export", pipeline_folder / "transformer", "--out", tmp_path, "--name", "bare")
+    few = ["--num-images", 3, "--steps", 6, "--cache-intervals", 2, "--batch-size", 2, "--backend", "onnxruntime"]
+    shown = fora("quality", tmp_path / "bare", *few, "--truth-steps", 20, "--out", tmp_path / "out", "--json")
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert found["notes"][-1].startswith("bare has no VAE, so latents are compared instead of images")
+    assert (found["grid"], (tmp_path / "out" / "grid.png").exists()) == ("", False)
+    assert {*found["rows"][1]["metrics"]} == {"psnr", "solution_psnr"}
+    made = {}
+    for row in found["rows"]:
+        with np.load(tmp_path / "out" / "quality" / f"{file_name_of(Setting(**row['setting']))}.npz") as content:
+            made[row["setting"]["schedule"], row["setting"]["control_of"]] = content["arr_0"].astype(np.float64)
+    plain, cached = made["none", None], made["fora:2", None]
+    assert plain.shape == (3, 4, 8, 8)
+    each = [
+        10 * np.log10((one.max() - one.min()) ** 2 / np.mean((one - other) ** 2))
+        for one, other in zip(plain, cached, strict=True)
+    ]
+    (row,) = [one for one in found["rows"] if one["setting"]["schedule"] == "fora:2"]
+    assert row["metrics"]["psnr"] == pytest.approx(np.mean(each), abs=1e-6)
+    assert "latents are compared" in (tmp_path / "out" / "report.html").read_text()
+    refused = fora("quality", tmp_path / "bare", *few, "--reference", "x.npz", "--out", tmp_path / "other")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert "--reference compares images, and bare has no VAE" in refused.stderr

@@ -22,25 +22,59 @@ def test_a_pipe_gets_an_estimate_and_then_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(terminal, "PAUSE", 0.05)
-    for _ in watched("sampling", False)(range(4)):
+    monkeypatch.setattr(terminal, "SURE_AFTER", 0.01)
+    for _ in watched("sampling")(range(4)):
         time.sleep(0.08)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("left, by the first of 4 steps") == 1
+    assert err.count("sampling: about 0 s left, judging by 25.0% of it") == 1
     assert "sampling: 50% done, 0 s so far, about 0 s left" in err
 
 
+def test_a_task_within_another_is_a_part_of_its_next_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "PAUSE", 1e-3)
+    monkeypatch.setattr(terminal, "SURE_AFTER", 0.0)
+    shown = []
+    for _ in watched("sampling")(range(2)):
+        for _ in watched("denoising")(range(5)):
+            shown.append(DISPLAY.line().partition(" so far")[0])
+            time.sleep(5e-3)
+    assert shown == [f"sampling, denoising: {done}% done, 0 s" for done in range(0, 100, 10)]
+    assert capsys.readouterr().err.count("sampling: about 0 s left, judging by 10.0% of it") == 1
+
+
+def test_a_stage_lasts_until_the_next_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(terminal, "PAUSE", 0.02)
+    DISPLAY.say("loading")
+    time.sleep(0.1)
+    with status("bench"):
+        time.sleep(0.1)
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert (first, lines[0], lines[-1]) == ("loading ...", "loading: 0 s so far", "bench: 0 s so far")
+
+
+def test_quiet_shows_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(terminal, "PAUSE", 1e-3)
+    monkeypatch.setattr(DISPLAY, "quiet", True)
+    DISPLAY.say("loading")
+    for _ in watched("sampling")(range(2)):
+        time.sleep(0.01)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_short_work_prints_nothing_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(watched("sampling", False)(range(3))) == [0, 1, 2]
+    assert list(watched("sampling")(range(3))) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
 
 
 def test_nested_work_shares_one_display(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
-    with status(False, "quality"):
+    with status("quality"):
         bars = DISPLAY._bars
-        for _ in watched("comparing", False)(range(2)):
+        for _ in watched("comparing")(range(2)):
             assert DISPLAY._bars is bars
             assert bars is not None
             assert [task.description for task in bars.tasks] == ["quality", "comparing"]
@@ -51,7 +85,7 @@ def test_nested_work_shares_one_display(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_bar_is_shown_only_while_something_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
-    with bar(False) as progress:
+    with bar() as progress:
         assert DISPLAY._bars is None
         progress(0.5, "building full.onnx")
         assert DISPLAY._bars is not None
@@ -61,7 +95,7 @@ def test_a_bar_is_shown_only_while_something_is_built(monkeypatch: pytest.Monkey
 
 
 def test_a_new_total_counts_from_here(capsys: pytest.CaptureFixture[str]) -> None:
-    with status(False, "bench") as tell:
+    with status("bench") as tell:
         tell("warm-up")
         (task,) = DISPLAY._tasks
         assert (task.done, task.total) == (0, None)

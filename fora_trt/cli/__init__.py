@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, EIO, ENOSPC
@@ -28,8 +29,10 @@ from fora_trt.cli.inspect import inspect
 from fora_trt.cli.quality import quality
 from fora_trt.cli.run import run
 from fora_trt.cli.sample import sample
+from fora_trt.cli.terminal import DISPLAY
 from fora_trt.cli.verify import verify
 from fora_trt.errors import ForaError
+from fora_trt.quiet import let_libraries_speak, libraries_are_quiet
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM."""
@@ -47,8 +50,13 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _open_streams()
-        with _terminated_like_ctrl_c():
+        with _terminated_like_ctrl_c(), libraries_are_quiet():
             return super().main(*args, **kwargs)
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command, and to the command the options of all."""
+        cmd.params += [VERBOSE, QUIET]
+        super().add_command(cmd, name)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _endings(None):
@@ -56,8 +64,43 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         name = next(iter(ctx._protected_args), "")
-        with _endings(self.commands.get(name)):
-            return super().invoke(ctx)
+        try:
+            with _endings(self.commands.get(name)):
+                return super().invoke(ctx)
+        finally:
+            DISPLAY.end()
+            DISPLAY.quiet = False
+
+
+def _chosen(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+    """Apply --verbose or --quiet. All contexts of a call share its `meta`."""
+    if not given:
+        return
+    if context.meta.setdefault(VERBOSITY, parameter.name) != parameter.name:
+        raise click.UsageError("--verbose and --quiet exclude each other; give one of them", context)
+    if parameter.name == "verbose":
+        let_libraries_speak()
+    else:
+        DISPLAY.quiet = True
+
+
+VERBOSITY = "fora_trt.verbosity"
+"""Key of the option that was given, `verbose` or `quiet`, in the `meta` of a context."""
+
+VERBOSE = click.Option(
+    ["-v", "--verbose"],
+    is_flag=True,
+    expose_value=False,
+    callback=_chosen,
+    help="Also show messages and warnings of libraries, and where in the code an error comes from.",
+)
+QUIET = click.Option(
+    ["-q", "--quiet"],
+    is_flag=True,
+    expose_value=False,
+    callback=_chosen,
+    help="Show no progress, only results, notes and errors.",
+)
 
 
 @contextmanager
@@ -66,6 +109,9 @@ def _endings(command: click.Command | None) -> Iterator[None]:
     try:
         yield
     except ForaError as error:
+        context = click.get_current_context(silent=True)
+        if context is not None and context.meta.get(VERBOSITY) == "verbose":
+            traceback.print_exception(error)
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         goes_on = command is not None and any(one.name == "resume" for one in command.params)

@@ -22,7 +22,7 @@ from fora_trt.cli.options import (
     refuse_given,
     schedules_of,
 )
-from fora_trt.cli.terminal import plan_source, print_found, say, status
+from fora_trt.cli.terminal import plan_source, print_found, print_json, say, status
 from fora_trt.errors import InputError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def bench(
         refuse_given("without --out no report is written", "force")
     settings = {"steps": steps, "scheduler": scheduler, "guidance_scale": guidance_scale, "engines": engines}
     settings["trust_source"] = trust_source
-    pipeline = pipeline_of(bundle, as_json, **settings)
+    pipeline = pipeline_of(bundle, **settings)
     from fora_trt.engines.backends import backend_from_name
     from fora_trt.evaluate.bench import Benchmark
     from fora_trt.evaluate.targets import device_of, targets_of
@@ -114,25 +114,25 @@ def bench(
         raise InputError(f"a batch size is {bad[0]}; at least 1 is needed")
     if out is not None:
         check_report_folder(out, "bench", About.of(pipeline.bundle), force)
-    with plan_source(engines, 2 * max(batch_sizes), as_json) as plans:
+    with plan_source(engines, 2 * max(batch_sizes)) as plans:
         targets, absent = targets_of(
             pipeline, backends, taken, lambda name: device_of(name, device), plans,
-            report=lambda stage: say(as_json, stage),
+            report=say,
         )  # fmt: skip
     benchmark = Benchmark(pipeline, targets, absent, memory)
-    interrupted = _measured(benchmark, batch_sizes, repeats, as_json)
+    interrupted = _measured(benchmark, batch_sizes, repeats)
     _show(benchmark.result(interrupted), benchmark, out, as_json)
     if interrupted:
         click.echo("interrupted: the results above were measured before", err=True)
         click.get_current_context().exit(130)
 
 
-def _measured(benchmark: Benchmark, batch_sizes: tuple[int, ...], repeats: int, quiet: bool) -> bool:
+def _measured(benchmark: Benchmark, batch_sizes: tuple[int, ...], repeats: int) -> bool:
     """Measure all batch sizes; return whether Ctrl-C stopped the measurement."""
     from fora_trt.sampling.conditioning import example_conditioning
 
     try:
-        with status(quiet, "bench") as tell:
+        with status("bench") as tell:
             sizes = sorted(set(batch_sizes))
             for at, images in enumerate(sizes):
                 for stage in benchmark.measure(example_conditioning(benchmark.pipeline.manifest, images), repeats):
@@ -159,7 +159,7 @@ def _show(found: Bench, benchmark: Benchmark, out: Path | None, as_json: bool) -
     from fora_trt.report.tables import bench_tables
 
     if as_json:
-        click.echo(found.model_dump_json())
+        print_json({**found.model_dump(mode="json"), "environment": environment()})
     else:
         for one in bench_tables(found):
             print_found(one)

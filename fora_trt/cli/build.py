@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from fora_trt.cli.options import AS_JSON, BUNDLE, BatchProfile, Words, refuse_given
-from fora_trt.cli.terminal import bar, in_bytes, new_table, print_table, say
+from fora_trt.cli.terminal import bar, in_bytes, new_table, print_json, print_table, say
 
 if TYPE_CHECKING:
     from fora_trt.engines.tensorrt.plan_store import PlanSet
@@ -98,7 +97,7 @@ def build(
         optimization_level=optimization_level,
         workspace_gib=workspace,
     )
-    with bar(as_json) as progress:
+    with bar() as progress:
         plans, reused = build_plans(
             Bundle.read(bundle),
             target,
@@ -106,12 +105,12 @@ def build(
             out,
             timing_cache=timing_cache,
             force=force,
-            report=lambda stage: say(as_json, stage),
+            report=say,
             progress=progress,
         )
     if as_json:
         found = {"folder": str(plans.folder), "reused": reused, **plans.manifest.model_dump(mode="json")}
-        click.echo(json.dumps(found))
+        print_json(found)
         return
     _show(plans, reused)
 

@@ -25,7 +25,7 @@ from fora_trt.cli.options import (
     grouped,
     pipeline_of,
 )
-from fora_trt.cli.terminal import new_table, print_table, status
+from fora_trt.cli.terminal import DISPLAY, new_table, print_json, print_table, watched
 from fora_trt.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,10 +82,11 @@ def calibrate(
       fora-trt calibrate export/digits --full-steps 18 -o digits-18.json
       fora-trt calibrate export/dit-xl-2-256 --speedup 3 --steps 50 -o dit-3x.json
     """
-    pipeline = pipeline_of(bundle, as_json, **settings)
+    pipeline = pipeline_of(bundle, **settings)
     from fora_trt.evaluate.calibrate import Calibration, Wanted, read_trials, trials_file
     from fora_trt.files import only_writer
     from fora_trt.images.save import check_new, writable_file
+    from fora_trt.report.environment import versions
 
     if output.suffix != ".json":
         raise click.BadParameter(f"{output} does not end in .json", param_hint="--output")
@@ -95,13 +96,15 @@ def calibrate(
     given = conditioning_in_turn(pipeline, wanted, 2 * num_images)
     identity = _identity(pipeline, asked, given.digest(), settings)
     with only_writer(output, InputError):  # of the trials too
-        calibration = Calibration(pipeline, given, asked, read_trials(trials_file(output), identity))
-        found = _found(calibration, trials_file(output), identity, as_json)
+        calibration = Calibration(
+            pipeline, given, asked, read_trials(trials_file(output), identity), watched("denoising")
+        )
+        found = _found(calibration, trials_file(output), identity)
         calibration.write(output, found)
         if not found.interrupted:
             trials_file(output).unlink(missing_ok=True)
     if as_json:
-        click.echo(json.dumps({"output": str(output), **found.model_dump(mode="json")}))
+        print_json({"output": output, **found.model_dump(mode="json"), "versions": versions()})
     else:
         _show(found, output, calibration.plain.nfe)
     if found.interrupted:
@@ -124,16 +127,16 @@ def _identity(pipeline: Pipeline, asked: Any, conditioning: str, settings: dict[
     )
 
 
-def _found(calibration: Calibration, trials: Path, identity: dict[str, Any], quiet: bool) -> Calibrated:
+def _found(calibration: Calibration, trials: Path, identity: dict[str, Any]) -> Calibrated:
     """Search and measure; after Ctrl-C the best schedule so far."""
-    from fora_trt.evaluate.calibrate import write_trials
+    from fora_trt.evaluate.calibrate import BUDGET, write_trials
 
     try:
-        with status(quiet, "calibrate") as tell:
+        with DISPLAY.task("calibrate", BUDGET, nests=False) as task:  # in samplings; it may end earlier
             for line in calibration.run():
-                tell(line)
+                task.update(calibration.trials.spent, line)
                 write_trials(trials, identity, calibration.trials.known)
-            return calibration.result(tell)
+            return calibration.result(lambda line: task.update(calibration.trials.spent, line))
     except KeyboardInterrupt:
         write_trials(trials, identity, calibration.trials.known)
         if calibration.best is None:

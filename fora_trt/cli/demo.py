@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from fora_trt import untrusted
 from fora_trt.cli.export import export
 from fora_trt.cli.options import (
+    AS_JSON,
     BACKEND,
     DEVICE,
     ENGINES,
@@ -21,8 +25,9 @@ from fora_trt.cli.options import (
     refuse_given,
     schedules_of,
 )
-from fora_trt.cli.terminal import new_table, plan_source, print_table, status
+from fora_trt.cli.terminal import new_table, plan_source, print_json, print_table, status
 from fora_trt.cli.verify import verify
+from fora_trt.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +54,7 @@ CALIBRATED_STEPS = 50
 @DEVICE
 @ENGINES
 @click.option("--force", is_flag=True, help="Replace an existing image.")
+@AS_JSON
 def demo(
     out: Path,
     output: Path,
@@ -59,11 +65,13 @@ def demo(
     device: str,
     engines: Path,
     force: bool,
+    as_json: bool,
 ) -> None:
     """Export, verify and run the digits model: FORA, fewer steps, and a calibrated schedule, from the same noise.
 
     Prints a table and a conclusion, and writes one image with the digits of every row and their differences. The
-    calibrated schedule comes with the model and is for 50 steps; with other steps it is left out.
+    calibrated schedule comes with the model and is for 50 steps; with other steps it is left out. The digits in --out
+    are used if they are there.
 
     \b
     Example:
@@ -80,28 +88,59 @@ def demo(
 
     if backend != AUTO and not backend_from_name(backend).builds:
         refuse_given(WITHOUT_PLANS.format(backend), "engines")
-    context = click.get_current_context()
     if not is_given("output"):
         refuse_given("without -o, a new file is written", "force")
         output = free_name(output)
     check_new(output, force)
     writable_file(output)
-    context.invoke(export, source="digits", name="digits", out=out, force=True)
-    bundle = out / "digits"
-    context.invoke(verify, bundle=bundle, backend=backend, device=device, engines=engines)
-    settings = {"steps": steps, "backend": backend, "device": device, "engines": engines}
-    pipeline = pipeline_of(bundle, False, **settings)
+    settings = {"backend": backend, "device": device, "engines": engines}
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        bundle = _digits(out)
+        click.get_current_context().invoke(verify, bundle=bundle, **settings)
+    pipeline = pipeline_of(bundle, steps=steps, **settings)
     benchmark = _timed(pipeline, cache_intervals, repeats)
     (timings,) = benchmark.rows.values()
     found = benchmark.result()
     shown = shown_of(pipeline, timings, found.rows)
+    made_with = _made_with(found, shown)
+    save_image(sheet_of([one for one in shown if one.row.backend == pipeline.backend.name]), output, made_with)
+    if as_json:
+        print_json({"bundle": bundle, "output": output, **made_with})
+        return
     print_table(_table(found, shown, f"10 digits ({pipeline.device}), median of {repeats} (fastest to slowest)"))
-    save_image(sheet_of([one for one in shown if one.row.backend == pipeline.backend.name]), output)
     click.echo(f"wrote {output}: the images of each row, from the same noise, and their differences")
     for one in shown:
         if one.row.setting.control_of is not None:
             click.echo(f"{one.name}: {scheduler_label(one.row.setting)}, no caching, in the time of {CONTROLLED}")
     click.echo(conclusion_of(shown))
+
+
+def _digits(out: Path) -> Path:
+    """The folder of the digits model, which is exported if it is not there. Raises `InputError` for another bundle."""
+    from fora_trt.bundle import Bundle
+    from fora_trt.files import MANIFEST
+
+    bundle = out / "digits"
+    if not (bundle / MANIFEST).is_file():
+        click.get_current_context().invoke(export, source="digits", name="digits", out=out)
+        return bundle
+    manifest = Bundle.read(bundle).manifest
+    source, precision = manifest.model.options.source, manifest.precision
+    if (source, precision) != ("digits", "fp32"):
+        raise InputError(
+            f"{bundle} is a bundle of '{untrusted.shown(source)}' in {precision}, not of the digits in fp32; give "
+            "another folder with --out"
+        )
+    click.echo(f"{bundle} is there and is used", err=True)
+    return bundle
+
+
+def _made_with(found: Bench, shown: Sequence[Shown]) -> dict[str, Any]:
+    """The timed rows with their PSNR, which is None for images that are the same, and the environment."""
+    from fora_trt.report.environment import environment
+
+    rows = [{"name": one.name, "psnr": one.psnr, **one.row.model_dump(mode="json")} for one in shown]
+    return {**found.model_dump(mode="json"), "rows": rows, "environment": environment()}
 
 
 def _timed(pipeline: Pipeline, cache_intervals: tuple[int, ...], repeats: int) -> Benchmark:
@@ -116,11 +155,11 @@ def _timed(pipeline: Pipeline, cache_intervals: tuple[int, ...], repeats: int) -
     schedules = [pipeline.sampling(schedule=text).schedule for text in schedules_of(cache_intervals, ())]
     if config.steps == CALIBRATED_STEPS:
         schedules.append(calibrated_schedule())
-    with plan_source(Path(config.engines), 20, False) as plans:
+    with plan_source(Path(config.engines), 20) as plans:
         targets, _ = targets_of(pipeline, [backend], schedules, lambda name: pipeline.device, plans, [EAGER])
     kept = [replace(one, controls=tuple({CONTROLLED}.intersection(one.controls))) for one in targets]
     benchmark = Benchmark(pipeline, kept, solved=True)
-    with status(False, "demo") as tell:
+    with status("demo") as tell:
         for stage in benchmark.measure(conditioning_of_classes(pipeline.manifest, range(10)), repeats):
             tell(stage)
     return benchmark

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from fora_trt.cli.options import AS_JSON
-from fora_trt.cli.terminal import new_table, print_table
+from fora_trt.cli.terminal import new_table, print_json, print_table
 
 
 @click.command()
@@ -23,7 +21,7 @@ def doctor(as_json: bool) -> None:
 
     report = findings()
     if as_json:
-        click.echo(json.dumps([vars(finding) for finding in report]))
+        print_json({"findings": [vars(finding) for finding in report]})
         return
     table = new_table("", "", "found", "to do", texts=3)
     for finding in report:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fora_trt.cli.options import AS_JSON, PRECISION, VAE, ImageSize, Words, refuse_given
-from fora_trt.cli.terminal import say
+from fora_trt.cli.terminal import print_json, say
 from fora_trt.contract import OPTIMIZATIONS
 from fora_trt.errors import BackendError, ExportError, ForaError, first_line
 from fora_trt.untrusted import name_problem, shown
@@ -118,7 +117,7 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
         refuse_given("trajectories are compared with those in fp32; give --precision fp16 or bf16", "measured")
     target = out / _folder_name(recipe.name or source_from_options(recipe.options()).name)
     refuse_existing(target, force, "bundle", ExportError)
-    say(as_json, f"loading {recipe.source}")
+    say(f"loading {recipe.source}")
     model = model_from_source(recipe.options(), precision, recipe.cache)
     for note in model.notes:
         click.echo(note, err=True)
@@ -132,12 +131,12 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
         optimization=recipe.optimize or OPTIMIZATIONS[-1],
         schedule=recipe.schedule,
         force=force,
-        report=lambda stage: say(as_json, stage),
-        measure=lambda staged: _trajectory_error(staged, target, measured is True, as_json) if measure else None,
+        report=say,
+        measure=lambda staged: _trajectory_error(staged, target, measured is True) if measure else None,
     )
     if as_json:
         written = {"bundle": str(bundle.folder), "notes": model.notes, **bundle.manifest.model_dump(mode="json")}
-        click.echo(json.dumps(written))
+        print_json(written)
     else:
         _show(bundle)
 
@@ -153,7 +152,7 @@ def _show(bundle: Bundle) -> None:
         click.echo(f"error of {whole.steps} steps relative to fp32, on {whole.backend}: {shown}")
 
 
-def _trajectory_error(staged: Bundle, target: Path, asked: bool, as_json: bool) -> TrajectoryError | None:
+def _trajectory_error(staged: Bundle, target: Path, asked: bool) -> TrajectoryError | None:
     """The error of whole trajectories of a bundle that will be written to `target`.
 
     Returns None, with a message, if it cannot be measured or would take long. Raises `BackendError` if the user asked
@@ -163,7 +162,7 @@ def _trajectory_error(staged: Bundle, target: Path, asked: bool, as_json: bool) 
     from fora_trt.evaluate.verify import measured_trajectories
 
     backend = backend_from_name("torch")  # always installed, and runs the graphs
-    say(as_json, "measuring trajectories against fp32")
+    say("measuring trajectories against fp32")
     try:
         within_seconds = float("inf") if asked else 120.0
         found = measured_trajectories(staged, backend.name, device_from_name("auto", backend), within_seconds)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from fora_trt.cli.options import AS_JSON, BUNDLE
-from fora_trt.cli.terminal import in_bytes, new_table, print_table
+from fora_trt.cli.terminal import in_bytes, new_table, print_json, print_table
 from fora_trt.plan import HIGHEST_ORDER
 
 
@@ -27,7 +26,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
     found = inspect_bundle(Bundle.open(bundle))
     if as_json:
-        click.echo(json.dumps(found))
+        print_json(found)
         return
     made = f"{found['architecture']} from {found['source']}, {found['precision']}, opset {found['opset']}"
     click.echo(f"{found['name']}: {made}")

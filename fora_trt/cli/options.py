@@ -190,18 +190,18 @@ class SamplingOptions:
     engines: Path
     vae: str | None
 
-    def pipeline(self, bundle: Path, quiet: bool) -> Pipeline:
+    def pipeline(self, bundle: Path) -> Pipeline:
         """The pipeline of a bundle with these settings; it prints a line before each long operation."""
-        return pipeline_of(bundle, quiet, **vars(self))
+        return pipeline_of(bundle, **vars(self))
 
 
-def pipeline_of(bundle: Path, quiet: bool, **settings: Any) -> Pipeline:
+def pipeline_of(bundle: Path, **settings: Any) -> Pipeline:
     """A pipeline that prints a line before each long operation and shows a progress bar while plans are built."""
     from fora_trt.pipeline import Pipeline
 
     context = click.get_current_context()
-    progress = context.with_resource(bar(quiet))
-    pipeline = Pipeline(bundle, report=lambda line: say(quiet, line), progress=progress, **settings)
+    progress = context.with_resource(bar())
+    pipeline = Pipeline(bundle, report=say, progress=progress, **settings)
     if settings.get("trust_source"):
         from fora_trt.models.sources import is_factory
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +28,13 @@ from fora_trt.cli.options import (
     refuse_given,
     schedules_of,
 )
-from fora_trt.cli.terminal import print_found, status, watched
+from fora_trt.cli.terminal import print_found, print_json, status, watched
 from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.presets import USUAL_ORDER
 
 if TYPE_CHECKING:
     from fora_trt.bundle import Manifest
+    from fora_trt.report.results import Quality
 
 
 @click.command()
@@ -112,12 +112,11 @@ def quality(
       fora-trt quality export/dit-xl-2-256 --num-images 200 --schedulers ddim,dpm-solver++ --steps 20,50 --out report/
       fora-trt quality export/dit-xl-2-256 --inception-weights weights-inception-2015-12-05-6726825d.pth --out report/
     """
-    pipeline = pipeline_of(bundle, as_json, **settings)
+    pipeline = pipeline_of(bundle, **settings)
     from fora_trt.evaluate.quality import QualityOptions, measure_quality
     from fora_trt.report.environment import environment
     from fora_trt.report.page import check_report_folder, write_report
     from fora_trt.report.results import About
-    from fora_trt.report.tables import quality_table
 
     about = About.of(pipeline.bundle)
     check_report_folder(out, "quality", about, resume)
@@ -130,17 +129,28 @@ def quality(
         keep_images=not no_images,
         truth_steps=truth_steps,
     )
-    given, watch = conditioning_in_turn(pipeline, wanted, num_images), watched("comparing", as_json)
-    with status(as_json, "quality"):
-        found = measure_quality(pipeline, options, given, out, **compared, resume=resume, watch=watch)
+    given, watch = conditioning_in_turn(pipeline, wanted, num_images), watched("comparing")
+    with status("quality"):
+        found = measure_quality(
+            pipeline, options, given, out, **compared, resume=resume, watch=watch, watch_steps=watched("denoising")
+        )
     report = write_report(out, about, environment(), quality=found, min_psnr=min_psnr)
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle), "out": str(out), **found.model_dump(mode="json")}))
-        return
+        print_json({"bundle": bundle, "out": out, **found.model_dump(mode="json"), "environment": environment()})
+    else:
+        _show(out, found, report.recommendation, not no_images)
+
+
+def _show(out: Path, found: Quality, recommendation: str, kept: bool) -> None:
+    """Print the result, and what was written."""
+    from fora_trt.report.tables import quality_table
+
     print_found(quality_table(found))
-    for note in (*found.notes, report.recommendation):
+    for note in (*found.notes, recommendation):
         click.echo(note)
-    click.echo(f"wrote {out / 'report.html'}, {found.grid}{'' if no_images else ', and the images of every setting'}")
+    files = [str(out / "report.html"), *filter(None, [found.grid])]
+    images = [f"and the {'images' if found.grid else 'latents'} of every setting"] if kept else []
+    click.echo(f"wrote {', '.join([*files, *images])}")
 
 
 def _schedules(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +20,13 @@ from fora_trt.cli.options import (
     refuse_given,
     sampling_options,
 )
-from fora_trt.cli.terminal import watched
+from fora_trt.cli.terminal import print_json, watched
 from fora_trt.errors import InputError
 from fora_trt.presets import doubt_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from fora_trt.bundle import Manifest
     from fora_trt.pipeline import Pipeline, PipelineOutput
 
 
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
     "-o", "--output", type=click.Path(path_type=Path), help="A .png file for a grid, or a folder for single images."
 )
 @click.option("--latents-out", type=click.Path(path_type=Path), help="Write the latents to this .npy file.")
-@click.option("--force", is_flag=True, help="Write over existing files, and into a folder that is not empty.")
+@click.option("--force", is_flag=True, help="Write over existing files, and over the images in a folder.")
 @AS_JSON
 def run(
     bundle: Path,
@@ -72,7 +70,7 @@ def run(
       fora-trt run export/pixart-sigma-1024 --prompt "a lighthouse in a storm" --steps 20 -o lighthouse.png
       fora-trt run export/dit-xl-2-256 --class-labels 207 --schedule fora:5 --json
     """
-    pipeline = sampling.pipeline(bundle, as_json)
+    pipeline = sampling.pipeline(bundle)
     from fora_trt.images.decode import check_image_size
     from fora_trt.images.save import check_new, save_images, save_latents, writable_file, writable_images
     from fora_trt.report.environment import versions
@@ -80,7 +78,7 @@ def run(
     check_image_size(pipeline.manifest, height, width)
     if output is None and latents_out is None:
         refuse_given("without -o and --latents-out, a new file is written", "force")
-        output, latents_out = _new_file(pipeline.manifest, sampling)
+        output, latents_out = _new_file(pipeline)
     if output is None:
         refuse_given("only latents are written; give -o for images", "vae")
     for path in filter(None, (output, latents_out)):
@@ -91,7 +89,7 @@ def run(
         writable_images(output)
     if latents_out is not None:
         writable_file(latents_out)
-    made = pipeline(**wanted, watch=watched("denoising", as_json))
+    made = pipeline(**wanted, watch=watched("denoising"))
     figures = {**_figures(bundle, pipeline, made), **_inputs(wanted), "versions": versions()}
     if latents_out is not None:
         save_latents(made.latents, latents_out)
@@ -101,19 +99,19 @@ def run(
         click.echo(doubt, err=True)
     written = {"output": output, "latents_out": latents_out}
     if as_json:
-        click.echo(json.dumps({**figures, **{name: path and str(path) for name, path in written.items()}}))
+        print_json({**figures, **written})
         return
     click.echo(_sentence(figures, pipeline.backend.compiles))
     for path in filter(None, written.values()):
         click.echo(f"wrote {path}")
 
 
-def _new_file(manifest: Manifest, sampling: SamplingOptions) -> tuple[Path | None, Path | None]:
+def _new_file(pipeline: Pipeline) -> tuple[Path | None, Path | None]:
     """Where images go if no file is named, or the latents of a model without a VAE."""
-    from fora_trt.images.decode import can_decode
     from fora_trt.images.save import free_name
 
-    if sampling.vae is not None or can_decode(manifest):
+    manifest = pipeline.manifest
+    if pipeline.can_decode:
         return free_name(Path(f"{manifest.name}.png")), None
     click.echo(f"{manifest.name} has no VAE, so its latents are written; --vae FOLDER decodes them", err=True)
     return None, free_name(Path(f"{manifest.name}.npy"))
@@ -143,14 +141,12 @@ def _inputs(wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _each(made: PipelineOutput, wanted: dict[str, Any]) -> list[dict[str, Any]]:
     """What differs from image to image: its number, seed, and label or prompt."""
-    images, labels, prompts = len(made.latents), wanted["class_labels"], wanted["prompt"]
-    each: list[dict[str, Any]] = [{"image": k, "image_seed": wanted["seed"] + k} for k in range(images)]
-    for k, one in enumerate(each):
-        if labels:
-            one["class_label"] = labels[k]
-        elif prompts:
-            one["image_prompt"] = prompts[k * len(prompts) // images]
-    return each
+    from fora_trt.images.save import about_image
+
+    images, seed = len(made.latents), wanted["seed"]
+    labels = wanted["class_labels"] or [None] * images
+    prompts = [one for one in wanted["prompt"] or [None] for _ in range(images // max(1, len(wanted["prompt"])))]
+    return [about_image(k, seed, *inputs) for k, inputs in enumerate(zip(labels, prompts, strict=True))]
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,7 +18,7 @@ from fora_trt.cli.options import (
     refuse_given,
     sampling_options,
 )
-from fora_trt.cli.terminal import watched
+from fora_trt.cli.terminal import print_json, watched
 from fora_trt.presets import doubt_of
 
 if TYPE_CHECKING:
@@ -73,14 +72,15 @@ def sample(
 
     Image k has the seed SEED + k. A run that was interrupted at any moment, even by kill -9, continues with --resume;
     the images are the same, bit for bit, as without the interruption. `samples.npz` contains the images `arr_0`
-    (N, H, W, 3) and, for a class-conditional model, the labels `arr_1`.
+    (N, H, W, 3) and, for a class-conditional model, the labels `arr_1`. A model without a VAE makes `latents.npz`, with
+    the latents (N, C, H, W) as `arr_0`. The settings are in settings.json, and in the text of every PNG file.
 
     \b
     Examples:
       fora-trt sample export/digits --num-images 2000 --out samples/
       fora-trt sample export/dit-xl-2-256 --labels drawn --guidance-scale 1.5 --out samples/ --resume
     """
-    pipeline = sampling.pipeline(bundle, as_json)
+    pipeline = sampling.pipeline(bundle)
     from fora_trt.evaluate.sample_set import SampleSet
     from fora_trt.sampling.request import lines_of
 
@@ -94,17 +94,20 @@ def sample(
         refuse_given("it needs --prompts; a file has the tensor negative_prompt_embeds", "negative_prompt")
     classes = None if without_classes else _classes(pipeline.manifest, labels, num_images, seed)
     given = pipeline.conditioning(classes, prompts, negative_prompt, conditioning)
-    images = SampleSet.of(out, pipeline, given, num_images, seed, layout)
+    if not pipeline.can_decode:
+        click.echo(f"{pipeline.manifest.name} has no VAE, so latents are written; --vae FOLDER decodes them", err=True)
+    images = SampleSet.of(out, pipeline, given, num_images, seed, layout, prompts)
     sampler = images.sampler
     if doubt := doubt_of(sampler.schedule, images.guidance.scale, sampler.scheduler_step.adds_noise):
         click.echo(doubt, err=True)
     began = time.perf_counter()
-    made = images.make(resume, watched("sampling", as_json))
+    made = images.make(resume, watched("sampling"), watched("denoising"))
     seconds = time.perf_counter() - began
     if as_json:
-        click.echo(json.dumps({"output": str(made), "seconds": seconds, **images.settings.model_dump(mode="json")}))
+        print_json({"output": made, "seconds": seconds, **images.settings.model_dump(mode="json")})
     else:
-        click.echo(f"wrote {made}: {num_images} images ({seconds:.1f} s in this call)")
+        what = "images" if pipeline.can_decode else "latents"
+        click.echo(f"wrote {made}: {num_images} {what} ({seconds:.1f} s in this call)")
 
 
 def _classes(manifest: Manifest, labels: str, num_images: int, seed: int) -> list[int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from operator import length_hint
 from pathlib import Path
@@ -12,6 +13,8 @@ from threading import Event, RLock, Thread
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from fora_trt import __version__
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -28,28 +31,49 @@ WIDTH = 120
 PAUSE = 30.0
 """Seconds between two lines about progress where standard error is not a terminal."""
 
+SURE_AFTER = 3.0
+"""Seconds of work before the first estimate."""
+
 
 class Display:
     """The one live display of the process, on standard error: all work in progress reports to it.
 
     A terminal shows one bar per task, in a single display that is there only while a task runs. Elsewhere a line about
-    the innermost task is printed every `PAUSE` seconds, and an estimate after its first step if it takes longer.
+    the work in progress is printed every `PAUSE` seconds, and an estimate soon after work begins that takes longer.
+    `quiet` shows nothing at all.
     """
 
     def __init__(self) -> None:
+        self.quiet = False
         self._tasks: list[Task] = []
+        self._stage: Task | None = None
         self._bars: Progress | None = None
         self._ended: Event | None = None
         self._lock = RLock()
 
-    @contextmanager
-    def task(self, what: str, total: float | None = None) -> Iterator[Task]:
-        """A task that is shown until the block ends; `total` is in the unit of its steps, None if unknown."""
-        task = Task(self, what, total)
+    def say(self, stage: str) -> None:
+        """Print a stage that begins, unless `quiet`; it lasts until the next stage or task begins."""
+        if self.quiet:
+            return
         with self._lock:
+            self._stage = Task(self, stage)
+            click.echo(f"{stage} ...", err=True)
+            self._start_lines()
+
+    @contextmanager
+    def task(self, what: str, total: float | None = None, nests: bool = True) -> Iterator[Task]:
+        """A task that is shown until the block ends; `total` is in the unit of its steps, None if unknown.
+
+        `nests` says whether a task within it is a part of its next step.
+        """
+        task = Task(self, what, total, nests)
+        if self.quiet:
+            yield task
+            return
+        with self._lock:
+            self._stage = None
             self._tasks.append(task)
-            if len(self._tasks) == 1:
-                self._start()
+            self._start_bars() if sys.stderr.isatty() else self._start_lines()
             if self._bars is not None:
                 task.row = self._bars.add_task(what, total=total)
         try:
@@ -60,21 +84,41 @@ class Display:
                 if self._bars is not None and task.row is not None:
                     self._bars.remove_task(task.row)
                 if not self._tasks:
-                    self._stop()
+                    self.end()
 
     def show(self, task: Task) -> None:
         """Show what changed in a task."""
         if self._bars is not None and task.row is not None:
             self._bars.update(task.row, completed=task.done, total=task.total, description=task.what)
-        elif not task.estimated and (left := task.seconds_left()) is not None:
-            task.estimated = True
-            if left > PAUSE:
-                click.echo(f"{task.what}: about {in_time(left)} left, by the first of {task.total:g} steps", err=True)
+        elif task in self._tasks:
+            measured = next(one for one in self._tasks if one.total or one is task)
+            done = self._done(measured)
+            left = measured.seconds_left(done)
+            if not measured.estimated and left is not None and measured.seconds() > SURE_AFTER:
+                measured.estimated = True
+                if left > PAUSE:
+                    click.echo(f"{measured.what}: about {in_time(left)} left, judging by {done:.1%} of it", err=True)
 
-    def _start(self) -> None:
-        if not sys.stderr.isatty():
-            self._ended = Event()
-            Thread(target=self._print_lines, args=(self._ended,), daemon=True).start()
+    def end(self) -> None:
+        """End what is shown."""
+        with self._lock:
+            self._stage = None
+            if self._bars is not None:
+                self._bars.stop()
+            if self._ended is not None:
+                self._ended.set()
+            self._bars = self._ended = None
+
+    def _done(self, task: Task) -> float:
+        """The fraction of a task that is done, with the part of its next step that is done. 0 if it is unknown."""
+        if not task.total:
+            return 0.0
+        inner = self._tasks[self._tasks.index(task) + 1 :]
+        begun = self._done(inner[0]) if inner and task.nests else 0.0
+        return min(1.0, (task.done + begun) / task.total)
+
+    def _start_bars(self) -> None:
+        if self._bars is not None:
             return
         from rich.console import Console
         from rich.progress import Progress
@@ -82,25 +126,34 @@ class Display:
         self._bars = Progress(console=Console(stderr=True, markup=False), transient=True, redirect_stdout=False)
         self._bars.start()
 
-    def _stop(self) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-        if self._ended is not None:
-            self._ended.set()
-        self._bars = self._ended = None
+    def _start_lines(self) -> None:
+        if self._ended is None and not sys.stderr.isatty():
+            self._ended = Event()
+            Thread(target=self._print_lines, args=(self._ended,), daemon=True).start()
 
     def _print_lines(self, ended: Event) -> None:
         while not ended.wait(PAUSE):
             with self._lock:
-                if self._tasks:
-                    click.echo(self._tasks[-1].line(), err=True)
+                if not ended.is_set():
+                    click.echo(self.line(), err=True)
+
+    def line(self) -> str:
+        """All work in progress as one line of text."""
+        shown = self._tasks or ([self._stage] if self._stage else [])
+        measured = next((one for one in shown if one.total), shown[0])
+        done = self._done(measured)
+        left = measured.seconds_left(done)
+        part = f"{done:.0%} done, " if measured.total else ""
+        rest = "" if left is None else f", about {in_time(left)} left"
+        within = ", ".join(dict.fromkeys(one.what for one in shown))
+        return f"{within}: {part}{in_time(measured.seconds())} so far{rest}"
 
 
 class Task:
     """Work in progress: what it is, its steps, and how many of them are done."""
 
-    def __init__(self, display: Display, what: str, total: float | None) -> None:
-        self.what, self.total, self.done = what, total, 0.0
+    def __init__(self, display: Display, what: str, total: float | None = None, nests: bool = True) -> None:
+        self.what, self.total, self.nests, self.done = what, total, nests, 0.0
         self.row: TaskID | None = None
         self.estimated = False
         self._display, self._began = display, time.monotonic()
@@ -115,36 +168,27 @@ class Task:
         """Count from 0 again, to another total."""
         self.done, self.total, self.estimated, self._began = 0.0, total, False, time.monotonic()
 
-    def seconds_left(self) -> float | None:
-        """Estimated seconds to the end; None before the first step, or if the number of steps is unknown."""
-        if not self.total or not self.done:
-            return None
-        return (time.monotonic() - self._began) * (self.total - self.done) / self.done
+    def seconds(self) -> float:
+        """Seconds since the task began."""
+        return time.monotonic() - self._began
 
-    def line(self) -> str:
-        """The task as one line of text."""
-        part = f"{self.done / self.total:.0%} done, " if self.total else ""
-        left = self.seconds_left()
-        rest = "" if left is None else f", about {in_time(left)} left"
-        return f"{self.what}: {part}{in_time(time.monotonic() - self._began)} so far{rest}"
+    def seconds_left(self, part: float) -> float | None:
+        """Estimated seconds to the end if this part is done; None if it is 0."""
+        return self.seconds() * (1 - part) / part if part else None
 
 
 DISPLAY = Display()
 
 
-def say(as_json: bool, stage: str) -> None:
-    """Print the current stage of a command to standard error; nothing with --json."""
-    if not as_json:
-        click.echo(f"{stage} ...", err=True)
+def say(stage: str) -> None:
+    """Print the stage of a command that begins to standard error."""
+    DISPLAY.say(stage)
 
 
-def watched(what: str, quiet: bool) -> Callable[[Iterable[Any]], Iterator[Any]]:
+def watched(what: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
     """A function that wraps an iterable and shows how much of it is done."""
 
     def watch(items: Iterable[Any]) -> Iterator[Any]:
-        if quiet:
-            yield from items
-            return
         with DISPLAY.task(what, length_hint(items) or None) as task:
             for done, item in enumerate(items, 1):
                 yield item
@@ -154,14 +198,11 @@ def watched(what: str, quiet: bool) -> Callable[[Iterable[Any]], Iterator[Any]]:
 
 
 @contextmanager
-def status(quiet: bool, what: str) -> Iterator[Callable[..., None]]:
+def status(what: str) -> Iterator[Callable[..., None]]:
     """A function `tell(stage, total=None)` that shows the stage that begins; `total` counts the stages from here."""
-    with ExitStack() as shown:
-        task = None if quiet else shown.enter_context(DISPLAY.task(what))
+    with DISPLAY.task(what) as task:
 
         def tell(stage: str, total: float | None = None) -> None:
-            if task is None:
-                return
             if total is not None:
                 task.restart(total)
                 task.update(what=stage)
@@ -172,7 +213,7 @@ def status(quiet: bool, what: str) -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def bar(quiet: bool) -> Iterator[Callable[[float, str], None]]:
+def bar() -> Iterator[Callable[[float, str], None]]:
     """A function that shows a fraction and a phase, from the first call until fraction 1."""
     with ExitStack() as shown:
         tasks: list[Task] = []
@@ -186,16 +227,24 @@ def bar(quiet: bool) -> Iterator[Callable[[float, str], None]]:
                 tasks.clear()
                 shown.close()
 
-        yield (lambda fraction, phase: None) if quiet else show
+        yield show
 
 
 @contextmanager
-def plan_source(engines: Path, batch: int, quiet: bool) -> Iterator[EngineOptions]:
+def plan_source(engines: Path, batch: int) -> Iterator[EngineOptions]:
     """Engine options with this folder of plans; building missing plans prints a line and shows a progress bar."""
     from fora_trt.engines.options import EngineOptions
 
-    with bar(quiet) as progress:
-        yield EngineOptions(engines, batch, lambda line: say(quiet, line), progress)
+    with bar() as progress:
+        yield EngineOptions(engines, batch, say, progress)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """Print the result of the running command as one JSON object, with the options that it was called with."""
+    context = click.get_current_context()
+    options = {name: value for name, value in context.params.items() if name != "as_json"}
+    called = {"command": context.info_name, "fora_trt": __version__, "options": options}
+    click.echo(json.dumps({**called, **result}, default=str))
 
 
 def new_table(title: str, *columns: str, texts: int = 1) -> Table:
@@ -205,7 +254,7 @@ def new_table(title: str, *columns: str, texts: int = 1) -> Table:
 
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < texts else "right")
+        table.add_column(column, justify="left" if i < texts else "right", overflow="fold")
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -20,7 +19,7 @@ from fora_trt.cli.options import (
     pipeline_of,
     schedules_of,
 )
-from fora_trt.cli.terminal import new_table, print_table, watched
+from fora_trt.cli.terminal import new_table, print_json, print_table, watched
 from fora_trt.schedule import fora_text, text_with_forecast
 
 
@@ -62,7 +61,7 @@ def verify(
 
     settings = {"steps": steps, "backend": backend, "device": device, "engines": engines, "batch_size": 2}
     settings["trust_source"] = trust_source
-    pipeline = pipeline_of(bundle, as_json, **settings)
+    pipeline = pipeline_of(bundle, **settings)
     cache_intervals = fitting(cache_intervals, steps)
     reference, description = reference_from_bundle(pipeline.bundle, pipeline.device)
     if not schedules and pipeline.manifest.can_forecast and max(cache_intervals) > 1:
@@ -71,7 +70,7 @@ def verify(
     title = f"{bundle} on {pipeline.backend.name} ({pipeline.device}) against {description}"
     table = new_table(title, "compared", "maximum error", "relative", "tolerance", "")
     done = []
-    for one in watched("comparing", as_json)(comparisons):
+    for one in watched("comparing")(comparisons):
         done.append(one)
         verdict = "ok" if one.passed else "TOO LARGE"
         error = one.error
@@ -80,7 +79,7 @@ def verify(
     if as_json:
         rows = [{"what": one.what, **vars(one.error), "tolerance": one.tolerance, "passed": one.passed} for one in done]
         result = {"backend": pipeline.backend.name, "reference": description, "passed": passed, "comparisons": rows}
-        click.echo(json.dumps(result))
+        print_json(result)
     else:
         print_table(table)
     if not passed:

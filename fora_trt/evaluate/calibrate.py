@@ -37,6 +37,7 @@ from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.layout import Layout
 from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.sampling.loop import Watch
 from fora_trt.sampling.schedulers import SchedulerChoice
 from fora_trt.schedule import NONE, Schedule
 
@@ -106,12 +107,19 @@ class Trials:
     """
 
     def __init__(
-        self, pipeline: Pipeline, plain: Sampling, given: Conditioning, wanted: Wanted, known: dict[str, float]
+        self,
+        pipeline: Pipeline,
+        plain: Sampling,
+        given: Conditioning,
+        wanted: Wanted,
+        known: dict[str, float],
+        watch_steps: Watch = iter,
     ) -> None:
         self.plain, self.known, self.spent = plain, known, 0.0
         self._pipeline, self._given, self._wanted = pipeline, given, wanted
         self.guidance = pipeline.guidance(given, plain)
         self._references: dict[int, Tensor] = {}
+        self._watch_steps = watch_steps
         self._charged: set[str] = set()
 
     def psnr(self, sampling: Sampling, images: Sequence[int]) -> float:
@@ -149,7 +157,8 @@ class Trials:
         """Final latents (N, C, H, W)."""
         given, seeds = self._inputs(images)
         size = self._pipeline.config.batch_size
-        return self._pipeline.sampler(sampling).in_batches(given, seeds, self.guidance, size).latents
+        sampler = self._pipeline.sampler(sampling)
+        return sampler.in_batches(given, seeds, self.guidance, size, self._watch_steps).latents
 
     def _charge(self, what: str, evaluations: int) -> None:
         """Count what a trial or a reference image takes, once; also where its result is known from before."""
@@ -178,9 +187,17 @@ class Calibration:
     """
 
     def __init__(
-        self, pipeline: Pipeline, given: Conditioning, wanted: Wanted, known: dict[str, float] | None = None
+        self,
+        pipeline: Pipeline,
+        given: Conditioning,
+        wanted: Wanted,
+        known: dict[str, float] | None = None,
+        watch_steps: Watch = iter,
     ) -> None:
-        """Raises `InputError` or `ScheduleError` for settings that are not possible."""
+        """`watch_steps` wraps the steps of each trajectory, for a progress bar.
+
+        Raises `InputError` or `ScheduleError` for settings that are not possible.
+        """
         self.pipeline, self.wanted = pipeline, wanted
         self.plain = pipeline.sampling(schedule=NONE)
         if not pipeline.manifest.can_forecast:
@@ -190,7 +207,7 @@ class Calibration:
             )
         if wanted.images < 1:
             raise InputError(f"the number of images is {wanted.images}; at least 1 is needed")
-        self.trials = Trials(pipeline, self.plain, given, wanted, {} if known is None else known)
+        self.trials = Trials(pipeline, self.plain, given, wanted, {} if known is None else known, watch_steps)
         self.best: Found | None = None
         self._ranked: list[Found] = []  # each better than the one before
         self._images = range(wanted.images)

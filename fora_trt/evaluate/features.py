@@ -25,6 +25,11 @@ from fora_trt.files import sha256_of
 from fora_trt.models.checkpoint import tensors_from_file
 from fora_trt.untrusted import read_npz
 
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+"""The weights that define the Fréchet inception distance, in torch-fidelity's form."""
+
 INCEPTION_LAYER = "2048"
 INCEPTION_SHAPES = {
     "Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3),
@@ -150,8 +155,7 @@ def _inception_tensors(path: Path) -> dict[str, Tensor]:
         )
         raise InputError(
             f"{path} does not contain the InceptionV3 weights that define the Fréchet inception distance: "
-            f"{name} {found}; give the file "
-            "weights-inception-2015-12-05-6726825d.pth that torch-fidelity publishes"
+            f"{name} {found}; give the file {INCEPTION_URL}"
         )
     return dict(tensors)
 

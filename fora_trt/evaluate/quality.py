@@ -20,13 +20,14 @@ from fora_trt import metrics
 from fora_trt.bundle import Manifest
 from fora_trt.errors import InputError
 from fora_trt.evaluate.candidates import candidates_of, file_name_of
-from fora_trt.evaluate.features import Extractor, extractor_for, reference_pictures
-from fora_trt.evaluate.rounds import CHOSEN_ON, Arrays, Rounds
+from fora_trt.evaluate.features import INCEPTION_URL, Extractor, extractor_for, reference_pictures
+from fora_trt.evaluate.rounds import CHOSEN_ON, Arrays, Rounds, measured_by
 from fora_trt.evaluate.work_folder import WorkFolder, work_folder
 from fora_trt.files import Record, sha256_of, write_whole
 from fora_trt.images.grid import grid
 from fora_trt.images.save import save_image
 from fora_trt.pipeline import Pipeline, Sampling
+from fora_trt.report.environment import versions
 from fora_trt.report.page import GRID, WORK
 from fora_trt.report.results import About, Quality, QualityRow, Setting
 from fora_trt.report.tables import labels
@@ -79,20 +80,28 @@ def measure_quality(
     reference: Path | None = None,
     resume: bool = False,
     watch: Watch = iter,
+    watch_steps: Watch = iter,
 ) -> Quality:
     """Compare every setting with no caching on `options.images` images; image k has the seed `options.seed` + k.
 
     `pipeline` has the bundle, guidance, backend and batch size. The images cycle through the rows of `conditioning`.
     `folder`/quality gets the intermediate parts and then the pictures of every setting, one .npz file per setting in
     the layout of the ADM evaluator; the image grid is written to `folder`. `reference` is a .npz file in the same
-    layout. With `resume` an interrupted measurement continues; a finished one returns its result.
+    layout. `watch` wraps batches and settings, `watch_steps` the steps of each, for a progress bar. With `resume` an
+    interrupted measurement continues; a finished one returns its result.
     Raises `InputError` or `ScheduleError` for invalid options, for a folder that is in use or was made with other
     options, and for invalid files; `BackendError` if the backend does not work here.
     """
     manifest, shape = pipeline.manifest, _picture_shape(pipeline.manifest)
     metrics.check_torchmetrics()
     _check(options)
-    pipeline.decoder  # noqa: B018 # raises for a missing VAE before anything is computed
+    if pipeline.can_decode:
+        pipeline.decoder  # noqa: B018 # raises for a missing VAE before anything is computed
+    elif inception_weights is not None or reference is not None:
+        given = "--inception-weights" if inception_weights is not None else "--reference"
+        raise InputError(
+            f"{given} compares images, and {manifest.name} has no VAE to decode its latents; give --vae FOLDER too"
+        )
     candidates = candidates_of(pipeline, options.schedulers, options.steps, options.schedules)
     guidance = pipeline.guidance(conditioning, candidates[0].sampling)
     solution = None if options.truth_steps is None else _solution(pipeline, options)
@@ -111,7 +120,7 @@ def measure_quality(
         conditioning=conditioning.digest(),
         features=None if extractor is None else f"{extractor.name}, {extractor.digest}",
         reference=None if reference is None else sha256_of(reference),
-        metrics=tuple(metrics.measured_each(shape)),
+        metrics=tuple(measured_by(pipeline, shape, solution=False)),
         plans=tuple(one.sampling.schedule.digest() for one in candidates),
     )
     with work_folder(folder / WORK, settings, resume) as work:
@@ -132,9 +141,12 @@ def measure_quality(
             solution=solution,
         )
         shares = rounds.plan(work)
-        rounds.run(work, watch)
+        rounds.run(work, watch, watch_steps)
         compared = None if pictures is None else rounds.reference_features(pictures, work, watch)
-        rows, same = _rows(rounds, work, compared, folder, options.keep_images)
+        rows, same, shown = _rows(rounds, work, compared, options.keep_images)
+        if shown:
+            made_with = {**settings.model_dump(mode="json"), "versions": versions()}
+            save_image(grid(shown, labels([row.setting for row in rows])), folder / GRID, made_with)
         fewest = options.images if compared is None else min(options.images, len(compared))
         found = Quality(
             backend=settings.backend,
@@ -145,9 +157,9 @@ def measure_quality(
             if solution is None
             else f"{solution.steps} steps of {SchedulerChoice.from_text(solution.name).label}",
             features=None if extractor is None else extractor.name,
-            notes=_notes(manifest, shares, same, shape, extractor, fewest, options.images),
+            notes=(*_notes(shares, same, options.images), *_missing(pipeline, shape, extractor, fewest)),
             rows=rows,
-            grid=GRID,
+            grid=GRID if pipeline.can_decode else "",
         )
         _write(found, work.folder / FINISHED)
         work.clear()
@@ -189,11 +201,11 @@ def _picture_shape(manifest: Manifest) -> tuple[int, ...] | None:
 
 
 def _rows(
-    rounds: Rounds, work: WorkFolder, compared: Tensor | None, folder: Path, keep_images: bool
-) -> tuple[tuple[QualityRow, ...], list[int]]:
-    """One row per setting, and how many of its pictures are identical to those without caching.
+    rounds: Rounds, work: WorkFolder, compared: Tensor | None, keep_images: bool
+) -> tuple[tuple[QualityRow, ...], list[int], list[list[Image.Image]]]:
+    """One row per setting, how many of its pictures are identical to those without caching, and its first `IN_GRID`.
 
-    Also writes the pictures of every setting, and a grid of the first `IN_GRID` of each.
+    Also writes the pictures of every setting. A model without a VAE has none; its latents are written.
     """
     rows: list[QualityRow] = []
     same: list[int] = []
@@ -205,14 +217,14 @@ def _rows(
             plain = torch.from_numpy(arrays["features"])
         rows.append(_row(candidate.setting, arrays, rounds, plain, compared))
         same.append(int(numpy.isinf(arrays["psnr"]).sum()))
-        pictures = arrays["pictures"]
-        shown.append([Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in pictures[:IN_GRID]])
+        made = arrays["pictures" if "pictures" in arrays else "latents"]
+        if "pictures" in arrays:
+            shown.append([Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in made[:IN_GRID]])
         if keep_images:
             classes = rounds.labels()
-            content = {"arr_0": pictures} if classes is None else {"arr_0": pictures, "arr_1": classes}
+            content = {"arr_0": made} if classes is None else {"arr_0": made, "arr_1": classes}
             _save_arrays(content, work.folder / f"{file_name_of(candidate.setting)}.npz")
-    save_image(grid(shown, labels([row.setting for row in rows])), folder / GRID)
-    return tuple(rows), same
+    return tuple(rows), same, shown
 
 
 def _row(setting: Setting, arrays: Arrays, rounds: Rounds, plain: Tensor | None, compared: Tensor | None) -> QualityRow:
@@ -250,16 +262,8 @@ def _save_arrays(arrays: Arrays, path: Path) -> None:
     write_whole(path, lambda file: numpy.savez(file, **arrays))  # type: ignore[arg-type] # of the stubs
 
 
-def _notes(
-    manifest: Manifest,
-    shares: Mapping[str, float],
-    same: Sequence[int],
-    shape: tuple[int, ...] | None,
-    extractor: Extractor | None,
-    fewest: int,
-    images: int,
-) -> tuple[str, ...]:
-    """Notes for the report: metrics that were not measured and why, and remarks on those that were."""
+def _notes(shares: Mapping[str, float], same: Sequence[int], images: int) -> list[str]:
+    """Remarks on controls and on images that are identical, for the report."""
     notes = []
     if shares:
         by_schedule = ", ".join(f"{share:.1%} with {schedule}" for schedule, share in shares.items())
@@ -273,6 +277,18 @@ def _notes(
         notes.append(
             f"PSNR is the mean over images that differ; identical images per row, from the second row on: {counts}"
         )
+    return notes
+
+
+def _missing(pipeline: Pipeline, shape: tuple[int, ...] | None, extractor: Extractor | None, fewest: int) -> list[str]:
+    """Metrics that were not measured and why, and those of too few images, for the report."""
+    manifest = pipeline.manifest
+    if not pipeline.can_decode:
+        return [
+            f"{manifest.name} has no VAE, so latents are compared instead of images: the peak of the PSNR is the range "
+            "of each image's latents without caching; --vae FOLDER compares images, with all metrics"
+        ]
+    notes = []
     problems = {one.column: one.problem(shape) for one in metrics.METRICS.values()}
     notes += [f"no {column}: {problem}" for column, problem in problems.items() if problem is not None]
     if extractor is None:
@@ -282,11 +298,11 @@ def _notes(
             f"{fewest} images are too few for {extractor.dimensions} features: the covariances of the Fréchet distance "
             "do not have full rank; compare it only with distances from the same number of images"
         )
-    return tuple(notes)
+    return notes
 
 
 def _why_no_features(manifest: Manifest) -> str:
     return (
         f"the built-in classifier reads 8 x 8 digits only, which {manifest.name} does not make; give "
-        "--inception-weights FILE"
+        f"--inception-weights FILE, from {INCEPTION_URL}"
     )

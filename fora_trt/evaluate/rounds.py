@@ -1,12 +1,13 @@
 """The computation of `quality`: for each batch, every setting in turn from the same noise.
 
 Each batch becomes one part of a work folder. Shapes: B images of a batch, S steps; C, H, W are channels, height and
-width of the latents; pictures are (B, H, W, channels), levels from 0 to 255 before they are rounded.
+width of the latents; pictures are (B, H, W, channels), levels from 0 to 255 before they are rounded. A model without a
+VAE makes no pictures; its latents are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
@@ -57,8 +58,8 @@ class Rounds:
         self.batches = [range(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
         self._pipeline, self._conditioning, self._guidance, self._seed = pipeline, conditioning, guidance, seed
         self._solution = solution
-        self.metrics = metrics.measured_each(shape, solution is not None)
-        self._each = {name: one.each(pipeline.device) for name, one in self.metrics.items() if one.each is not None}
+        self.metrics = measured_by(pipeline, shape, solution is not None)
+        self._each = {name: _comparison(one, pipeline) for name, one in self.metrics.items()}
         self._samplers: dict[Setting, Sampler] = {}
 
     def plan(self, work: WorkFolder) -> dict[str, float]:
@@ -97,14 +98,19 @@ class Rounds:
         }
         return [best[number] for number in evaluations]
 
-    def run(self, work: WorkFolder, watch: Watch = iter) -> None:
-        """Compute every batch that is missing; `watch` wraps (batch, setting) pairs, for a progress bar."""
+    def run(self, work: WorkFolder, watch: Watch = iter, watch_steps: Watch = iter) -> None:
+        """Compute every batch that is missing.
+
+        `watch` wraps (batch, setting) pairs, `watch_steps` the steps of each, for a progress bar.
+        """
         missing = [number for number in range(len(self.batches)) if not work.has(FIRST_BATCH + number)]
         if missing:
             self._warm_up()
         turns = [(number, turn) for number in missing for turn in range(len(self.candidates))]
         for number, of_batch in groupby(watch(turns), key=itemgetter(0)):
-            work.write(FIRST_BATCH + number, self._compared(self.batches[number], (turn for _, turn in of_batch)))
+            work.write(
+                FIRST_BATCH + number, self._compared(self.batches[number], (turn for _, turn in of_batch), watch_steps)
+            )
 
     def read(self, work: WorkFolder, turn: int) -> Arrays:
         """The arrays of one setting by name, concatenated over all batches."""
@@ -133,45 +139,51 @@ class Rounds:
         images = numpy.arange(self.batches[-1].stop)
         return numpy.asarray(labels.numpy()[images % len(labels)])
 
-    def _compared(self, images: range, turns: Iterable[int]) -> Arrays:
+    def _compared(self, images: range, turns: Iterable[int], watch_steps: Watch) -> Arrays:
         """Results of every setting for these images; the key of an array is `SETTING_NUMBER.NAME`."""
         given, arrays = self._given(images), {}
         plain: dict[tuple[str, int], Tensor] = {}  # (S, B, C, H, W) without caching
-        references: dict[bool, Tensor] = {}  # the pictures without caching, and those of the fine solution
+        references: dict[bool, Tensor] = {}  # the images without caching, and those of the fine solution
         if self._solution is not None:
-            fine = self._pipeline.sampler(self._solution)(given, self._seeds(images), self._guidance)
-            references[True] = self._pictures(fine)
+            fine = self._pipeline.sampler(self._solution)(given, self._seeds(images), self._guidance, watch_steps)
+            references[True] = self._images(fine)
         for turn in turns:
             candidate = self.candidates[turn]
-            done, steps = self._observed(candidate, given, images)
-            pictures = self._pictures(done)
-            references.setdefault(False, pictures)
-            each = self._figures(pictures, references)
+            done, steps = self._observed(candidate, given, images, watch_steps)
+            made = self._images(done)
+            references.setdefault(False, made)
+            each = self._figures(made, references)
             if candidate.setting.control_of is None:
                 each["latent_errors"] = metrics.relative_errors(steps, plain.setdefault(candidate.group, steps)).numpy()
             each["seconds"] = numpy.array([done.seconds / len(images)])
             arrays.update({f"{turn}.{name}": array for name, array in each.items()})
         return arrays
 
-    def _pictures(self, done: Trajectory) -> Tensor:
+    def _images(self, done: Trajectory) -> Tensor:
+        """The pictures of a trajectory, or its latents (B, C, H, W) if the model has no VAE."""
+        if not self._pipeline.can_decode:
+            return done.latents
         return self._pipeline.decoder.pictures(done.latents, self._pipeline.device)
 
-    def _figures(self, pictures: Tensor, references: dict[bool, Tensor]) -> Arrays:
-        each = {"pictures": rounded(pictures)}
-        each |= {n: of(pictures, references[self.metrics[n].to_solution]) for n, of in self._each.items()}
+    def _figures(self, made: Tensor, references: dict[bool, Tensor]) -> Arrays:
+        each = {"pictures": rounded(made)} if self._pipeline.can_decode else {"latents": made}
+        each |= {n: of(made, references[self.metrics[n].to_solution]) for n, of in self._each.items()}
         if self.extractor is not None:
             each["features"] = self.extractor.features(each["pictures"])
             if (classes := self.extractor.classes(each["pictures"])) is not None:
                 each["classes"] = classes
         return {name: tensor.numpy() for name, tensor in each.items()}
 
-    def _observed(self, candidate: Candidate, given: Conditioning, images: range) -> tuple[Trajectory, Tensor]:
+    def _observed(
+        self, candidate: Candidate, given: Conditioning, images: range, watch_steps: Watch
+    ) -> tuple[Trajectory, Tensor]:
         """A trajectory and its latents after each step, (S, B, C, H, W), copied to the CPU after the last step."""
         steps: list[Tensor] = []
         done = self._sampler(candidate)(
             given,
             self._seeds(images),
             self._guidance,
+            watch_steps,
             observe=lambda latents: steps.append(latents.clone()),
         )
         return done, torch.stack(steps).cpu()
@@ -196,10 +208,24 @@ class Rounds:
         return range(self._seed + images.start, self._seed + images.stop)
 
 
+def measured_by(pipeline: Pipeline, shape: tuple[int, ...] | None, solution: bool) -> dict[str, metrics.Metric]:
+    """The metrics of each image that `Rounds` measures, by name: of pictures (H, W, C), or of latents without a VAE."""
+    return metrics.measured_each(shape, solution) if pipeline.can_decode else metrics.measured_on_latents(solution)
+
+
+def _comparison(metric: metrics.Metric, pipeline: Pipeline) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function of a metric that compares what the pipeline makes: pictures or latents."""
+    compare = metric.of_latents
+    if pipeline.can_decode and metric.each is not None:
+        compare = metric.each(pipeline.device)
+    assert compare is not None
+    return compare
+
+
 def _first(count: int) -> Watch:
     """A watch that stops the loop after `count` steps."""
     return lambda steps: islice(steps, count)
 
 
-ARRAYS = ("pictures", "features", "classes", "latent_errors", "seconds")
+ARRAYS = ("pictures", "latents", "features", "classes", "latent_errors", "seconds")
 """Names of the arrays in a part, in addition to the metrics: per image, and `seconds` per image of the batch."""

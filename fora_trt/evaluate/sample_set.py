@@ -1,6 +1,7 @@
 """Makes a large set of images for evaluation: an archive in the layout of the ADM evaluator, or PNG files.
 
-Image k has the seed `seed` + k. Interruptions do not change which images are in which batch.
+A model without a VAE makes an archive of latents. Image k has the seed `seed` + k. Interruptions do not change which
+images are in which batch.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fora_trt.contract import CLASS_LABELS
+from fora_trt.errors import InputError
 from fora_trt.evaluate.work_folder import WorkFolder, work_folder
 from fora_trt.files import Record, write_whole
-from fora_trt.images.save import save_image
+from fora_trt.images.save import about_image, save_image
 from fora_trt.pipeline import Pipeline
 from fora_trt.report.environment import versions
 from fora_trt.report.results import About
@@ -58,7 +60,10 @@ class SampleSettings(Record):
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Makes the set; if the conditioning `given` has fewer rows than there are images, the images cycle through it."""
+    """Makes the set; if the conditioning `given` has fewer rows than there are images, the images cycle through it.
+
+    `prompts` has the prompt of each row, if it was made from prompts.
+    """
 
     folder: Path
     settings: SampleSettings
@@ -66,13 +71,27 @@ class SampleSet:
     sampler: Sampler
     guidance: Guidance
     given: Conditioning
+    prompts: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, folder: Path, pipeline: Pipeline, given: Conditioning, num_images: int, seed: int, layout: Layout
+        cls,
+        folder: Path,
+        pipeline: Pipeline,
+        given: Conditioning,
+        num_images: int,
+        seed: int,
+        layout: Layout,
+        prompts: tuple[str, ...] = (),
     ) -> SampleSet:
-        """The set of a pipeline; starts its engines. Raises `InputError` if it has no VAE to decode latents."""
-        pipeline.decoder  # noqa: B018 # raises for a missing VAE before anything is computed
+        """The set of a pipeline; starts its engines. Raises `InputError` for a VAE that is missing or does not fit."""
+        if pipeline.can_decode:
+            pipeline.decoder  # noqa: B018 # raises for a missing VAE before anything is computed
+        elif layout == "png":
+            raise InputError(
+                f"{pipeline.manifest.name} has no VAE to decode latents, which do not fit into PNG files; give --vae "
+                "FOLDER, or --format npz for the latents"
+            )
         config, sampling = pipeline.config, pipeline.sampling()
         guidance = pipeline.guidance(given, sampling)
         settings = SampleSettings(
@@ -94,19 +113,20 @@ class SampleSet:
             versions=versions(),
         )
         pipeline.start(num_images, guidance)
-        return cls(folder, settings, pipeline, pipeline.sampler(sampling), guidance, given)
+        return cls(folder, settings, pipeline, pipeline.sampler(sampling), guidance, given, prompts)
 
-    def make(self, resume: bool = False, watch: Watch = iter) -> Path:
+    def make(self, resume: bool = False, watch: Watch = iter, watch_steps: Watch = iter) -> Path:
         """Make the images that are missing; return the path of the archive, or of the folder of PNG files.
 
+        `watch` wraps the batches that are missing, `watch_steps` the steps of each, for a progress bar.
         Raises `InputError` for a folder that is not empty (without `resume`) or was made with other settings.
         """
         with work_folder(self.folder, self.settings, resume) as work:
             if not self.archive.is_file():
                 batches = self._batches()
-                for number, images in watch(batches):
-                    if not self._has(work, number, images):
-                        self._put(work, number, self._pictures(images), images)
+                missing = [(number, images) for number, images in batches if not self._has(work, number, images)]
+                for number, images in watch(missing):
+                    self._put(work, number, self._made(images, watch_steps), images)
                 if self.settings.layout == "npz":
                     write_whole(self.archive, lambda file: self._write_archive(file, work, len(batches)))
             work.clear()
@@ -114,21 +134,22 @@ class SampleSet:
 
     @property
     def archive(self) -> Path:
-        """Path of the archive."""
-        return self.folder / "samples.npz"
+        """Path of the archive, of images or of latents."""
+        return self.folder / ("samples.npz" if self.pipeline.can_decode else "latents.npz")
 
     def _batches(self) -> list[tuple[int, range]]:
         """Number and image indices of each batch."""
         count, size = self.settings.num_images, self.settings.batch_size
         return [(k, range(at, min(at + size, count))) for k, at in enumerate(range(0, count, size))]
 
-    def _pictures(self, images: range) -> NDArray[numpy.uint8]:
-        """The pictures of a batch, (B, H, W, 3); a grey picture gets three equal channels."""
+    def _made(self, images: range, watch_steps: Watch) -> NDArray[Any]:
+        """The pictures of a batch, (B, H, W, 3), a grey one with three equal channels; or latents (B, C, H, W)."""
         wanted, seeds = self.given.at(self._rows(images)), [self.settings.seed + k for k in images]
-        latents = self.sampler(wanted, seeds, self.guidance).latents
+        latents = self.sampler(wanted, seeds, self.guidance, watch_steps).latents
+        if not self.pipeline.can_decode:
+            return latents.numpy()
         levels = self.pipeline.decoder.levels(latents, self.pipeline.device)
-        pictures: NDArray[numpy.uint8] = levels.expand(*levels.shape[:-1], 3).contiguous().numpy()
-        return pictures
+        return levels.expand(*levels.shape[:-1], 3).contiguous().numpy()
 
     def _rows(self, images: range) -> list[int]:
         """The row of the conditioning for each image."""
@@ -142,22 +163,30 @@ class SampleSet:
             return work.has(number)
         return all(self._picture_path(k).is_file() for k in images)
 
-    def _put(self, work: WorkFolder, number: int, pictures: NDArray[numpy.uint8], images: range) -> None:
+    def _put(self, work: WorkFolder, number: int, made: NDArray[Any], images: range) -> None:
         if self.settings.layout == "npz":
-            work.write(number, {"pictures": pictures})
+            work.write(number, {"made": made})
         else:
-            for k, picture in zip(images, pictures, strict=True):
-                save_image(Image.fromarray(picture), self._picture_path(k))
+            for k, picture in zip(images, made, strict=True):
+                save_image(Image.fromarray(picture), self._picture_path(k), self._text_of(k))
+
+    def _text_of(self, image: int) -> dict[str, Any]:
+        """The settings of an image, for the text of its PNG file."""
+        row, labels = image % self.given.images, self.given.conditional.get(CLASS_LABELS)
+        label = None if labels is None else int(labels[row])
+        one = about_image(image, self.settings.seed, label, self.prompts[row] if self.prompts else None)
+        return {**self.settings.model_dump(mode="json"), **one}
 
     def _write_archive(self, file: IO[bytes], work: WorkFolder, parts: int) -> None:
         """Write the same file as `numpy.savez` with all parts concatenated, but with one part in memory at a time.
 
-        `arr_0` has the pictures (N, H, W, 3) in uint8, `arr_1` the labels (N,) in int64 if the model has classes.
+        `arr_0` has the pictures (N, H, W, 3) in uint8, or latents (N, C, H, W) in fp32, `arr_1` the labels (N,) in
+        int64 if the model has classes.
         """
-        first = work.read(0)["pictures"]
+        first = work.read(0)["made"]
         with zipfile.ZipFile(file, "w") as archive:
-            pictures = (work.read(k)["pictures"] for k in range(parts))
-            _write_array(archive, "arr_0.npy", pictures, first.dtype, (self.settings.num_images, *first.shape[1:]))
+            made = (work.read(k)["made"] for k in range(parts))
+            _write_array(archive, "arr_0.npy", made, first.dtype, (self.settings.num_images, *first.shape[1:]))
             if CLASS_LABELS in self.given.conditional:
                 rows = self._rows(range(self.settings.num_images))
                 labels = self.given.conditional[CLASS_LABELS][rows].numpy()

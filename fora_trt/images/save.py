@@ -22,6 +22,16 @@ TEXT = "fora-trt"
 """Keyword of the PNG text with the settings of an image, as JSON."""
 
 
+def about_image(image: int, seed: int, label: int | None = None, prompt: str | None = None) -> dict[str, Any]:
+    """What differs from image to image: its number, seed, and label or prompt; `seed` is that of image 0."""
+    inputs = {"class_label": label, "image_prompt": prompt}
+    return {
+        "image": image,
+        "image_seed": seed + image,
+        **{name: one for name, one in inputs.items() if one is not None},
+    }
+
+
 def check_new(path: Path, force: bool) -> None:
     """Raise `InputError` if `path` is a file, or a folder that is not empty, and `force` is not given."""
     if force or not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -63,7 +73,8 @@ def save_images(
 ) -> None:
     """Write all images as a grid to one file, or separately to a folder as `0000.png`, `0001.png` and so on.
 
-    A grid carries the `settings` of all images, a single image also its own entry of `each`.
+    A grid carries the `settings` of all images, a single image also its own entry of `each`. More images of an earlier
+    call in the folder are removed, so that it has those of one call.
     """
     if not _is_folder(path):
         save_image(square_grid(images), path, settings)
@@ -71,6 +82,11 @@ def save_images(
     path.mkdir(exist_ok=True)
     for k, image in enumerate(images):
         save_image(image, path / f"{k:04d}.png", {**(settings or {}), **(each[k] if each else {})})
+    for k in count(len(images)):
+        older = path / f"{k:04d}.png"
+        if not older.is_file():
+            break
+        older.unlink()
 
 
 def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:

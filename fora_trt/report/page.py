@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from fora_trt.engines.backends import how_to_install
 from fora_trt.errors import InputError
 from fora_trt.files import beside, read_manifest, sealed
 from fora_trt.images.save import writable_file
@@ -96,7 +97,7 @@ def check_installed() -> None:
     """Raise `InputError` if matplotlib or jinja2, which a report needs, is missing."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        raise InputError(f"a report needs {' and '.join(missing)}; pip install 'fora-trt[report]'")
+        raise InputError(f"a report needs {' and '.join(missing)}; {how_to_install('report')}")
 
 
 def read_report(folder: Path) -> Report | None:

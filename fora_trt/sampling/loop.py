@@ -124,9 +124,12 @@ class Sampler:
         watch: Watch = iter,
         observe: Callable[[Tensor], object] | None = None,
     ) -> Trajectory:
-        """Denoise any number of images, `batch_size` at a time; image k has the seed `seeds[k]`."""
-        parts = []
-        for start in range(0, conditioning.images, batch_size):
+        """Denoise any number of images, `batch_size` at a time; image k has the seed `seeds[k]`.
+
+        `watch` wraps the steps of each batch, and the batches if there are several.
+        """
+        parts, starts = [], range(0, conditioning.images, batch_size)
+        for start in watch(starts) if len(starts) > 1 else starts:
             part = conditioning.at(range(start, min(start + batch_size, conditioning.images)))
             parts.append(self(part, seeds[start : start + part.images], guidance, watch, observe))
         return Trajectory.joined(parts)

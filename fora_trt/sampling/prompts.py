@@ -12,6 +12,7 @@ import torch
 
 from fora_trt.bundle import Manifest
 from fora_trt.contract import TextSpec
+from fora_trt.engines.backends import how_to_install
 from fora_trt.errors import InputError, ModelError, first_line
 from fora_trt.models.architectures import prompt_encoding
 from fora_trt.models.checkpoint import preferred, variants_in
@@ -68,7 +69,7 @@ def _pipeline(name: str, text: TextSpec, device: torch.device) -> Any:
         raise InputError(f"{error}; or give --prompt-embeds FILE") from error
     if missing := [package for package in ("transformers", "sentencepiece") if find_spec(package) is None]:
         raise InputError(
-            f"--prompt needs {' and '.join(missing)}; pip install 'fora-trt[text]', or give --prompt-embeds FILE"
+            f"--prompt needs {' and '.join(missing)}; {how_to_install('text')}, or give --prompt-embeds FILE"
         )
     kind, variant = _class_of_pipeline(name, text.pipeline), _variant(folder)
     from diffusers.utils import logging as of_diffusers

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fora_trt.engines.backends import BACKENDS, Backend, release_of
+from fora_trt.engines.backends import BACKENDS, Backend, how_to_install, release_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ OLDEST_ONNXRUNTIME = {"cpu": (1, 23), "cuda": (1, 31)}
 def _onnxruntime_problem() -> str | None:
     folder = _folder_of_onnxruntime()
     if folder is None:
-        return "onnxruntime is not installed; pip install 'fora-trt[cpu]', or 'fora-trt[gpu]' for an NVIDIA GPU"
+        return f"onnxruntime is not installed; {how_to_install('cpu')}, or 'fora-trt[gpu]' for an NVIDIA GPU"
     if all(_versions_in(folder, name) for name in ONNXRUNTIMES):
         return (
             f"onnxruntime and onnxruntime-gpu are both installed in {folder} and overwrite each other's files; "
