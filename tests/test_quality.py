@@ -3,6 +3,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -362,7 +363,7 @@ def test_what_cannot_be_compared_is_a_sentence(pixels: Bundle, exported: Bundle,
     with pytest.raises(InputError, match=r"a reference for this bundle must be uint8 with shape \[images, 8, 8, 1\]"):
         measure(pixels, tmp_path / "out", reference=tmp_path / "r.npz")
     assert exported.manifest.model.vae is not None
-    lost = exported.manifest.model.vae.model_copy(update={"where": str(tmp_path / "moved")})
+    lost = replace(exported.manifest.model.vae, where=str(tmp_path / "moved"))
     record = exported.manifest.model.model_copy(update={"vae": lost})
     bare = Bundle(exported.folder, exported.manifest.model_copy(update={"model": record}))
     with pytest.raises(InputError, match=r"moved"):

@@ -41,7 +41,7 @@ def test_a_task_within_another_is_a_part_of_its_next_step(
         for _ in watched("denoising")(range(5)):
             shown.append(DISPLAY.line().partition(" so far")[0])
             time.sleep(5e-3)
-    assert shown == [f"sampling, denoising: {done}% done, 0 s" for done in range(0, 100, 10)]
+    assert shown == [f"sampling: {done}% done, 0 s" for done in range(0, 100, 10)]
     assert capsys.readouterr().err.count("sampling: about 0 s left, judging by 10.0% of it") == 1
 
 
@@ -73,12 +73,14 @@ def test_nested_work_shares_one_display(monkeypatch: pytest.MonkeyPatch) -> None
     screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
     with status("quality"):
-        bars = DISPLAY._bars
+        assert DISPLAY._bar is not None
+        bars, _ = DISPLAY._bar
         for _ in watched("comparing")(range(2)):
-            assert DISPLAY._bars is bars
-            assert bars is not None
-            assert [task.description for task in bars.tasks] == ["quality", "comparing"]
-    assert DISPLAY._bars is None
+            for _ in watched("denoising")(range(5)):
+                (task,) = bars.tasks
+                assert task.description == "comparing"
+            assert task.completed in (0.5, 1.0)
+    assert DISPLAY._bar is None
     assert screen.getvalue().count("\x1b[?25l") == 1  # the cursor is hidden once: one display
 
 
@@ -86,11 +88,11 @@ def test_a_bar_is_shown_only_while_something_is_built(monkeypatch: pytest.Monkey
     screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
     with bar() as progress:
-        assert DISPLAY._bars is None
+        assert DISPLAY._bar is None
         progress(0.5, "building full.onnx")
-        assert DISPLAY._bars is not None
+        assert DISPLAY._bar is not None
         progress(1.0, "building full.onnx")
-        assert DISPLAY._bars is None
+        assert DISPLAY._bar is None
     assert "building full.onnx" in screen.getvalue()
 
 

@@ -38,16 +38,17 @@ SURE_AFTER = 3.0
 class Display:
     """The one live display of the process, on standard error: all work in progress reports to it.
 
-    A terminal shows one bar per task, in a single display that is there only while a task runs. Elsewhere a line about
-    the work in progress is printed every `PAUSE` seconds, and an estimate soon after work begins that takes longer.
-    `quiet` shows nothing at all.
+    A terminal shows a bar, which is there only while a task runs. Elsewhere a line is printed every `PAUSE` seconds,
+    and an estimate soon after a task begins that takes longer. Tasks can begin within another; then the outermost with
+    a known number of steps is shown, and a task within it counts as a part of its next step. `quiet` shows nothing.
     """
 
     def __init__(self) -> None:
         self.quiet = False
         self._tasks: list[Task] = []
         self._stage: Task | None = None
-        self._bars: Progress | None = None
+        self._bar: tuple[Progress, TaskID] | None = None
+        self._in_bar: Task | None = None
         self._ended: Event | None = None
         self._lock = RLock()
 
@@ -64,7 +65,7 @@ class Display:
     def task(self, what: str, total: float | None = None, nests: bool = True) -> Iterator[Task]:
         """A task that is shown until the block ends; `total` is in the unit of its steps, None if unknown.
 
-        `nests` says whether a task within it is a part of its next step.
+        `nests` says whether a task within it counts as a part of its next step.
         """
         task = Task(self, what, total, nests)
         if self.quiet:
@@ -73,58 +74,73 @@ class Display:
         with self._lock:
             self._stage = None
             self._tasks.append(task)
-            self._start_bars() if sys.stderr.isatty() else self._start_lines()
-            if self._bars is not None:
-                task.row = self._bars.add_task(what, total=total)
+            self._start_bar() if sys.stderr.isatty() else self._start_lines()
+            self.show()
         try:
             yield task
         finally:
             with self._lock:
                 self._tasks.remove(task)
-                if self._bars is not None and task.row is not None:
-                    self._bars.remove_task(task.row)
                 if not self._tasks:
                     self.end()
 
-    def show(self, task: Task) -> None:
+    def show(self) -> None:
         """Show what changed in a task."""
-        if self._bars is not None and task.row is not None:
-            self._bars.update(task.row, completed=task.done, total=task.total, description=task.what)
-        elif task in self._tasks:
-            measured = next(one for one in self._tasks if one.total or one is task)
-            done = self._done(measured)
-            left = measured.seconds_left(done)
-            if not measured.estimated and left is not None and measured.seconds() > SURE_AFTER:
-                measured.estimated = True
-                if left > PAUSE:
-                    click.echo(f"{measured.what}: about {in_time(left)} left, judging by {done:.1%} of it", err=True)
+        if not self._tasks:
+            return
+        task = self._shown()
+        done = self._done(task)
+        if self._bar is not None:
+            bars, row = self._bar
+            if task is not self._in_bar:  # its speed is that of another
+                self._in_bar = task
+                bars.reset(row, total=1.0 if task.total else None)
+            bars.update(row, completed=done, total=1.0 if task.total else None, description=task.what)
+        elif not task.estimated and (left := task.seconds_left(done)) is not None and task.seconds() > SURE_AFTER:
+            task.estimated = True
+            if left > PAUSE:
+                click.echo(f"{task.what}: about {in_time(left)} left, judging by {done:.1%} of it", err=True)
+
+    def line(self) -> str:
+        """The work in progress as one line of text."""
+        task = self._shown()
+        done = self._done(task)
+        left = task.seconds_left(done)
+        part = f"{done:.0%} done, " if task.total else ""
+        rest = "" if left is None else f", about {in_time(left)} left"
+        return f"{task.what}: {part}{in_time(task.seconds())} so far{rest}"
 
     def end(self) -> None:
         """End what is shown."""
         with self._lock:
-            self._stage = None
-            if self._bars is not None:
-                self._bars.stop()
+            self._stage = self._in_bar = None
+            if self._bar is not None:
+                self._bar[0].stop()
             if self._ended is not None:
                 self._ended.set()
-            self._bars = self._ended = None
+            self._bar = self._ended = None
+
+    def _shown(self) -> Task:
+        """The outermost task with a known number of steps, or else the innermost; the stage if there is no task."""
+        tasks = self._tasks or ([self._stage] if self._stage else [])
+        return next((one for one in tasks if one.total), tasks[-1])
 
     def _done(self, task: Task) -> float:
         """The fraction of a task that is done, with the part of its next step that is done. 0 if it is unknown."""
         if not task.total:
             return 0.0
-        inner = self._tasks[self._tasks.index(task) + 1 :]
-        begun = self._done(inner[0]) if inner and task.nests else 0.0
-        return min(1.0, (task.done + begun) / task.total)
+        inner = self._tasks[self._tasks.index(task) + 1 :] if task.nests else []
+        return min(1.0, (task.done + (self._done(inner[0]) if inner else 0.0)) / task.total)
 
-    def _start_bars(self) -> None:
-        if self._bars is not None:
+    def _start_bar(self) -> None:
+        if self._bar is not None:
             return
         from rich.console import Console
         from rich.progress import Progress
 
-        self._bars = Progress(console=Console(stderr=True, markup=False), transient=True, redirect_stdout=False)
-        self._bars.start()
+        bars = Progress(console=Console(stderr=True, markup=False), transient=True, redirect_stdout=False)
+        self._bar = bars, bars.add_task("", total=None)
+        bars.start()
 
     def _start_lines(self) -> None:
         if self._ended is None and not sys.stderr.isatty():
@@ -137,24 +153,12 @@ class Display:
                 if not ended.is_set():
                     click.echo(self.line(), err=True)
 
-    def line(self) -> str:
-        """All work in progress as one line of text."""
-        shown = self._tasks or ([self._stage] if self._stage else [])
-        measured = next((one for one in shown if one.total), shown[0])
-        done = self._done(measured)
-        left = measured.seconds_left(done)
-        part = f"{done:.0%} done, " if measured.total else ""
-        rest = "" if left is None else f", about {in_time(left)} left"
-        within = ", ".join(dict.fromkeys(one.what for one in shown))
-        return f"{within}: {part}{in_time(measured.seconds())} so far{rest}"
-
 
 class Task:
     """Work in progress: what it is, its steps, and how many of them are done."""
 
     def __init__(self, display: Display, what: str, total: float | None = None, nests: bool = True) -> None:
         self.what, self.total, self.nests, self.done = what, total, nests, 0.0
-        self.row: TaskID | None = None
         self.estimated = False
         self._display, self._began = display, time.monotonic()
 
@@ -162,7 +166,7 @@ class Task:
         """Set the number of steps that are done, or the text."""
         self.done = self.done if done is None else done
         self.what = self.what if what is None else what
-        self._display.show(self)
+        self._display.show()
 
     def restart(self, total: float) -> None:
         """Count from 0 again, to another total."""
