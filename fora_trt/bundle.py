@@ -32,7 +32,7 @@ from fora_trt.contract import (
     in_window,
     out_of_window,
 )
-from fora_trt.errors import BundleError, ScheduleError
+from fora_trt.errors import BundleError, ScheduleError, first_line
 from fora_trt.files import MANIFEST, FileRecord, Record, check_files, clear_unfinished, read_manifest
 from fora_trt.graph_check import check_graph, dtype_of, edge_problem
 from fora_trt.models.options import SourceOptions
@@ -255,7 +255,7 @@ class Bundle:
         try:
             _, config = read_json(path)
         except (OSError, ValueError) as error:
-            raise BundleError(f"{path} {getattr(error, 'strerror', None) or error}; {mend}") from error
+            raise BundleError(f"{path} {first_line(error)}; {mend}") from error
         if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
             raise BundleError(f"{path} is not the configuration of a scheduler, an object with a _class_name; {mend}")
         if (odd := next(_odd_numbers(config), None)) is not None:

@@ -67,5 +67,9 @@ class RoomError(InputError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error message, short enough to quote in a sentence."""
-    return one_line(str(error).strip().partition("\n")[0], LONGEST_MESSAGE // 4)
+    """The first line of another library's error message, short enough to quote in a sentence.
+
+    Of an error of the system it is the reason alone: sentences name the file themselves.
+    """
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return one_line(said.strip().partition("\n")[0], LONGEST_MESSAGE // 4)

@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fora_trt.errors import ForaError, InputError
+from fora_trt.errors import ForaError, InputError, first_line
 from fora_trt.untrusted import name_problem, read_json, shown
 
 MANIFEST = "manifest.json"
@@ -143,7 +143,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         with beside(path) as file:
             write(file)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}; give another path") from error
+        raise InputError(f"{path} cannot be written: {first_line(error)}; give another path") from error
 
 
 def write_manifest(folder: Path, manifest: Record) -> None:

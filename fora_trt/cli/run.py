@@ -84,7 +84,7 @@ def run(
     for path in filter(None, (output, latents_out)):
         check_new(path, force)
     if output is not None:
-        with _or_latents():
+        with _or_latents(pipeline):
             pipeline.decoder  # noqa: B018 # raises for a missing VAE before anything is computed
         writable_images(output)
     if latents_out is not None:
@@ -150,11 +150,13 @@ def _each(made: PipelineOutput, wanted: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _or_latents() -> Iterator[None]:
+def _or_latents(pipeline: Pipeline) -> Iterator[None]:
     """Add to a decoding error that latents can be written instead of images."""
     try:
         yield
     except InputError as error:
+        if pipeline.manifest.latents.pixels:
+            raise
         raise InputError(f"{error}; or write the latents with --latents-out FILE.npy") from error
 
 

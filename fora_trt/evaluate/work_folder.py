@@ -16,7 +16,7 @@ import numpy
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from fora_trt.errors import InputError
+from fora_trt.errors import InputError, first_line
 from fora_trt.files import Record, clear_unfinished, write_whole
 from fora_trt.untrusted import read_npz
 
@@ -44,7 +44,9 @@ class WorkFolder:
         try:
             return read_npz(path, names)
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}); remove it and continue with --resume") from error
+            raise InputError(
+                f"{path} cannot be read ({first_line(error)}); remove it and continue with --resume"
+            ) from error
 
     def clear(self) -> None:
         """Remove the parts, after the final result has been written."""
@@ -78,7 +80,7 @@ def work_folder(folder: Path, settings: Record, resume: bool, beside: tuple[str,
     except Timeout:
         raise InputError(f"another process is working in {folder}; wait for it, or give another folder") from None
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror or error}); give another folder") from error
+        raise InputError(f"{folder} cannot be written ({first_line(error)}); give another folder") from error
     try:
         if strange:
             _check_settings(path, settings)
@@ -106,7 +108,9 @@ def _check_settings(path: Path, settings: Record) -> None:
         given = json.loads(settings.model_dump_json())
         differing = next((key for key in {**before, **given} if before.get(key) != given.get(key)), None)
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} cannot be read, so the folder cannot be resumed: {error}; give another") from error
+        raise InputError(
+            f"{path} cannot be read, so the folder cannot be resumed: {first_line(error)}; give another"
+        ) from error
     if differing is not None:
         raise InputError(
             f"{path.parent} was made with {differing} {before.get(differing)!r}; {given.get(differing)!r} was given; "

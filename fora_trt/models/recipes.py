@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from fora_trt.contract import Optimization
 from fora_trt.downloads import text_of
-from fora_trt.errors import ModelError
+from fora_trt.errors import ModelError, first_line
 from fora_trt.models.options import SourceOptions
 from fora_trt.schedule import is_file
 
@@ -50,7 +50,8 @@ def read_recipe(path: Path) -> Recipe:
             f"the recipe {path} is invalid at {key!r}: {first['msg']}; valid keys are {', '.join(Recipe.model_fields)}"
         ) from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"the recipe {path} cannot be read: {error}; give the path of a valid TOML file") from error
+        reason = first_line(error)
+        raise ModelError(f"the recipe {path} cannot be read: {reason}; give the path of a valid TOML file") from error
     if recipe.schedule is not None and is_file(recipe.schedule):
         recipe = recipe.model_copy(update={"schedule": str(path.parent / recipe.schedule)})
     return recipe

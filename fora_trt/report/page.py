@@ -18,7 +18,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from fora_trt.engines.backends import how_to_install
-from fora_trt.errors import InputError
+from fora_trt.errors import InputError, first_line
 from fora_trt.files import beside, read_manifest, sealed
 from fora_trt.images.save import writable_file
 from fora_trt.metrics import METRICS, SOLUTION_PSNR
@@ -125,7 +125,7 @@ def write_report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror or error}); give another folder") from error
+        raise InputError(f"{folder} cannot be written ({first_line(error)}); give another folder") from error
     with FileLock(folder / ".report.lock"):  # bench and quality may finish together; each must read the other's part
         there = read_report(folder)
         if there is not None:
@@ -162,7 +162,7 @@ def _write_files(folder: Path, report: Report) -> None:
         except OSError as error:
             again = "quality --resume" if name == JSON else "the same command, quality with --resume,"
             raise InputError(
-                f"{folder / name} cannot be written: {error.strerror or error}; make room; {again} writes the report "
+                f"{folder / name} cannot be written: {first_line(error)}; make room; {again} writes the report "
                 "without measuring again"
             ) from error
 

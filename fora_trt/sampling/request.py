@@ -10,7 +10,7 @@ import torch
 
 from fora_trt.bundle import Manifest
 from fora_trt.downloads import problem_of, text_of
-from fora_trt.errors import InputError
+from fora_trt.errors import InputError, first_line
 from fora_trt.sampling.conditioning import (
     Conditioning,
     conditioning_from_file,
@@ -76,7 +76,9 @@ def lines_of(path: Path) -> tuple[str, ...]:
             raise InputError(f"{path} {problem}")
         lines = tuple(line.strip() for line in text_of(path).split("\n") if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text ({error})") from error
+        raise InputError(
+            f"{path} cannot be read as text ({first_line(error)}); give a file with one prompt a line"
+        ) from error
     if not lines:
         raise InputError(f"{path} contains no prompt; write one per line")
     return lines

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from fora_trt.engines.backends import how_to_install
-from fora_trt.errors import BackendError
+from fora_trt.errors import BackendError, first_line
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 _MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
@@ -115,7 +115,7 @@ def installation_problem(backend: str) -> str | None:
     try:
         import_module(_MODULES[backend])
     except (ImportError, OSError) as error:  # a shared library is missing
-        return f"{backend} is installed but cannot be loaded ({error}); {remedy} again"
+        return f"{backend} is installed but cannot be loaded ({first_line(error)}); {remedy} again"
     return None
 
 
