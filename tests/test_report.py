@@ -20,18 +20,19 @@ from fora_trt.errors import InputError
 from fora_trt.files import sealed
 from fora_trt.report import page as report_module
 from fora_trt.report.advice import recommendation
+from fora_trt.report.markdown import as_markdown
 from fora_trt.report.page import (
     CSV,
     HTML,
     JSON,
     REPORT_NAMES,
     Part,
-    as_markdown,
     check_report_folder,
     read_report,
     write_report,
 )
-from fora_trt.report.plots import PLOTS, pareto_front, plots_of
+from fora_trt.report.plots import plots_of
+from fora_trt.report.quality_plots import pareto_front
 from fora_trt.report.results import (
     About,
     Absent,
