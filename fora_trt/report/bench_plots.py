@@ -41,7 +41,7 @@ def bench_plots(bench: Bench) -> Iterator[Plot]:
                 SPEEDUP, _of(sizes, images),
                 f"Speed-up of each schedule over no caching, {at_once(images)}: one mark per backend, beside the "
                 "roofline and the ideal. The latency table has the numbers.",
-                f"Speed-up over the same backend without caching, {at_once(images)}. The ideal counts reuse steps as "
+                "Speed-up over the same backend without caching. The ideal counts reuse steps as "
                 "free; the roofline counts their arithmetic and memory traffic.",
                 partial(speedup, bench, images),
             )  # fmt: skip

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT, DPI = 6.4, 4.4, 200  # inches, inches, pixels per inch
 TEXT, SMALL = 12.0, 10.5  # points
-LONGEST_NAME = 26  # characters
+LONGEST_NAME, LONGEST_LEGEND_ROW = 26, 64  # characters
 NEAR = 20  # points; a name farther from its point gets a line to it
 PLACES: tuple[tuple[float, float, Literal["left", "center", "right"]], ...] = (
     (9, 0, "left"), (0, 11, "center"), (-9, 0, "right"), (0, -11, "center"), (8, 10, "left"), (8, -10, "left"),
@@ -111,8 +111,10 @@ def short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
-def legend_below(axes: Axes, theme: Theme, columns: int = 3) -> None:
-    """Put the legend under the axes."""
+def legend_below(axes: Axes, theme: Theme) -> None:
+    """Put the legend under the axes, in as many columns as fit: three of names of usual length."""
+    names = axes.get_legend_handles_labels()[1]
+    columns = 3 if sum(sorted(map(len, names))[-3:]) <= LONGEST_LEGEND_ROW else 2
     legend = axes.figure.legend(
         loc="outside lower center", ncols=columns, columnspacing=1.4, fontsize=SMALL, frameon=False,
         labelcolor=theme.ink, handlelength=1.6,

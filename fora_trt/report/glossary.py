@@ -45,6 +45,11 @@ TERMS = (
         r"\bno cach(e|ing)\b|\bwithout caching\b",
     ),
     Term(
+        STEPS, "setting",
+        "A schedule with its number of steps and its solver.",
+        r"\bsettings?\b",
+    ),
+    Term(
         STEPS, "schedule",
         "The list of full and reuse steps of a trajectory, written as a text such as fora:3.",
         r"\bschedules?\b",
@@ -214,9 +219,9 @@ TERMS = (
         r"\bto keep [\d.]+ dB|\bkeeps [\d.]+ dB|\bminimum\b",
     ),
     Term(
-        IMAGES, "PSNR, dB",
-        "Peak signal-to-noise ratio, a logarithmic measure of closeness in decibels. 10 dB more are a tenth of "
-        "the mean squared error; differences are hard to see from about 40 dB.",
+        IMAGES, "dB",
+        "Decibels, the logarithmic unit of PSNR (peak signal-to-noise ratio): 10 dB more are a tenth of the mean "
+        "squared error, and differences are hard to see from about 40 dB on.",
         r"\bPSNR\b|\bdB\b",
     ),
     Term(
@@ -248,6 +253,12 @@ TERMS = (
         r"\bimage features?\b",
     ),
     Term(
+        IMAGES, "manifold",
+        "The neighbourhood of a set of image features: all points that are as near to one of them as its third "
+        "nearest neighbour.",
+        r"\bmanifold\b",
+    ),
+    Term(
         IMAGES, "guidance",
         "Classifier-free guidance: how strongly the images follow their class or prompt. Above 1 every step "
         "evaluates the network for each image twice, with and without it.",
@@ -261,7 +272,7 @@ TERMS = (
     Term(
         MODEL, "DiT, PixArt",
         "Kinds of diffusion transformers, conditioned by a class or by a text.",
-        r"\b(DiT|PixArt\S*)\b",
+        r"\b(DiT|PixArt)",
     ),
     Term(
         MODEL, "bundle, manifest",
@@ -283,7 +294,9 @@ def terms_of(page: str, metrics: Sequence[str]) -> dict[str, list[tuple[str, str
 
     Explanations use terms too; these are explained as well.
     """
-    text, chosen = visible_text(page), [False] * len(TERMS)
+    measured = [one for one in METRICS.values() if one.name in metrics]
+    text = " ".join([visible_text(page), *(one.explanation for one in measured)])
+    chosen = [False] * len(TERMS)
     while new := [k for k, term in enumerate(TERMS) if not chosen[k] and re.search(term.pattern, text)]:
         for k in new:
             chosen[k] = True
@@ -292,7 +305,7 @@ def terms_of(page: str, metrics: Sequence[str]) -> dict[str, list[tuple[str, str
         topic: [(term.word, term.explanation) for k, term in enumerate(TERMS) if chosen[k] and term.topic == topic]
         for topic in TOPICS
     }
-    found[IMAGES] += [(one.column, one.explanation) for one in METRICS.values() if one.name in metrics]
+    found[IMAGES] += [(one.column, one.explanation) for one in measured]
     return {topic: terms for topic, terms in found.items() if terms}
 
 

@@ -51,7 +51,7 @@ METHODS = {
     NO_CACHE: (INK, "v"),
 }
 """Colour and marker of each method."""
-LINKED, HOLLOW = (FORA, FORECAST, CALIBRATED, SOLVER), (SOLVER, NO_CACHE)
+LINKED, HOLLOW = (FORA, FORECAST, SOLVER), (SOLVER, NO_CACHE)
 
 
 def quality_plots(quality: Quality, min_psnr: float) -> Iterator[Plot]:
@@ -74,7 +74,7 @@ def quality_plots(quality: Quality, min_psnr: float) -> Iterator[Plot]:
                 ERROR_OVER_STEPS, name if several else "",
                 f"{name}: relative error of the latents after every step, one line per schedule. The quality table "
                 "has the error after the last step, as latent error.",
-                f"The reference is no caching with the same {name}, from the same noise.",
+                "The reference is no caching with the same solver and number of steps, from the same noise.",
                 partial(error_over_steps, quality, number),
             )  # fmt: skip
 
@@ -82,10 +82,10 @@ def quality_plots(quality: Quality, min_psnr: float) -> Iterator[Plot]:
 def _plane_caption(quality: Quality, metric: str) -> str:
     if metric == SOLUTION_PSNR:
         return "The same, against a solution with many more steps: no caching has an error of its own here."
-    several = " The Pareto front is that of all plots." if len(quality.groups) > 1 else ""
+    several = " The Pareto front and the solvers are those of all plots." if len(quality.groups) > 1 else ""
     return (
         "Up and to the left is better; numbers are full steps. No setting is both faster and closer than one on the "
-        f"Pareto front.{several}"
+        f"Pareto front.{several} The dashed line is the minimum for a recommendation."
     )
 
 
@@ -134,7 +134,7 @@ def latency_quality(quality: Quality, min_psnr: float, metric: str, number: int,
     front = points(pareto_front(every, metric))
     axes.plot(*front, color=theme.band, linewidth=5, zorder=1, solid_joinstyle="round", label="Pareto front")
     _methods(axes, rows, points, theme)
-    legend_below(axes, theme, 2 if several else 3)
+    legend_below(axes, theme)
     label_points(axes, list(zip(*points(rows), [_point_name(row, metric) for row in rows], strict=True)), theme)
     return figure
 
@@ -144,14 +144,16 @@ def _uncached_name(quality: Quality) -> str:
 
 
 def _methods(axes: Axes, rows: Sequence[QualityRow], points: Points, theme: Theme) -> None:
-    """One series per method, the fastest setting first."""
+    """The settings of each method, joined by a line for each kind of schedule; the most full steps last."""
     for method, (colour, marker) in METHODS.items():
-        own = sorted((row for row in rows if _method(row) == method), key=lambda row: row.seconds_per_image)
-        if own:
+        own = sorted((row for row in rows if _method(row) == method), key=lambda row: row.setting.full_steps)
+        kinds = list(dict.fromkeys(row.setting.schedule.partition(":")[0] for row in own))
+        for kind in kinds:
             axes.plot(
-                *points(own), marker=marker, color=theme.series[colour], linewidth=1.6 if method in LINKED else 0.0,
-                markersize=7.5, markerfacecolor=theme.paper if method in HOLLOW else theme.series[colour],
-                markeredgewidth=2.0, zorder=3, label=method, clip_on=False,
+                *points([row for row in own if row.setting.schedule.partition(":")[0] == kind]), marker=marker,
+                color=theme.series[colour], linewidth=1.6 if method in LINKED else 0.0, markersize=7.5,
+                markerfacecolor=theme.paper if method in HOLLOW else theme.series[colour], markeredgewidth=2.0,
+                zorder=3, label=method if kind == kinds[0] else "_", clip_on=False,
             )  # fmt: skip
 
 
