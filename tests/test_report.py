@@ -24,7 +24,7 @@ from fora_trt.images.grid import grid, rows_of
 from fora_trt.metrics import METRICS
 from fora_trt.report import page as report_module
 from fora_trt.report.advice import recommendation
-from fora_trt.report.drawing import DARK, LIGHT, Plot, Theme
+from fora_trt.report.drawing import DARK, LIGHT, Plot, Theme, figure_of
 from fora_trt.report.glossary import STEPS, TERMS, visible_text
 from fora_trt.report.html import LARGE_GRID, Picture, as_html, strips_of
 from fora_trt.report.markdown import as_markdown
@@ -408,9 +408,7 @@ def drawn(plot: Plot, theme: Theme = LIGHT) -> Axes:
 
 
 def title_of(axes: Axes) -> str:
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return str(figure.get_suptitle())
+    return str(figure_of(axes).get_suptitle())
 
 
 def shown_ticks(axis: Axis) -> list[float]:

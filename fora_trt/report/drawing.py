@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -105,6 +106,14 @@ def new_figure(
     return figure, axes
 
 
+def figure_of(axes: Axes) -> Figure:
+    """The figure of these axes."""
+    from matplotlib.figure import Figure
+
+    assert isinstance(axes.figure, Figure)
+    return axes.figure
+
+
 def short(name: str) -> str:
     """A name of at most `LONGEST_NAME` characters; a longer one loses its middle, since names differ at their ends."""
     half = LONGEST_NAME // 2
@@ -115,7 +124,7 @@ def legend_below(axes: Axes, theme: Theme) -> None:
     """Put the legend under the axes, in as many columns as fit: three of names of usual length."""
     names = axes.get_legend_handles_labels()[1]
     columns = 3 if sum(sorted(map(len, names))[-3:]) <= LONGEST_LEGEND_ROW else 2
-    legend = axes.figure.legend(
+    legend = figure_of(axes).legend(
         loc="outside lower center", ncols=columns, columnspacing=1.4, fontsize=SMALL, frameon=False,
         labelcolor=theme.ink, handlelength=1.6,
     )  # fmt: skip
@@ -158,7 +167,7 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float, str]], theme: 
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
-    figure = axes.figure.get_figure(root=True)
+    figure = figure_of(axes)
     figure.draw_without_rendering()  # computes the layout, and so the positions of points
     dot = 5 * figure.dpi / 72
     centres = [axes.transData.transform((x, y)) for x, y, _ in points]
@@ -194,7 +203,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], theme:
     An end is x, y, name and colour; one that is not finite gets no name.
     """
     least, most = axes.get_ylim()
-    gap = 0.2 / (axes.figure.get_figure(root=True).get_figheight() - 1.1) * (most - least)  # 0.2 inches
+    gap = 0.2 / (figure_of(axes).get_figheight() - 1.1) * (most - least)  # 0.2 inches
     above = least - gap
     for x, y, name, colour in sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1]):
         above = max(y, above + gap)
@@ -208,8 +217,11 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], theme:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file with a palette, a third of the size of one with 24 bits per pixel."""
-    drawn, file = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", metadata={"Software": None})
-    with Image.open(drawn) as image:
-        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, format="png", optimize=True)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas, file = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()  # type: ignore[no-untyped-call] # of matplotlib's stubs
+    drawn = numpy.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call] # of matplotlib's stubs
+    image = Image.fromarray(drawn).convert("RGB")
+    image.quantize(128, dither=Image.Dither.NONE).save(file, format="png", optimize=True)
     return file.getvalue()
