@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT, DPI = 6.4, 4.4, 200  # inches, inches, pixels per inch
 TEXT, SMALL = 12.0, 10.5  # points
-LONGEST_NAME, LONGEST_LEGEND_ROW = 26, 64  # characters
+LONGEST_NAME, LONGEST_LEGEND_ROW, LONGEST_TITLE = 26, 64, 54  # characters
 NEAR = 20  # points; a name farther from its point gets a line to it
 PLACES: tuple[tuple[float, float, Literal["left", "center", "right"]], ...] = (
     (9, 0, "left"), (0, 11, "center"), (-9, 0, "right"), (0, -11, "center"), (8, 10, "left"), (8, -10, "left"),
@@ -94,8 +95,10 @@ def new_figure(
     axes.set_facecolor(theme.paper)
     looks: dict[str, Any] = {"color": theme.ink, "parse_math": False}
     figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)  # type: ignore[union-attr, call-arg] # inches
-    figure.suptitle(title, fontsize=TEXT + 1, fontweight="bold", x=0.015, ha="left", **looks)
-    axes.set_title(subtitle, fontsize=SMALL, loc="left", **looks)
+    figure.suptitle(
+        textwrap.fill(title, LONGEST_TITLE), fontsize=TEXT + 1, fontweight="bold", x=0.015, ha="left", **looks
+    )
+    axes.set_title(textwrap.fill(subtitle, 70, break_on_hyphens=False), fontsize=SMALL, loc="left", **looks)
     axes.set_xlabel(across, fontsize=TEXT, **looks)
     axes.set_ylabel(upwards, fontsize=TEXT, **looks)
     axes.tick_params(labelsize=SMALL + 0.5, colors=theme.ink, color=theme.pale)

@@ -82,10 +82,14 @@ def quality_plots(quality: Quality, min_psnr: float) -> Iterator[Plot]:
 def _plane_caption(quality: Quality, metric: str) -> str:
     if metric == SOLUTION_PSNR:
         return "The same, against a solution with many more steps: no caching has an error of its own here."
-    several = " The Pareto front and the solvers are those of all plots." if len(quality.groups) > 1 else ""
+    several = (
+        " The Pareto front and the solvers with fewer steps are the same in all plots, and so is the dotted line, the "
+        f"time of {reference_name(quality)}."
+    )
     return (
         "Up and to the left is better; numbers are full steps. No setting is both faster and closer than one on the "
-        f"Pareto front.{several} The dashed line is the minimum for a recommendation."
+        "Pareto front. The dashed line is the minimum for a recommendation."
+        + (several if len(quality.groups) > 1 else "")
     )
 
 
@@ -129,7 +133,8 @@ def latency_quality(quality: Quality, min_psnr: float, metric: str, number: int,
     def points(some: Sequence[QualityRow]) -> tuple[list[float], list[float]]:
         return [scale * row.seconds_per_image for row in some], [min(psnr_of(row, metric), top) for row in some]
 
-    axes.axvline(scale * plain, color=theme.pale, linestyle=(0, (1, 1.5)), linewidth=1.4, label=_uncached_name(quality))
+    uncached = "time of the reference" if several else "time without caching"
+    axes.axvline(scale * plain, color=theme.pale, linestyle=(0, (1, 1.5)), linewidth=1.4, label=uncached)
     axes.axhline(min_psnr, color=theme.pale, linestyle=(0, (5, 3)), linewidth=1.0, label=f"minimum, {min_psnr:g} dB")
     front = points(pareto_front(every, metric))
     axes.plot(*front, color=theme.band, linewidth=5, zorder=1, solid_joinstyle="round", label="Pareto front")
@@ -137,10 +142,6 @@ def latency_quality(quality: Quality, min_psnr: float, metric: str, number: int,
     legend_below(axes, theme)
     label_points(axes, list(zip(*points(rows), [_point_name(row, metric) for row in rows], strict=True)), theme)
     return figure
-
-
-def _uncached_name(quality: Quality) -> str:
-    return f"time without {reference_name(quality).removeprefix('no ')}"
 
 
 def _methods(axes: Axes, rows: Sequence[QualityRow], points: Points, theme: Theme) -> None:
