@@ -24,7 +24,7 @@ PSNRS = {"psnr", SOLUTION_PSNR}
 """The metrics among the key figures."""
 
 IN_GRID = 8
-"""The largest number of images in a row of the grid of `quality`."""
+"""The number of images in a row of the grid of `quality`; fewer if it compares fewer."""
 
 LARGE_GRID, WIDEST = 1 << 20, 1280
 """A grid of more than `LARGE_GRID` bytes is embedded with at most `WIDEST` pixels a row and compressed with losses."""

@@ -81,7 +81,7 @@ def quality_plots(quality: Quality, min_psnr: float) -> Iterator[Plot]:
 
 def _plane_caption(quality: Quality, metric: str) -> str:
     if metric == SOLUTION_PSNR:
-        return "The same, against a solution with many more steps: no caching has an error of its own here."
+        return "The same against a fine solution, which has many more steps: no caching has an error of its own here."
     several = (
         " The Pareto front and the solvers with fewer steps are the same in all plots, and so is the dotted line, the "
         f"time of {reference_name(quality)}."
