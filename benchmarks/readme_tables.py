@@ -22,7 +22,8 @@ import click
 
 from benchmarks.digits_accuracy import digits_accuracy
 from fora_trt.bundle import Bundle
-from fora_trt.report.page import as_markdown, read_report
+from fora_trt.report.markdown import as_markdown
+from fora_trt.report.page import read_report
 from fora_trt.report.results import Report
 from fora_trt.report.tables import Table, bench_tables, quality_table
 

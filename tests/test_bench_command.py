@@ -61,7 +61,8 @@ def test_all_rows_are_there_with_those_a_user_would_pick_instead(exported: Bundl
     with (out / "report.csv").open() as file:
         assert [float(row["seconds"]) for row in csv.DictReader(file)] == [row.seconds for row in found.rows]
     assert {path.name for path in out.glob("*.*") if not path.name.startswith(".")} == {
-        "report.html", "report.json", "report.csv", "speedup.png", "time-split.png"
+        "report.html", "report.json", "report.csv", "speedup-batch-1.png", "speedup-batch-2.png",
+        "time-split-batch-1.png", "time-split-batch-2.png",
     }  # fmt: skip
 
     refused = fora(*command)

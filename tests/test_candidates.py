@@ -38,6 +38,8 @@ def test_candidates_are_all_products_each_once(exported: Bundle) -> None:
     ]
     paces = paces_of(found)
     assert [[one.setting.schedule for one in pace] for pace in paces] == [["fora:2"], ["fora:3"]] * 4
+    few = candidates_of(pipeline, [None], [5], ["dense:every=2", "dense:every=3"])
+    assert [one.setting.schedule for one in few] == ["none", "dense:3,0.3"]
     controls = [pipeline.uncached("unipc", number) for number in (5, 4, 6, 4, 8, 7, 9, 8)]
     everything = with_controls(found, controls)
     assert len({file_name_of(one.setting) for one in everything}) == len(everything) == 12 + len({*controls}) - 2

@@ -72,11 +72,12 @@ def candidates_of(
     named = {pipeline.scheduler_text(name): name for name in schedulers}
     groups = [pipeline.uncached(name, number) for name in named.values() for number in dict.fromkeys(steps)]
     cached = [_fitting(pipeline, text, groups) for text in dict.fromkeys(schedules) if text != NONE]
-    return [
+    found = [
         Candidate.of(one)
         for number, plain in enumerate(groups)
         for one in (plain, *(fitting[number] for fitting in cached if number in fitting))
     ]
+    return list({one.setting: one for one in found}.values())  # `every=2` and `every=3` may be equal for few steps
 
 
 def _fitting(pipeline: Pipeline, text: str, groups: Sequence[Sampling]) -> dict[int, Sampling]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fora_trt.report.results import About, Bench, Quality, QualityRow, Report
-from fora_trt.report.tables import labels
+from fora_trt.report.results import About, Bench, BenchRow, Quality, QualityRow, Report
+from fora_trt.report.tables import at_once, batch_sizes, labels, reference_name
 
 ABOUT_AS_FAST, RIVALS = 0.1, 3
 """Settings whose speed-ups differ by at most this fraction count as equally fast: the closest of the fastest is chosen,
@@ -46,20 +46,47 @@ def advice_of(report: Report, min_psnr: float) -> Advice:
         also = f"Image quality was not measured; to add it: fora-trt quality {name}, with the same --out."
         return Advice(_fastest(report.bench), also=also)
     also = f"Backends and batch sizes were not compared; to add this: fora-trt bench {name}, with the same --out."
-    return _within(report.about, report.quality, min_psnr, None if report.bench else also)
+    advice = _within(report.about, report.quality, min_psnr, None if report.bench else also)
+    timed = None if advice.row is None else _benchmarked(report.bench, report.quality, advice.row)
+    return replace(advice, also=" ".join(filter(None, (advice.also, timed))) or None)
 
 
 def _fastest(bench: Bench | None) -> str:
-    """The sentence for a report without quality: the schedule and backend with the largest speed-up."""
+    """The sentence for a report without quality: the schedule and backend with the largest speed-up, by batch size."""
     cached = [row for row in bench.rows if row.setting.caches] if bench else []
-    if not cached:
+    if bench is None or not cached:
         return "No schedule with caching was measured"
-    most = max(cached, key=lambda row: row.speedup)
-    at_once = "one image" if most.images == 1 else f"{most.images} images at once"
-    return (
-        f"The largest speed-up is that of {most.setting.label} on {most.backend}: "
-        f"{most.speedup:.2f} times as fast as no caching, for {at_once}"
+    most = [
+        max(own, key=lambda row: row.speedup)
+        for images in batch_sizes(bench)
+        if (own := [row for row in cached if row.images == images])
+    ]
+    first, *others = sorted(most, key=lambda row: -row.speedup)
+    sentence = (
+        f"The largest speed-up is that of {first.setting.label} on {first.backend}: "
+        f"{first.speedup:.2f} times as fast as no caching, for {at_once(first.images)}"
     )
+    more = [
+        f"{row.speedup:.2f} times for {at_once(row.images)}"
+        + ("" if _same(row, first) else f" ({row.setting.label} on {row.backend})")
+        for row in sorted(others, key=lambda row: row.images)
+    ]
+    return "; ".join([sentence, *more])
+
+
+def _same(row: BenchRow, other: BenchRow) -> bool:
+    return (row.setting, row.backend) == (other.setting, other.backend)
+
+
+def _benchmarked(bench: Bench | None, quality: Quality, row: QualityRow) -> str | None:
+    """The benchmark's speed-ups of a cached setting on the backend of `quality`; None if it has none."""
+    wanted = (quality.backend, row.setting.schedule, row.setting.steps, row.setting.scheduler)
+    found = [
+        f"{one.speedup:.2f} times for {at_once(one.images)}"
+        for one in (bench.rows if bench and row.setting.caches else ())
+        if (one.backend, one.setting.schedule, one.setting.steps, one.setting.scheduler) == wanted
+    ]
+    return f"Speed-up of {row.setting.label} in the benchmark: {', '.join(found)}." if found else None
 
 
 def _within(about: About, quality: Quality, min_psnr: float, also: str | None) -> Advice:
@@ -69,8 +96,10 @@ def _within(about: About, quality: Quality, min_psnr: float, also: str | None) -
     def gain(row: QualityRow) -> float:
         return plain.seconds_per_image / row.seconds_per_image
 
+    reference = reference_name(quality)
+
     def described(row: QualityRow) -> str:
-        return f"{names[id(row)]} ({gain(row):.2f} times as fast as no caching, {_closeness(row)})"
+        return f"{names[id(row)]} ({gain(row):.2f} times as fast as {reference}, {_closeness(row)})"
 
     asked = f"{min_psnr:g} dB of PSNR{f' to {quality.solution}' if quality.solution else ''}"
     kept = [row for row in others if row.accuracy >= min_psnr]
@@ -81,7 +110,7 @@ def _within(about: About, quality: Quality, min_psnr: float, also: str | None) -
         return Advice(f"No setting keeps {asked}; the closest is {described(closest)}", also=also)
     fastest = max(map(gain, kept))
     if fastest <= 1:
-        return Advice(f"No setting that keeps {asked} is faster than no caching", also=also)
+        return Advice(f"No setting that keeps {asked} is faster than {reference}", also=also)
     best = max((row for row in kept if gain(row) >= (1 - ABOUT_AS_FAST) * fastest), key=lambda row: row.accuracy)
     finding = f"The fastest way to keep {asked} is {described(best)}"
     if not best.setting.caches:

@@ -214,6 +214,16 @@ class Quality(Record):
     rows: tuple[QualityRow, ...]
     grid: str
 
+    @property
+    def groups(self) -> list[tuple[QualityRow, ...]]:
+        """The rows of each scheduler and number of steps: no caching, the cached settings, and their controls."""
+        starts = [
+            k
+            for k, row in enumerate(self.rows)
+            if k == 0 or not (row.setting.caches or row.setting.control_of is not None)
+        ]
+        return [self.rows[start:end] for start, end in zip(starts, [*starts[1:], len(self.rows)], strict=True)]
+
 
 class Report(Record):
     """A whole report. `measured_on` has hardware, versions and commit for each part.

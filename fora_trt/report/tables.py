@@ -56,6 +56,11 @@ def batch_sizes(bench: Bench) -> list[int]:
     return sorted({row.images for row in bench.rows})
 
 
+def at_once(images: int) -> str:
+    """A batch size in words."""
+    return "1 image" if images == 1 else f"{images} images at once"
+
+
 def rows_at(bench: Bench, images: int) -> list[BenchRow]:
     """The rows of one batch size, grouped by backend in the order in which backends first appear."""
     backends = list(dict.fromkeys(row.backend for row in bench.rows))
@@ -70,7 +75,7 @@ def _bench_table(bench: Bench, images: int) -> Table:
         return [cell(row) for row in rows]
 
     return Table.of(
-        f"{images} {'image' if images == 1 else 'images at once'}",
+        at_once(images),
         {
             "backend": column(lambda row: row.backend),
             "setting": names,
@@ -140,6 +145,21 @@ def labels(settings: Sequence[Setting], schedulers: bool = True) -> list[str]:
         + (f", {scheduler_label(setting)}" if schedulers and {setting.scheduler} != usual else "")
         for setting in settings
     ]
+
+
+def group_names(quality: Quality) -> list[str]:
+    """A name for each of the quality's groups: the number of steps, and the scheduler where groups differ in it."""
+    firsts = [group[0].setting for group in quality.groups]
+    several = len({setting.scheduler for setting in firsts}) > 1
+    return [
+        f"{setting.steps} step{'s' if setting.steps > 1 else ''}" + (f", {scheduler_label(setting)}" if several else "")
+        for setting in firsts
+    ]
+
+
+def reference_name(quality: Quality) -> str:
+    """The setting that all others are compared with, with its number of steps if there are several."""
+    return "no caching" if len(quality.groups) == 1 else f"no caching ({group_names(quality)[0]})"
 
 
 def scheduler_label(setting: Setting) -> str:
