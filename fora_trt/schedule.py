@@ -453,7 +453,7 @@ class Arguments:
     """
 
     def __init__(self, kind: str, arguments: str) -> None:
-        self._text = f"{kind}:{arguments}" if arguments else kind
+        self._kind, self._text = kind, f"{kind}:{arguments}" if arguments else kind
         words = arguments.split(",") if arguments else []
         self._positional = [word for word in words if "=" not in word]
         self._options: dict[str, str] = {}
@@ -497,7 +497,8 @@ class Arguments:
 
     def _next(self, what: str) -> str:
         if not self._positional:
-            raise ScheduleError(f"the schedule {self._text!r} lacks {what}")
+            form = KINDS[self._kind].usage
+            raise ScheduleError(f"the schedule {self._text!r} lacks {what}; the form is {form}")
         return self._positional.pop(0)
 
 

@@ -63,14 +63,15 @@ def method_of(schedule: Schedule) -> str:
 def candidates_of(
     pipeline: Pipeline, schedulers: Sequence[str | None], steps: Sequence[int], schedules: Sequence[str]
 ) -> list[Candidate]:
-    """Every scheduler at every number of steps: first without caching, then with each schedule.
+    """Every scheduler at every number of steps, the largest first: without caching, then with each schedule.
 
+    The first is what images are compared with, so more steps make a better reference.
     None is the model's own scheduler. Duplicates are dropped. A schedule file belongs to one scheduler and one number
     of steps, and is compared there alone. Raises `InputError` for an unknown scheduler, `ScheduleError` for a schedule
     that does not fit the steps and for a file that fits nowhere.
     """
     named = {pipeline.scheduler_text(name): name for name in schedulers}
-    groups = [pipeline.uncached(name, number) for name in named.values() for number in dict.fromkeys(steps)]
+    groups = [pipeline.uncached(name, number) for name in named.values() for number in sorted({*steps}, reverse=True)]
     cached = [_fitting(pipeline, text, groups) for text in dict.fromkeys(schedules) if text != NONE]
     found = [
         Candidate.of(one)
