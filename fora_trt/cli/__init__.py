@@ -6,13 +6,11 @@ No other package turns errors into exit codes or writes to the terminal.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import Any
 
 import click
@@ -30,9 +28,7 @@ from fora_trt.cli.run import run
 from fora_trt.cli.sample import sample
 from fora_trt.cli.verify import verify
 from fora_trt.errors import ForaError
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C or SIGTERM."""
+from fora_trt.interruption import INTERRUPTED, interruptible
 
 FULL = (ENOSPC, EDQUOT, EFBIG, EIO)
 """Errors of a write that are the device's fault, or its owner's."""
@@ -47,7 +43,7 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _open_streams()
-        with _terminated_like_ctrl_c():
+        with interruptible():
             return super().main(*args, **kwargs)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
@@ -80,19 +76,6 @@ def _endings(command: click.Command | None) -> Iterator[None]:
         except OSError:  # Python would try again at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise click.ClickException(f"the output cannot be written: {error.strerror}; write it elsewhere") from error
-
-
-@contextmanager
-def _terminated_like_ctrl_c() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` for SIGTERM too, so that a command cleans up; unless a parent wants it ignored."""
-    if current_thread() is not main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _open_streams() -> None:

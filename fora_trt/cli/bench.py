@@ -24,6 +24,7 @@ from fora_trt.cli.options import (
 )
 from fora_trt.cli.terminal import plan_source, print_found, say, status
 from fora_trt.errors import InputError
+from fora_trt.interruption import INTERRUPTED
 
 if TYPE_CHECKING:
     from fora_trt.evaluate.bench import Benchmark
@@ -86,7 +87,8 @@ def bench(
     """Measure how much time caching saves: every backend with every schedule, and plain PyTorch.
 
     Each cached row is paired with an equal-time control: fewer steps, no caching. Rows are timed in turn, so that a
-    change of the machine's speed affects all alike. Ctrl-C stops the measurement and keeps the results so far.
+    change of the machine's speed affects all alike. Ctrl-C stops the measurement; the results so far are
+    printed, and written unless the report has earlier ones.
 
     \b
     Examples:
@@ -121,10 +123,20 @@ def bench(
         )  # fmt: skip
     benchmark = Benchmark(pipeline, targets, absent, memory)
     interrupted = _measured(benchmark, batch_sizes, repeats, as_json)
-    _show(benchmark.result(interrupted), benchmark, out, as_json)
+    kept = interrupted and out is not None and _has_bench(out)
+    _show(benchmark.result(interrupted), benchmark, None if kept else out, as_json)
     if interrupted:
-        click.echo("interrupted: the results above were measured before", err=True)
-        click.get_current_context().exit(130)
+        unchanged = f"; the report in {out} is unchanged" if kept else ""
+        click.echo(f"interrupted: the results above were measured before{unchanged}", err=True)
+        click.get_current_context().exit(INTERRUPTED)
+
+
+def _has_bench(folder: Path) -> bool:
+    """Whether a report has latencies already: those of an interrupted run do not replace them."""
+    from fora_trt.report.page import read_report
+
+    there = read_report(folder)
+    return there is not None and there.bench is not None
 
 
 def _measured(benchmark: Benchmark, batch_sizes: tuple[int, ...], repeats: int, quiet: bool) -> bool:
