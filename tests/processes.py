@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fora_trt.cli import main
+from fora_trt.__main__ import main
 from fora_trt.evaluate import peaks, targets
 from tests.shared import measured_pilot, one_trace_for_all
 
@@ -57,7 +58,8 @@ def _run(arguments: list[str], log: Path | None, environment: Mapping[str, str])
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
     with measured_pilot(), one_trace_for_all(), small_benchmark():
-        main(arguments)
+        sys.argv = ["fora-trt", *arguments]
+        main()
 
 
 @contextmanager

@@ -411,7 +411,8 @@ def test_memory_that_was_not_measured_is_told(exported: Bundle, clock: Time, mon
 
 
 def test_what_measures_memory_ends_with_the_process_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    parents, ended = iter([7, 7, 1]), []
+    parents = iter([7, 7, 1])
+    ended: list[int] = []
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
