@@ -21,6 +21,9 @@ SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG
 TOGETHER = 1.0
 """Seconds in which further signals are one with the first: a terminal, `timeout` or a supervisor may send several."""
 
+LOST = 4.0
+"""Seconds after which an interruption that nobody has caught is raised again: libraries swallow exceptions at times."""
+
 
 @contextmanager
 def interruptible(ends: bool = False) -> Iterator[None]:
@@ -34,6 +37,7 @@ def interruptible(ends: bool = False) -> Iterator[None]:
         nonlocal last
         before, last = last, time.monotonic()
         if last - before > TOGETHER:
+            signal.setitimer(signal.ITIMER_REAL, LOST)
             raise KeyboardInterrupt
 
     if current_thread() is not main_thread():
@@ -42,8 +46,16 @@ def interruptible(ends: bool = False) -> Iterator[None]:
     replaced = {number: old for number, old in SIGNALS.items() if signal.getsignal(number) == old}
     for number in replaced:
         signal.signal(number, interrupt)
+    if replaced:
+        signal.signal(signal.SIGALRM, interrupt)
     try:
         yield
     finally:
+        caught()
         for number, old in replaced.items():
             signal.signal(number, signal.SIG_IGN if ends else old)
+
+
+def caught() -> None:
+    """Say that an interruption has arrived where a command handles it."""
+    signal.setitimer(signal.ITIMER_REAL, 0)

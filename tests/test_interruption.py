@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -60,6 +61,23 @@ def test_a_later_signal_interrupts_again(monkeypatch: pytest.MonkeyPatch) -> Non
             with pytest.raises(KeyboardInterrupt):
                 send(signal.SIGTERM)
             time.sleep(0.02)
+
+
+def test_an_interruption_that_is_swallowed_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruption, "TOGETHER", 0.01)
+    monkeypatch.setattr(interruption, "LOST", 0.05)
+    with interruptible():
+        for caught in (False, True):
+            with suppress(KeyboardInterrupt):
+                send(signal.SIGTERM)
+            if caught:
+                interruption.caught()
+                time.sleep(0.2)
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    time.sleep(5)
+                interruption.caught()
+                time.sleep(0.02)
 
 
 def test_a_signal_that_a_parent_ignores_stays_ignored() -> None:

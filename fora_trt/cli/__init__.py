@@ -28,7 +28,7 @@ from fora_trt.cli.run import run
 from fora_trt.cli.sample import sample
 from fora_trt.cli.verify import verify
 from fora_trt.errors import ForaError
-from fora_trt.interruption import INTERRUPTED, interruptible
+from fora_trt.interruption import INTERRUPTED, caught, interruptible
 
 FULL = (ENOSPC, EDQUOT, EFBIG, EIO)
 """Errors of a write that are the device's fault, or its owner's."""
@@ -64,6 +64,7 @@ def _endings(command: click.Command | None) -> Iterator[None]:
     except ForaError as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
+        caught()
         goes_on = command is not None and any(one.name == "resume" for one in command.params)
         kept = "; what is finished is kept: give the same command with --resume to go on" if goes_on else ""
         click.echo(f"interrupted{kept}", err=True)

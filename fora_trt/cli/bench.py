@@ -24,7 +24,7 @@ from fora_trt.cli.options import (
 )
 from fora_trt.cli.terminal import plan_source, print_found, say, status
 from fora_trt.errors import InputError
-from fora_trt.interruption import INTERRUPTED
+from fora_trt.interruption import INTERRUPTED, caught
 
 if TYPE_CHECKING:
     from fora_trt.evaluate.bench import Benchmark
@@ -126,9 +126,12 @@ def bench(
     kept = interrupted and out is not None and _has_bench(out)
     _show(benchmark.result(interrupted), benchmark, None if kept else out, as_json)
     if interrupted:
-        unchanged = f"; the report in {out} is unchanged" if kept else ""
-        click.echo(f"interrupted: the results above were measured before{unchanged}", err=True)
-        click.get_current_context().exit(INTERRUPTED)
+        _end(f"; the report in {out} is unchanged" if kept else "")
+
+
+def _end(more: str) -> None:
+    click.echo(f"interrupted: the results above were measured before{more}", err=True)
+    click.get_current_context().exit(INTERRUPTED)
 
 
 def _has_bench(folder: Path) -> bool:
@@ -153,6 +156,7 @@ def _measured(benchmark: Benchmark, batch_sizes: tuple[int, ...], repeats: int, 
     except KeyboardInterrupt:
         if not benchmark.has_result:
             raise
+        caught()
         return True
     return False
 

@@ -27,6 +27,7 @@ from fora_trt.cli.options import (
 )
 from fora_trt.cli.terminal import new_table, print_table, status
 from fora_trt.errors import InputError
+from fora_trt.interruption import caught
 
 if TYPE_CHECKING:
     from fora_trt.evaluate.calibrate import Calibrated, Calibration
@@ -135,6 +136,7 @@ def _found(calibration: Calibration, trials: Path, identity: dict[str, Any], qui
                 write_trials(trials, identity, calibration.trials.known)
             return calibration.result(tell)
     except KeyboardInterrupt:
+        caught()
         write_trials(trials, identity, calibration.trials.known)
         if calibration.best is None:
             raise
