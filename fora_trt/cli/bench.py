@@ -28,7 +28,6 @@ from fora_trt.interruption import INTERRUPTED, caught
 
 if TYPE_CHECKING:
     from fora_trt.evaluate.bench import Benchmark
-    from fora_trt.report.results import Bench
 
 
 WARM_UPS = 3
@@ -123,15 +122,7 @@ def bench(
         )  # fmt: skip
     benchmark = Benchmark(pipeline, targets, absent, memory)
     interrupted = _measured(benchmark, batch_sizes, repeats, as_json)
-    kept = interrupted and out is not None and _has_bench(out)
-    _show(benchmark.result(interrupted), benchmark, None if kept else out, as_json)
-    if interrupted:
-        _end(f"; the report in {out} is unchanged" if kept else "")
-
-
-def _end(more: str) -> None:
-    click.echo(f"interrupted: the results above were measured before{more}", err=True)
-    click.get_current_context().exit(INTERRUPTED)
+    _show(benchmark, interrupted, out, as_json)
 
 
 def _has_bench(folder: Path) -> bool:
@@ -167,13 +158,15 @@ def _runs(benchmark: Benchmark, images: int, later: list[int], repeats: int) -> 
     return rows * (repeats + sum((repeats + WARM_UPS) * size / images for size in later))
 
 
-def _show(found: Bench, benchmark: Benchmark, out: Path | None, as_json: bool) -> None:
-    """Print the result, and write the report."""
+def _show(benchmark: Benchmark, interrupted: bool, out: Path | None, as_json: bool) -> None:
+    """Print the result and write the report; an interrupted result replaces no earlier one, and ends with 130."""
     from fora_trt.report.environment import environment
     from fora_trt.report.page import write_report
     from fora_trt.report.results import About
     from fora_trt.report.tables import bench_tables
 
+    found = benchmark.result(interrupted)
+    kept = interrupted and out is not None and _has_bench(out)
     if as_json:
         click.echo(found.model_dump_json())
     else:
@@ -183,7 +176,11 @@ def _show(found: Bench, benchmark: Benchmark, out: Path | None, as_json: bool) -
             click.echo(f"{missing.backend}: {missing.why}")
         for note in found.notes:
             click.echo(note)
-    if out is not None:  # last: it may fail where the disk is full
+    if out is not None and not kept:  # last: it may fail where the disk is full
         report = write_report(out, About.of(benchmark.pipeline.bundle), environment(), bench=found)
         if not as_json:
             click.echo(f"{report.recommendation}\nwrote {out / 'report.html'}")
+    if interrupted:
+        unchanged = f"; the report in {out} is unchanged" if kept else ""
+        click.echo(f"interrupted: the results above were measured before{unchanged}", err=True)
+        click.get_current_context().exit(INTERRUPTED)
