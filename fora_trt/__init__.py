@@ -5,14 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fora_trt.contract import GuidanceSpec, InputSpec, LatentSpec, TensorSpec
-from fora_trt.errors import ForaError
-from fora_trt.schedule import Schedule
-
 if TYPE_CHECKING:
+    from fora_trt.contract import GuidanceSpec, InputSpec, LatentSpec, TensorSpec
+    from fora_trt.errors import ForaError
     from fora_trt.models.spec import ModelSpec
     from fora_trt.pipeline import Pipeline, PipelineConfig, PipelineOutput
     from fora_trt.runtime.denoiser import Denoiser, load
+    from fora_trt.schedule import Schedule
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,23 +30,29 @@ __all__ = [
     "load",
 ]
 
-_LATER = {
-    "Denoiser": "fora_trt.runtime.denoiser",
-    "ModelSpec": "fora_trt.models.spec",
-    "Pipeline": "fora_trt.pipeline",
-    "PipelineConfig": "fora_trt.pipeline",
-    "PipelineOutput": "fora_trt.pipeline",
-    "load": "fora_trt.runtime.denoiser",
+_HOME = {
+    "Denoiser": "runtime.denoiser",
+    "ForaError": "errors",
+    "GuidanceSpec": "contract",
+    "InputSpec": "contract",
+    "LatentSpec": "contract",
+    "ModelSpec": "models.spec",
+    "Pipeline": "pipeline",
+    "PipelineConfig": "pipeline",
+    "PipelineOutput": "pipeline",
+    "Schedule": "schedule",
+    "TensorSpec": "contract",
+    "load": "runtime.denoiser",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is asked for."""
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+    """Import a name when it is asked for: many need torch, and the program handles signals before it imports."""
+    if name in _HOME:
+        return getattr(import_module(f"fora_trt.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """The public names, also those that are imported later."""
+    """The public names, all of which are imported later."""
     return __all__

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 
+from fora_trt.interruption import INTERRUPTED, interruptible
+
 
 def main() -> None:
-    """Run the command line; Ctrl-C while it is imported ends the process quietly too."""
+    """Run the command line; a signal while it is imported is a sentence and an exit code too."""
     try:
-        from fora_trt.cli import main as command
+        with interruptible(ends=True):
+            from fora_trt.cli import main as command
 
-        command(prog_name="fora-trt")
+            command(prog_name="fora-trt")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.stderr.write("interrupted\n")
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

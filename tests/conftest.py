@@ -129,11 +129,11 @@ def optimized(bundle_at: BundleAt) -> dict[str, Bundle]:
 @pytest.fixture(scope="session")
 def pixels(run_folder: Path) -> Bundle:
     """A small DiT of 8 x 8 grey pixels and ten classes, so that the reader of digits takes it for one of digits."""
-    folder = made_once(run_folder / "checkpoints" / "pixels", _save_pixels)
+    folder = made_once(run_folder / "checkpoints" / "pixels", save_pixels)
     return bundle_once(run_folder / "export" / "pixels", lambda: model_from_source(str(folder)))
 
 
-def _save_pixels(folder: Path) -> None:
+def save_pixels(folder: Path) -> None:
     _save_transformer(folder, {**TINY, "in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": 10})
     _save_index(folder, {"vae": [None, None]})
 

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
+import sys
+import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from fora_trt.cli import main
-from tests.shared import measured_pilot
+import pytest
+
+from fora_trt.__main__ import main
+from fora_trt.evaluate import peaks, targets
+from tests.shared import measured_pilot, one_trace_for_all
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.conftest", "onnxruntime", "fora_trt.cli"])
+_CONTEXT.set_forkserver_preload(["tests.warm"])
 
 
-def started(*arguments: object) -> ForkServerProcess:
-    """`fora-trt` with arguments, running; it takes the share of a reuse step for measured."""
-    process = _CONTEXT.Process(target=_run, args=([str(one) for one in arguments],))
+def started(
+    *arguments: object, log: Path | None = None, environment: Mapping[str, str] | None = None
+) -> ForkServerProcess:
+    """`fora-trt` with arguments, running; it takes the share of a reuse step for measured.
+
+    It appends what it prints to `log`, starts its own processes in this environment, and exports the model `pixels`
+    without tracing it.
+    """
+    process = _CONTEXT.Process(target=_run, args=([str(one) for one in arguments], log, environment or {}))
     process.start()
     return process
 
@@ -36,6 +50,23 @@ def kill_after(batches: int, within: float, out: Path, *arguments: object) -> No
     process.join()
 
 
-def _run(arguments: list[str]) -> None:
-    with measured_pilot():
-        main(arguments)
+def _run(arguments: list[str], log: Path | None, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+    tempfile.tempdir = None  # that of the environment
+    if log is not None:
+        with log.open("ab") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+    with measured_pilot(), one_trace_for_all(), small_benchmark():
+        sys.argv = ["fora-trt", *arguments]
+        main()
+
+
+@contextmanager
+def small_benchmark() -> Iterator[None]:
+    """Benchmarks measure peak rates on little data, and without a compiler: both take most of their time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(peaks.MATRIX, "cpu", 64)
+        patched.setitem(peaks.COPIED, "cpu", 2**16)
+        patched.setattr(targets, "compiler_problem", lambda: "there is no compiler in this test")
+        yield

@@ -1,4 +1,5 @@
 import itertools
+import os
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.options import EngineOptions
 from fora_trt.errors import BackendError, InputError
 from fora_trt.evaluate import bench, peaks
+from fora_trt.evaluate import peak_memory as peak_memory_module
 from fora_trt.evaluate.bench import Benchmark
 from fora_trt.evaluate.eager_fora import EagerFora, PlainPredictor, PlainRun
 from fora_trt.evaluate.peak_memory import PeakMemory, peak_memory, steps_until_full
@@ -406,6 +408,17 @@ def test_memory_that_was_not_measured_is_told(exported: Bundle, clock: Time, mon
     assert found.notes == (
         "peak memory of first at a batch of 2 could not be measured: the process was killed by SIGKILL",
     )
+
+
+def test_what_measures_memory_ends_with_the_process_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = iter([7, 7, 1])
+    ended: list[int] = []
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    peak_memory_module._end_with(7)
+    assert ended == [1]
+    assert [*parents] == []
 
 
 def test_guidance_without_a_second_half_is_refused(exported: Bundle) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fora_trt.bundle import Bundle
 from fora_trt.evaluate import bench, targets
 from fora_trt.evaluate.targets import predictor_of
-from fora_trt.report.page import read_report
+from fora_trt.report.page import read_report, write_report
 from fora_trt.report.results import COMPILED, EAGER, Bench, PeakRates
 from tests.test_cli import fora
 
@@ -104,6 +104,16 @@ def test_ctrl_c_keeps_the_rows_that_are_done(
     assert report is not None
     assert report.bench == found
     assert "the measurement was interrupted" in (out / "report.html").read_text()
+
+    whole = found.model_copy(update={"interrupted": False, "repeats": 9})
+    write_report(out, report.about, {}, bench=whole)
+    began = iter(range(9))
+    stopped = fora("bench", exported.folder, *QUICK, "--batch-sizes", "1", "--repeats", "9", "--out", out, "--force")
+    assert stopped.exit_code == 130
+    assert stopped.stderr.endswith(f"measured before; the report in {out} is unchanged\n")
+    report = read_report(out)
+    assert report is not None
+    assert report.bench == whole
 
 
 BAD = {

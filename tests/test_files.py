@@ -78,6 +78,27 @@ def test_a_killed_writer_leaves_the_old_folder_or_the_new_one(moment: str, conte
     assert (target / MANIFEST).read_text() == content
 
 
+@pytest.mark.parametrize(("before", "content"), [(True, "old"), (False, "new")])
+def test_an_interrupted_writer_puts_the_old_folder_back_or_keeps_the_new_one(
+    before: bool, content: str, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed = Path.rename
+
+    def rename(self: Path, to: Path) -> Path:
+        if before and self.name.endswith("fora-new"):
+            raise KeyboardInterrupt
+        found = renamed(self, to)
+        if self.name.endswith("fora-new"):
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt), staging(target, True, "bundle", ExportError) as folder:
+        (folder / MANIFEST).write_text("new")
+    assert names_in(target.parent) == ["digits"]
+    assert (target / MANIFEST).read_text() == content
+
+
 def test_a_bundle_whose_replacement_was_killed_is_put_back_by_reading_it(target: Path) -> None:
     killed("swap", target)
     assert not target.exists()

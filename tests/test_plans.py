@@ -328,6 +328,29 @@ def build(exported: Bundle, tmp_path: Path) -> list[str]:
     return command("build", exported.folder, "--backend", "tensorrt-rtx", "--out", tmp_path / "engines", "--json")
 
 
+def test_a_set_whose_replacement_was_killed_is_found_again(
+    built: PlanSet, exported: Bundle, library: Library, target: Target
+) -> None:
+    engines, name = built.folder.parents[1], built.folder.name
+    for folder in (engines, built.folder):
+        built.folder.rename(built.folder.with_name(f".{name}.fora-old"))
+        for what in ("lock", "new"):
+            built.folder.with_name(f".{name}.fora-{what}").touch()
+        assert plans_for(exported, library, ADA, EngineOptions(folder, 2)).folder == built.folder
+        assert [path.name for path in built.folder.parent.iterdir()] == [name]
+
+
+def test_a_build_that_finds_its_set_clears_what_a_killed_one_has_left(
+    built: PlanSet, exported: Bundle, target: Target
+) -> None:
+    unfinished = built.folder.with_name(f".{built.folder.name}.fora-new")
+    unfinished.mkdir()
+    unfinished.with_name(f".{built.folder.name}.fora-lock").touch()
+    (unfinished / "full.plan").touch()
+    assert build_plans(exported, target, options(), built.folder.parents[1])[1]
+    assert [path.name for path in built.folder.parent.iterdir()] == [built.folder.name]
+
+
 @pytest.mark.slow
 def test_eight_builds_at_once_make_one_set(build: list[str], tmp_path: Path) -> None:
     running = [subprocess.Popen(build, stdout=subprocess.PIPE, text=True) for _ in range(8)]

@@ -16,6 +16,7 @@ from fora_trt.cli import main
 PACKAGE = Path(__file__).parents[1] / "fora_trt"
 
 STAGES = [
+    "interruption",
     "downloads",
     "untrusted",
     "errors",

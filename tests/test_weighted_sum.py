@@ -163,6 +163,16 @@ def test_no_compiler_stops_a_run(kind: str, tmp_path: Path, monkeypatch: pytest.
     assert perf_counter() - began < 20  # those that hang take a minute
 
 
+def test_a_compiler_that_is_ended_removes_its_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, path = tmp_path / "cc.s", tmp_path / "slow cc"
+    path.write_text(f"#!/bin/sh\ntrap 'rm {left}; exit 1' TERM\ntouch {left} {left}.made\nsleep 60 &\nwait\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+    monkeypatch.setattr(weighted_sum, "COMPILING", 1.0)
+    assert kernel_library.__wrapped__() is None
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["cc.s.made", "slow cc"]
+
+
 def test_a_compiler_has_options_or_a_space_in_its_path_and_needs_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

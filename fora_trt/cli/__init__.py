@@ -6,14 +6,12 @@ No other package turns errors into exit codes or writes to the terminal.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import Any
 
 import click
@@ -32,10 +30,8 @@ from fora_trt.cli.sample import sample
 from fora_trt.cli.terminal import DISPLAY
 from fora_trt.cli.verify import verify
 from fora_trt.errors import ForaError
+from fora_trt.interruption import INTERRUPTED, caught, interruptible
 from fora_trt.quiet import let_libraries_speak, libraries_are_quiet
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C or SIGTERM."""
 
 FULL = (ENOSPC, EDQUOT, EFBIG, EIO)
 """Errors of a write that are the device's fault, or its owner's."""
@@ -50,7 +46,7 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _open_streams()
-        with _terminated_like_ctrl_c(), libraries_are_quiet():
+        with interruptible(), libraries_are_quiet():
             return super().main(*args, **kwargs)
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
@@ -114,6 +110,7 @@ def _endings(command: click.Command | None) -> Iterator[None]:
             traceback.print_exception(error)
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
+        caught()
         goes_on = command is not None and any(one.name == "resume" for one in command.params)
         kept = "; what is finished is kept: give the same command with --resume to go on" if goes_on else ""
         click.echo(f"interrupted{kept}", err=True)
@@ -126,19 +123,6 @@ def _endings(command: click.Command | None) -> Iterator[None]:
         except OSError:  # Python would try again at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise click.ClickException(f"the output cannot be written: {error.strerror}; write it elsewhere") from error
-
-
-@contextmanager
-def _terminated_like_ctrl_c() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` for SIGTERM too, so that a command cleans up; unless a parent wants it ignored."""
-    if current_thread() is not main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _open_streams() -> None:

@@ -24,10 +24,10 @@ from fora_trt.cli.options import (
 )
 from fora_trt.cli.terminal import plan_source, print_found, print_json, say, status
 from fora_trt.errors import InputError
+from fora_trt.interruption import INTERRUPTED, caught
 
 if TYPE_CHECKING:
     from fora_trt.evaluate.bench import Benchmark
-    from fora_trt.report.results import Bench
 
 
 WARM_UPS = 3
@@ -86,7 +86,8 @@ def bench(
     """Measure how much time caching saves: every backend with every schedule, and plain PyTorch.
 
     Each cached row is paired with an equal-time control: fewer steps, no caching. Rows are timed in turn, so that a
-    change of the machine's speed affects all alike. Ctrl-C stops the measurement and keeps the results so far.
+    change of the machine's speed affects all alike. Ctrl-C stops the measurement; the results so far are
+    printed, and written unless the report has earlier ones.
 
     \b
     Examples:
@@ -121,10 +122,15 @@ def bench(
         )  # fmt: skip
     benchmark = Benchmark(pipeline, targets, absent, memory)
     interrupted = _measured(benchmark, batch_sizes, repeats)
-    _show(benchmark.result(interrupted), benchmark, out, as_json)
-    if interrupted:
-        click.echo("interrupted: the results above were measured before", err=True)
-        click.get_current_context().exit(130)
+    _show(benchmark, interrupted, out, as_json)
+
+
+def _has_bench(folder: Path) -> bool:
+    """Whether a report has latencies already: those of an interrupted run do not replace them."""
+    from fora_trt.report.page import read_report
+
+    there = read_report(folder)
+    return there is not None and there.bench is not None
 
 
 def _measured(benchmark: Benchmark, batch_sizes: tuple[int, ...], repeats: int) -> bool:
@@ -141,6 +147,7 @@ def _measured(benchmark: Benchmark, batch_sizes: tuple[int, ...], repeats: int) 
     except KeyboardInterrupt:
         if not benchmark.has_result:
             raise
+        caught()
         return True
     return False
 
@@ -151,13 +158,15 @@ def _runs(benchmark: Benchmark, images: int, later: list[int], repeats: int) -> 
     return rows * (repeats + sum((repeats + WARM_UPS) * size / images for size in later))
 
 
-def _show(found: Bench, benchmark: Benchmark, out: Path | None, as_json: bool) -> None:
-    """Print the result, and write the report."""
+def _show(benchmark: Benchmark, interrupted: bool, out: Path | None, as_json: bool) -> None:
+    """Print the result and write the report; an interrupted result replaces no earlier one, and ends with 130."""
     from fora_trt.report.environment import environment
     from fora_trt.report.page import write_report
     from fora_trt.report.results import About
     from fora_trt.report.tables import bench_tables
 
+    found = benchmark.result(interrupted)
+    kept = interrupted and out is not None and _has_bench(out)
     if as_json:
         print_json({**found.model_dump(mode="json"), "environment": environment()})
     else:
@@ -167,7 +176,11 @@ def _show(found: Bench, benchmark: Benchmark, out: Path | None, as_json: bool) -
             click.echo(f"{missing.backend}: {missing.why}")
         for note in found.notes:
             click.echo(note)
-    if out is not None:  # last: it may fail where the disk is full
+    if out is not None and not kept:  # last: it may fail where the disk is full
         report = write_report(out, About.of(benchmark.pipeline.bundle), environment(), bench=found)
         if not as_json:
             click.echo(f"{report.recommendation}\nwrote {out / 'report.html'}")
+    if interrupted:
+        unchanged = f"; the report in {out} is unchanged" if kept else ""
+        click.echo(f"interrupted: the results above were measured before{unchanged}", err=True)
+        click.get_current_context().exit(INTERRUPTED)

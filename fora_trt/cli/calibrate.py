@@ -27,6 +27,7 @@ from fora_trt.cli.options import (
 )
 from fora_trt.cli.terminal import DISPLAY, new_table, print_json, print_table, watched
 from fora_trt.errors import InputError
+from fora_trt.interruption import caught
 
 if TYPE_CHECKING:
     from fora_trt.evaluate.calibrate import Calibrated, Calibration
@@ -138,6 +139,7 @@ def _found(calibration: Calibration, trials: Path, identity: dict[str, Any]) -> 
                 write_trials(trials, identity, calibration.trials.known)
             return calibration.result(lambda line: task.update(calibration.trials.spent, line))
     except KeyboardInterrupt:
+        caught()
         write_trials(trials, identity, calibration.trials.known)
         if calibration.best is None:
             raise

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -104,7 +106,7 @@ def peak_memory(config: PipelineConfig, given: Conditioning) -> int:
     (`EAGER`, `COMPILED`). Raises `BackendError` with the reason if the process fails.
     """
     release(torch.device(config.device))
-    command = [sys.executable, "-m", "fora_trt.evaluate.peak_memory"]
+    command = [sys.executable, "-m", "fora_trt.evaluate.peak_memory", str(os.getpid())]
     done = subprocess.run(command, input=pickle.dumps((config, _contiguous(given))), capture_output=True)
     if done.returncode:
         raise BackendError(_reason(done))
@@ -163,5 +165,13 @@ def main() -> None:
         sys.exit(f"{type(error).__name__}: {first_line(error)}")
 
 
+def _end_with(parent: int) -> None:
+    """End this process when `parent`, which waits for its result, was killed; else it would measure to the end."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     main()

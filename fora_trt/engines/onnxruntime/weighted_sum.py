@@ -42,6 +42,9 @@ OPTIONS = ("-std=gnu17", "-O3", "-march=native", "-shared", "-fPIC")
 COMPILING = 60.0
 """Seconds after which a compiler is ended; a compilation takes one to ten."""
 
+ENDING = 2.0
+"""Seconds in which a compiler removes its temporary files after SIGTERM."""
+
 
 @cache
 def kernel_library() -> Path | None:
@@ -81,16 +84,21 @@ def _compiler() -> list[str]:
 
 
 def _run(command: Sequence[str]) -> None:
-    """Run a compiler, whose output is of no use here; if it fails or hangs, the processes that it started end too."""
+    """Run a compiler, whose output is of no use here; if it fails or hangs, the processes that it started end too.
+
+    They are terminated first, because a compiler that is killed leaves its temporary files.
+    """
     nothing = subprocess.DEVNULL
     process = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
     try:
         if status := process.wait(COMPILING):
             raise subprocess.CalledProcessError(status, command)
     except BaseException:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING)
         raise
 
 

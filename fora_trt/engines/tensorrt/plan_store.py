@@ -153,6 +153,7 @@ def build_plans(
     """
     _check_precision(bundle, target)
     folder = engines / bundle.manifest.name / f"{target.prefix}-{_key(bundle, target, options)}"
+    clear_unfinished(folder.parent)  # of builds with other options too, also if nothing is built now
     with ThreadPoolExecutor(1) as pool:
         checking = pool.submit(bundle.check)  # concurrent with the check of the plans, as both read gigabytes
         found = open_plans(folder, bundle, target.library) if folder.exists() and not force else None
@@ -161,7 +162,7 @@ def build_plans(
         return found, True
     cache = timing_cache or (None if target.library.is_rtx else engines / f"{target.prefix}.timing-cache")
     with _only_builder(engines, report):
-        clear_unfinished(folder.parent)  # of builds with other options too
+        clear_unfinished(folder.parent)  # of a builder that was killed while this one waited
         if folder.exists() and not force:
             return open_plans(folder, bundle, target.library), True
         with staging(folder, force, "set of plans", PlanError) as staged:
@@ -203,6 +204,8 @@ def plans_for(bundle: Bundle, library: Library, gpu: Gpu, options: EngineOptions
 
     If `options.folder` is itself a set, only this set is considered, and nothing is built.
     """
+    for place in (options.folder.parent, options.folder / bundle.manifest.name):
+        clear_unfinished(place)  # puts a set back whose replacement was killed
     if (options.folder / MANIFEST).is_file():
         return open_plans(options.folder, bundle, library, gpu, options.batch)
     fitting: list[tuple[str, Path]] = []
