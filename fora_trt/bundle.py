@@ -249,6 +249,11 @@ class Bundle:
         return str(self.folder / SCHEDULE) if named == SCHEDULE else named
 
     @property
+    def scheduled_steps(self) -> int | None:
+        """The number of steps of the schedule file in the bundle; None without one: text forms fit any number."""
+        return Schedule.from_file(self.folder / SCHEDULE).steps if self.manifest.schedule == SCHEDULE else None
+
+    @property
     def scheduler_config(self) -> dict[str, Any]:
         """The diffusers configuration of the model's scheduler. Raises `BundleError` if it is none."""
         path, mend = self.folder / SCHEDULER, f"export it again: {self.manifest.export_command}"

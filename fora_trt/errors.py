@@ -63,7 +63,11 @@ class BusyError(ForaError, RuntimeError):
 
 
 class RoomError(InputError):
-    """A batch that does not fit the free memory of the device."""
+    """A batch that does not fit the free memory of the device; a batch of `fits` does, or none if that is 0."""
+
+    def __init__(self, message: str, batch: int, fits: int) -> None:
+        super().__init__(message)
+        self.batch, self.fits = batch, fits
 
 
 def first_line(error: BaseException) -> str:

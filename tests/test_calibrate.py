@@ -89,7 +89,7 @@ def test_without_room_to_observe_weights_are_not_fitted(
     optimized: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object) -> None:
-        raise RoomError("the batch does not fit")
+        raise RoomError("the batch does not fit", 32, 16)
 
     monkeypatch.setattr(calibrate.Trials, "observed", refused)
     calibration = calibration_of(optimized["fold"])

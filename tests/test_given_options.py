@@ -2,14 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from fora_trt import Schedule
 from fora_trt.bundle import Bundle
+from fora_trt.engines import memory
 from fora_trt.files import record_of, write_manifest
+from fora_trt.runtime import buffers
 from tests.test_cli import fora
 
 ONE = ("--class-labels", "1", "--steps", "3")
@@ -106,6 +109,8 @@ def test_a_schedule_of_the_bundle_that_does_not_fit_is_replaced_aloud(
 
     fits = fora("run", folder, "--class-labels", "1", "--steps", 20, "-o", "a.png", "--json")
     assert json.loads(fits.stdout)["full_steps"] == Schedule.fora(20, 4).full_steps
+    by_default = json.loads(fora("run", folder, "--class-labels", "1", "-o", "c.png", "--json").stdout)
+    assert (by_default["steps"], by_default["schedule"]) == (20, str(folder / "schedule.json"))
     other = fora("run", folder, "--class-labels", "1", "--steps", 6, "-o", "b.png")
     assert other.exit_code == 0, other.output
     assert "fora:3 is used instead of the bundle's schedule" in " ".join(other.output.split())
@@ -123,3 +128,35 @@ def test_the_bundle_that_was_meant_is_named(
     shown = fora("inspect", given)
     assert shown.exit_code == 1
     assert "did you mean export/pixels?" in shown.output
+
+
+@pytest.mark.parametrize("command", ["run", "sample", "quality", "calibrate"])
+def test_the_default_batch_fits_the_memory(
+    command: str, pixels: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of 4 images needs more than is free here, one of 1 does not."""
+    monkeypatch.chdir(tmp_path)
+    needed: list[int] = []
+
+    def check(batch: int, device: torch.device, need_of: Callable[[int], int]) -> None:
+        needed.append(batch)
+        monkeypatch.setattr(memory, "free_bytes", lambda device: need_of(3))  # with guidance 1 image, and a half
+        checked(batch, device, need_of)
+
+    checked = memory.check_room
+    monkeypatch.setattr(buffers, "check_room", check)
+    images: list[object] = ["--class-labels", "1,2,3,4"] if command == "run" else ["--num-images", 4]
+    options: dict[str, list[object]] = {
+        "run": ["-o", "a.png"], "sample": ["--out", "set"], "quality": ["--out", "report", "--cache-intervals", 2],
+        "calibrate": ["-o", "a.json", "--full-steps", 3],
+    }  # fmt: skip
+    line = [command, pixels.folder, *images, *options[command], "--steps", 4, "--backend", "torch"]
+    refused = fora(*line, "--batch-size", 4)
+    assert (refused.exit_code, refused.stderr.count("see --batch-size")) == (1, 1)
+    shown = fora(*line)
+    assert shown.exit_code == 0, shown.output
+    assert "images at once do not fit the memory; 1 are made at once" in shown.stderr
+    assert max(needed) >= 4
+    if command in ("sample", "quality"):
+        again = fora(*line, "--resume")
+        assert again.exit_code == 0, again.output

@@ -24,6 +24,7 @@ from fora_trt.cli.options import (
     conditioning_in_turn,
     grouped,
     pipeline_of,
+    with_room,
 )
 from fora_trt.cli.terminal import DISPLAY, new_table, print_json, print_table, watched
 from fora_trt.errors import InputError
@@ -97,10 +98,9 @@ def calibrate(
     given = conditioning_in_turn(pipeline, wanted, 2 * num_images)
     identity = _identity(pipeline, asked, given.digest(), settings)
     with only_writer(output, InputError):  # of the trials too
-        calibration = Calibration(
-            pipeline, given, asked, read_trials(trials_file(output), identity), watched("denoising")
-        )
-        found = _found(calibration, trials_file(output), identity)
+        known = read_trials(trials_file(output), identity)
+        calibration = Calibration(pipeline, given, asked, known, watched("denoising"))
+        found = with_room(pipeline, lambda: _found(calibration, trials_file(output), identity))
         calibration.write(output, found)
         if not found.interrupted:
             trials_file(output).unlink(missing_ok=True)

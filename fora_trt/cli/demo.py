@@ -81,13 +81,14 @@ def demo(
         raise click.BadParameter(
             "the first must be 1 (no caching): all others are compared with it", param_hint="--cache-intervals"
         )
-    from fora_trt.engines.backends import AUTO, backend_from_name
+    from fora_trt.engines.backends import backend_from_name
     from fora_trt.evaluate.pictures import conclusion_of, sheet_of, shown_of
     from fora_trt.images.save import check_new, free_name, save_image, writable_file
     from fora_trt.report.tables import scheduler_label
 
-    if backend != AUTO and not backend_from_name(backend).builds:
-        refuse_given(WITHOUT_PLANS.format(backend), "engines")
+    chosen = backend_from_name(backend)
+    if not chosen.builds:
+        refuse_given(WITHOUT_PLANS.format(chosen.name), "engines")
     if not is_given("output"):
         refuse_given("without -o, a new file is written", "force")
         output = free_name(output)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from fora_trt.cli.terminal import bar, say
-from fora_trt.errors import InputError
+from fora_trt.errors import InputError, RoomError
 from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.presets import DEFAULT_INTERVAL, preset, usual_text
 from fora_trt.schedule import fora_text, with_forecast
@@ -20,6 +20,9 @@ from fora_trt.schedule import fora_text, with_forecast
 if TYPE_CHECKING:
     from fora_trt.pipeline import Pipeline
     from fora_trt.sampling.conditioning import Conditioning
+
+
+Result = TypeVar("Result")
 
 
 class Numbers(click.ParamType["tuple[int, ...]"]):
@@ -191,8 +194,15 @@ class SamplingOptions:
     vae: str | None
 
     def pipeline(self, bundle: Path) -> Pipeline:
-        """The pipeline of a bundle with these settings; it prints a line before each long operation."""
-        return pipeline_of(bundle, **vars(self))
+        """The pipeline of a bundle with these settings; it prints a line before each long operation.
+
+        Where neither steps nor a schedule are given, the steps are those of the schedule file in the bundle.
+        """
+        pipeline = pipeline_of(bundle, **vars(self))
+        own = pipeline.bundle.scheduled_steps
+        if own is not None and not self.schedule and not is_given("steps"):
+            pipeline.config = replace(pipeline.config, steps=own)
+        return pipeline
 
 
 def pipeline_of(bundle: Path, **settings: Any) -> Pipeline:
@@ -225,6 +235,34 @@ def refuse_given(because: str, *names: str) -> None:
     if options:
         verb = "has" if len(options) == 1 else "have"
         raise click.UsageError(f"{' and '.join(options)} {verb} no effect: {because}", context)
+
+
+def with_room(pipeline: Pipeline, work: Callable[[], Result]) -> Result:
+    """The result of `work`; if batches of the default size do not fit the memory, it is called again with smaller ones.
+
+    `work` must leave nothing behind when it raises `RoomError`.
+    """
+    while True:
+        try:
+            return work()
+        except RoomError as error:  # noqa: PERF203 # each batch may be too large
+            size = pipeline.config.batch_size
+            fewer = min(size, error.batch) * error.fits // error.batch
+            if is_given("batch_size") or not 0 < fewer < size:
+                raise
+            pipeline.config = replace(pipeline.config, batch_size=fewer)
+            click.echo(
+                f"{min(size, error.batch)} images at once do not fit the memory; {fewer} are made at once", err=True
+            )
+
+
+def resumed(pipeline: Pipeline, folder: Path, resume: bool) -> None:
+    """Give a pipeline the batch size of the work that is resumed, if none was given."""
+    from fora_trt.evaluate.work_folder import recorded
+
+    size = recorded(folder, "batch_size") if resume and not is_given("batch_size") else None
+    if isinstance(size, int) and 0 < size < pipeline.config.batch_size:
+        pipeline.config = replace(pipeline.config, batch_size=size)
 
 
 def fitting(cache_intervals: tuple[int, ...], steps: int) -> tuple[int, ...]:
@@ -301,7 +339,13 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     decorated: Callable[..., Any] = grouped(
         "sampling",
-        click.option("--steps", type=click.IntRange(min=1), default=50, help="Denoising steps."),
+        click.option(
+            "--steps",
+            type=click.IntRange(min=1),
+            default=50,
+            help="Denoising steps.  [default: those of a schedule file in the bundle, or 50]",
+            show_default=False,
+        ),
         click.option(
             "--cache-interval",
             type=click.IntRange(min=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,9 @@ from fora_trt.cli.options import (
     grouped,
     pipeline_of,
     refuse_given,
+    resumed,
     schedules_of,
+    with_room,
 )
 from fora_trt.cli.terminal import print_found, print_json, status, watched
 from fora_trt.plan import HIGHEST_ORDER
@@ -115,7 +118,7 @@ def quality(
     pipeline = pipeline_of(bundle, **settings)
     from fora_trt.evaluate.quality import QualityOptions, measure_quality
     from fora_trt.report.environment import environment
-    from fora_trt.report.page import check_report_folder, write_report
+    from fora_trt.report.page import WORK, check_report_folder, write_report
     from fora_trt.report.results import About
 
     about = About.of(pipeline.bundle)
@@ -129,11 +132,12 @@ def quality(
         keep_images=not no_images,
         truth_steps=truth_steps,
     )
-    given, watch = conditioning_in_turn(pipeline, wanted, num_images), watched("comparing")
+    given = conditioning_in_turn(pipeline, wanted, num_images)
+    resumed(pipeline, out / WORK, resume)
+    watches = {"watch": watched("comparing"), "watch_steps": watched("denoising")}
+    measure = partial(measure_quality, pipeline, options, given, out, resume=resume, **compared, **watches)  # type: ignore[arg-type] # of typed dictionaries
     with status("quality"):
-        found = measure_quality(
-            pipeline, options, given, out, **compared, resume=resume, watch=watch, watch_steps=watched("denoising")
-        )
+        found = with_room(pipeline, measure)
     report = write_report(out, about, environment(), quality=found, min_psnr=min_psnr)
     if as_json:
         print_json({"bundle": bundle, "out": out, **found.model_dump(mode="json"), "environment": environment()})

@@ -19,6 +19,7 @@ from fora_trt.cli.options import (
     SamplingOptions,
     refuse_given,
     sampling_options,
+    with_room,
 )
 from fora_trt.cli.terminal import print_json, watched
 from fora_trt.errors import InputError
@@ -89,7 +90,7 @@ def run(
         writable_images(output)
     if latents_out is not None:
         writable_file(latents_out)
-    made = pipeline(**wanted, watch=watched("denoising"))
+    made = with_room(pipeline, lambda: pipeline(**wanted, watch=watched("denoising")))
     figures = {**_figures(bundle, pipeline, made), **_inputs(wanted), "versions": versions()}
     if latents_out is not None:
         save_latents(made.latents, latents_out)

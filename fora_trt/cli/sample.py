@@ -16,7 +16,9 @@ from fora_trt.cli.options import (
     SEED,
     SamplingOptions,
     refuse_given,
+    resumed,
     sampling_options,
+    with_room,
 )
 from fora_trt.cli.terminal import print_json, watched
 from fora_trt.presets import doubt_of
@@ -96,12 +98,18 @@ def sample(
     given = pipeline.conditioning(classes, prompts, negative_prompt, conditioning)
     if not pipeline.can_decode:
         click.echo(f"{pipeline.manifest.name} has no VAE, so latents are written; --vae FOLDER decodes them", err=True)
-    images = SampleSet.of(out, pipeline, given, num_images, seed, layout, prompts)
-    sampler = images.sampler
-    if doubt := doubt_of(sampler.schedule, images.guidance.scale, sampler.scheduler_step.adds_noise):
+    resumed(pipeline, out, resume)
+    sampling_of_all = pipeline.sampling()
+    scale = pipeline.guidance(given, sampling_of_all).scale
+    if doubt := doubt_of(sampling_of_all.schedule, scale, sampling_of_all.scheduler_step.adds_noise):
         click.echo(doubt, err=True)
+
+    def make() -> tuple[SampleSet, Path]:
+        images = SampleSet.of(out, pipeline, given, num_images, seed, layout, prompts)
+        return images, images.make(resume, watched("sampling"), watched("denoising"))
+
     began = time.perf_counter()
-    made = images.make(resume, watched("sampling"), watched("denoising"))
+    images, made = with_room(pipeline, make)
     seconds = time.perf_counter() - began
     if as_json:
         print_json({"output": made, "seconds": seconds, **images.settings.model_dump(mode="json")})

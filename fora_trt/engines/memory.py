@@ -71,5 +71,7 @@ def check_room(batch: int, device: torch.device, need_of: Callable[[int], int]) 
     remedy = f"a batch of {fitting} fits" if fitting else "not even a batch of 1 fits"
     raise RoomError(
         f"a batch of {batch} (with guidance twice the number of images) needs {gibibytes(need)} on {device}, but only "
-        f"{gibibytes(free)} are free; {remedy}, see --batch-size"
+        f"{gibibytes(free)} are free; {remedy}, see --batch-size",
+        batch,
+        fitting,
     )

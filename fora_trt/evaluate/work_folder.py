@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy
 from filelock import FileLock, Timeout
@@ -99,6 +100,15 @@ def work_folder(folder: Path, settings: Record, resume: bool, beside: tuple[str,
         raise
     finally:
         lock.release()
+
+
+def recorded(folder: Path, setting: str) -> Any:
+    """The value of a setting in a work folder; None if there is none, or its file cannot be read."""
+    try:
+        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found.get(setting) if isinstance(found, dict) else None
 
 
 def _check_settings(path: Path, settings: Record) -> None:
