@@ -136,6 +136,7 @@ def test_a_configuration_that_is_no_json_is_named(folder: Path) -> None:
     [
         ("transformer/config.json", {"_class_name": ["DiT"]}, "is \\['DiT'\\]; supported are"),
         ("transformer/config.json", {"num_layers": 0}, "num_layers is 0; a positive integer is needed"),
+        ("transformer/config.json", {"num_layers": 10**9}, "num_layers is 1000000000; .* at most 1000"),
         ("transformer/config.json", {"sample_size": "8"}, "sample_size is '8'; a positive integer is needed"),
         (
             "transformer/config.json",
@@ -215,6 +216,7 @@ def test_recipes_are_short_and_valid(recipe: Path) -> None:
         ("name = 'x'", "is invalid at 'source': Field required"),
         ("source = 'digits'\nprecison = 'fp16'", "is invalid at 'precison'"),
         ("source = 'digits'\nopset = 'new'", "is invalid at 'opset'"),
+        pytest.param(f"cache = {'[' * 10**5}", "cannot be read: ", id="deep"),
         ("source = ", "cannot be read"),
     ],
 )

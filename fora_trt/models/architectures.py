@@ -190,14 +190,18 @@ class Architecture:
 
         wrong = f"not a valid {self.class_names[0]} configuration"
         for key in self.sizes:
-            if key in config and (type(config[key]) is not int or config[key] < 1):
-                raise ModelError(f"{wrong}: {key} is {config[key]!r}; a positive integer is needed")
+            most = MOST_LAYERS if key == "num_layers" else MOST_CHANNELS
+            if key in config and (type(config[key]) is not int or not 1 <= config[key] <= most):
+                raise ModelError(f"{wrong}: {key} is {config[key]!r}; a positive integer is needed, at most {most}")
         try:
             with init_empty_weights(include_buffers=False), quiet("diffusers"):
                 return self.make(config)
         except Exception as error:  # an invalid value can raise anything
             raise ModelError(f"{wrong}: {first_line(error)}") from error
 
+
+MOST_LAYERS, MOST_CHANNELS = 1_000, 2**24
+"""Largest numbers of layers, and of channels, classes or pixels, that a configuration may have."""
 
 ARCHITECTURES: Registry[Architecture] = Registry("architecture", ModelError, __package__)
 

@@ -49,7 +49,7 @@ def read_recipe(path: Path) -> Recipe:
         raise ModelError(
             f"the recipe {path} is invalid at {key!r}: {first['msg']}; valid keys are {', '.join(Recipe.model_fields)}"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = first_line(error)
         raise ModelError(f"the recipe {path} cannot be read: {reason}; give the path of a valid TOML file") from error
     if recipe.schedule is not None and is_file(recipe.schedule):
