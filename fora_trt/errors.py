@@ -18,6 +18,10 @@ class ForaError(Exception):
         super().__init__(one_line(message, LONGEST_MESSAGE))
 
 
+class ForaWarning(UserWarning):
+    """A warning of this package, which the command line shows where it hides those of libraries."""
+
+
 class ScheduleError(ForaError, ValueError):
     """Invalid steps or cache interval of a schedule, or a trajectory that deviates from its schedule."""
 

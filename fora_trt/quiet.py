@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fora_trt.errors import ForaWarning
+
 
 @contextmanager
 def quiet(logger: str) -> Iterator[None]:
@@ -25,7 +27,7 @@ def quiet(logger: str) -> Iterator[None]:
 
 @contextmanager
 def libraries_are_quiet() -> Iterator[None]:
-    """Ignore all warnings and log messages of Python libraries in a block, until `let_libraries_speak` is called.
+    """Ignore warnings and log messages of other libraries in a block, until `let_libraries_speak` is called.
 
     The messages of PyTorch's C++ code are hidden too, if it is not imported yet.
     """
@@ -34,6 +36,7 @@ def libraries_are_quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("default", ForaWarning)
             logging.disable(logging.CRITICAL)
             yield
     finally:

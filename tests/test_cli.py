@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import pty
 import re
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from fora_trt.cli import main
 from fora_trt.cli.options import Schedulers
 from fora_trt.doctor import EXTRAS
 from fora_trt.engines.torch import engine as torch_engine
+from fora_trt.errors import ForaWarning
 from fora_trt.schedule import Schedule
 
 
@@ -398,6 +401,23 @@ def test_json_is_one_object_with_the_options(exported: Bundle, tmp_path: Path) -
     said = json.loads(shown.stdout)
     assert (said["command"], said["options"]["seed"], said["options"]["class_labels"]) == ("run", 4, [1, 2])
     assert said["options"]["batch_size"] == 64
+
+
+def test_only_own_warnings_are_shown_and_with_verbose_all(
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy() -> dict[str, str]:
+        warnings.warn("a library\nspeaks", DeprecationWarning, stacklevel=1)
+        logging.getLogger("library").error("a library logs")
+        warnings.warn("this takes longer", ForaWarning, stacklevel=1)
+        return {}
+
+    monkeypatch.setattr("fora_trt.report.environment.versions", noisy)
+    run = ["run", exported.folder, "--class-labels", "1", "--steps", 2, "--backend", "torch", "-o", tmp_path / "a.png"]
+    assert fora(*run).stderr == "warning: this takes longer\n"
+    loud = fora(*run, "--force", "-v").stderr
+    assert "warning: a library speaks (DeprecationWarning, " in loud
+    assert "warning: this takes longer\n" in loud
 
 
 def test_quiet_and_verbose(bundle_copy: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, EIO, ENOSPC
@@ -29,9 +30,10 @@ from fora_trt.cli.run import run
 from fora_trt.cli.sample import sample
 from fora_trt.cli.terminal import DISPLAY
 from fora_trt.cli.verify import verify
-from fora_trt.errors import ForaError
+from fora_trt.errors import LONGEST_MESSAGE, ForaError, ForaWarning
 from fora_trt.interruption import INTERRUPTED, caught, interruptible
 from fora_trt.quiet import let_libraries_speak, libraries_are_quiet
+from fora_trt.untrusted import one_line
 
 FULL = (ENOSPC, EDQUOT, EFBIG, EIO)
 """Errors of a write that are the device's fault, or its owner's."""
@@ -47,6 +49,7 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _open_streams()
         with interruptible(), libraries_are_quiet():
+            warnings.showwarning = _show_warning
             return super().main(*args, **kwargs)
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
@@ -78,6 +81,12 @@ def _chosen(context: click.Context, parameter: click.Parameter, given: bool) -> 
         let_libraries_speak()
     else:
         DISPLAY.quiet = True
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Print a warning as one line; where in the code it arose helps only with --verbose."""
+    source = "" if issubclass(category, ForaWarning) else f" ({category.__name__}, {where[0]}:{where[1]})"
+    click.echo(f"warning: {one_line(str(message), LONGEST_MESSAGE)}{source}", err=True)
 
 
 VERBOSITY = "fora_trt.verbosity"

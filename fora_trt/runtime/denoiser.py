@@ -32,7 +32,7 @@ from fora_trt.contract import (
 from fora_trt.engines.backends import AUTO, backend_from_name, device_from_name
 from fora_trt.engines.base import Engine
 from fora_trt.engines.options import EngineOptions
-from fora_trt.errors import InputError, ScheduleError
+from fora_trt.errors import ForaWarning, InputError, ScheduleError
 from fora_trt.plan import Plan, depth_of, rows_of
 from fora_trt.presets import usual_text
 from fora_trt.runtime.access import Access
@@ -196,7 +196,7 @@ class Denoiser(StepByStep):
             *([f"the forecast order is {orders[0]} instead of {orders[1]}"] if orders[0] < orders[1] else []),
         ]
         what = "the plans support sums for at most"
-        warn(f"{what} {limit} reuse steps per full step: {' and '.join(changes)}", stacklevel=4)
+        warn(f"{what} {limit} reuse steps per full step: {' and '.join(changes)}", category=ForaWarning, stacklevel=4)
         return supported
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Manifest
-from fora_trt.errors import BusyError, ScheduleError
+from fora_trt.errors import BusyError, ForaWarning, ScheduleError
 from fora_trt.plan import Plan, adapted
 from fora_trt.runtime.access import Access
 from fora_trt.runtime.inputs import check_latents, checked_timestep, completed_inputs
@@ -182,6 +182,7 @@ class StepByStep(ABC):
                 "running a full step instead of a reuse step: this timestep was not announced, so no sum was "
                 "precomputed; call as_transformer(pipe) or reset(timesteps=...), keep the conditioning fixed "
                 "during a trajectory, or export with --optimize conditioning",
+                category=ForaWarning,
                 stacklevel=3,
             )
         if self.folds or changed:  # what earlier full steps have kept is not for this run

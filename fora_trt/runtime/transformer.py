@@ -14,7 +14,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from fora_trt.contract import PRECISIONS
-from fora_trt.errors import BackendError, InputError, ScheduleError, ShapeError
+from fora_trt.errors import BackendError, ForaWarning, InputError, ScheduleError, ShapeError
 from fora_trt.runtime.inputs import check_latents, checked_timestep
 from fora_trt.runtime.interface import overflow_remedy
 from fora_trt.runtime.step_by_step import StepByStep
@@ -124,6 +124,7 @@ class DenoiserTransformer(nn.Module):
             warn(
                 f"the pipeline does not run the timesteps of the {name} that as_transformer() was given, so later "
                 "timesteps are unknown; if pipe.scheduler was replaced, give as_transformer(pipe), which follows it",
+                category=ForaWarning,
                 stacklevel=2,
             )
         return None

@@ -20,7 +20,7 @@ from fora_trt.engines.backends import release_of
 from fora_trt.engines.base import BASE, WEIGHTS, Engine, Launch
 from fora_trt.engines.memory import address_of
 from fora_trt.engines.onnxruntime.weighted_sum import AccumulateSumsPass, FuseWeightedSumsPass, kernel_library
-from fora_trt.errors import BackendError
+from fora_trt.errors import BackendError, ForaWarning
 from fora_trt.export.join_projections import SeparateProjectionsPass
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -210,6 +210,7 @@ def _for_cpu(bundle: Bundle, graph: str, options: Any) -> Any:
         warn(
             "the C compiler (cc, or the one that the variable CC names) makes no kernel that works here; folded sums "
             "take operators of onnxruntime, which are slower",
+            category=ForaWarning,
             stacklevel=2,
         )
     if library is not None and FuseWeightedSumsPass()(model).modified:
