@@ -70,6 +70,8 @@ def change_graph(path: Path, draw: random.Random) -> None:
     """Change one part of a graph: a node, an edge, an attribute, a constant, an input or output, or the header."""
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
+    if not graph.node:
+        graph.node.append(helper.make_node("Identity", ["a"], ["b"]))  # a first change has removed all
     node = draw.choice(graph.node)
     names = [name for one in graph.node for name in (*one.input, *one.output)]
     tensor = draw.choice(graph.initializer) if graph.initializer else TensorProto()
