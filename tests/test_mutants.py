@@ -69,7 +69,8 @@ def test_a_crash_and_a_hang_of_a_command_are_seen(tmp_path: Path, workers: Worke
 @pytest.fixture
 def plans(exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Library]:
     """A set of plans whose files hold anything: no mutant may be read as far as its plans."""
-    library = Library(TENSORRT_RTX, type("Module", (), {"__version__": "1.2.3.4"}))
+    capabilities = type("ComputeCapability", (), {"__members__": {"SM80": 0, "SM89": 1, "SM120": 2}})
+    library = Library(TENSORRT_RTX, type("Module", (), {"__version__": "1.2.3.4", "ComputeCapability": capabilities}))
 
     def build(library: Library, onnx: Path, plan: Path, *more: object) -> BuiltPlan:
         plan.write_bytes(b"a plan of the " + plan.stem.encode())
