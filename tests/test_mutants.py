@@ -97,7 +97,8 @@ def test_mutants_of_a_set_of_plans_are_read_as_they_were_built_or_refused(
             assert "\n" not in str(error)
             assert len(str(error)) < 5000
             continue
-        assert {found.path(name).parent for name in exported.manifest.graphs} == {mutant}
-        bundle_files = json.loads((mutant / "manifest.json").read_text())["bundle_files"]
+        (there,) = {found.path(name).parent for name in exported.manifest.graphs}
+        assert there == mutant or not (mutant / "manifest.json").exists(), "without it a set is built in this folder"
+        bundle_files = json.loads((there / "manifest.json").read_text())["bundle_files"]
         assert bundle_files == plan_store._files_of(exported)
     assert refused > 75
