@@ -31,7 +31,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     graphs = {name: graph_statistics(bundle.graph_path(name)) for name in manifest.graphs}
     kept_tensors = manifest.graphs[FULL].outputs[1:]
-    kept = graphs[REUSE].flops / graphs[FULL].flops
+    kept = graphs[REUSE].flops / graphs[FULL].flops if graphs[FULL].flops else 1.0
     schedules = {interval: Schedule.fora(STEPS, interval) for interval in CACHE_INTERVALS}
     return {
         "name": manifest.name,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fora_trt.bundle import Bundle
 from fora_trt.contract import TensorSpec
-from fora_trt.errors import ExportError
+from fora_trt.errors import BundleError, ExportError
 from fora_trt.export.graphs import save_graph
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.models.dit import share_embedders
@@ -115,6 +115,14 @@ def test_statistics_count_the_arithmetic_by_hand(exported: Bundle) -> None:
     assert counted == 2 * (blocks * (a_block + embedders + 6 * width**2) + edges)
     gates = 2 * width**2  # the two parts of six that a reuse step reads
     assert graph_statistics(exported.graph_path("reuse")).flops == 2 * (blocks * (embedders + gates) + edges)
+
+
+def test_a_graph_without_shapes_has_no_statistics(exported: Bundle, tmp_path: Path) -> None:
+    model = onnx.load(exported.graph_path("full"), load_external_data=False)
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "full.onnx")
+    with pytest.raises(BundleError, match="full.onnx lacks shapes of tensors that it computes with"):
+        graph_statistics(tmp_path / "full.onnx")
 
 
 class Halves(nn.Module):

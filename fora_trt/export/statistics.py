@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from fora_trt.contract import BATCH
+from fora_trt.errors import BundleError
 
 Shape = Sequence[int]
 
@@ -28,10 +29,13 @@ class GraphStatistics:
 
 
 def graph_statistics(path: Path) -> GraphStatistics:
-    """Statistics of an ONNX file for a batch of one."""
+    """Statistics of an ONNX file for a batch of one. Raises `BundleError` if it lacks the shapes of tensors."""
     graph = ir.load(path).graph
     weights = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
-    return GraphStatistics(graph.num_nodes(), weights, sum(map(_flops, graph)))
+    try:
+        return GraphStatistics(graph.num_nodes(), weights, sum(map(_flops, graph)))
+    except IndexError as error:
+        raise BundleError(f"{path} lacks shapes of tensors that it computes with; export it again") from error
 
 
 def _flops(node: ir.Node) -> int:

@@ -206,7 +206,7 @@ def plans_for(bundle: Bundle, library: Library, gpu: Gpu, options: EngineOptions
     """
     for place in (options.folder.parent, options.folder / bundle.manifest.name):
         clear_unfinished(place)  # puts a set back whose replacement was killed
-    if (options.folder / MANIFEST).is_file():
+    if (options.folder / MANIFEST).exists():
         return open_plans(options.folder, bundle, library, gpu, options.batch)
     fitting: list[tuple[str, Path]] = []
     for folder in _sets_in(options.folder / bundle.manifest.name, library):
