@@ -146,7 +146,10 @@ def _check_same(folder: Path, there: About, about: About) -> None:
 
 
 def _write_files(folder: Path, report: Report) -> None:
-    """Write JSON and CSV first: the results are complete even if plotting fails."""
+    """Draw everything, then write all files; JSON and CSV come first, and are written too if drawing fails.
+
+    Drawing takes seconds: a process that is killed there leaves the earlier report whole.
+    """
 
     def write(name: str, content: bytes) -> None:
         try:
@@ -159,15 +162,24 @@ def _write_files(folder: Path, report: Report) -> None:
                 "without measuring again"
             ) from error
 
-    write(JSON, sealed(report.model_dump(mode="json")).encode())
-    write(CSV, as_csv(report).encode())
+    pages: dict[str, bytes] = {}
+    try:
+        pages = _drawn(report, _grid_of(folder, report))
+    finally:
+        write(JSON, sealed(report.model_dump(mode="json")).encode())
+        write(CSV, as_csv(report).encode())
+    for name, content in pages.items():
+        write(name, content)
+
+
+def _drawn(report: Report, grid: bytes | None) -> dict[str, bytes]:
+    """The plots and the page, which comes last."""
     check_installed()
-    pictures = []
-    for group in grouped(plots_of(report)):
-        pictures.append([Picture(plot, plot.png(LIGHT), plot.png(DARK)) for plot in group])
-        for picture in pictures[-1]:
-            write(picture.plot.name, picture.light)
-    write(HTML, as_html(report, pictures, _grid_of(folder, report)).encode())
+    pictures = [
+        [Picture(plot, plot.png(LIGHT), plot.png(DARK)) for plot in group] for group in grouped(plots_of(report))
+    ]
+    plots = {picture.plot.name: picture.light for group in pictures for picture in group}
+    return {**plots, HTML: as_html(report, pictures, grid).encode()}
 
 
 def _remove_old_plots(folder: Path, report: Report) -> None:
