@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -267,14 +268,32 @@ def test_no_progress_bar_in_a_pipe(exported: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_progress_bar_on_a_terminal(exported: Bundle, tmp_path: Path) -> None:
-    run = ["run", str(exported.folder), "--class-labels", "1", "--steps", "6", "-o", str(tmp_path / "a.png")]
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["run", "--class-labels", "1", "-o", "a.png"], b"denoising"),
+        (["sample", "--num-images", "6", "--batch-size", "2", "--out", "set"], b"sampling"),
+        (["quality", "--num-images", "4", "--cache-intervals", "2", "--out", "report"], b"comparing"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_one_display_on_a_terminal(command: list[str], shown: bytes, exported: Bundle, tmp_path: Path) -> None:
+    """On a terminal the cursor is hidden once, and shown again once: when the one display begins and ends."""
+    name, *options = command
+    line = [sys.executable, "-m", "fora_trt", name, str(exported.folder), *options, "--steps", "6"]
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "fora_trt", *run]
-    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE, env={**os.environ, "TERM": "xterm"})
-    process.wait()
+    process = subprocess.Popen(
+        line, stderr=theirs, stdout=subprocess.DEVNULL, cwd=tmp_path, env={**os.environ, "TERM": "xterm"}
+    )
     os.close(theirs)
-    assert b"denoising" in os.read(ours, 1 << 16)
+    printed = b""
+    with suppress(OSError):  # when the command has ended
+        while part := os.read(ours, 1 << 16):
+            printed += part
+    assert process.wait() == 0, printed
+    assert shown in printed
+    assert (printed.count(b"\x1b[?25l"), printed.count(b"\x1b[?25h")) == (1, 1)
+    assert b"Warning" not in printed
 
 
 def test_a_forecast_is_asked_for_in_two_ways(exported: Bundle, tmp_path: Path) -> None:
