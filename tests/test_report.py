@@ -142,6 +142,28 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_module, "plots_of", lambda report: [])
 
 
+def test_an_interruption_while_plots_are_drawn_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that are new are written without the page; those that replace others are not."""
+
+    def interrupted(report: Report) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(report_module, "plots_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(tmp_path, ABOUT, MACHINE, bench=bench())
+    there = read_report(tmp_path)
+    assert there is not None and there.bench == bench()
+    assert not (tmp_path / HTML).exists()
+    check_report_folder(tmp_path, "bench", ABOUT, replace=True)  # writes what is missing
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert HTML in before
+    monkeypatch.setattr(report_module, "plots_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(tmp_path, ABOUT, MACHINE, bench=bench().model_copy(update={"repeats": 77}))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_all_files_are_written_and_hold_the_figures(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "report"
     check_report_folder(folder, "bench", ABOUT)

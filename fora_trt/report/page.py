@@ -131,7 +131,7 @@ def write_report(
             **{**parts, **given},
         )
         report = report.model_copy(update={"recommendation": recommendation(report, report.min_psnr)})
-        _write_files(folder, report)
+        _write_files(folder, report, replaces=any(parts.get(name) is not None for name in given))
         if there is not None:
             _remove_old_plots(folder, report)
     return report
@@ -145,10 +145,10 @@ def _check_same(folder: Path, there: About, about: About) -> None:
         )
 
 
-def _write_files(folder: Path, report: Report) -> None:
+def _write_files(folder: Path, report: Report, replaces: bool = False) -> None:
     """Draw everything, then write all files; JSON and CSV come first, and are written too if drawing fails.
 
-    Drawing takes seconds: a process that is killed there leaves the earlier report whole.
+    Drawing takes seconds. An interruption there keeps the earlier report if the new one replaces its results.
     """
 
     def write(name: str, content: bytes) -> None:
@@ -162,14 +162,17 @@ def _write_files(folder: Path, report: Report) -> None:
                 "without measuring again"
             ) from error
 
+    results = {JSON: sealed(report.model_dump(mode="json")).encode(), CSV: as_csv(report).encode()}
     pages: dict[str, bytes] = {}
     try:
         pages = _drawn(report, _grid_of(folder, report))
+    except BaseException as error:
+        if replaces and not isinstance(error, Exception):
+            results.clear()
+        raise
     finally:
-        write(JSON, sealed(report.model_dump(mode="json")).encode())
-        write(CSV, as_csv(report).encode())
-    for name, content in pages.items():
-        write(name, content)
+        for name, content in {**results, **pages}.items():
+            write(name, content)
 
 
 def _drawn(report: Report, grid: bytes | None) -> dict[str, bytes]:
