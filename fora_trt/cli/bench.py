@@ -142,7 +142,7 @@ def _measured(benchmark: Benchmark, batch_sizes: tuple[int, ...], repeats: int) 
             sizes = sorted(set(batch_sizes))
             for at, images in enumerate(sizes):
                 for stage in benchmark.measure(example_conditioning(benchmark.pipeline.manifest, images), repeats):
-                    begins = images in benchmark.rows and not any(row.trajectories for row in benchmark.rows[images])
+                    begins = benchmark.begins(images)
                     tell(stage, _runs(benchmark, images, sizes[at + 1 :], repeats) if begins else None)
     except KeyboardInterrupt:
         if not benchmark.has_result:

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 CONTROLLED = "fora:3"
 """The schedule that gets an equal-time control: fewer steps, no caching."""
 
+DIGITS = 10
+"""Images that are made, one of each class."""
+
 CALIBRATED_STEPS = 50
 """Steps for which the schedule that comes with the digits was calibrated."""
 
@@ -161,8 +164,8 @@ def _timed(pipeline: Pipeline, cache_intervals: tuple[int, ...], repeats: int) -
     kept = [replace(one, controls=tuple({CONTROLLED}.intersection(one.controls))) for one in targets]
     benchmark = Benchmark(pipeline, kept, solved=True)
     with status("demo") as tell:
-        for stage in benchmark.measure(conditioning_of_classes(pipeline.manifest, range(10)), repeats):
-            tell(stage)
+        for stage in benchmark.measure(conditioning_of_classes(pipeline.manifest, range(DIGITS)), repeats):
+            tell(stage, len(benchmark.rows[DIGITS]) * repeats if benchmark.begins(DIGITS) else None)
     return benchmark
 
 

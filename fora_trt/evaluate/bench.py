@@ -204,6 +204,10 @@ class Benchmark:
         schedule = row.setting.schedule if row.sampler.schedule.depth > 1 else usual
         return row.target.backend, str(row.target.pipeline.device), images, schedule
 
+    def begins(self, images: int) -> bool:
+        """Whether all rows of a batch size are known and none is timed yet, so that the work left can be counted."""
+        return images in self.rows and not any(row.trajectories for row in self.rows[images])
+
     @property
     def has_result(self) -> bool:
         """Whether a row was timed."""
