@@ -120,6 +120,13 @@ def test_what_cannot_be_compiled_is_a_sentence(
         denoiser(**inputs)
 
 
+def test_a_row_that_a_tensor_does_not_have_is_a_sentence() -> None:
+    """Numbers of rows are data, which no check of shapes can see."""
+    table, rows = torch.zeros(2, 3), torch.tensor([5])
+    with pytest.raises(BackendError, match="a graph cannot be run: index out of range.*; export the bundle again"):
+        torch_engine.TorchEngine._run(lambda x, index: x.index_select(0, index), [table, rows], torch.device("cpu"))
+
+
 def test_an_engine_can_be_bound_to_several_sets_of_tensors(exported: Bundle) -> None:
     engine = backend_from_name("torch").engines(exported, CPU)["full"]
     launches, results = [], []

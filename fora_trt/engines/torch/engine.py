@@ -66,8 +66,11 @@ class TorchEngine(Engine):
 
     @staticmethod
     def _run(step: Step, tensors: Sequence[Any], device: torch.device) -> None:
-        with torch.inference_mode(), without_tf32(device):
-            step(*tensors)
+        try:
+            with torch.inference_mode(), without_tf32(device):
+                step(*tensors)
+        except IndexError as error:  # shapes were checked before, numbers of rows that a Gather reads could not be
+            raise BackendError(f"a graph cannot be run: {first_line(error)}; export the bundle again") from error
 
 
 class TorchCompileEngine(TorchEngine):
