@@ -123,7 +123,7 @@ def test_what_cannot_be_compiled_is_a_sentence(
 def test_a_row_that_a_tensor_does_not_have_is_a_sentence() -> None:
     """Numbers of rows are data, which no check of shapes can see."""
     table, rows = torch.zeros(2, 3), torch.tensor([5])
-    with pytest.raises(BackendError, match="a graph cannot be run: index out of range.*; export the bundle again"):
+    with pytest.raises(BackendError, match=r"a graph cannot be run: index out of range.*; export the bundle again"):
         torch_engine.TorchEngine._run(lambda x, index: x.index_select(0, index), [table, rows], torch.device("cpu"))
 
 
