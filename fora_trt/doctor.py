@@ -73,7 +73,7 @@ def _extras() -> Iterator[Finding]:
         yield Finding("extras", "unknown", "fora-trt runs without being installed; pip install it to see its extras")
         return
     for extra, purpose in EXTRAS.items():
-        own = [one for one in needed if one.marker and _is_of(one, extra) and not _is_of(one, "")]
+        own = [one for one in needed if _is_of(one, extra) and not _is_of(one, "")]
         found = {one: installed_version(one.name) for one in own}
         bad = [one for one, version in found.items() if version is None or not one.specifier.contains(version)]
         if extra == "cpu" and bad and installed_version("onnxruntime-gpu"):

@@ -24,7 +24,7 @@ def sample_set(bundle: Bundle, folder: Path, steps: int = STEPS, seed: int = 5, 
         bundle, cache_interval=2, steps=steps, guidance_scale=1.5, batch_size=3, backend="torch", device="cpu"
     )
     given = conditioning_of_classes(bundle.manifest, balanced_labels(bundle.manifest, IMAGES))
-    return SampleSet.of(folder, pipeline, given, IMAGES, seed, layout)
+    return SampleSet.of(folder, pipeline, pipeline.sampling(), given, IMAGES, seed, layout)
 
 
 class StoppedError(Exception):

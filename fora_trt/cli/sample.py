@@ -99,13 +99,12 @@ def sample(
     if not pipeline.can_decode:
         click.echo(f"{pipeline.manifest.name} has no VAE, so latents are written; --vae FOLDER decodes them", err=True)
     resumed(pipeline, out, resume)
-    sampling_of_all = pipeline.sampling()
-    scale = pipeline.guidance(given, sampling_of_all).scale
-    if doubt := doubt_of(sampling_of_all.schedule, scale, sampling_of_all.scheduler_step.adds_noise):
+    steps = pipeline.sampling()
+    if doubt := doubt_of(steps.schedule, pipeline.guidance(given, steps).scale, steps.scheduler_step.adds_noise):
         click.echo(doubt, err=True)
 
     def make() -> tuple[SampleSet, Path]:
-        images = SampleSet.of(out, pipeline, given, num_images, seed, layout, prompts)
+        images = SampleSet.of(out, pipeline, steps, given, num_images, seed, layout, prompts)
         return images, images.make(resume, watched("sampling"), watched("denoising"))
 
     began = time.perf_counter()

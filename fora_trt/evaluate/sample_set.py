@@ -22,7 +22,7 @@ from fora_trt.errors import InputError
 from fora_trt.evaluate.work_folder import WorkFolder, work_folder
 from fora_trt.files import Record, write_whole
 from fora_trt.images.save import about_image, save_image
-from fora_trt.pipeline import Pipeline
+from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.report.environment import versions
 from fora_trt.report.results import About
 from fora_trt.sampling.conditioning import Conditioning
@@ -78,13 +78,17 @@ class SampleSet:
         cls,
         folder: Path,
         pipeline: Pipeline,
+        sampling: Sampling,
         given: Conditioning,
         num_images: int,
         seed: int,
         layout: Layout,
         prompts: tuple[str, ...] = (),
     ) -> SampleSet:
-        """The set of a pipeline; starts its engines. Raises `InputError` for a VAE that is missing or does not fit."""
+        """The set of a pipeline and one of its samplings; starts the engines.
+
+        Raises `InputError` for a VAE that is missing or does not fit.
+        """
         if pipeline.can_decode:
             pipeline.decoder  # noqa: B018 # raises for a missing VAE before anything is computed
         elif layout == "png":
@@ -92,7 +96,7 @@ class SampleSet:
                 f"{pipeline.manifest.name} has no VAE to decode latents, which do not fit into PNG files; give --vae "
                 "FOLDER, or --format npz for the latents"
             )
-        config, sampling = pipeline.config, pipeline.sampling()
+        config = pipeline.config
         guidance = pipeline.guidance(given, sampling)
         settings = SampleSettings(
             bundle=About.of(pipeline.bundle).sha256,
