@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import onnx_ir as ir
 from pydantic import AfterValidator, PositiveInt, model_validator
 
+from fora_trt.call import PipelineSpec
 from fora_trt.contract import (
     CONDITIONING,
     FEATURE,
@@ -42,10 +43,13 @@ from fora_trt.untrusted import checked, in_command, name_problem, read_json, sho
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 SCHEDULER = "scheduler_config.json"
 SCHEDULE = "schedule.json"
 """File of the schedule that is used where none is given, if it was a file at export."""
+
+CONSTANTS = "constants.safetensors"
+"""File of the tensors that a pipeline gives its transformer in every call, if the bundle was exported from one."""
 
 GRAPHS = {FULL, REUSE, CONDITIONING, FULL_CONDITIONING}
 PlainName = Annotated[str, AfterValidator(checked(name_problem))]
@@ -125,6 +129,7 @@ class Manifest(Record):
     guidance: GuidanceSpec | None
     guidance_scale: float
     text: TextSpec | None
+    pipeline: PipelineSpec | None = None
     schedule: str | None = None
     files: dict[str, FileRecord]
     measured_error: dict[str, GraphError] | None
@@ -224,7 +229,8 @@ class Bundle:
         if unfed := manifest.unfed():
             raise BundleError(f"a graph in {folder} reads '{shown(unfed[0])}', which no other graph provides; {mend}")
         schedule = {SCHEDULE} if manifest.schedule == SCHEDULE else set()
-        needed = {SCHEDULER, *schedule, *(graph.file for graph in manifest.graphs.values())}
+        constants = {CONSTANTS} if self._constant_names else set()
+        needed = {SCHEDULER, *schedule, *constants, *(graph.file for graph in manifest.graphs.values())}
         if missing := sorted(needed - manifest.files.keys()):
             raise BundleError(f"the manifest of {folder} does not list {missing[0]}; {mend}")
         sizes = {name: record.size for name, record in manifest.files.items()}
@@ -236,6 +242,7 @@ class Bundle:
                 raise BundleError(f"{path} {error}; {mend}") from error
         if manifest.schedule is not None:
             _check_schedule(folder, manifest.schedule, mend)
+        self.constants  # noqa: B018 # raises for a file that lacks one
         self.scheduler_config  # noqa: B018 # raises for a file that is no configuration
 
     def graph_path(self, name: str) -> Path:
@@ -252,6 +259,27 @@ class Bundle:
     def scheduled_steps(self) -> int | None:
         """The number of steps of the schedule file in the bundle; None without one: text forms fit any number."""
         return Schedule.from_file(self.folder / SCHEDULE).steps if self.manifest.schedule == SCHEDULE else None
+
+    @property
+    def _constant_names(self) -> set[str]:
+        pipeline = self.manifest.pipeline
+        return set() if pipeline is None else pipeline.call.constants()
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """The constant arguments of the transformer's call, by name; empty without a pipeline. Raises `BundleError`."""
+        from safetensors.torch import load_file
+
+        if not (names := self._constant_names):
+            return {}
+        path, mend = self.folder / CONSTANTS, f"export it again: {self.manifest.export_command}"
+        try:
+            found = load_file(path)
+        except Exception as error:  # a damaged file can raise anything
+            raise BundleError(f"{path} cannot be read ({first_line(error)}); {mend}") from error
+        if names - found.keys():
+            raise BundleError(f"{path} lacks {shown(min(names - found.keys()))}; {mend}")
+        return {name: found[name] for name in sorted(names)}
 
     @property
     def scheduler_config(self) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from pathlib import Path
 import onnx
 import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
 
 from fora_trt import __version__
 from fora_trt.bundle import (
+    CONSTANTS,
     FORMAT_VERSION,
     SCHEDULE,
     SCHEDULER,
@@ -77,6 +79,9 @@ def bundle_from_model(
         written, measured = _graphs_that_equal_pytorch(traced, plain, optimization, folder, report, check)
         (folder / SCHEDULER).write_text(json.dumps(model.scheduler, indent=2) + "\n", encoding="utf-8")
         files = [*written.files, folder / SCHEDULER]
+        if model.spec.constants:
+            save_file({name: one.contiguous() for name, one in model.spec.constants.items()}, folder / CONSTANTS)
+            files.append(folder / CONSTANTS)
         if usual is not None and schedule is not None and is_file(schedule):
             usual.to_file(folder / SCHEDULE)
             files.append(folder / SCHEDULE)
@@ -193,6 +198,7 @@ def _manifest(name: str, traced: TracedModel) -> Manifest:
         guidance=model.spec.guidance,
         guidance_scale=model.guidance_scale,
         text=model.spec.text,
+        pipeline=model.spec.pipeline,
         files={},
         measured_error=None,
     )

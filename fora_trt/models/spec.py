@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fora_trt.call import PipelineSpec
 from fora_trt.contract import GuidanceSpec, InputSpec, LatentSpec, Part, TensorSpec, TextSpec
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.precision import HalfPrecision
@@ -47,6 +48,8 @@ class ModelSpec:
     - `fp32_in_bf16`: patterns of modules that stay in fp32 in a bf16 bundle. The 8 significant bits of bf16 are too few
       for a timestep embedder. In fp16, 11 bits suffice, and old GPUs have no fast fp32 matrix products.
     - `scheduler`: a diffusers configuration; default: `DEFAULT_SCHEDULER`.
+    - `pipeline`, `constants`: of the transformer of a diffusers pipeline that was watched: how the pipeline calls it,
+      and the tensors that are the same in every call.
     - `guidance_scale`: the scale of classifier-free guidance if the user gives none; default: that of the architecture,
       or for a custom network 1.5 with classes and 4.5 with text.
     """
@@ -63,6 +66,8 @@ class ModelSpec:
     fp32_in_bf16: tuple[str, ...] = ()
     scheduler: Mapping[str, Any] | None = None
     guidance_scale: float | None = None
+    pipeline: PipelineSpec | None = None
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -74,7 +74,9 @@ def load(
     chosen = backend_from_name(backend, opened.manifest, str(device))
     where = device if isinstance(device, torch.device) else device_from_name(device, chosen)
     rule = usual_text(cache_interval, forecast) if schedule is None else with_forecast(schedule, forecast)
-    return Denoiser(chosen.engines(opened, where, plans), opened.manifest, chosen.name, rule)
+    denoiser = Denoiser(chosen.engines(opened, where, plans), opened.manifest, chosen.name, rule)
+    denoiser.constants = opened.constants
+    return denoiser
 
 
 class Denoiser(StepByStep):
@@ -95,7 +97,14 @@ class Denoiser(StepByStep):
         conditioning, of_full_steps = (engines.get(name) for name in (CONDITIONING, FULL_CONDITIONING))
         self.precomputed = None if conditioning is None else PrecomputedConditioning(conditioning, of_full_steps)
         self.run: EngineRun | None = None
+        self.constants: Mapping[str, Tensor] = {}
         self._windows = Windows(engines[FULL], engines[REUSE])
+
+    def another(self) -> Denoiser:
+        """A second denoiser on the same engines, for another trajectory: it has buffers and a schedule of its own."""
+        other = Denoiser(self.engines, self.manifest, self.backend, self.rule)
+        other.access = self.access  # one thread at a time may use the engines
+        return other
 
     def begin(
         self,
@@ -181,7 +190,7 @@ class Denoiser(StepByStep):
         timestep tensor; on a GPU some pipelines pass a copy, and then the later timesteps are unknown. Raises
         `InputError` for another object.
         """
-        return DenoiserTransformer(self, scheduler)
+        return DenoiserTransformer(self, scheduler, self.constants)
 
     def _supported(self, plan: Plan) -> Plan:
         """The plan, changed if the engines support fewer rows in window tensors than it needs."""

@@ -64,6 +64,10 @@ class StepByStep(ABC):
         """Announce a trajectory; see `Predictor.begin`."""
 
     @abstractmethod
+    def another(self) -> StepByStep:
+        """A second denoiser on the same engines, for another trajectory: it has buffers and a schedule of its own."""
+
+    @abstractmethod
     def first_not_finite(self) -> str | None:
         """Name of the first non-finite tensor of the last step; see `Predictor.first_not_finite`."""
 

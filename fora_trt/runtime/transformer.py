@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
-from warnings import warn
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fora_trt.contract import PRECISIONS
-from fora_trt.errors import BackendError, ForaWarning, InputError, ScheduleError, ShapeError
-from fora_trt.runtime.inputs import check_latents, checked_timestep
+from fora_trt.call import TimeMap
+from fora_trt.contract import LATENTS, PRECISIONS, TIMESTEP
+from fora_trt.errors import BackendError, InputError, ShapeError
+from fora_trt.runtime.follow import Follower, step_of_view
+from fora_trt.runtime.inputs import check_latents, checked_timestep, inputs_of
 from fora_trt.runtime.interface import overflow_remedy
 from fora_trt.runtime.step_by_step import StepByStep
-from fora_trt.schedule import Schedule
 
 NESTED = "added_cond_kwargs"
 """A transformer argument that is a dictionary of further inputs (PixArt: resolution and aspect ratio)."""
@@ -28,154 +28,115 @@ REMEDY = (
     "for a prompt), or export again with other sizes"
 )
 
+MOST_SLOTS = 8
+"""Largest number of calls in one step; a further call at the same timestep begins a new trajectory."""
+
 
 class DenoiserTransformer(nn.Module):
     """Replaces `pipe.transformer`.
 
-    A pipeline tells its transformer neither when a trajectory begins nor how many steps it has. This class derives both
-    from the timestep. `scheduler` is the pipeline, whose scheduler may be replaced later, or its scheduler. A timestep
-    is looked up in `scheduler.timesteps`; if it is a view into other timesteps, or without a scheduler, in those. If it
-    is neither (such as a copy from another device), a rising timestep begins a trajectory, and steps are counted from
-    there. The later timesteps are then unknown, so a bundle with folded sums runs full steps only. If a scheduler was
-    given that is not the one in use, a warning says so.
+    A pipeline may call its transformer several times a step, for example with the prompt and with the negative prompt.
+    Each of these calls is a *slot* with a trajectory and buffers of its own. `cache_context` names it, else it is the
+    number of the call in its step. `scheduler` is the pipeline, whose scheduler may be replaced later, or its
+    scheduler; `runtime/follow.py` says what it is for.
     """
 
-    def __init__(self, denoiser: StepByStep, scheduler: Any = None) -> None:
+    def __init__(
+        self, denoiser: StepByStep, scheduler: Any = None, constants: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self._scheduler = _scheduler_of(scheduler)
         self.config = FrozenDict(denoiser.manifest.model.config)
         self.dtype: torch.dtype = getattr(torch, PRECISIONS[denoiser.manifest.precision])
-        self._rule = denoiser.rule
-        self._last = float("inf")
-        self._step = -2  # no step yet; -1 would make step 0 its successor
-        self._jumped = False
-        self._foreign: Tensor | None = None
+        pipeline = denoiser.manifest.pipeline
+        self._call = None if pipeline is None else pipeline.call
+        self._constants = dict(constants or {})
+        self._scheduler = _scheduler_of(scheduler)
+        self._slots: dict[str, Follower] = {}
+        self._context: str | None = None
+        self._count = 0
+        self._moment: object = None
 
     @property
     def device(self) -> torch.device:
         """The device of the engines."""
         return self.denoiser.device
 
-    def forward(
-        self, hidden_states: Tensor, timestep: Tensor | float, return_dict: bool = True, **conditioning: Any
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The transformer's own call; `conditioning` is `class_labels` for a DiT, the prompt and its mask for a PixArt.
+    @contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Name the calls within the block, as pipelines of diffusers do; calls with one name are one trajectory."""
+        before, self._context = self._context, name
+        try:
+            yield
+        finally:
+            self._context = before
+
+    def forward(self, *args: Any, **kwargs: Any) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The transformer's own call; the prediction belongs to the caller.
 
         Raises `ShapeError` for inputs or shapes that were not exported, `InputError` for other invalid inputs,
         `BackendError` for a prediction that is not finite.
         """
-        nested = conditioning.pop(NESTED, None) or {}
-        given = {name: value for name, value in {**conditioning, **nested}.items() if value is not None}
+        manifest = self.denoiser.manifest
         try:
-            check_latents(self.denoiser.manifest, hidden_states, self.device)
-            timestep = checked_timestep(timestep, len(hidden_states))
-            self._follow(timestep)
-            prediction = self.denoiser(hidden_states, timestep, **given)
+            given, as_object = self._given(args, kwargs)
+            latents = given.pop(LATENTS)
+            check_latents(manifest, latents, self.device)
+            timestep = checked_timestep(given.pop(TIMESTEP), len(latents))
+            slot = self._slot(timestep)
+            times = slot.follow(timestep)
+            prediction = slot.denoiser(latents, times, **given)
         except ShapeError as error:
             raise ShapeError(f"{error}; {REMEDY}") from None
         if not prediction.isfinite().all():
-            manifest = self.denoiser.manifest
             raise BackendError(
                 f"{manifest.name} outputs values that are not finite in {manifest.precision}, first in tensor "
-                f"{self.denoiser.first_not_finite()}; {overflow_remedy(manifest.precision)}"
+                f"{slot.denoiser.first_not_finite()}; {overflow_remedy(manifest.precision)}"
             )
-        prediction = prediction.to(hidden_states.dtype)
-        return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
+        owned = prediction.to(latents.dtype, copy=True)
+        return Transformer2DModelOutput(sample=owned) if as_object else (owned,)
 
-    def _follow(self, timestep: Tensor) -> None:
-        """Reset the denoiser if this timestep begins a trajectory, with the schedule for its number of steps."""
-        now = float(timestep.flatten()[0])
-        located = self._located(timestep, now)
-        begins = now > self._last or self.denoiser.finished or self._last == float("inf")
-        if located is not None:
-            begins = located.step == 0 or located.step != self._step + 1
-            if begins:
-                timesteps = located.timesteps[located.step :]
-                schedule = self._schedule_of(len(timesteps))
-                if located.scheduler is not None:
-                    schedule.check_scheduler(located.scheduler, timesteps.tolist())
-                self.denoiser.reset(schedule, timesteps)
-            self._step = located.step
-        elif begins:
-            self.denoiser.reset(self._rule if isinstance(self._rule, Schedule) else Schedule.open(self._rule))
-        self._last = now
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises `InputError`: engines are no weights of diffusers."""
+        raise InputError(
+            f"the transformer of this pipeline runs the bundle {self.denoiser.manifest.name}, which has no weights to "
+            "save; put the original transformer back before save_pretrained(), and keep the folder of the bundle"
+        )
 
-    def _located(self, timestep: Tensor, now: float) -> _Located | None:
-        """Where this timestep is in its trajectory; None if that is unknown.
+    def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        """The graph inputs of a call by name, and whether it asks for an output object."""
+        if self._call is not None:
+            found = self._call.inputs_of(args, kwargs, self._constants)
+            read = {LATENTS, TIMESTEP, *inputs_of(self.denoiser.manifest)}
+            return {name: one for name, one in found.items() if name in read}, self._call.returns_dict(args, kwargs)
+        return _by_name(*args, **kwargs)
 
-        The timesteps that it is a view of are those that the pipeline runs, even if they are not the scheduler's.
-        """
-        scheduler, viewed = self._scheduler(), _step_of_view(timestep)
-        if scheduler is None:
-            return viewed
-        name = type(scheduler).__name__
-        timesteps = torch.as_tensor(scheduler.timesteps).cpu().float()
-        if viewed is not None and viewed.falls and not torch.equal(viewed.timesteps, timesteps):
-            return replace(viewed, scheduler=f"a scheduler that is not the {name} of as_transformer()")
-        is_set = getattr(scheduler, "num_inference_steps", 0) is not None
-        step = self._step_in(timesteps, now) if is_set and not self._is_foreign(timesteps) else None
-        jumps = step is not None and step not in (0, self._step + 1) and now < self._last
-        if step is not None and not (jumps and self._jumped):
-            self._jumped = jumps
-            return _Located(step, timesteps, name)
-        if not self._is_foreign(timesteps):
-            self._foreign, self._jumped = timesteps, False
-            warn(
-                f"the pipeline does not run the timesteps of the {name} that as_transformer() was given, so later "
-                "timesteps are unknown; if pipe.scheduler was replaced, give as_transformer(pipe), which follows it",
-                category=ForaWarning,
-                stacklevel=2,
-            )
-        return None
+    def _slot(self, timestep: Tensor) -> Follower:
+        """The trajectory that a call belongs to."""
+        moment = self._moment_of(timestep)
+        again = moment == self._moment and self._count + 1 < MOST_SLOTS
+        self._count, self._moment = self._count + 1 if again else 0, moment
+        name = str(self._count) if self._context is None else self._context
+        if name not in self._slots:
+            time = TimeMap() if self._call is None else self._call.time
+            denoiser = self.denoiser.another() if self._slots else self.denoiser
+            self._slots[name] = Follower(denoiser, self._scheduler, time)
+        return self._slots[name]
 
-    def _is_foreign(self, timesteps: Tensor) -> bool:
-        """Whether the pipeline was seen to run other timesteps while the scheduler had these."""
-        return self._foreign is not None and torch.equal(self._foreign, timesteps)
-
-    def _step_in(self, timesteps: Tensor, now: float) -> int | None:
-        """The index of this timestep among the scheduler's; of equal ones the next is preferred."""
-        following = self._step + 1
-        if 0 <= following < len(timesteps) and timesteps[following] == now:
-            return following
-        indices = (timesteps == now).nonzero().flatten()
-        return int(indices[0]) if len(indices) else None
-
-    def _schedule_of(self, steps: int) -> Schedule:
-        """The denoiser's schedule for a trajectory of `steps` steps."""
-        if isinstance(self._rule, str):
-            return Schedule.open(self._rule, steps)
-        if steps != self._rule.steps:
-            raise ScheduleError(
-                f"the pipeline takes {steps} steps, but the schedule has {self._rule.steps}; call the pipeline with "
-                f"{self._rule.steps} steps, or load the bundle with cache_interval=N"
-            )
-        return self._rule
+    def _moment_of(self, timestep: Tensor) -> object:
+        """Differs between steps, but not between calls of one step, also where a scheduler repeats a timestep."""
+        scheduler, viewed = self._scheduler(), step_of_view(timestep)
+        counted = tuple(getattr(scheduler, name, None) for name in ("step_index", "counter"))
+        return float(timestep.flatten()[0]), counted, None if viewed is None else viewed.step
 
 
-@dataclass(frozen=True)
-class _Located:
-    """The index of a step among all timesteps (S,) of its trajectory, and the class of the scheduler if it is known."""
-
-    step: int
-    timesteps: Tensor
-    scheduler: str | None = None
-
-    @property
-    def falls(self) -> bool:
-        """Whether no timestep is larger than the one before."""
-        return bool((self.timesteps.diff() <= 0).all())
-
-
-def _step_of_view(timestep: Tensor) -> _Located | None:
-    """If this timestep is a view into a tensor of all timesteps: its index in that tensor, and that tensor."""
-    if timestep.numel() == 0:
-        return None
-    steps = timestep.untyped_storage().nbytes() // timestep.element_size()
-    differs = any(stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True) if size > 1)
-    if differs or steps < 2:  # the samples have separate timesteps, or the storage holds a single number
-        return None
-    return _Located(int(timestep.storage_offset()), timestep.as_strided((steps,), (1,), 0).cpu().float())
+def _by_name(
+    hidden_states: Tensor, timestep: Tensor | float, return_dict: bool = True, **conditioning: Any
+) -> tuple[dict[str, Any], bool]:
+    """The graph inputs in the call of a DiT or a PixArt, and whether it asks for an output object."""
+    nested = conditioning.pop(NESTED, None) or {}
+    given = {name: value for name, value in {**conditioning, **nested}.items() if value is not None}
+    return {LATENTS: hidden_states, TIMESTEP: timestep, **given}, return_dict
 
 
 def _scheduler_of(given: Any) -> Callable[[], Any]:

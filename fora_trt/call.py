@@ -1,0 +1,245 @@
+"""How a diffusers pipeline calls its transformer: which arguments are inputs of the graphs, and which are constants.
+
+`models/watch.py` derives a `CallSpec` from recorded calls. The exporter builds the arguments of the module from it; the
+drop-in takes the arguments of a call apart with it. Shapes: B is the batch of one call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fora_trt.contract import LATENTS, TIMESTEP, Part
+from fora_trt.errors import InputError, ShapeError
+
+RETURN_DICT = "return_dict"
+"""The argument that decides between a tuple and an output object; not a part of the call that is compared."""
+
+Scalar = bool | int | float | str | None
+
+Kind = Literal["input", "constant", "value", "each", "list", "tuple", "dict"]
+
+SCALARS = (bool, int, float, str, type(None))
+
+ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Relative difference that rounding to a dtype causes in a constant; 1e-4 for others."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A node in the tree of a call's arguments.
+
+    - `input`: the tensor (B, ...) that the graph input `name` takes.
+    - `constant`: the tensor `name` of the bundle, the same in every call; with `for_each`, its row for every sample.
+    - `value`: a number, a text, a truth value or None, the same in every call.
+    - `each`: a list with one equal part for each sample.
+    - `list`, `tuple`, `dict`: a container of `parts`; `keys` are those of a dictionary.
+    """
+
+    kind: Kind
+    name: str = ""
+    value: Scalar = None
+    for_each: bool = False
+    keys: tuple[str, ...] = ()
+    parts: tuple[Argument, ...] = ()
+
+    def leaves(self) -> Iterator[Argument]:
+        """The inputs, constants and values in the tree."""
+        if self.kind in ("input", "constant", "value"):
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
+
+
+@dataclass(frozen=True)
+class TimeMap:
+    """Model time = `scale` * scheduler time + `shift`: 1/1000 and 0 for FLUX, -1/1000 and 1 for Lumina 2."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def of_model(self, scheduler: Tensor) -> Tensor:
+        """The time that the module is called with, for the time of the scheduler."""
+        scaled = scheduler if self.scale == 1 else scheduler * self.scale
+        return scaled if self.shift == 0 else scaled + self.shift
+
+    def of_scheduler(self, model: Tensor) -> Tensor:
+        """The inverse, in fp64."""
+        return (model.double() - self.shift) / self.scale
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """The call of one transformer of a pipeline.
+
+    - `component`: its name in the pipeline, such as `transformer`.
+    - `parameters`: the names of its arguments in the order of its signature.
+    - `arguments`: the tree of each argument; `latents` and `timestep` are inputs with these names.
+    - `defaults`: values of arguments that a call may leave out.
+    - `time`: from the time of the scheduler to that of the module.
+    - `slots`: the calls of one step, as `cache_context` names them, else `0`, `1`, ...
+    """
+
+    component: str
+    parameters: tuple[str, ...]
+    arguments: dict[str, Argument]
+    defaults: dict[str, Scalar] = field(default_factory=dict)
+    time: TimeMap = TimeMap()
+    slots: tuple[str, ...] = ("0",)
+
+    def arguments_of(self, inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The arguments of the module by name, for graph inputs (B, ...), whose timestep is that of the scheduler."""
+        given = {**inputs, TIMESTEP: self.time.of_model(inputs[TIMESTEP])}
+        return {name: _built(one, given, constants) for name, one in self.arguments.items()}
+
+    def inputs_of(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], constants: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """The graph inputs by name in a call of the module; the timestep is that of the module, in any form.
+
+        Raises `ShapeError` for an argument that differs from the recorded one, or that was not recorded.
+        """
+        given = self.bound(args, kwargs)
+        values = {name: given.pop(name, self.defaults.get(name)) for name in self.arguments}
+        if other := next((name for name, value in given.items() if value is not None), None):
+            raise ShapeError(f"the argument {other!r} was not given when the bundle was exported")
+        found: dict[str, Any] = {}
+        latents = next(name for name, one in self.arguments.items() if one.name == LATENTS)
+        _take(self.arguments[latents], values.pop(latents), latents, _Taken(found, constants, 0))
+        batch = len(found[LATENTS])
+        for name, value in values.items():
+            _take(self.arguments[name], value, name, _Taken(found, constants, batch))
+        return found
+
+    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, without `return_dict`. Raises `InputError` for too many or repeated ones."""
+        if len(args) > len(self.parameters):
+            raise InputError(f"the transformer was called with {len(args)} arguments; it takes {len(self.parameters)}")
+        named = dict(zip(self.parameters, args, strict=False))
+        if twice := named.keys() & kwargs.keys():
+            raise InputError(f"the argument {min(twice)!r} of the transformer was given twice")
+        return {name: value for name, value in {**named, **kwargs}.items() if name != RETURN_DICT}
+
+    def returns_dict(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call asks for an output object, not for a tuple."""
+        return bool({**dict(zip(self.parameters, args, strict=False)), **kwargs}.get(RETURN_DICT, True))
+
+    def constants(self) -> set[str]:
+        """The names of all constants."""
+        return {leaf.name for one in self.arguments.values() for leaf in one.leaves() if leaf.kind == "constant"}
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """The pipeline that a bundle was exported from: its class, where its other parts are, and how it was called.
+
+    `where` is None for a pipeline that was only in memory. `arguments` are those of the call that the sizes in the
+    graphs follow from, such as height and width. `components` are all transformers of the pipeline, in its order.
+    """
+
+    name: str
+    where: Part | None
+    arguments: dict[str, Scalar]
+    components: tuple[str, ...]
+    call: CallSpec
+
+
+def _built(argument: Argument, inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Any:
+    """The value of an argument for graph inputs and constants."""
+    latents = inputs[LATENTS]
+    if argument.kind == "input":
+        return inputs[argument.name]
+    if argument.kind == "constant":
+        value = constants[argument.name].to(latents.device)
+        return value.expand(latents.shape[0], *value.shape[1:]) if argument.for_each else value
+    if argument.kind == "value":
+        return argument.value
+    parts = [_built(part, inputs, constants) for part in argument.parts]
+    if argument.kind == "each":
+        # a symbolic batch is traced with the smallest number of equal parts
+        return parts * (latents.shape[0] if isinstance(latents.shape[0], int) else 1)
+    if argument.kind == "dict":
+        return dict(zip(argument.keys, parts, strict=True))
+    return tuple(parts) if argument.kind == "tuple" else parts
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """The inputs that were found in a call so far, the constants of the bundle, and the batch of the call."""
+
+    inputs: dict[str, Any]
+    constants: Mapping[str, Tensor]
+    batch: int
+
+
+def _take(argument: Argument, value: Any, path: str, taken: _Taken) -> None:
+    """Add the inputs in the value of an argument. Raises `ShapeError` if anything else differs from before."""
+    if argument.kind == "input":
+        if value is None:
+            raise ShapeError(f"the argument {path!r} is missing; it was given when the bundle was exported")
+        taken.inputs[argument.name] = value
+    elif argument.kind == "constant":
+        _check_constant(taken.constants[argument.name], value, path, taken.batch if argument.for_each else None)
+    elif argument.kind == "value":
+        absent = argument.value is None and isinstance(value, Mapping | list | tuple) and not value
+        if not absent and not _same_scalar(argument.value, value):
+            raise ShapeError(
+                f"the argument {path!r} is {_shown(value)}; the bundle was exported with {argument.value!r}"
+            )
+    else:
+        for part, one, inner in _parts(argument, value, path, taken.batch):
+            _take(part, one, inner, taken)
+
+
+def _parts(argument: Argument, value: Any, path: str, batch: int) -> Iterator[tuple[Argument, Any, str]]:
+    """The parts of a container with their values and paths. Raises `ShapeError` if the container has other parts."""
+    if argument.kind == "dict":
+        value = {} if value is None else value
+        keys = {key for key, one in value.items() if one is not None} if isinstance(value, Mapping) else None
+        if keys is None or keys - {*argument.keys}:
+            raise ShapeError(
+                f"the argument {path!r} is {_shown(value)}; a dictionary of {list(argument.keys)} is needed"
+            )
+        for key, part in zip(argument.keys, argument.parts, strict=True):
+            yield part, value.get(key), f"{path}.{key}"
+        return
+    count = batch if argument.kind == "each" else len(argument.parts)
+    if not isinstance(value, list | tuple) or len(value) != count:
+        raise ShapeError(f"the argument {path!r} is {_shown(value)}; a list of {count} is needed")
+    for number, one in enumerate(value):
+        yield argument.parts[0 if argument.kind == "each" else number], one, f"{path}.{number}"
+
+
+def _check_constant(expected: Tensor, value: Any, path: str, batch: int | None) -> None:
+    """Raise `ShapeError` unless the value is the recorded tensor, or in half precision close to it."""
+    shape = [*expected.shape] if batch is None else [batch, *expected.shape[1:]]
+    if not isinstance(value, Tensor) or [*value.shape] != shape:
+        raise ShapeError(f"the argument {path!r} is {_shown(value)}; the bundle was exported with the shape {shape}")
+    there = expected.to(value.device)
+    if value.is_floating_point() and there.is_floating_point():
+        close = torch.isclose(value.float(), there.float(), rtol=ROUNDING.get(value.dtype, 1e-4), atol=1e-5)
+        same = bool(close.all())
+    else:
+        same = bool((value == there).all())
+    if not same:
+        raise ShapeError(f"the argument {path!r} has other values than those that the bundle was exported with")
+
+
+def _same_scalar(expected: Scalar, value: Any) -> bool:
+    if isinstance(expected, float) and isinstance(value, float | int):
+        return math.isclose(expected, value, rel_tol=1e-6)
+    return bool(isinstance(value, SCALARS) and value == expected)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: the shape of a tensor, the type of an object, a scalar itself."""
+    if isinstance(value, Tensor):
+        return f"a tensor of the shape {list(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    return repr(value) if isinstance(value, SCALARS) else f"an object of type {type(value).__name__}"
