@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fora_trt.cli.options import AS_JSON, PRECISION, VAE, ImageSize, Words, refuse_given
+from fora_trt.cli.options import AS_JSON, PRECISION, VAE, ImageSize, KeyValue, Words, refuse_given
 from fora_trt.cli.terminal import print_json, say
 from fora_trt.contract import OPTIMIZATIONS
 from fora_trt.errors import BackendError, ExportError, ForaError, first_line
@@ -63,6 +63,18 @@ DEFAULT_OPSET = 23
 @click.option(
     "--text-length", type=click.IntRange(min=1), help="Largest number of prompt tokens.  [default: the model's own]"
 )
+@click.option("--frames", type=click.IntRange(min=1), help="Frames of a video.  [default: the pipeline's own]")
+@click.option(
+    "--call",
+    type=KeyValue(),
+    multiple=True,
+    help="A further argument of the pipeline's call, such as guidance_scale=1.0; may be repeated.",
+)
+@click.option(
+    "--component",
+    help="The transformer of a pipeline with several, such as transformer_2.  [default: all]",
+    show_default=False,
+)
 @VAE
 @click.option(
     "--optimize",
@@ -88,15 +100,16 @@ DEFAULT_OPSET = 23
 def export(source: str, out: Path, measured: bool | None, force: bool, as_json: bool, **given: Any) -> None:
     """Split a model into a full and a reuse graph and write them as a bundle.
 
-    SOURCE is one of: `digits` (a trained model that comes with fora-trt); a diffusers folder or hub id of a DiT or
-    PixArt; a state dict or a trainer's checkpoint of the DiT, SiT or PixArt authors; `package.module:factory` for your
-    own network;
+    SOURCE is one of: `digits` (a trained model that comes with fora-trt); the folder or hub id of a diffusers pipeline
+    with a transformer (DiT, PixArt, SD3, FLUX, Wan, LTX, ...); a state dict or a trainer's checkpoint of the DiT, SiT
+    or PixArt authors; `package.module:factory` for your own network;
     `random:DiT-XL/2` or another variant (random weights, for timing); a .toml recipe file.
 
     \b
     Examples:
       fora-trt export digits
       fora-trt export facebook/DiT-XL-2-256 --precision fp16
+      fora-trt export stabilityai/stable-diffusion-3-medium-diffusers --precision fp16 --image-size 1024
       fora-trt export DiT-XL-2-512x512.pt --vae stabilityai/sd-vae-ft-ema
       fora-trt export results/0050000.pt --weights ema
       fora-trt export my_package.model:make --cache 'blocks.*.attn' --cache 'blocks.*.mlp'
@@ -104,41 +117,58 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
       fora-trt export export/pixart-sigma-1024.toml
     """
     recipe = _recipe(source, given)
-    from fora_trt.evaluate.export_check import GraphCheck
     from fora_trt.export.traced import check_opset
-    from fora_trt.export.write import bundle_from_model
     from fora_trt.files import refuse_existing
-    from fora_trt.models.sources import model_from_source, source_from_options
-    from fora_trt.sampling.scheduler_step import check_scheduler
+    from fora_trt.models.sources import source_from_options
 
-    precision, opset = recipe.precision or "fp32", recipe.opset or DEFAULT_OPSET
-    check_opset(opset)
-    if measured and precision == "fp32":
+    check_opset(recipe.opset or DEFAULT_OPSET)
+    if measured and (recipe.precision or "fp32") == "fp32":
         refuse_given("trajectories are compared with those in fp32; give --precision fp16 or bf16", "measured")
     target = out / _folder_name(recipe.name or source_from_options(recipe.options()).name)
     refuse_existing(target, force, "bundle", ExportError)
+    bundle, notes = _exported(recipe, target, measured, force)
+    bundles = [bundle]
+    pipeline = bundle.manifest.pipeline
+    for component in pipeline.components if pipeline and recipe.component is None else ():
+        if component != pipeline.call.component:  # type: ignore[union-attr]
+            other = target.with_name(name_of_component(target.name, component))
+            refuse_existing(other, force, "bundle", ExportError)
+            bundles.append(_exported(recipe.model_copy(update={"component": component}), other, measured, force)[0])
+    if as_json:
+        first, *others = [{"bundle": str(one.folder), **one.manifest.model_dump(mode="json")} for one in bundles]
+        print_json({**first, "notes": notes, **({"other_transformers": others} if others else {})})
+        return
+    for one in bundles:
+        _show(one)
+
+
+def _exported(recipe: Recipe, target: Path, measured: bool | None, force: bool) -> tuple[Bundle, tuple[str, ...]]:
+    """Export one transformer; the bundle, and sentences about what was chosen."""
+    from fora_trt.evaluate.export_check import GraphCheck
+    from fora_trt.export.write import bundle_from_model
+    from fora_trt.models.sources import model_from_source
+    from fora_trt.sampling.scheduler_step import check_scheduler
+
+    precision = recipe.precision or "fp32"
     say(f"loading {recipe.source}")
     model = model_from_source(recipe.options(), precision, recipe.cache)
     for note in model.notes:
         click.echo(note, err=True)
-    check_scheduler(model.scheduler, model.latents.learned_sigma)
-    measure = measured is not False and precision != "fp32"
+    if model.spec.pipeline is None:
+        check_scheduler(model.scheduler, model.latents.learned_sigma)
+    measure = measured is not False and precision != "fp32" and model.spec.pipeline is None
     bundle = bundle_from_model(
         model,
         target,
         check=GraphCheck(),
-        opset=opset,
+        opset=recipe.opset or DEFAULT_OPSET,
         optimization=recipe.optimize or OPTIMIZATIONS[-1],
         schedule=recipe.schedule,
         force=force,
         report=say,
         measure=lambda staged: _trajectory_error(staged, target, measured is True) if measure else None,
     )
-    if as_json:
-        written = {"bundle": str(bundle.folder), "notes": model.notes, **bundle.manifest.model_dump(mode="json")}
-        print_json(written)
-    else:
-        _show(bundle)
+    return bundle, model.notes
 
 
 def _show(bundle: Bundle) -> None:
@@ -190,6 +220,7 @@ def _recipe(source: str, given: dict[str, Any]) -> Recipe:
     from fora_trt.models.recipes import Recipe, read_recipe
 
     recipe = read_recipe(Path(source)) if source.endswith(".toml") else Recipe(source=source)
+    given["call"] = dict(given["call"]) or None
     given["cache"] = tuple(pattern for patterns in given["cache"] for pattern in patterns) if given["cache"] else None
     return recipe.model_copy(update={key: value for key, value in given.items() if value is not None})
 

@@ -88,7 +88,8 @@ def sized(config: Config, spec: ModelSpec) -> dict[str, Any]:
     """
     assert spec.latents is not None
     size = spec.latents.shape[1:]
-    changed = {"sample_size": size[-1]} if len(set(size)) == 1 and "sample_size" in config else {}
+    square = len(size) == 2 and len(set(size)) == 1
+    changed = {"sample_size": size[-1]} if square and "sample_size" in config else {}
     return {**config, **changed}
 
 

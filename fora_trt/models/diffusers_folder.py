@@ -19,10 +19,20 @@ from fora_trt.models.assembly import EmptyModel, placing
 from fora_trt.models.checkpoint import TRANSFORMER, Renamed, preferred, tensors_of, variants_in
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.parts import VAE, check_autoencoder, digest_of_vae, downloaded, local, read_config, vae_at
+from fora_trt.models.pipeline_folder import watched_architecture
 from fora_trt.models.weight_sets import WeightSet, chosen, is_averaged
 
-FILES = ("model_index.json", "config.json", f"{TRANSFORMER}*", "transformer*/*", "scheduler/*", "vae/*")
-"""Files to download from a hub repository. The text encoder is not needed here; `run` loads it for prompts."""
+FILES = (
+    "model_index.json",
+    "config.json",
+    f"{TRANSFORMER}*",
+    "transformer*/*",
+    "scheduler/*",
+    "vae/*",
+    "tokenizer*/*",
+    "*/*.json",
+)
+"""Files to download from a hub repository. The text encoder's weights are not needed here; `run` loads them."""
 
 HINT = (
     "; a diffusers folder contains transformer/config.json, and a pipeline also scheduler/scheduler_config.json and "
@@ -58,9 +68,15 @@ def empty_from_folder(
     bare = (folder / "config.json").is_file()
     part, wanted = (folder, options.weights) if bare else _part(folder, options, notes)
     config = read_config(part / "config.json", "transformer", source, f"{HINT}; {known_sources()}")
-    architecture = _architecture(config, source)
     index = read_config(path, "pipeline", source) if (path := folder / "model_index.json").is_file() else {}
-    parts = _parts(index, folder, found_again or Part(local(folder)), options)
+    where = found_again or Part(local(folder))
+    known = architecture_of(config)
+    if known is None and index and not bare:
+        architecture = watched_architecture(config, index, folder, options.component or "transformer", where)
+        parts = PipelineParts(str(index.get("_class_name")))
+    else:
+        architecture = _architecture(config, source)
+        parts = _parts(index, folder, where, options)
     scheduler = _scheduler(folder, index, source)
     tensors = tensors_of(file or _variant(part, wanted, source, notes))
     module = architecture.empty_module(config)
@@ -91,6 +107,8 @@ def _part(folder: Path, options: SourceOptions, notes: list[str]) -> tuple[Path,
 
     A training script may have saved averaged weights in a folder of their own, such as `transformer_ema`.
     """
+    if options.component is not None:
+        return folder / options.component, options.weights
     found = [path.parent.name for path in sorted(folder.glob("*transformer*/config.json"))]
     sets = [WeightSet(name, is_averaged(name), {}) for name in found if name == "transformer" or is_averaged(name)]
     if any(one.averaged for one in sets):

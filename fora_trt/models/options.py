@@ -16,6 +16,9 @@ MEANT_FOR = {
     "text_length": "models that take a prompt",
     "inputs": "a network of your own (package.module:factory)",
     "weights": "checkpoints with several sets of weights",
+    "frames": "pipelines that make videos",
+    "call": "pipelines of diffusers that are watched",
+    "component": "pipelines with several transformers",
     "null_class": "state dicts of models with classes",
 }
 """The kind of source that each option is for; every source takes `vae`."""
@@ -44,6 +47,8 @@ class SourceOptions(BaseModel):
     `image_size` is height and width in pixels. `inputs` are the inputs of a custom network in the order of its call.
     `weights` is `ema`, `raw`, or the name of a set of weights in a checkpoint. `null_class` says whether the last row
     of an embedding table of classes is the null class. `folder` is the folder from which a network is imported.
+    `frames` is the number of frames of a video, `call` further arguments of a pipeline when it is watched, `component`
+    the transformer of a pipeline with several.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,6 +62,9 @@ class SourceOptions(BaseModel):
     weights: str | None = None
     null_class: bool | None = None
     folder: str | None = None
+    frames: int | None = Field(None, ge=1)
+    call: dict[str, bool | int | float | str | None] | None = None
+    component: str | None = None
     inputs: dict[str, InputOptions] | None = None
 
     @field_validator("image_size", mode="before")
