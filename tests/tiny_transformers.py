@@ -42,7 +42,7 @@ def alive(module: nn.Module, seed: int = 0) -> nn.Module:
 def by_name(module: nn.Module, inputs: Inputs, **constants: Any) -> Tensor:
     """The prediction of a transformer that is called with its inputs by name."""
     given = {NAMES.get(name, name): value for name, value in inputs.items()}
-    prediction: Tensor = module(**given, **constants, return_dict=False)[0]
+    prediction: Tensor = module(**given, **constants).sample
     return prediction
 
 
@@ -124,9 +124,7 @@ def flux2() -> Tiny:
 
 def qwen_image() -> Tiny:
     def call(module: nn.Module, inputs: Inputs) -> Tensor:
-        batch = len(inputs["latents"])
-        shapes = [[(1, 4, 4)]] * (batch if isinstance(batch, int) else 1)
-        return by_name(module, in_units(inputs), img_shapes=shapes)
+        return by_name(module, in_units(inputs), img_shapes=[[(1, 4, 4)]])
 
     return tiny(
         "QwenImageTransformer2DModel", (16, 16), {TEXT: (6, 16)}, call=call,
@@ -187,8 +185,8 @@ def cogvideox(rotary: bool = False, channels: int = 4) -> Tiny:
         "CogVideoXTransformer3DModel", (2, channels, 8, 8), {TEXT: (6, 16)},
         call=lambda module, inputs: by_name(module, inputs, image_rotary_emb=embedding),
         num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4, time_embed_dim=8,
-        text_embed_dim=16,        num_layers=2, sample_width=8, sample_height=8, sample_frames=5, patch_size=2, temporal_compression_ratio=4,
-        max_text_seq_length=6, use_rotary_positional_embeddings=rotary,
+        text_embed_dim=16,        num_layers=2, sample_width=8, sample_height=8, sample_frames=5, patch_size=2,
+        temporal_compression_ratio=4,        max_text_seq_length=6, use_rotary_positional_embeddings=rotary,
     )  # fmt: skip
 
 
@@ -236,7 +234,7 @@ def hunyuan_dit() -> Tiny:
     masks = ("text_embedding_mask", "text_embedding_mask_t5")
 
     def call(module: nn.Module, inputs: Inputs) -> Tensor:
-        batch = len(inputs["latents"])
+        batch = inputs["latents"].shape[0]  # `len` would make it a constant
         return by_name(
             module, inputs, image_meta_size=ids.repeat(batch, 1), image_rotary_emb=embedding,
             style=torch.zeros(batch, dtype=torch.int64),

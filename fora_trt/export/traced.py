@@ -28,6 +28,7 @@ from torch import Tensor
 from fora_trt.bundle import tensor_spec
 from fora_trt.contract import BATCH, FEATURE, FULL, LATENTS, REUSE, CacheSite, Optimization, TensorSpec
 from fora_trt.errors import ExportError, first_line
+from fora_trt.export.complex_pairs import rewrite_complex
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.graphs import Graphs, graph_from_onnx
@@ -125,11 +126,14 @@ def _drop_outputs(model: ir.Model, names: Collection[str]) -> None:
 
 
 def program_from_step(step: Split, inputs: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
-    """Export a step with `torch.export`, with a symbolic batch dimension. Raises `ExportError` if that fails."""
+    """Export a step with `torch.export`, with a symbolic batch dimension and without complex numbers.
+
+    Raises `ExportError` if that fails.
+    """
     batch = torch.export.Dim(BATCH)
     with torch.no_grad(), quiet("torch.export"):
         try:
-            return torch.export.export(
+            program = torch.export.export(
                 step.eval(),
                 tuple(inputs.values()),
                 dynamic_shapes=(tuple({0: batch} for _ in inputs),),  # nested: `forward` has one variadic argument
@@ -142,6 +146,8 @@ def program_from_step(step: Split, inputs: Mapping[str, Tensor]) -> torch.export
             raise ExportError(
                 f"{step.spec.architecture} cannot be traced with a symbolic batch dimension: {reason}"
             ) from error
+        rewrite_complex(program, step.spec.architecture)
+    return program
 
 
 def check_opset(opset: int) -> None:
