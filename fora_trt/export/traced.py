@@ -34,6 +34,7 @@ from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.graphs import Graphs, graph_from_onnx
 from fora_trt.export.hoist import drop_unread, replace_reads
 from fora_trt.export.join_projections import JoinProjectionsPass
+from fora_trt.export.logical_wheres import LogicalWheresPass
 from fora_trt.export.near_neutral import near_neutral_hidden
 from fora_trt.export.nodes import edge, with_role
 from fora_trt.export.optimize import optimized
@@ -206,6 +207,7 @@ def _tidy(model: ir.Model, step: FullStep) -> None:
     _name_attentions(model.graph)
     Sequential(
         DropSqueezesPass(),
+        LogicalWheresPass(),
         ExpandMasksPass(),
         PatchRowsPass(),
         PlainTransposesPass(),
