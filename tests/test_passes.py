@@ -13,6 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.join_projections import JoinProjectionsPass, SeparateProjectionsPass
+from fora_trt.export.logical_wheres import LogicalWheresPass
 from fora_trt.export.nodes import constant
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
 from fora_trt.export.slice_projections import SliceProjectionsPass, take_projection
@@ -89,6 +90,22 @@ def test_a_mask_of_one_row_is_given_to_every_query(rows: int) -> None:
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = weights / weights.sum(-1, keepdims=True) @ values["v"]
     assert np.abs(run(made, values)[0] - expected).max() < 1e-5
+
+
+def test_a_where_on_bool_becomes_logical_operators_that_onnx_runtime_has() -> None:
+    shapes = {"c": [2, 1, 3], "x": [4, 1], "y": []}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.BOOL, shape) for name, shape in shapes.items()]
+    outputs = [helper.make_tensor_value_info("w", TensorProto.BOOL, [2, 4, 3])]
+    graph = helper.make_graph([helper.make_node("Where", [*shapes], ["w"])], "small", inputs, outputs)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    made = ir.serde.deserialize_model(proto)
+    assert LogicalWheresPass()(made).modified
+    assert kinds(made) == ["Not", "And", "And", "Or"]
+    generator = np.random.default_rng(0)
+    for _ in range(4):
+        values = {name: generator.integers(2, size=shape).astype(bool) for name, shape in shapes.items()}
+        assert (run(made, values)[0] == np.where(values["c"], values["x"], values["y"])).all()
+    assert not LogicalWheresPass()(made).modified
 
 
 @pytest.mark.parametrize("cast", [False, True])

@@ -42,8 +42,13 @@ def alive(module: nn.Module, seed: int = 0) -> nn.Module:
 def by_name(module: nn.Module, inputs: Inputs, **constants: Any) -> Tensor:
     """The prediction of a transformer that is called with its inputs by name."""
     given = {NAMES.get(name, name): value for name, value in inputs.items()}
-    prediction: Tensor = module(**given, **constants, return_dict=False)[0]
+    prediction: Tensor = module(**given, **constants).sample
     return prediction
+
+
+def in_units(inputs: Inputs) -> Inputs:
+    """The inputs with a timestep from 0 to 1."""
+    return {**inputs, "timestep": inputs["timestep"] / 1000}
 
 
 def tiny(
@@ -90,10 +95,11 @@ def flux(channels: int = 4, guidance: bool = True) -> Tiny:
     )
     return tiny(
         "FluxTransformer2DModel", (16, channels), shapes,
-        call=lambda module, inputs: by_name(module, {**inputs, "timestep": inputs["timestep"] / 1000}, **constants),
+        call=lambda module, inputs: by_name(module, in_units(inputs), **constants),
         conditioning={"guidance": InputSpec(values=(1, 5))} if guidance else None,
-        patch_size=1, in_channels=channels, out_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=guidance,
+        patch_size=1, in_channels=channels, out_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guidance,
     )  # fmt: skip
 
 
@@ -109,7 +115,7 @@ def flux2() -> Tiny:
     text = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in (1, 1, 1, 6)), indexing="ij"), -1).reshape(6, 4)
     return tiny(
         "Flux2Transformer2DModel", (16, 4), {TEXT: (6, 32), "guidance": ()},
-        call=lambda module, inputs: by_name(module, {**inputs, "timestep": inputs["timestep"] / 1000}, img_ids=image, txt_ids=text),
+        call=lambda module, inputs: by_name(module, in_units(inputs), img_ids=image, txt_ids=text),
         conditioning={"guidance": InputSpec(values=(1, 5))},
         patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, timestep_guidance_channels=256, axes_dims_rope=(4, 4, 4, 4),
@@ -118,9 +124,7 @@ def flux2() -> Tiny:
 
 def qwen_image() -> Tiny:
     def call(module: nn.Module, inputs: Inputs) -> Tensor:
-        batch = len(inputs["latents"])
-        shapes = [[(1, 4, 4)]] * (batch if isinstance(batch, int) else 1)
-        return by_name(module, {**inputs, "timestep": inputs["timestep"] / 1000}, img_shapes=shapes)
+        return by_name(module, in_units(inputs), img_shapes=[[(1, 4, 4)]])
 
     return tiny(
         "QwenImageTransformer2DModel", (16, 16), {TEXT: (6, 16)}, call=call,
@@ -146,8 +150,8 @@ def z_image() -> Tiny:
 def wan(channels: int = 4) -> Tiny:
     return tiny(
         "WanTransformer3DModel", (channels, 2, 8, 8), {TEXT: (6, 16)},
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=4, text_dim=16,
-        freq_dim=256, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=4,
+        text_dim=16,        freq_dim=256, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
 
 
@@ -180,9 +184,9 @@ def cogvideox(rotary: bool = False, channels: int = 4) -> Tiny:
     return tiny(
         "CogVideoXTransformer3DModel", (2, channels, 8, 8), {TEXT: (6, 16)},
         call=lambda module, inputs: by_name(module, inputs, image_rotary_emb=embedding),
-        num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4, time_embed_dim=8, text_embed_dim=16,
-        num_layers=2, sample_width=8, sample_height=8, sample_frames=5, patch_size=2, temporal_compression_ratio=4,
-        max_text_seq_length=6, use_rotary_positional_embeddings=rotary,
+        num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4, time_embed_dim=8,
+        text_embed_dim=16,        num_layers=2, sample_width=8, sample_height=8, sample_frames=5, patch_size=2,
+        temporal_compression_ratio=4,        max_text_seq_length=6, use_rotary_positional_embeddings=rotary,
     )  # fmt: skip
 
 
@@ -205,7 +209,7 @@ def lumina2() -> Tiny:
 
     def call(module: nn.Module, inputs: Inputs) -> Tensor:
         mask = torch.ones(inputs[TEXT].shape[:2], dtype=torch.bool)
-        return by_name(module, {**inputs, "timestep": inputs["timestep"] / 1000}, encoder_attention_mask=mask)
+        return by_name(module, in_units(inputs), encoder_attention_mask=mask)
 
     return tiny(
         "Lumina2Transformer2DModel", (4, 8, 8), {TEXT: (6, 16)}, call=call,
@@ -218,7 +222,7 @@ def lumina2() -> Tiny:
 def auraflow() -> Tiny:
     return tiny(
         "AuraFlowTransformer2DModel", (4, 8, 8), {TEXT: (6, 16)},
-        call=lambda module, inputs: by_name(module, {**inputs, "timestep": inputs["timestep"] / 1000}),
+        call=lambda module, inputs: by_name(module, in_units(inputs)),
         sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=2, attention_head_dim=8,
         num_attention_heads=4, joint_attention_dim=16, caption_projection_dim=32, out_channels=4, pos_embed_max_size=16,
     )  # fmt: skip
@@ -230,7 +234,7 @@ def hunyuan_dit() -> Tiny:
     masks = ("text_embedding_mask", "text_embedding_mask_t5")
 
     def call(module: nn.Module, inputs: Inputs) -> Tensor:
-        batch = len(inputs["latents"])
+        batch = inputs["latents"].shape[0]  # `len` would make it a constant
         return by_name(
             module, inputs, image_meta_size=ids.repeat(batch, 1), image_rotary_emb=embedding,
             style=torch.zeros(batch, dtype=torch.int64),

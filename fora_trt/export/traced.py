@@ -28,11 +28,13 @@ from torch import Tensor
 from fora_trt.bundle import tensor_spec
 from fora_trt.contract import BATCH, FEATURE, FULL, LATENTS, REUSE, CacheSite, Optimization, TensorSpec
 from fora_trt.errors import ExportError, first_line
+from fora_trt.export.complex_pairs import rewrite_complex
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.graphs import Graphs, graph_from_onnx
 from fora_trt.export.hoist import drop_unread, replace_reads
 from fora_trt.export.join_projections import JoinProjectionsPass
+from fora_trt.export.logical_wheres import LogicalWheresPass
 from fora_trt.export.near_neutral import near_neutral_hidden
 from fora_trt.export.nodes import edge, with_role
 from fora_trt.export.optimize import optimized
@@ -125,11 +127,14 @@ def _drop_outputs(model: ir.Model, names: Collection[str]) -> None:
 
 
 def program_from_step(step: Split, inputs: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
-    """Export a step with `torch.export`, with a symbolic batch dimension. Raises `ExportError` if that fails."""
+    """Export a step with `torch.export`, with a symbolic batch dimension and without complex numbers.
+
+    Raises `ExportError` if that fails.
+    """
     batch = torch.export.Dim(BATCH)
     with torch.no_grad(), quiet("torch.export"):
         try:
-            return torch.export.export(
+            program = torch.export.export(
                 step.eval(),
                 tuple(inputs.values()),
                 dynamic_shapes=(tuple({0: batch} for _ in inputs),),  # nested: `forward` has one variadic argument
@@ -142,6 +147,8 @@ def program_from_step(step: Split, inputs: Mapping[str, Tensor]) -> torch.export
             raise ExportError(
                 f"{step.spec.architecture} cannot be traced with a symbolic batch dimension: {reason}"
             ) from error
+        rewrite_complex(program, step.spec.architecture)
+    return program
 
 
 def check_opset(opset: int) -> None:
@@ -200,6 +207,7 @@ def _tidy(model: ir.Model, step: FullStep) -> None:
     _name_attentions(model.graph)
     Sequential(
         DropSqueezesPass(),
+        LogicalWheresPass(),
         ExpandMasksPass(),
         PatchRowsPass(),
         PlainTransposesPass(),
