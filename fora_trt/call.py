@@ -83,6 +83,7 @@ class CallSpec:
     - `defaults`: values of arguments that a call may leave out.
     - `time`: from the time of the scheduler to that of the module.
     - `slots`: the calls of one step, as `cache_context` names them, else `0`, `1`, ...
+    - `attributes`: numbers, texts and truth values that are attributes of the module; some pipelines read them.
     """
 
     component: str
@@ -91,6 +92,7 @@ class CallSpec:
     defaults: dict[str, Scalar] = field(default_factory=dict)
     time: TimeMap = TimeMap()
     slots: tuple[str, ...] = ("0",)
+    attributes: dict[str, Scalar] = field(default_factory=dict)
 
     def arguments_of(self, inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> dict[str, Any]:
         """The arguments of the module by name, for graph inputs (B, ...), whose timestep is that of the scheduler."""
@@ -139,14 +141,22 @@ class PipelineSpec:
     """The pipeline that a bundle was exported from: its class, where its other parts are, and how it was called.
 
     `where` is None for a pipeline that was only in memory. `arguments` are those of the call that the sizes in the
-    graphs follow from, such as height and width. `components` are all transformers of the pipeline, in its order.
+    graphs follow from, such as height and width. `components` are all transformers of the pipeline, in its order; the
+    bundle of another one than the first has its name at the end. `samples` is the batch of a call for one prompt.
     """
 
     name: str
     where: Part | None
     arguments: dict[str, Scalar]
     components: tuple[str, ...]
+    samples: int
     call: CallSpec
+
+    def siblings(self, bundle: str) -> dict[str, str]:
+        """The names of the bundles of all transformers by component; `bundle` is the name of this one."""
+        first, own = self.components[0], self.call.component
+        stem = bundle if own == first else bundle.removesuffix(f"-{own}")
+        return {one: stem if one == first else f"{stem}-{one}" for one in self.components} | {own: bundle}
 
 
 def _built(argument: Argument, inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Any:

@@ -39,9 +39,7 @@ def ones(*shape: int) -> Tensor:
     return torch.ones(shape, dtype=torch.int64)
 
 
-def prompts(
-    length: int = 6, width: int = 16, mask: bool = False, negative: bool = True, **more: Tensor
-) -> dict[str, Any]:
+def prompts(length: int = 6, width: int = 16, mask: bool = False, negative: bool = True, **more: Any) -> dict[str, Any]:
     """Prompt embeddings (1, L, D) and their masks; the negative ones differ."""
     given: dict[str, Any] = {"prompt_embeds": drawn(1, length, width, seed=1)}
     if mask:
@@ -118,7 +116,7 @@ def cogvideox_5b() -> TinyPipeline:
 
 def sana() -> TinyPipeline:
     given = {**prompts(mask=True), "height": 256, "width": 256, "use_resolution_binning": False}
-    return piped("SanaPipeline", "sana"), given
+    return piped("SanaPipeline", "sana"), {**given, "negative_prompt": None}
 
 
 def auraflow() -> TinyPipeline:
@@ -179,13 +177,15 @@ def mochi() -> TinyPipeline:
 def allegro() -> TinyPipeline:
     return piped("AllegroPipeline", "allegro", DDIMScheduler(clip_sample=False)), {
         **prompts(mask=True),
+        "negative_prompt": None,
         **SQUARE,
         "num_frames": 8,
     }
 
 
 def latte() -> TinyPipeline:
-    return piped("LattePipeline", "latte", DDIMScheduler(clip_sample=False)), {**prompts(), **SQUARE, "video_length": 3}
+    given = {**prompts(), **SQUARE, "video_length": 3, "negative_prompt": None}
+    return piped("LattePipeline", "latte", DDIMScheduler(clip_sample=False)), given
 
 
 PIPELINES: dict[str, Callable[[], TinyPipeline]] = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fora_trt.cli.options import AS_JSON, PRECISION, VAE, ImageSize, KeyValue, Words, refuse_given
+from fora_trt.cli.options import AS_JSON, CALL, PRECISION, VAE, ImageSize, Words, refuse_given
 from fora_trt.cli.terminal import print_json, say
 from fora_trt.contract import OPTIMIZATIONS
 from fora_trt.errors import BackendError, ExportError, ForaError, first_line
@@ -64,12 +64,7 @@ DEFAULT_OPSET = 23
     "--text-length", type=click.IntRange(min=1), help="Largest number of prompt tokens.  [default: the model's own]"
 )
 @click.option("--frames", type=click.IntRange(min=1), help="Frames of a video.  [default: the pipeline's own]")
-@click.option(
-    "--call",
-    type=KeyValue(),
-    multiple=True,
-    help="A further argument of the pipeline's call, such as guidance_scale=1.0; may be repeated.",
-)
+@CALL
 @click.option(
     "--component",
     help="The transformer of a pipeline with several, such as transformer_2.  [default: all]",
@@ -131,7 +126,7 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
     pipeline = bundle.manifest.pipeline
     for component in pipeline.components if pipeline and recipe.component is None else ():
         if component != pipeline.call.component:  # type: ignore[union-attr]
-            other = target.with_name(name_of_component(target.name, component))
+            other = target.with_name(pipeline.siblings(target.name)[component])  # type: ignore[union-attr]
             refuse_existing(other, force, "bundle", ExportError)
             bundles.append(_exported(recipe.model_copy(update={"component": component}), other, measured, force)[0])
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -97,6 +98,24 @@ class Words(click.ParamType[tuple[str, ...]]):
         return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(",") if part)
 
 
+class KeyValue(click.ParamType[tuple[str, "bool | int | float | str | None"]]):
+    """An argument NAME=VALUE; the value is a number, true, false, null, or else a text."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).partition("=")
+        if not equals or not name.isidentifier():
+            self.fail(f"{value!r} is not NAME=VALUE, such as guidance_scale=1.0", param, ctx)
+        try:
+            parsed = json.loads(text)
+        except ValueError:
+            return name, text
+        return name, parsed if isinstance(parsed, bool | int | float | None) else text
+
+
 class Schedulers(Words):
     """A list of schedulers; the settings of one, `dpm-solver++:order=3,spacing=lu`, contain commas too."""
 
@@ -168,6 +187,13 @@ GUIDANCE_INTERVAL = click.option(
     show_default=False,
 )
 VAE = click.option("--vae", help="Folder or hub id of the VAE.  [default: the model's own]", show_default=False)
+
+CALL = click.option(
+    "--call",
+    type=KeyValue(),
+    multiple=True,
+    help="A further argument of the call of a diffusers pipeline, such as true_cfg_scale=4; repeatable.",
+)
 
 TRUST_SOURCE = click.option(
     "--trust-source",

@@ -12,6 +12,7 @@ import click
 from fora_trt.cli.options import (
     AS_JSON,
     BUNDLE,
+    CALL,
     CONDITIONING,
     NEGATIVE_PROMPT,
     SEED,
@@ -21,6 +22,7 @@ from fora_trt.cli.options import (
     sampling_options,
     with_room,
 )
+from fora_trt.cli.run_pipeline import is_of_pipeline, run_pipeline
 from fora_trt.cli.terminal import print_json, watched
 from fora_trt.errors import InputError
 from fora_trt.presets import doubt_of
@@ -42,6 +44,12 @@ if TYPE_CHECKING:
 @click.option("--width", type=click.IntRange(min=1), help="Image width; must be the exported one.")
 @SEED
 @sampling_options
+@CALL
+@click.option(
+    "--pipeline",
+    "pipeline_folder",
+    help="Folder of the diffusers pipeline, for a bundle that was exported from a pipeline in memory.",
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="A .png file for a grid, or a folder for single images."
 )
@@ -69,8 +77,15 @@ def run(
       fora-trt run export/digits --class-labels 3,7,7 -o digits.png
       fora-trt run export/digits --class-labels 0,1,2 --scheduler dpm-solver++ --steps 20 -o folder/
       fora-trt run export/pixart-sigma-1024 --prompt "a lighthouse in a storm" --steps 20 -o lighthouse.png
+      fora-trt run export/stable-diffusion-3-medium-diffusers --prompt "a lighthouse in a storm" --steps 28
       fora-trt run export/dit-xl-2-256 --class-labels 207 --schedule fora:5 --json
     """
+    if is_of_pipeline(bundle):
+        run_pipeline(bundle, sampling, wanted, (height, width), output, latents_out, force, as_json)
+        return
+    refuse_given("only bundles that were exported from a watched pipeline take them", "call", "pipeline_folder")
+    for name in ("call", "pipeline_folder"):
+        del wanted[name]
     pipeline = sampling.pipeline(bundle)
     from fora_trt.images.decode import check_image_size
     from fora_trt.images.save import check_new, save_images, save_latents, writable_file, writable_images

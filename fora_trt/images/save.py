@@ -99,6 +99,26 @@ def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | Non
     write_whole(path, lambda file: image.save(file, format=form, **options))
 
 
+def save_videos(videos: Sequence[Sequence[Image.Image]], path: Path, milliseconds: int = 62) -> None:
+    """Write the frames of all videos as one animation, a grid a frame, or one animation a video to a folder.
+
+    Raises `InputError` for the suffix of a format that has no animations.
+    """
+    if _is_folder(path):
+        path.mkdir(exist_ok=True)
+        for k, frames in enumerate(videos):
+            save_videos([frames], path / f"{k:04d}.webp", milliseconds)
+        return
+    form = Image.registered_extensions().get(path.suffix.lower())
+    if form not in ("GIF", "WEBP", "PNG"):
+        raise InputError(
+            f"{path} does not have the suffix of an animation; give a .webp, .gif or .png file or a folder"
+        )
+    frames = [square_grid(list(at_once)) if len(at_once) > 1 else at_once[0] for at_once in zip(*videos, strict=True)]
+    options: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
+    write_whole(path, lambda file: frames[0].save(file, format=form, **options))
+
+
 def save_latents(latents: Tensor, path: Path) -> None:
     """Write latents (B, C, H, W) as a .npy file in fp32."""
     write_whole(path, lambda file: numpy.save(file, latents.numpy()))

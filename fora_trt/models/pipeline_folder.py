@@ -50,7 +50,8 @@ def watched_architecture(
 ) -> Architecture:
     """An architecture for one transformer of the pipeline in a folder.
 
-    Raises `ModelError` if the installed diffusers lacks its class. `index` is the content of `model_index.json`, `where` the place from which the pipeline is loaded later.
+    `index` is the content of `model_index.json`, `where` the place from which the pipeline is loaded later. Raises
+    `ModelError` if the installed diffusers lacks the class.
     """
     name = config.get("_class_name")
     made = _class_of("diffusers", name)
@@ -63,7 +64,7 @@ def watched_architecture(
         modules = transformers_of(pipe)
         watched = watch(pipe, arguments)[component]
         recorded = {**scalars_of(arguments), **_sizes(options)}
-        pipeline = PipelineSpec(type(pipe).__name__, where, recorded, tuple(modules), watched.call)
+        pipeline = PipelineSpec(type(pipe).__name__, where, recorded, tuple(modules), watched.samples, watched.call)
         return spec_of_watched(watched, modules[component], pipeline, None)
 
     return Architecture(
@@ -195,7 +196,8 @@ def _class_of(library: str, kind: object) -> type | None:
         return None
     home = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
     try:
-        found = getattr(importlib.import_module(home), kind, None)
+        with quiet("transformers"):  # it names optional packages when a pipeline is imported
+            found = getattr(importlib.import_module(home), kind, None)
     except ImportError:
         return None
     return found if isinstance(found, type) else None

@@ -68,7 +68,9 @@ def empty_from_pipeline(pipe: Any, component: str | None, arguments: Mapping[str
     name = _component(component, modules, type(pipe).__name__)
     watched = watch(pipe, arguments)[name]
     module = _sharing_copy(modules[name])
-    pipeline = PipelineSpec(type(pipe).__name__, None, scalars_of(arguments), tuple(modules), watched.call)
+    pipeline = PipelineSpec(
+        type(pipe).__name__, None, scalars_of(arguments), tuple(modules), watched.samples, watched.call
+    )
     scheduler = json.loads(pipe.scheduler.to_json_string())
     spec = spec_of_watched(watched, module, pipeline, scheduler)
 

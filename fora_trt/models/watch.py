@@ -45,6 +45,11 @@ class Watched:
     examples: dict[str, Tensor]
     output: tuple[int, ...]
 
+    @property
+    def samples(self) -> int:
+        """The batch of a call for one prompt: 2 for guidance in one call."""
+        return len(self.examples[LATENTS])
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -311,7 +316,12 @@ def _derived(one: _Recorder, two: _Recorder) -> Watched:
     calls = [*one.calls, *two.calls]
     slots = tuple(dict.fromkeys(call.slot for call in calls))
     order = tuple(name for name in one.signature.parameters if name != "self")
-    spec = CallSpec(one.component, order, arguments, defaults, _time_map(calls, timestep, what), slots)
+    attributes = {
+        name: value
+        for name, value in vars(one.module).items()
+        if isinstance(value, SCALARS) and value is not None and not name.startswith("_") and name != "training"
+    }
+    spec = CallSpec(one.component, order, arguments, defaults, _time_map(calls, timestep, what), slots, attributes)
     for call in calls:  # the other slots and steps must be calls of the same form
         given = spec.inputs_of((), call.arguments, found.constants)
         batch = len(given[LATENTS])

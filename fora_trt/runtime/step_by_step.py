@@ -39,7 +39,10 @@ class _Followed:
 
 
 class StepByStep(ABC):
-    """Runs one step of the schedule per call. `schedule` is a `Schedule`, or a text form for any number of steps."""
+    """Runs one step of the schedule per call. `schedule` is a `Schedule`, or a text form for any number of steps.
+
+    `full_steps` and `reuse_steps` count the steps of all trajectories.
+    """
 
     manifest: Manifest
     device: torch.device
@@ -51,6 +54,7 @@ class StepByStep(ABC):
         self._timesteps: Tensor | None = None
         self._followed: _Followed | None = None
         self.access = Access()
+        self.full_steps, self.reuse_steps = 0, 0
 
     @abstractmethod
     def begin(
@@ -129,6 +133,10 @@ class StepByStep(ABC):
         step = self._step - followed.first
         prediction = followed.run.at(step, batch).predict(followed.run.offsets[step], latents, timestep, **given)
         self._step += 1
+        if followed.run.offsets[step] == 0:
+            self.full_steps += 1
+        else:
+            self.reuse_steps += 1
         return prediction
 
     def reset(self, schedule: Schedule | None = None, timesteps: Tensor | None = None) -> None:

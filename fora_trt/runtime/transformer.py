@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import diffusers
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -46,16 +47,41 @@ class DenoiserTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self._stands_for = denoiser.manifest.model.architecture
         self.config = FrozenDict(denoiser.manifest.model.config)
         self.dtype: torch.dtype = getattr(torch, PRECISIONS[denoiser.manifest.precision])
         pipeline = denoiser.manifest.pipeline
         self._call = None if pipeline is None else pipeline.call
         self._constants = dict(constants or {})
+        for name, value in (self._call.attributes if self._call else {}).items():
+            if not hasattr(type(self), name):
+                setattr(self, name, value)
         self._scheduler = _scheduler_of(scheduler)
         self._slots: dict[str, Follower] = {}
         self._context: str | None = None
         self._count = 0
         self._moment: object = None
+
+    @property  # type: ignore[misc] # typeshed has an attribute
+    def __class__(self) -> type:
+        """The transformer's own class: pipelines of diffusers check it, in `from_pretrained(transformer=...)` too."""
+        named = getattr(diffusers, vars(self).get("_stands_for", ""), None)
+        return named if isinstance(named, type) else DenoiserTransformer
+
+    def follow(self, scheduler: Any) -> None:
+        """Read timesteps from another pipeline or scheduler. Raises `InputError` for another object."""
+        self._scheduler = _scheduler_of(scheduler)
+        self._slots.clear()
+
+    @property
+    def full_steps(self) -> int:
+        """Number of full steps that all slots have run so far."""
+        return sum(slot.denoiser.full_steps for slot in self._slots.values())
+
+    @property
+    def reuse_steps(self) -> int:
+        """Number of reuse steps that all slots have run so far."""
+        return sum(slot.denoiser.reuse_steps for slot in self._slots.values())
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +146,7 @@ class DenoiserTransformer(nn.Module):
         if name not in self._slots:
             time = TimeMap() if self._call is None else self._call.time
             denoiser = self.denoiser.another() if self._slots else self.denoiser
-            self._slots[name] = Follower(denoiser, self._scheduler, time)
+            self._slots[name] = Follower(denoiser, lambda: self._scheduler(), time)
         return self._slots[name]
 
     def _moment_of(self, timestep: Tensor) -> object:

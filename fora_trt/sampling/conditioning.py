@@ -136,7 +136,7 @@ def conditioning_from_file(manifest: Manifest, path: Path) -> Conditioning:
 
     Names that begin with `negative_` belong to the unconditional half. Raises `InputError`.
     """
-    tensors = _read(path)
+    tensors = tensors_of_file(path)
     named = {key: FILE_NAMES.get(key.removeprefix(NEGATIVE), key.removeprefix(NEGATIVE)) for key in tensors}
     given = {named[key]: value for key, value in tensors.items() if not key.startswith(NEGATIVE)}
     negative = {named[key]: value for key, value in tensors.items() if key.startswith(NEGATIVE)}
@@ -152,7 +152,8 @@ def conditioning_from_file(manifest: Manifest, path: Path) -> Conditioning:
     return conditioning_of_tensors(manifest, images, given, negative or None)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def tensors_of_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .npz file by name. Raises `InputError`."""
     try:
         if problem := problem_of(path):
             raise InputError(f"{path} {problem}")

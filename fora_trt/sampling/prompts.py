@@ -71,7 +71,7 @@ def _pipeline(name: str, text: TextSpec, device: torch.device) -> Any:
         raise InputError(
             f"--prompt needs {' and '.join(missing)}; {how_to_install('text')}, or give --prompt-embeds FILE"
         )
-    kind, variant = _class_of_pipeline(name, text.pipeline), _variant(folder)
+    kind, variant = pipeline_class(name, text.pipeline), _variant(folder)
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging
 
@@ -93,16 +93,17 @@ def _pipeline(name: str, text: TextSpec, device: torch.device) -> Any:
     return loaded.to(device)
 
 
-def _class_of_pipeline(name: str, pipeline: str) -> Any:
+def pipeline_class(name: str, pipeline: str) -> Any:
     """The pipeline class of diffusers with this name. Raises `InputError` for any other name."""
     import diffusers
 
-    kind: object = getattr(diffusers, pipeline, None)
+    with quiet("transformers"):  # it names optional packages when a pipeline is imported
+        kind: object = getattr(diffusers, pipeline, None)
     if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline) and kind.__module__ != LOADER:
         return kind
     raise InputError(
-        f"{name} names '{shown(pipeline)}' as the pipeline that encodes its prompts, which is none of diffusers; give "
-        "--prompt-embeds FILE"
+        f"{name} names '{shown(pipeline)}' as its pipeline, which the installed diffusers does not have; update "
+        "it, or export again"
     )
 
 

@@ -1,0 +1,273 @@
+"""Runs the diffusers pipeline that a bundle was exported from, with the drop-in in place of its transformers.
+
+Prompts, guidance, scheduler and decoding are the pipeline's own. `fora_trt.Pipeline` is for bundles whose loop is in
+`sampling/`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as of_diffusers
+from PIL import Image
+from torch import Tensor
+
+from fora_trt.bundle import Bundle
+from fora_trt.call import PipelineSpec
+from fora_trt.engines.backends import AUTO, backend_from_name, device_from_name, how_to_install
+from fora_trt.engines.options import EngineOptions, Progress
+from fora_trt.errors import BundleError, ForaError, InputError, ModelError, first_line
+from fora_trt.models.checkpoint import preferred, variants_in
+from fora_trt.models.parts import folder_of, read_config
+from fora_trt.presets import usual_text
+from fora_trt.quiet import quiet
+from fora_trt.runtime.denoiser import load
+from fora_trt.runtime.transformer import DenoiserTransformer
+from fora_trt.sampling.prompts import pipeline_class
+
+FILES = ("*.json", "*/*")
+"""Files of a hub repository that a whole pipeline needs."""
+
+COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+"""Names for the number of results for each prompt."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pipeline made: an image or the frames of a video for each sample, or latents where it has no VAE."""
+
+    pictures: list[list[Image.Image]]
+    latents: Tensor | None
+    seconds: float
+    full_steps: int
+    reuse_steps: int
+
+
+class DiffusersPipeline:
+    """The pipeline of a bundle. Its parts and the engines are loaded by the first call, or by `start`.
+
+    `schedule` is a text form or a file; without one the bundle's own counts. `where` is the folder of the pipeline, for
+    a bundle that does not name one.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        schedule: str = "",
+        backend: str = AUTO,
+        device: str = AUTO,
+        engines: Path = Path("engines"),
+        where: str | None = None,
+        report: Callable[[str], None] = lambda line: None,
+        progress: Progress = lambda fraction, phase: None,
+    ) -> None:
+        if bundle.manifest.pipeline is None:
+            raise InputError(f"{bundle.folder} was not exported from a diffusers pipeline; give it to Pipeline()")
+        self.bundle, self.spec = bundle, bundle.manifest.pipeline
+        self.schedule = schedule or bundle.schedule or usual_text()
+        self.backend = backend_from_name(backend, bundle.manifest, device)
+        self.device = device_from_name(device, self.backend)
+        self._engines, self._where, self._report, self._progress = engines, where, report, progress
+        self._pipe: Any = None
+        self.transformers: dict[str, DenoiserTransformer] = {}
+
+    def __call__(
+        self,
+        prompts: Sequence[str] = (),
+        *,
+        steps: int,
+        seed: int = 0,
+        num_images: int = 1,
+        arguments: Mapping[str, Any] | None = None,
+        watch: Callable[[Any], Any] | None = None,
+    ) -> Result:
+        """Make results for each prompt; result k has the seed `seed` + k.
+
+        `arguments` are further arguments of the pipeline, such as `negative_prompt`. Raises `InputError` for arguments
+        that the pipeline does not take or the bundle was not exported for.
+        """
+        given = self._arguments(prompts, num_images, dict(arguments or {}))
+        samples = self._samples(given, num_images)
+        self.start(samples)
+        if prompts and getattr(self._pipe, "text_encoder", self) is None:
+            raise InputError(f"{self.spec.name} was loaded without a text encoder; give --prompt-embeds FILE instead")
+        seeds = range(seed, seed + samples)
+        generators = [torch.Generator(self.device).manual_seed(one) for one in seeds]
+        before = self._counts()
+        began = time.perf_counter()
+        if watch is not None:
+            self._pipe.progress_bar = lambda iterable=None, total=None: _Bar(watch, iterable, total)
+        try:
+            with torch.no_grad():
+                made = self._pipe(
+                    **given,
+                    num_inference_steps=steps,
+                    generator=generators if samples > 1 else generators[0],
+                    output_type="pil" if self.decodes else "latent",
+                )
+        except ForaError:
+            raise
+        except Exception as error:  # a pipeline can raise anything
+            raise InputError(
+                f"{self.spec.name} cannot be called with {', '.join(sorted(given))} "
+                f"({type(error).__name__}: {first_line(error)}); correct them, or give others with --call"
+            ) from error
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - began
+        full, reuse = (after - one for after, one in zip(self._counts(), before, strict=True))
+        return _result(made, self.decodes, seconds, full, reuse)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the pipeline has a VAE; the first access loads the pipeline."""
+        self.start()
+        return getattr(self._pipe, "vae", None) is not None
+
+    def start(self, samples: int = 1) -> None:
+        """Load the parts of the pipeline, and start the engines for this many results at once."""
+        if self._pipe is not None:
+            return
+        manifest, folder = self.bundle.manifest, self._folder()
+        for component, name in self.spec.siblings(manifest.name).items():
+            opened = self.bundle if name == manifest.name else self._sibling(name)
+            options = EngineOptions(self._engines, samples * self.spec.samples, self._report, self._progress)
+            denoiser = load(
+                opened, schedule=self.schedule, backend=self.backend.name, device=self.device, plans=options
+            )
+            self.transformers[component] = denoiser.as_transformer()
+        self._report(f"loading {self.spec.name}")
+        self._pipe = _loaded(self.spec, folder, self.transformers, self.device)
+        for transformer in self.transformers.values():
+            transformer.follow(self._pipe)
+
+    def _folder(self) -> Path:
+        name = self.bundle.manifest.name
+        if self._where is None and self.spec.where is None:
+            raise InputError(
+                f"{name} was exported from a pipeline in memory, so its text encoder and VAE are not known; in Python, "
+                f"set pipe.transformer = fora_trt.load({str(self.bundle.folder)!r}, ...).as_transformer(pipe), or give "
+                "--pipeline the folder of the pipeline"
+            )
+        try:
+            if self._where is not None:
+                folder = Path(self._where).expanduser()
+                if not (folder / "model_index.json").is_file():
+                    raise InputError(f"{folder} is not the folder of a pipeline: it has no model_index.json")
+                return folder
+            assert self.spec.where is not None
+            return folder_of(self.spec.where, FILES)
+        except ModelError as error:
+            raise InputError(str(error)) from error
+
+    def _sibling(self, name: str) -> Bundle:
+        folder = self.bundle.folder.with_name(name)
+        try:
+            return Bundle.open(folder)
+        except BundleError as error:
+            raise InputError(
+                f"{self.spec.name} has {len(self.spec.components)} transformers, and {folder} with one of them cannot "
+                f"be opened: {error}"
+            ) from error
+
+    def _counts(self) -> tuple[int, int]:
+        ours = self.transformers.values()
+        return sum(one.full_steps for one in ours), sum(one.reuse_steps for one in ours)
+
+    def _arguments(self, prompts: Sequence[str], num_images: int, extra: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the pipeline's call. Raises `InputError` for one that it does not take."""
+        known = inspect.signature(pipeline_class(self.bundle.manifest.name, self.spec.name).__call__).parameters
+        given: dict[str, Any] = {name: one for name, one in self.spec.arguments.items() if name in known}
+        if prompts:
+            given["prompt"] = prompts[0] if len(prompts) == 1 else list(prompts)
+        if num_images > 1:
+            given[next((name for name in COUNTS if name in known), COUNTS[0])] = num_images
+        given |= extra
+        if unknown := given.keys() - known.keys():
+            raise InputError(
+                f"{self.spec.name} has no argument {min(unknown)!r}; its arguments are "
+                f"{', '.join(name for name in known if name != 'self')}"
+            )
+        return given
+
+    def _samples(self, given: Mapping[str, Any], num_images: int) -> int:
+        """How many results a call makes."""
+        of_prompts = [
+            len(one) if isinstance(one, list | Tensor) else 1
+            for name, one in given.items()
+            if name in ("prompt", "prompt_embeds", "class_labels")
+        ]
+        return max(of_prompts, default=1) * num_images
+
+
+class _Bar:
+    """The progress bar of a pipeline as `watch` shows it."""
+
+    def __init__(self, watch: Callable[[Any], Any], iterable: Any, total: int | None) -> None:
+        steps = iterable if iterable is not None else range(total or 0)
+        self._steps = iter(watch(steps))
+
+    def __iter__(self) -> Any:
+        return self._steps
+
+    def __enter__(self) -> _Bar:
+        self.update()
+        return self
+
+    def update(self, *_: Any) -> None:
+        with suppress(StopIteration):
+            next(self._steps)
+
+    def __exit__(self, *_: object) -> None:
+        for _step in self._steps:
+            pass
+
+
+def _loaded(spec: PipelineSpec, folder: Path, transformers: Mapping[str, Any], device: torch.device) -> Any:
+    """The pipeline with our transformers, in fp16 on a GPU and in fp32 on a CPU."""
+    kind = pipeline_class(folder.name, spec.name)
+    index = read_config(folder / "model_index.json", "pipeline", str(folder))
+    absent = [name for name, one in index.items() if isinstance(one, list) and not (folder / name).is_dir()]
+    variants = variants_in(folder / "text_encoder", "model") | variants_in(folder / "vae")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    of_diffusers.disable_progress_bar()
+    try:
+        with quiet("transformers"), quiet("diffusers"), quiet("huggingface_hub"):
+            pipe = kind.from_pretrained(
+                folder,
+                **dict.fromkeys(absent),
+                **transformers,
+                torch_dtype=dtype,
+                variant=preferred(variants) if variants else None,
+            )
+            return pipe.to(device)
+    except ImportError as error:
+        raise InputError(f"{spec.name} needs more packages: {first_line(error)}; {how_to_install('text')}") from error
+    except Exception as error:  # from many libraries: a missing or damaged file, no network
+        raise InputError(
+            f"the pipeline in {folder} cannot be loaded ({type(error).__name__}: {first_line(error)}); download or "
+            "copy the whole folder again"
+        ) from error
+    finally:
+        of_diffusers.enable_progress_bar()
+
+
+def _result(made: Any, decodes: bool, seconds: float, full: int, reuse: int) -> Result:
+    """What a pipeline returned, in one form."""
+    found = next(getattr(made, name) for name in ("images", "frames", "audios", "sample") if hasattr(made, name))
+    if not decodes:
+        return Result([], torch.as_tensor(found).float().cpu(), seconds, full, reuse)
+    if not isinstance(found, list) or not found:
+        raise InputError(f"the pipeline made {type(found).__name__}, which is neither images nor videos")
+    pictures = [[one] if isinstance(one, Image.Image) else list(one) for one in found]
+    if not all(isinstance(frame, Image.Image) for one in pictures for frame in one):
+        raise InputError("the pipeline made neither images nor videos; only these can be written")
+    return Result(pictures, None, seconds, full, reuse)
