@@ -30,6 +30,7 @@ from fora_trt.contract import (
     Role,
     TensorSpec,
     TextSpec,
+    has_fewer_channels,
     in_window,
     out_of_window,
 )
@@ -155,6 +156,11 @@ class Manifest(Record):
     def can_forecast(self) -> bool:
         """Whether reuse steps can read a weighted sum over several full steps: all folded values must be linear."""
         return all(one.role != "function" for one in self.graphs[REUSE].inputs)
+
+    @property
+    def denoises_all_latents(self) -> bool:
+        """Whether the prediction has the channels of the latents; if it has fewer, some of the input are no noise."""
+        return not has_fewer_channels(self.graphs[FULL].outputs[0].shape[1:], self.latents.shape)
 
     def unfed(self) -> list[str]:
         """Names of graph inputs that neither the model's inputs nor the outputs of an earlier graph provide."""
@@ -383,7 +389,11 @@ def _problems_of_latents(manifest: Manifest, shapes: dict[str, tuple[int | str, 
     for name in {FULL, REUSE} & manifest.graphs.keys():
         first = next(iter(manifest.graphs[name].outputs), None)
         wanted = [(many * latents.channels, *latents.shape[1:]) for many in (1, 2) if latents.shape]
-        if first is None or first.name != NOISE_PREDICTION or first.shape[1:] not in wanted:
+        if (
+            first is None
+            or first.name != NOISE_PREDICTION
+            or not (first.shape[1:] in wanted or has_fewer_channels(first.shape[1:], latents.shape))
+        ):
             yield f"the first output of the {name} graph is not a {NOISE_PREDICTION!r} of the shape of the latents"
 
 

@@ -5,6 +5,7 @@ This module depends on no model, engine or file format.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -152,6 +153,17 @@ class LatentSpec:
     def channels(self) -> int:
         """Number of latent channels C."""
         return self.shape[0]
+
+
+def has_fewer_channels(prediction: Sequence[int | str], latents: Sequence[int | str]) -> bool:
+    """Whether a prediction has the shape of the latents except for fewer channels, whichever dimension they are.
+
+    Then a part of the latents is no noise but a condition, such as an image to animate or a mask of what to paint.
+    """
+    if len(prediction) != len(latents):
+        return False
+    sizes = [(few, many) for few, many in zip(prediction, latents, strict=True) if few != many]
+    return len(sizes) == 1 and all(isinstance(size, int) for size in sizes[0]) and int(sizes[0][0]) < int(sizes[0][1])
 
 
 @dataclass(frozen=True)

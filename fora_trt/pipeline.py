@@ -271,7 +271,16 @@ class Pipeline:
         return self.scheduler_named(self.config.scheduler)
 
     def scheduler_named(self, name: str | None) -> SchedulerMixin:
-        """A scheduler of diffusers for this model, by text form; None is the model's own. Raises `InputError`."""
+        """A scheduler of diffusers for this model, by text form; None is the model's own.
+
+        Raises `InputError` for one that does not fit, and for a model that predicts only some channels of its input.
+        """
+        if not self.manifest.denoises_all_latents:
+            raise InputError(
+                f"{self.manifest.name} predicts fewer channels than its latents have (the others are a condition, such "
+                "as an image or a mask), so it needs the loop of its own pipeline; give the bundle to that pipeline of "
+                "diffusers"
+            )
         learned = self.manifest.latents.learned_sigma
         return scheduler_from_config(self.bundle.scheduler_config, name, learned, self._spacing_of(name))
 

@@ -15,7 +15,7 @@ from fora_trt.cli import main
 from fora_trt.contract import TextSpec
 from fora_trt.errors import ExportError, ModelError
 from fora_trt.evaluate.verify import compare_with_pytorch
-from fora_trt.export.split import check_sites
+from fora_trt.export.check_sites import check_sites
 from fora_trt.models.custom import completed
 from fora_trt.models.options import SourceOptions
 from fora_trt.pipeline import Pipeline
@@ -337,6 +337,8 @@ class Wayward(nn.Module):
         y = self.site(left)
         if self.way == "twice":
             y = self.site(y)
+        if self.way == "interleaves":
+            y = y[: len(x)] + y[len(x) :]
         result: Tensor = self.other(y.sum(1, keepdim=True) + left)
         return result
 
@@ -356,6 +358,9 @@ class Wayward(nn.Module):
     def in_place(self, x: Tensor) -> Tensor:
         return x.mul_(2) * 1
 
+    def interleaves(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x * 2])
+
     def whole(self, x: Tensor) -> Tensor:
         return x.mean(0, keepdim=True)
 
@@ -372,6 +377,7 @@ class Wayward(nn.Module):
         ("draws", "output of the cache site site differs between calls with the same inputs"),
         ("selects", r"the output of the cache site site has shape \[2, \d+\], but .* for .*; only the first dimension"),
         ("in_place", "site has side effects"),
+        ("interleaves", "site does not have the values of each sample in one block along its first dimension"),
         (
             "whole",
             r"the output of the cache site site has shape \[1, 9\] for a batch of 2; "

@@ -156,9 +156,12 @@ def wan(channels: int = 4) -> Tiny:
 
 
 def wan_image() -> Tiny:
-    """Wan 2.1 image to video: more channels in than out, and tokens of an image in the cross-attention."""
+    """Wan 2.1 image to video: more channels in than out, and tokens of an image in the cross-attention.
+
+    It takes 512 tokens of text, a constant in diffusers.
+    """
     return tiny(
-        "WanTransformer3DModel", (12, 2, 8, 8), {TEXT: (6, 16), "encoder_hidden_states_image": (4, 16)},
+        "WanTransformer3DModel", (12, 2, 8, 8), {TEXT: (512, 16), "encoder_hidden_states_image": (4, 16)},
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=12, out_channels=4, text_dim=16,
         freq_dim=256, ffn_dim=32, num_layers=2, rope_max_seq_len=32, image_dim=16, added_kv_proj_dim=24,
     )  # fmt: skip

@@ -91,20 +91,22 @@ class PlainStep:
         return False
 
 
-def forecast_of(kept: Sequence[Any], weights: Sequence[float], batch: int) -> Any:
+def forecast_of(kept: Sequence[Any], weights: Sequence[float], batch: int, full_batch: int | None = None) -> Any:
     """What a reuse step reads: the weighted sum of what the last full steps kept, the latest first.
 
     Tensors (B, ...) are cut to the first `batch` samples and added in fp32. Tuples and lists are added element by
-    element; from anything but tensors of numbers the latest is taken.
+    element; from anything but tensors of numbers the latest is taken. With `full_batch`, the batch of the latest full
+    step, tensors (k * B, ...) are cut to k rows of each sample.
     """
     latest = kept[0]
     if isinstance(latest, (tuple, list)):
-        return type(latest)(forecast_of(parts, weights, batch) for parts in zip(*kept, strict=True))
+        return type(latest)(forecast_of(parts, weights, batch, full_batch) for parts in zip(*kept, strict=True))
     if not isinstance(latest, Tensor):
         return latest
+    rows = batch if full_batch is None else batch * max(1, len(latest) // full_batch)
     if weights == LATEST or not latest.is_floating_point():
-        return latest if len(latest) == batch else latest[:batch]
-    total = sum(weight * one[:batch].float() for weight, one in zip(weights, kept, strict=False))
+        return latest if len(latest) == rows else latest[:rows]
+    total = sum(weight * one[:rows].float() for weight, one in zip(weights, kept, strict=False))
     return torch.as_tensor(total).to(latest.dtype)
 
 
@@ -125,7 +127,7 @@ class EagerFora(PlainPredictor):
             self.module, self.call = model.module.to(device, self._dtype), model.spec.call
         self._inputs = [tensor.name for tensor in model.spec.inputs]
         self._dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in model.spec.inputs}
-        self._step, self._batch = FULL_STEP, 0
+        self._step, self._batch, self._full_batch = FULL_STEP, 0, 0
         for site in bundle.manifest.cache_sites:
             module = self.module.get_submodule(site.module)
             module.forward = self._cached(module.forward)
@@ -133,6 +135,8 @@ class EagerFora(PlainPredictor):
     @torch.no_grad()
     def compute(self, step: Step, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
         self._step, self._batch = step, len(latents)
+        if step.is_full:
+            self._full_batch = self._batch
         times = torch.as_tensor(timestep, device=self.device).to(self._dtypes[TIMESTEP]).expand(len(latents))
         given: dict[str, Tensor] = cast_all({LATENTS: latents, **conditioning}, self._dtype) | {TIMESTEP: times}
         with without_tf32(self.device):
@@ -145,6 +149,6 @@ class EagerFora(PlainPredictor):
             if self._step.is_full:
                 kept[:] = [forward(*args, **kwargs), *kept[: self.depth - 1]]
                 return kept[0]
-            return forecast_of(kept, self._step.weights, self._batch)
+            return forecast_of(kept, self._step.weights, self._batch, self._full_batch)
 
         return cached

@@ -14,15 +14,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fora_trt.contract import DTYPES, FEATURE
-from fora_trt.errors import ExportError, first_line
-from fora_trt.models.examples import example_inputs
+from fora_trt.errors import ExportError
 from fora_trt.models.spec import ModelSpec
 
 CONSTANTS = (bool, int, float, str, type(None))
 """Types that a site may output besides tensors; such values must be equal at every step."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Shape and dtype of one sample of a feature.
+
+    With `joined`, the site outputs (k * B, ...), such as k frames or windows of each sample, and the feature is
+    (B, k, ...).
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    joined: bool
 
 
 @dataclass(frozen=True)
@@ -31,20 +44,32 @@ class Output:
 
     tree: TreeSpec
     leaves: tuple[Any, ...]
-    is_feature: tuple[bool, ...]
+    samples: Mapping[str, Sample]
 
     @property
     def features(self) -> list[str]:
         """Names of the features in the output."""
-        return [leaf for leaf, is_feature in zip(self.leaves, self.is_feature, strict=True) if is_feature]
+        return [*self.samples]
 
-    def of(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The output, rebuilt from features by name; None in place of a missing feature."""
-        both = zip(self.leaves, self.is_feature, strict=True)
-        return tree_unflatten([tensors.get(leaf) if is_feature else leaf for leaf, is_feature in both], self.tree)
+    def of(self, tensors: Mapping[str, Tensor], like: Tensor) -> Any:
+        """The output, rebuilt from features by name.
+
+        The graph has no feature that nothing reads. The module may still compute with it, so zeros take its place, with
+        the batch and on the device of `like`.
+        """
+        return tree_unflatten([self._leaf(leaf, tensors, like) for leaf in self.leaves], self.tree)
+
+    def _leaf(self, leaf: Any, tensors: Mapping[str, Tensor], like: Tensor) -> Any:
+        sample = self.samples.get(leaf) if isinstance(leaf, str) else None
+        if sample is None:
+            return leaf
+        tensor = tensors.get(leaf)
+        if tensor is None:
+            tensor = torch.zeros(like.shape[0], *sample.shape, dtype=sample.dtype, device=like.device)
+        return tensor.flatten(0, 1) if sample.joined else tensor
 
 
-NEVER_CALLED = Output(tree_flatten(None)[1], (None,), (False,))
+NEVER_CALLED = Output(tree_flatten(None)[1], (None,), {})
 """The output of a site that matches a pattern but that the network does not call."""
 
 
@@ -96,10 +121,10 @@ class FullStep(Split):
                         "leave it out of --cache"
                     )
                 seen.add(path)
-                self.outputs[path], tensors = _taken_apart(path, result)
+                self.outputs[path], tensors = _taken_apart(path, result, inputs[0].shape[0])
                 if self.cut_later:
                     tensors = {name: one.clone() for name, one in tensors.items()}
-                    result = self.outputs[path].of(tensors)
+                    result = self.outputs[path].of(tensors, inputs[0])
                 features.update(tensors)
                 return result
 
@@ -120,7 +145,7 @@ class FullStep(Split):
 
 
 class ReuseStep(Split):
-    """(inputs, the features named in `features`) -> prediction. The module must not read any other feature."""
+    """(inputs, the features named in `features`) -> prediction, which must not depend on any other feature."""
 
     features: list[str]
 
@@ -133,7 +158,7 @@ class ReuseStep(Split):
         given = dict(zip(self.features, tensors[count:], strict=True))
 
         def replay(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self.outputs[path].of(given)
+            return lambda *args, **kwargs: self.outputs[path].of(given, tensors[0])
 
         with _forwards_replaced(self.module, self.sites, replay):
             return (self.predict(tensors[:count]),)
@@ -149,8 +174,8 @@ def steps_of_module(
     return full, reuse
 
 
-def _taken_apart(path: str, result: Any) -> tuple[Output, dict[str, Tensor]]:
-    """The structure of an output and its tensors by name: `feature.PATH`, or `feature.PATH.K` for several tensors."""
+def _taken_apart(path: str, result: Any, batch: int) -> tuple[Output, dict[str, Tensor]]:
+    """The structure of an output and its features by name: `feature.PATH`, or `feature.PATH.K` for several tensors."""
     leaves, tree = tree_flatten(result)
     if odd := [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *CONSTANTS))]:
         raise ExportError(
@@ -167,10 +192,22 @@ def _taken_apart(path: str, result: Any) -> tuple[Output, dict[str, Tensor]]:
     if count == 0:
         raise ExportError(f"the cache site {path} outputs no tensor that could be cached; leave it out of --cache")
     names = iter([f"{FEATURE}{path}"] if count == 1 else [f"{FEATURE}{path}.{k}" for k in range(count)])
-    is_feature = tuple(isinstance(leaf, Tensor) for leaf in leaves)
-    named = tuple(next(names) if is_tensor else leaf for leaf, is_tensor in zip(leaves, is_feature, strict=True))
-    tensors = {name: leaf for name, leaf, is_tensor in zip(named, leaves, is_feature, strict=True) if is_tensor}
-    return Output(tree, named, is_feature), tensors
+    named = tuple(next(names) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    tensors: dict[str, Tensor] = {}
+    samples: dict[str, Sample] = {}
+    for name, leaf in zip(named, leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            tensors[name] = _by_sample(leaf, batch)
+            samples[name] = Sample(tuple(tensors[name].shape[1:]), leaf.dtype, tensors[name].dim() > leaf.dim())
+    return Output(tree, named, samples), tensors
+
+
+def _by_sample(tensor: Tensor, batch: int) -> Tensor:
+    """A tensor (B, ...) itself; (B, k, ...) for a tensor (k * B, ...). `batch` may be symbolic."""
+    many = tensor.shape[0] if tensor.dim() else 0
+    if not statically_known_true(many > batch) or not statically_known_true(many % batch == 0):
+        return tensor
+    return tensor.reshape(batch, many // batch, *tensor.shape[1:])
 
 
 @contextmanager
@@ -189,72 +226,3 @@ def _forwards_replaced(
             del site.forward  # deletes the instance attribute, so that the method of the class is visible again
             if before is not None:
                 site.forward = before
-
-
-@torch.no_grad()
-def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> None:
-    """Raise `ExportError` that names the first site whose output cannot be cached.
-
-    The output must be deterministic, must have the batch as first dimension and other sizes that do not depend on the
-    inputs, and must be the only effect of the site on the network. Sites that the architecture does not declare need
-    this check.
-    """
-
-    def run(batch: int, seed: int) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-        inputs = list(example_inputs(spec.inputs, spec.conditioning, batch, seed).values())
-        try:
-            prediction, *features = full(*inputs)
-        except ExportError:
-            raise
-        except Exception as error:  # the user's module can raise anything
-            raise ExportError(
-                f"{spec.architecture} fails on a batch of {batch} ({type(error).__name__}: {first_line(error)}); "
-                "a bundle needs a model that takes any batch size"
-            ) from error
-        return inputs, prediction, {name: one.clone() for name, one in zip(full.features, features, strict=True)}
-
-    full, _ = steps_of_module(module, spec, sites)
-    inputs, prediction, features = run(batch=2, seed=1)
-    outputs = dict(full.outputs)
-    for name, feature in features.items():
-        if feature.shape[:1] != (2,):
-            raise ExportError(
-                f"the output of the cache site {name.removeprefix(FEATURE)} has shape {list(feature.shape)} for a "
-                "batch of 2; the first dimension of a cached output must be the batch; leave the site out of --cache"
-            )
-    for case, batch, seed in (("same inputs", 2, 1), ("other inputs", 2, 2), ("another batch", 3, 3)):
-        *_, again = run(batch, seed)
-        for path in sites:
-            if full.outputs[path].leaves != outputs[path].leaves:
-                raise ExportError(
-                    f"the output of the cache site {path} has another structure for {case}, so it cannot be cached; "
-                    "leave the site out of --cache"
-                )
-        for name, feature in features.items():
-            site = name.removeprefix(FEATURE)
-            if again[name].shape != (batch, *feature.shape[1:]):
-                raise ExportError(
-                    f"the output of the cache site {site} has shape {list(feature.shape)}, "
-                    f"but {list(again[name].shape)} for {case}; only the first dimension, the batch, may change; "
-                    "leave the site out of --cache"
-                )
-            if case == "same inputs" and not _equal(again[name], feature):
-                raise ExportError(
-                    f"the output of the cache site {site} differs between calls with the same inputs (the module keeps "
-                    "state or draws random numbers), so it cannot be cached; leave the site out of --cache"
-                )
-    for path in sites:
-        _, reuse = steps_of_module(module, spec, [path])
-        reuse.outputs.update(outputs)
-        reuse.features = outputs[path].features
-        (replayed,) = reuse(*inputs, *(features[name] for name in reuse.features))
-        if not _equal(replayed, prediction):
-            raise ExportError(
-                f"the cache site {path} has side effects (it changes its input in place, stores a value that another "
-                "module reads, or its output is changed in place), so it cannot be cached; leave the site out of "
-                "--cache"
-            )
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)

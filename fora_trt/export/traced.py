@@ -28,6 +28,7 @@ from torch import Tensor
 from fora_trt.bundle import tensor_spec
 from fora_trt.contract import BATCH, FEATURE, FULL, LATENTS, REUSE, CacheSite, Optimization, TensorSpec
 from fora_trt.errors import ExportError, first_line
+from fora_trt.export.check_sites import check_sites
 from fora_trt.export.complex_pairs import rewrite_complex
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
@@ -39,10 +40,10 @@ from fora_trt.export.near_neutral import near_neutral_hidden
 from fora_trt.export.nodes import edge, with_role
 from fora_trt.export.optimize import optimized
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
-from fora_trt.export.read_parts import ReadPartsPass
-from fora_trt.export.split import FullStep, Split, check_sites, steps_of_module
+from fora_trt.export.split import FullStep, Split, steps_of_module
 from fora_trt.models.examples import example_inputs
 from fora_trt.models.sites import OTHER
+from fora_trt.models.sources import is_factory
 from fora_trt.models.spec import Model
 from fora_trt.quiet import quiet
 
@@ -81,7 +82,7 @@ def traced_from_model(model: Model, opset: int, report: Callable[[str], None]) -
     Raises `ExportError`.
     """
     paths = [path for path, _ in model.sites]
-    if any(kind == OTHER for _, kind in model.sites):
+    if is_factory(model.options.source) or any(kind == OTHER for _, kind in model.sites):
         report("checking the cache sites")
         check_sites(model.module, model.spec, paths)
     step, _ = steps_of_module(model.module, model.spec, paths)

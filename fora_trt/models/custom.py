@@ -26,6 +26,7 @@ from fora_trt.contract import (
     LatentSpec,
     Role,
     TensorSpec,
+    has_fewer_channels,
 )
 from fora_trt.errors import ModelError, first_line
 from fora_trt.models.architectures import Config, PipelineParts, factors_of
@@ -86,7 +87,7 @@ def completed(module: nn.Module, spec: ModelSpec, source: str, autoencoder: Conf
         if not tensor.shape or tensor.shape[0] != BATCH:
             raise ModelError(
                 f"the input {tensor.name!r} of {source!r} has the shape {list(tensor.shape)}; make {BATCH!r} the first "
-                "dimension"
+                "dimension, or create it in `call` if it is constant"
             )
         if tensor.name == NOISE_PREDICTION or tensor.name.startswith(FEATURE) or given.count(tensor.name) > 1:
             raise ModelError(
@@ -105,8 +106,8 @@ def completed(module: nn.Module, spec: ModelSpec, source: str, autoencoder: Conf
         _check_dtype(tensor, conditioning, source)
     if not isinstance(spec.scheduler, Mapping | None):
         raise ModelError(f"the scheduler of {source!r} is {_kind(spec.scheduler)}; a diffusers configuration is needed")
-    usual = CLASS_GUIDANCE_SCALE if spec.text is None else TEXT_GUIDANCE_SCALE
-    scale = usual if spec.guidance_scale is None else spec.guidance_scale
+    default = CLASS_GUIDANCE_SCALE if spec.text is None else TEXT_GUIDANCE_SCALE
+    scale = default if spec.guidance_scale is None else spec.guidance_scale
     if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
         raise ModelError(f"the guidance_scale of {source!r} is {scale!r}; a finite number of at least 0 is needed")
     if (time := conditioning.pop(TIMESTEP, None)) is not None and time.values is not None:
@@ -119,10 +120,11 @@ def completed(module: nn.Module, spec: ModelSpec, source: str, autoencoder: Conf
     )
     shape = _prediction_shape(module, spec, source)
     size = tuple(int(one) for one in latents.shape[1:])
-    if shape[1:] != size and (shape[1], *shape[2:]) != (2 * size[0], *size[1:]):
+    usual = size, (2 * size[0], *size[1:])
+    if shape[1:] not in usual and not has_fewer_channels(shape[1:], size):
         raise ModelError(
             f"{source!r} predicts the shape {list(shape[1:])} for latents of {list(size)}; the same shape is needed, "
-            "or twice the channels for a learned variance"
+            "twice the channels for a learned variance, or fewer channels if some of the input are no noise"
         )
     labels = conditioning.get(CLASS_LABELS)
     guidance = spec.guidance
