@@ -6,7 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fora_trt import export
     from fora_trt.contract import GuidanceSpec, InputSpec, LatentSpec, TensorSpec
+    from fora_trt.diffusers_pipeline import attach
     from fora_trt.errors import ForaError
     from fora_trt.models.spec import ModelSpec
     from fora_trt.pipeline import Pipeline, PipelineConfig, PipelineOutput
@@ -27,6 +29,8 @@ __all__ = [
     "Schedule",
     "TensorSpec",
     "__version__",
+    "attach",
+    "export",
     "load",
 ]
 
@@ -42,6 +46,7 @@ _HOME = {
     "PipelineOutput": "pipeline",
     "Schedule": "schedule",
     "TensorSpec": "contract",
+    "attach": "diffusers_pipeline",
     "load": "runtime.denoiser",
 }
 
@@ -50,6 +55,8 @@ def __getattr__(name: str) -> Any:
     """Import a name when it is asked for: many need torch, and the program handles signals before it imports."""
     if name in _HOME:
         return getattr(import_module(f"fora_trt.{_HOME[name]}"), name)
+    if name == "export":  # the stage of this name, which can be called
+        return import_module("fora_trt.export")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

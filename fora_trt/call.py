@@ -152,11 +152,15 @@ class PipelineSpec:
     samples: int
     call: CallSpec
 
-    def siblings(self, bundle: str) -> dict[str, str]:
-        """The names of the bundles of all transformers by component; `bundle` is the name of this one."""
-        first, own = self.components[0], self.call.component
-        stem = bundle if own == first else bundle.removesuffix(f"-{own}")
-        return {one: stem if one == first else f"{stem}-{one}" for one in self.components} | {own: bundle}
+    def bundles(self, first: str) -> dict[str, str]:
+        """The names of the bundles of all transformers by component; `first` is that of the first one."""
+        return {one: first if one == self.components[0] else f"{first}-{one}" for one in self.components}
+
+    def siblings(self, own: str) -> dict[str, str]:
+        """The names of the bundles of all transformers by component; `own` is that of this one."""
+        component = self.call.component
+        first = own if component == self.components[0] else own.removesuffix(f"-{component}")
+        return self.bundles(first) | {component: own}
 
 
 def _built(argument: Argument, inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Any:

@@ -50,6 +50,36 @@ class Result:
     reuse_steps: int
 
 
+def attach(pipe: Any, bundle: str | Path | Bundle, **settings: Any) -> dict[str, DenoiserTransformer]:
+    """Replace the transformers of a loaded pipeline by the engines of a bundle, and of the bundles beside it.
+
+    `settings` are those of `load`, such as `cache_interval=3`. Returns the replacements by component. Raises
+    `InputError` for a bundle of another pipeline.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    spec = opened.manifest.pipeline
+    names = {"transformer": opened.manifest.name} if spec is None else spec.siblings(opened.manifest.name)
+    if missing := names.keys() - pipe.components.keys():
+        raise InputError(f"{type(pipe).__name__} has no part {min(missing)!r}, for which {opened.folder} was exported")
+    bundles = {one: opened if name == opened.manifest.name else sibling(opened, name) for one, name in names.items()}
+    ours = {one: load(found, **settings).as_transformer(pipe) for one, found in bundles.items()}
+    for component, transformer in ours.items():
+        setattr(pipe, component, transformer)
+    return ours
+
+
+def sibling(bundle: Bundle, name: str) -> Bundle:
+    """The bundle of another transformer of the same pipeline, in the same folder. Raises `InputError`."""
+    folder = bundle.folder.with_name(name)
+    try:
+        return Bundle.open(folder)
+    except BundleError as error:
+        raise InputError(
+            f"the pipeline of {bundle.folder} has several transformers, and {folder} with one of them cannot be "
+            f"opened: {error}"
+        ) from error
+
+
 class DiffusersPipeline:
     """The pipeline of a bundle. Its parts and the engines are loaded by the first call, or by `start`.
 
@@ -138,7 +168,7 @@ class DiffusersPipeline:
             return
         manifest, folder = self.bundle.manifest, self._folder()
         for component, name in self.spec.siblings(manifest.name).items():
-            opened = self.bundle if name == manifest.name else self._sibling(name)
+            opened = self.bundle if name == manifest.name else sibling(self.bundle, name)
             options = EngineOptions(self._engines, samples * self.spec.samples, self._report, self._progress)
             denoiser = load(
                 opened, schedule=self.schedule, backend=self.backend.name, device=self.device, plans=options
@@ -167,16 +197,6 @@ class DiffusersPipeline:
             return folder_of(self.spec.where, FILES)
         except ModelError as error:
             raise InputError(str(error)) from error
-
-    def _sibling(self, name: str) -> Bundle:
-        folder = self.bundle.folder.with_name(name)
-        try:
-            return Bundle.open(folder)
-        except BundleError as error:
-            raise InputError(
-                f"{self.spec.name} has {len(self.spec.components)} transformers, and {folder} with one of them cannot "
-                f"be opened: {error}"
-            ) from error
 
     def _counts(self) -> tuple[int, int]:
         ours = self.transformers.values()

@@ -23,6 +23,7 @@ STAGES = [
     "quiet",
     "registry",
     "contract",
+    "call",
     "plan",
     "schedule",
     "presets",
@@ -36,9 +37,11 @@ STAGES = [
     "sampling",
     "images",
     "pipeline",
+    "diffusers_pipeline",
     "metrics",
     "report",
     "evaluate",
+    "exporting",
     "inspection",
     "doctor",
     "cli",
@@ -113,4 +116,4 @@ def test_commands_are_thin() -> None:
 
 def test_the_denoiser_has_little_state(exported: Bundle) -> None:
     denoiser = load(exported, schedule="fora:3", backend="torch", device="cpu")
-    assert len(vars(denoiser)) <= 13, sorted(vars(denoiser))
+    assert len(vars(denoiser)) <= 15, sorted(vars(denoiser))

@@ -55,7 +55,10 @@ SQUARE = {"height": 64, "width": 64}
 
 
 def sd3(kind: str = "sd3") -> TinyPipeline:
-    pooled = {"pooled_prompt_embeds": drawn(1, 64, seed=2), "negative_pooled_prompt_embeds": drawn(1, 64, seed=3)}
+    pooled: dict[str, Any] = {
+        "pooled_prompt_embeds": drawn(1, 64, seed=2),
+        "negative_pooled_prompt_embeds": drawn(1, 64, seed=3),
+    }
     return piped("StableDiffusion3Pipeline", kind), {**prompts(5, 32, **pooled), **SQUARE}
 
 
@@ -133,13 +136,13 @@ def z_image() -> TinyPipeline:
 
 
 def qwen_image() -> TinyPipeline:
-    masks = {"prompt_embeds_mask": ones(1, 6), "negative_prompt_embeds_mask": ones(1, 6)}
+    masks: dict[str, Any] = {"prompt_embeds_mask": ones(1, 6), "negative_prompt_embeds_mask": ones(1, 6)}
     return piped("QwenImagePipeline", "qwen_image"), {**prompts(**masks), **SQUARE, "true_cfg_scale": 4.0}
 
 
 def hunyuan_dit() -> TinyPipeline:
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
-    second = {
+    second: dict[str, Any] = {
         "prompt_embeds_2": drawn(1, 6, 16, seed=5),
         "negative_prompt_embeds_2": drawn(1, 6, 16, seed=6),
         "prompt_attention_mask_2": ones(1, 6),
@@ -150,7 +153,7 @@ def hunyuan_dit() -> TinyPipeline:
 
 
 def hunyuan_video() -> TinyPipeline:
-    pooled = {"pooled_prompt_embeds": drawn(1, 8, seed=2)}
+    pooled: dict[str, Any] = {"pooled_prompt_embeds": drawn(1, 8, seed=2)}
     return piped("HunyuanVideoPipeline", "hunyuan_video"), {
         **prompts(mask=True, negative=False, **pooled),
         **SQUARE,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fora_trt.bundle import Bundle, TrajectoryError
     from fora_trt.models.recipes import Recipe
 
-
 DEFAULT_OPSET = 23
 
 
@@ -121,14 +120,7 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
         refuse_given("trajectories are compared with those in fp32; give --precision fp16 or bf16", "measured")
     target = out / _folder_name(recipe.name or source_from_options(recipe.options()).name)
     refuse_existing(target, force, "bundle", ExportError)
-    bundle, notes = _exported(recipe, target, measured, force)
-    bundles = [bundle]
-    pipeline = bundle.manifest.pipeline
-    for component in pipeline.components if pipeline and recipe.component is None else ():
-        if component != pipeline.call.component:  # type: ignore[union-attr]
-            other = target.with_name(pipeline.siblings(target.name)[component])  # type: ignore[union-attr]
-            refuse_existing(other, force, "bundle", ExportError)
-            bundles.append(_exported(recipe.model_copy(update={"component": component}), other, measured, force)[0])
+    bundles, notes = _exported(recipe, target, measured, force)
     if as_json:
         first, *others = [{"bundle": str(one.folder), **one.manifest.model_dump(mode="json")} for one in bundles]
         print_json({**first, "notes": notes, **({"other_transformers": others} if others else {})})
@@ -137,33 +129,32 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
         _show(one)
 
 
-def _exported(recipe: Recipe, target: Path, measured: bool | None, force: bool) -> tuple[Bundle, tuple[str, ...]]:
-    """Export one transformer; the bundle, and sentences about what was chosen."""
-    from fora_trt.evaluate.export_check import GraphCheck
-    from fora_trt.export.write import bundle_from_model
-    from fora_trt.models.sources import model_from_source
-    from fora_trt.sampling.scheduler_step import check_scheduler
+def _exported(recipe: Recipe, target: Path, measured: bool | None, force: bool) -> tuple[list[Bundle], tuple[str, ...]]:
+    """Export each transformer of the source; the bundles, and sentences about what was chosen."""
+    from fora_trt.exporting import export_model, models_of_options
 
     precision = recipe.precision or "fp32"
+    bundles, notes = list["Bundle"](), list[str]()
     say(f"loading {recipe.source}")
-    model = model_from_source(recipe.options(), precision, recipe.cache)
-    for note in model.notes:
-        click.echo(note, err=True)
-    if model.spec.pipeline is None:
-        check_scheduler(model.scheduler, model.latents.learned_sigma)
-    measure = measured is not False and precision != "fp32" and model.spec.pipeline is None
-    bundle = bundle_from_model(
-        model,
-        target,
-        check=GraphCheck(),
-        opset=recipe.opset or DEFAULT_OPSET,
-        optimization=recipe.optimize or OPTIMIZATIONS[-1],
-        schedule=recipe.schedule,
-        force=force,
-        report=say,
-        measure=lambda staged: _trajectory_error(staged, target, measured is True) if measure else None,
-    )
-    return bundle, model.notes
+    for model in models_of_options(recipe.options(), precision, recipe.cache):
+        for note in model.notes:
+            click.echo(note, err=True)
+        notes += model.notes
+        pipeline = model.spec.pipeline
+        if measured and pipeline is not None:
+            refuse_given("the trajectories of a pipeline are its own", "measured")
+        folder = target
+        if pipeline is not None and recipe.component is None:
+            folder = target.with_name(pipeline.bundles(target.name)[pipeline.call.component])
+
+        def measure(staged: Bundle, folder: Path = folder) -> TrajectoryError | None:
+            return _trajectory_error(staged, folder, measured is True)
+
+        measures = measured is not False and precision != "fp32" and pipeline is None
+        level, opset = recipe.optimize or OPTIMIZATIONS[-1], recipe.opset or DEFAULT_OPSET
+        more = {"measure": measure} if measures else {}
+        bundles.append(export_model(model, folder, opset, level, recipe.schedule, force, say, **more))
+    return bundles, tuple(notes)
 
 
 def _show(bundle: Bundle) -> None:

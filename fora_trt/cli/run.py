@@ -22,7 +22,7 @@ from fora_trt.cli.options import (
     sampling_options,
     with_room,
 )
-from fora_trt.cli.run_pipeline import is_of_pipeline, run_pipeline
+from fora_trt.cli.run_pipeline import is_of_pipeline, run_pipeline, without_pipeline
 from fora_trt.cli.terminal import print_json, watched
 from fora_trt.errors import InputError
 from fora_trt.presets import doubt_of
@@ -70,22 +70,19 @@ def run(
     """Make images with the two engines of a bundle.
 
     Without -o and --latents-out, a grid is written to NAME.png in the current folder, or the latents to NAME.npy if
-    the model has no VAE; if that file exists, to NAME-2.png and so on. A PNG carries the settings as text.
+    the model has no VAE; if it exists, to NAME-2.png and so on. A PNG carries the settings as text.
 
     \b
     Examples:
       fora-trt run export/digits --class-labels 3,7,7 -o digits.png
       fora-trt run export/digits --class-labels 0,1,2 --scheduler dpm-solver++ --steps 20 -o folder/
-      fora-trt run export/pixart-sigma-1024 --prompt "a lighthouse in a storm" --steps 20 -o lighthouse.png
-      fora-trt run export/stable-diffusion-3-medium-diffusers --prompt "a lighthouse in a storm" --steps 28
+      fora-trt run export/stable-diffusion-3-medium-diffusers --prompt "a lighthouse" --steps 28
       fora-trt run export/dit-xl-2-256 --class-labels 207 --schedule fora:5 --json
     """
     if is_of_pipeline(bundle):
-        run_pipeline(bundle, sampling, wanted, (height, width), output, latents_out, force, as_json)
+        run_pipeline(bundle, sampling, wanted, output, latents_out, force, as_json)
         return
-    refuse_given("only bundles that were exported from a watched pipeline take them", "call", "pipeline_folder")
-    for name in ("call", "pipeline_folder"):
-        del wanted[name]
+    without_pipeline(wanted)
     pipeline = sampling.pipeline(bundle)
     from fora_trt.images.decode import check_image_size
     from fora_trt.images.save import check_new, save_images, save_latents, writable_file, writable_images
@@ -113,11 +110,15 @@ def run(
         save_images(_images_of(made, output, latents_out), output, figures, _each(made, wanted))
     if doubt := doubt_of(made.sampling.schedule, made.guidance.scale, made.sampling.scheduler_step.adds_noise):
         click.echo(doubt, err=True)
-    written = {"output": output, "latents_out": latents_out}
+    _tell(figures, {"output": output, "latents_out": latents_out}, pipeline.backend.compiles, as_json)
+
+
+def _tell(figures: dict[str, Any], written: dict[str, Path | None], compiles: bool, as_json: bool) -> None:
+    """Print what was made and where it was written."""
     if as_json:
         print_json({**figures, **written})
         return
-    click.echo(_sentence(figures, pipeline.backend.compiles))
+    click.echo(_sentence(figures, compiles))
     for path in filter(None, written.values()):
         click.echo(f"wrote {path}")
 

@@ -33,11 +33,16 @@ def is_of_pipeline(bundle: Path) -> bool:
         return False  # the command says so
 
 
+def without_pipeline(wanted: dict[str, Any]) -> None:
+    """Refuse and drop the options that only `run_pipeline` takes."""
+    refuse_given("only bundles that were exported from a watched pipeline take them", "call", "pipeline_folder")
+    del wanted["call"], wanted["pipeline_folder"]
+
+
 def run_pipeline(
     folder: Path,
     sampling: SamplingOptions,
     wanted: dict[str, Any],
-    size: tuple[int | None, int | None],
     output: Path | None,
     latents_out: Path | None,
     force: bool,

@@ -40,6 +40,7 @@ from fora_trt.export.near_neutral import near_neutral_hidden
 from fora_trt.export.nodes import edge, with_role
 from fora_trt.export.optimize import optimized
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
+from fora_trt.export.read_parts import ReadPartsPass
 from fora_trt.export.split import FullStep, Split, steps_of_module
 from fora_trt.models.examples import example_inputs
 from fora_trt.models.sites import OTHER
@@ -82,7 +83,8 @@ def traced_from_model(model: Model, opset: int, report: Callable[[str], None]) -
     Raises `ExportError`.
     """
     paths = [path for path, _ in model.sites]
-    if is_factory(model.options.source) or any(kind == OTHER for _, kind in model.sites):
+    declared = model.spec.pipeline is None and not is_factory(model.options.source)
+    if not declared or any(kind == OTHER for _, kind in model.sites):
         report("checking the cache sites")
         check_sites(model.module, model.spec, paths)
     step, _ = steps_of_module(model.module, model.spec, paths)

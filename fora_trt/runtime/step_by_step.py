@@ -38,10 +38,18 @@ class _Followed:
     conditioning: Mapping[str, Tensor] | None
 
 
+@dataclass
+class Taken:
+    """Numbers of full and of reuse steps that were taken."""
+
+    full: int = 0
+    reuse: int = 0
+
+
 class StepByStep(ABC):
     """Runs one step of the schedule per call. `schedule` is a `Schedule`, or a text form for any number of steps.
 
-    `full_steps` and `reuse_steps` count the steps of all trajectories.
+    `taken` counts the steps of all trajectories.
     """
 
     manifest: Manifest
@@ -54,7 +62,7 @@ class StepByStep(ABC):
         self._timesteps: Tensor | None = None
         self._followed: _Followed | None = None
         self.access = Access()
-        self.full_steps, self.reuse_steps = 0, 0
+        self.taken = Taken()
 
     @abstractmethod
     def begin(
@@ -134,9 +142,9 @@ class StepByStep(ABC):
         prediction = followed.run.at(step, batch).predict(followed.run.offsets[step], latents, timestep, **given)
         self._step += 1
         if followed.run.offsets[step] == 0:
-            self.full_steps += 1
+            self.taken.full += 1
         else:
-            self.reuse_steps += 1
+            self.taken.reuse += 1
         return prediction
 
     def reset(self, schedule: Schedule | None = None, timesteps: Tensor | None = None) -> None:

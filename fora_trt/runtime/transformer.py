@@ -76,12 +76,12 @@ class DenoiserTransformer(nn.Module):
     @property
     def full_steps(self) -> int:
         """Number of full steps that all slots have run so far."""
-        return sum(slot.denoiser.full_steps for slot in self._slots.values())
+        return sum(slot.denoiser.taken.full for slot in self._slots.values())
 
     @property
     def reuse_steps(self) -> int:
         """Number of reuse steps that all slots have run so far."""
-        return sum(slot.denoiser.reuse_steps for slot in self._slots.values())
+        return sum(slot.denoiser.taken.reuse for slot in self._slots.values())
 
     @property
     def device(self) -> torch.device:

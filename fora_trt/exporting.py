@@ -1,0 +1,138 @@
+"""Export in one call: a source by name, or a diffusers pipeline that is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fora_trt.bundle import Bundle
+from fora_trt.contract import OPTIMIZATIONS, PRECISIONS, Optimization
+from fora_trt.errors import ExportError, ModelError
+from fora_trt.evaluate.export_check import GraphCheck
+from fora_trt.export.write import bundle_from_model
+from fora_trt.files import refuse_existing
+from fora_trt.models.assembly import model_from_empty
+from fora_trt.models.options import SourceOptions
+from fora_trt.models.pipelines import empty_from_pipeline
+from fora_trt.models.sources import model_from_source
+from fora_trt.models.spec import Model
+from fora_trt.sampling.scheduler_step import check_scheduler
+from fora_trt.untrusted import name_problem, shown
+
+DEFAULT_OPSET = 23
+
+
+def export(
+    source: Any,
+    target: str | Path | None = None,
+    *,
+    precision: str = "fp32",
+    cache: Sequence[str] | None = None,
+    optimize: Optimization = OPTIMIZATIONS[-1],
+    schedule: str | None = None,
+    component: str | None = None,
+    opset: int = DEFAULT_OPSET,
+    force: bool = False,
+    report: Callable[[str], None] = lambda stage: None,
+    **arguments: Any,
+) -> Bundle:
+    """Export a source as a bundle in the folder `target`, by default `export/NAME`.
+
+    `source` is what `fora-trt export` takes, or a diffusers pipeline in memory: then the transformer that is loaded is
+    exported, with all changes to its weights. `arguments` are those of a call of the pipeline with one prompt
+    (`height=1024`, `prompt_embeds=...`), or for a name the options of the source (`image_size=(1024, 1024)`).
+
+    A pipeline with several transformers becomes several bundles; the others have the name of their component at the end
+    (`wan-transformer_2`), and the result is the bundle of the first. `component` selects one. The pipeline itself does
+    not change. Raises `ModelError` for a source that cannot be exported, `ExportError` for graphs that are not written.
+    """
+    if isinstance(source, str | Path):
+        models = _models_of_name(source, precision, cache, component, arguments)
+    else:
+        models = _models_of_pipeline(source, precision, cache, component, arguments)
+    written: list[Bundle] = []
+    for model in models:
+        folder = Path("export") / model.name if target is None else Path(target)
+        pipeline = model.spec.pipeline
+        if component is None and pipeline is not None:
+            folder = folder.with_name(pipeline.bundles(folder.name)[pipeline.call.component])
+        written.append(export_model(model, folder, opset, optimize, schedule, force, report))
+    return written[0]
+
+
+def export_model(
+    model: Model,
+    target: Path,
+    opset: int,
+    optimize: Optimization,
+    schedule: str | None,
+    force: bool,
+    report: Callable[[str], None],
+    **more: Any,
+) -> Bundle:
+    """Write a loaded model as the bundle `target`; `more` goes to `bundle_from_model`."""
+    if problem := name_problem(target.name):
+        raise ExportError(f"'{shown(target.name)}' is not a name for a bundle: it {problem}")
+    refuse_existing(target, force, "bundle", ExportError)
+    if model.spec.pipeline is None:
+        check_scheduler(model.scheduler, model.latents.learned_sigma)
+    return bundle_from_model(
+        model,
+        target,
+        check=GraphCheck(),
+        opset=opset,
+        optimization=optimize,
+        schedule=schedule,
+        force=force,
+        report=report,
+        **more,
+    )
+
+
+def _models_of_name(
+    source: str | Path, precision: str, cache: Sequence[str] | None, component: str | None, given: dict[str, Any]
+) -> Iterator[Model]:
+    """The models of a source by name: that of each transformer of a pipeline."""
+    try:
+        options = SourceOptions(source=str(source), component=component, **given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ModelError(
+            f"the option {key!r} of the source is not valid: {first['msg']}; the options are "
+            f"{', '.join(SourceOptions.model_fields)}"
+        ) from error
+    yield from models_of_options(options, precision, cache)
+
+
+def models_of_options(options: SourceOptions, precision: str, cache: Sequence[str] | None) -> Iterator[Model]:
+    """The models of a source: that of each transformer of a pipeline, one after the other."""
+    model = model_from_source(options, precision, cache)
+    yield model
+    pipeline = model.spec.pipeline
+    for other in pipeline.components if pipeline is not None and options.component is None else ():
+        if other != model.spec.pipeline.call.component:  # type: ignore[union-attr]
+            yield model_from_source(options.model_copy(update={"component": other}), precision, cache)
+
+
+def _models_of_pipeline(
+    pipe: Any, precision: str, cache: Sequence[str] | None, component: str | None, given: dict[str, Any]
+) -> Iterator[Model]:
+    """The models of a pipeline in memory."""
+    if precision not in PRECISIONS:
+        raise ModelError(f"the precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    if not hasattr(pipe, "components") or not hasattr(pipe, "scheduler"):
+        raise ModelError(
+            f"the source is an object of type {type(pipe).__name__}; give a diffusers pipeline, or the name of a source"
+        )
+    waiting = [component]
+    while waiting:
+        empty = empty_from_pipeline(pipe, waiting.pop(0), given)
+        model = model_from_empty(empty, SourceOptions(source=f"{empty.name} in memory"), precision, cache)
+        yield model
+        pipeline = model.spec.pipeline
+        if component is None and pipeline is not None and pipeline.call.component == pipeline.components[0]:
+            waiting += pipeline.components[1:]
