@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fora_trt import export
     from fora_trt.contract import GuidanceSpec, InputSpec, LatentSpec, TensorSpec
     from fora_trt.diffusers_pipeline import attach
     from fora_trt.errors import ForaError
+    from fora_trt.exporting import export
     from fora_trt.models.spec import ModelSpec
     from fora_trt.pipeline import Pipeline, PipelineConfig, PipelineOutput
     from fora_trt.runtime.denoiser import Denoiser, load

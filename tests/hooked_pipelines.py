@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fora_trt.bundle import Bundle
 from fora_trt.evaluate.eager_fora import forecast_of
 from fora_trt.schedule import Schedule
 
 
 class Hooked:
-    """A transformer whose sites return what earlier full steps kept; calls of one step take the slots in turn.
-
-    `first` is the step of the pipeline in which the transformer is called for the first time.
-    """
+    """A transformer whose sites return what earlier full steps kept; calls of one step take the slots in turn."""
 
     def __init__(self, module: Any, sites: Sequence[str], schedule: str, steps: int, slots: int) -> None:
         self.plan = Schedule.open(schedule, steps).plan
@@ -51,6 +50,32 @@ class Hooked:
         """Take the hooks off."""
         for site in (*self.sites, self.module):
             del site.forward
+
+
+def hooked(pipe: Any, given: Mapping[str, Any], bundles: Mapping[str, Bundle], schedule: str, steps: int) -> Tensor:
+    """The latents of a pipeline whose transformers cache the sites of the bundles by hooks.
+
+    Each transformer has the schedule for the steps from its first call to the end.
+    """
+
+    def with_hooks(text: str, begins: Mapping[str, int]) -> tuple[Tensor, dict[str, int]]:
+        made: dict[str, Hooked] = {}
+        for name, bundle in bundles.items():
+            spec = bundle.manifest.pipeline
+            assert spec is not None
+            sites = [site.module for site in bundle.manifest.cache_sites]
+            made[name] = Hooked(getattr(pipe, name), sites, text, steps - begins[name], len(spec.call.slots))
+        try:
+            return latents_of(pipe, given, steps), {name: one.calls // one.slots for name, one in made.items()}
+        finally:
+            for one in made.values():
+                one.remove()
+
+    begins = dict.fromkeys(bundles, 0)
+    if len(bundles) > 1:
+        _, taken = with_hooks("none", begins)
+        begins = dict(zip(bundles, accumulate([0, *taken.values()]), strict=False))
+    return with_hooks(schedule, begins)[0]
 
 
 def latents_of(pipe: Any, given: Mapping[str, Any], steps: int, seed: int = 7) -> Tensor:

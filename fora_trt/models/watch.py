@@ -316,7 +316,7 @@ def _derived(one: _Recorder, two: _Recorder) -> Watched:
     calls = [*one.calls, *two.calls]
     slots = tuple(dict.fromkeys(call.slot for call in calls))
     order = tuple(name for name in one.signature.parameters if name != "self")
-    attributes = {
+    attributes: dict[str, Scalar] = {
         name: value
         for name, value in vars(one.module).items()
         if isinstance(value, SCALARS) and value is not None and not name.startswith("_") and name != "training"

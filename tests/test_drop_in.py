@@ -1,0 +1,219 @@
+"""The drop-in in pipelines of diffusers, against hooks on the real transformers inside the same pipeline."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler, WanTransformer3DModel
+from torch import Tensor
+
+import fora_trt
+from fora_trt.bundle import Bundle
+from fora_trt.diffusers_pipeline import attach
+from fora_trt.errors import InputError, ShapeError
+from fora_trt.models.watch import transformers_of
+from fora_trt.runtime.transformer import DenoiserTransformer
+from fora_trt.schedule import Schedule
+from tests.hooked_pipelines import hooked, latents_of
+from tests.tiny_pipelines import PIPELINES
+
+STEPS = 8
+SCHEDULES = ("none", "fora:3", "fora:1,forecast=2", "fora:3,forecast=2")
+
+FAST = ("flux_cfg", "wan22", "sd3")
+"""Two calls a step, two transformers, and guidance in one call."""
+
+
+@dataclass
+class Exported:
+    """A pipeline, the arguments of a call, and the bundles of its transformers by component."""
+
+    pipe: Any
+    given: dict[str, Any]
+    bundles: dict[str, Bundle]
+
+    def drop_ins(self, schedule: str) -> dict[str, DenoiserTransformer]:
+        first = next(iter(self.bundles.values()))
+        return attach(self.pipe, first, schedule=schedule, device="cpu")
+
+    def latents(self, schedule: str, **more: Any) -> tuple[Tensor, dict[str, DenoiserTransformer]]:
+        """The latents with the drop-in, which is taken out again."""
+        before = transformers_of(self.pipe)
+        ours = self.drop_ins(schedule)
+        try:
+            return latents_of(self.pipe, {**self.given, **more}, STEPS), ours
+        finally:
+            for name, module in before.items():
+                setattr(self.pipe, name, module)
+
+    def expected(self, schedule: str) -> Tensor:
+        return hooked(self.pipe, self.given, self.bundles, schedule, STEPS)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Exports a pipeline by name, once."""
+    made: dict[str, Exported] = {}
+
+    def of(name: str) -> Exported:
+        if name not in made:
+            pipe, given = PIPELINES[name]()
+            bundle = fora_trt.export(pipe, tmp_path_factory.mktemp(name) / name, **given)
+            spec = bundle.manifest.pipeline
+            assert spec is not None
+            folders = spec.siblings(name)
+            made[name] = Exported(
+                pipe, given, {one: Bundle.open(bundle.folder.with_name(folder)) for one, folder in folders.items()}
+            )
+        return made[name]
+
+    return of
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", FAST)
+def test_latents_are_those_of_hooks(name: str, schedule: str, exported: Any) -> None:
+    one = exported(name)
+    got, _ = one.latents(schedule)
+    assert relative(got, one.expected(schedule)) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "slots"), [("flux_cfg", 2), ("sd3", 1)])
+def test_full_and_reuse_calls_are_as_the_schedule_says(name: str, slots: int, exported: Any) -> None:
+    _, ours = exported(name).latents("fora:3")
+    schedule = Schedule.fora(STEPS, 3)
+    transformer = ours["transformer"]
+    assert (transformer.full_steps, transformer.reuse_steps) == (
+        slots * schedule.full_steps,
+        slots * (STEPS - schedule.full_steps),
+    )
+
+
+def test_each_transformer_caches_its_own_part_of_the_steps(exported: Any) -> None:
+    _, ours = exported("wan22").latents("fora:3")
+    taken = {name: (one.full_steps, one.reuse_steps) for name, one in ours.items()}
+    assert sum(map(sum, taken.values())) == 2 * STEPS, "two calls a step"
+    assert all(full and reuse for full, reuse in taken.values()), taken
+
+
+def test_slots_do_not_see_each_other(exported: Any) -> None:
+    """What one prompt caches is not read with the other, in whatever order they are called."""
+    one = exported("flux_cfg")
+    bundle = one.bundles["transformer"]
+    call = bundle.manifest.pipeline.call
+    texts = {"a": torch.randn(1, 6, 32), "b": torch.randn(1, 6, 32)}
+    one.pipe.scheduler.set_timesteps(STEPS, mu=0.5)
+    noise = torch.randn(STEPS, 1, 16, 4)
+
+    def run(order: Mapping[int, str]) -> dict[str, list[Tensor]]:
+        transformer = fora_trt.load(bundle, schedule="fora:3", device="cpu").as_transformer(one.pipe.scheduler)
+        found: dict[str, list[Tensor]] = {"a": [], "b": []}
+        for step, time in enumerate(one.pipe.scheduler.timesteps):
+            for slot in order[step % len(order)]:
+                inputs = {"latents": noise[step], "timestep": time.expand(1), "encoder_hidden_states": texts[slot]}
+                inputs |= {"pooled_projections": torch.ones(1, 32), "guidance": torch.ones(1)}
+                arguments = call.arguments_of(inputs, bundle.constants)
+                with transformer.cache_context(slot):
+                    found[slot].append(transformer(**arguments, return_dict=False)[0])
+        return found
+
+    alone = {slot: run({0: slot})[slot] for slot in "ab"}
+    both = run({0: "ab", 1: "ba"})
+    assert not torch.equal(torch.stack(alone["a"]), torch.stack(alone["b"]))
+    for slot in "ab":
+        assert torch.equal(torch.stack(both[slot]), torch.stack(alone[slot]))
+
+
+def test_calls_without_names_are_told_apart_by_their_order(exported: Any) -> None:
+    one = exported("flux_cfg")
+    named, _ = one.latents("fora:3")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(DenoiserTransformer, "_context", property(lambda _: None, lambda _, __: None), raising=False)
+        got, ours = one.latents("fora:3")
+    assert {*ours["transformer"]._slots} == {"0", "1"}
+    assert torch.equal(got, named)
+
+
+def test_the_result_belongs_to_the_caller(exported: Any) -> None:
+    one = exported("sd3")
+    before = one.pipe.transformer
+    transformer = one.drop_ins("none")["transformer"]
+    one.pipe.transformer = before
+    call, bundle = transformer._call, one.bundles["transformer"]
+    assert call is not None
+    inputs = {spec.name: torch.randn(spec.sized(2)) for spec in bundle.manifest.inputs}
+    first = transformer(**call.arguments_of({**inputs, "timestep": torch.tensor([900.0] * 2)}, {}), return_dict=False)[
+        0
+    ]
+    kept = first.clone()
+    transformer(**call.arguments_of({**inputs, "timestep": torch.tensor([800.0] * 2)}, {}))
+    assert torch.equal(first, kept)
+
+
+def test_what_was_not_exported_is_refused_by_name(exported: Any) -> None:
+    one = exported("flux_cfg")
+    with pytest.raises(ShapeError, match="'img_ids' is a tensor of the shape"):
+        one.latents("fora:3", height=128)
+    with pytest.raises(ShapeError, match="controlnet_block_samples"):
+        transformer = fora_trt.load(one.bundles["transformer"], schedule="none", device="cpu").as_transformer()
+        assert transformer._call is not None
+        arguments = transformer._call.arguments_of(
+            {spec.name: torch.zeros(spec.sized(1)) for spec in one.bundles["transformer"].manifest.inputs},
+            one.bundles["transformer"].constants,
+        )
+        transformer(**{**arguments, "controlnet_block_samples": [torch.zeros(1)]})
+
+
+def test_a_replaced_scheduler_is_followed(exported: Any) -> None:
+    one = exported("sd3")
+    before = one.pipe.scheduler
+    one.pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    try:
+        want = latents_of(one.pipe, one.given, STEPS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", fora_trt.errors.ForaWarning)
+            got, ours = one.latents("none")
+        assert relative(got, want) < 1e-5
+        _, ours = one.latents("fora:3")
+        assert ours["transformer"].reuse_steps > ours["transformer"].full_steps
+        assert {*ours["transformer"]._slots} == {"0"}, "a repeated timestep of Heun's method is a step"
+    finally:
+        one.pipe.scheduler = before
+
+
+def test_it_passes_for_the_transformer_of_its_pipeline(exported: Any, tmp_path: Path) -> None:
+    one = exported("wan22")
+    want, before = one.expected("fora:3"), transformers_of(one.pipe)
+    ours = one.drop_ins("fora:3")
+    for name, module in before.items():
+        setattr(one.pipe, name, module)
+    transformer = ours["transformer"]
+    assert isinstance(transformer, WanTransformer3DModel)
+    assert isinstance(transformer, DenoiserTransformer)
+    assert transformer.config.patch_size == (1, 2, 2) or list(transformer.config.patch_size) == [1, 2, 2]
+    plain, given = PIPELINES["wan22"]()
+    plain.save_pretrained(tmp_path / "wan")
+    loaded = type(plain).from_pretrained(tmp_path / "wan", **ours, vae=None, text_encoder=None, tokenizer=None)
+    for drop_in in ours.values():
+        drop_in.follow(loaded)
+    loaded.set_progress_bar_config(disable=True)
+    assert relative(latents_of(loaded.to("cpu"), given, STEPS), want) < 1e-5
+    with pytest.raises(InputError, match="put the original transformer back before save_pretrained"):
+        loaded.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in (*FAST, "z_image")])
+def test_latents_of_all_pipelines_are_those_of_hooks(name: str, exported: Any) -> None:
+    one = exported(name)
+    for schedule in SCHEDULES:
+        got, _ = one.latents(schedule)
+        assert relative(got, one.expected(schedule)) < 1e-5, schedule
