@@ -111,6 +111,10 @@ MASK = TensorSpec("mask", "bool", ("batch", 16))
 def everything(): return made("everything", "int32", "int32", more=MASK)
 def mask(): return made("mask", more=MASK, mask=InputSpec(values=(0, 2)))
 def gate(): return made("gate", more=TensorSpec("on", "bool", ("batch",)))
+def nan_weights():
+    net, spec = made("")
+    net.blocks[1].attn[0].weight.data[2, 3] = float("nan")
+    return net, spec
 LEVELS = TensorSpec("levels", "uint8", ("batch", 8))
 def bytes(): return made("bytes", "uint8", "float64", more=LEVELS, levels=InputSpec(values=(0, 256)))
 def int32_labels(): return made("", "int32")
@@ -201,7 +205,16 @@ def test_integer_features_are_not_extrapolated(networks: str) -> None:
         ),
         ("unsigned", (), "the cache site blocks.0.attn outputs a tensor of dtype uint16"),
         ("in_place", (), "or its output is changed in place), so it cannot be cached"),
-        ("nan", (), "Net itself predicts values that are not finite, in PyTorch and fp32, for example inputs"),
+        (
+            "nan",
+            (),
+            "Net itself predicts values that are not finite, in PyTorch and fp32, for example inputs (first in Net)",
+        ),
+        (
+            "nan_weights",
+            (),
+            "for example inputs (first in blocks.1.attn.0, whose weight is not finite); check its weights",
+        ),
         pytest.param(
             "half_guard",
             ("--precision", "fp16", "--optimize", "none"),

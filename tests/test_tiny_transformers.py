@@ -1,1 +1,1 @@
-"""Every transformer of `tiny_transformers.py` as a module of one's own: export, and the steps of its graphs."""
+"""Every transformer of `tiny_transformers.py`, exported as a module of one's own."""

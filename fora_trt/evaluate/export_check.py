@@ -22,7 +22,7 @@ from fora_trt.engines.memory import free_bytes
 from fora_trt.engines.torch.engine import widened_engines
 from fora_trt.errors import BackendError, ExportError, first_line
 from fora_trt.evaluate.eager_fora import forecast_of
-from fora_trt.evaluate.first_difference import first_difference
+from fora_trt.evaluate.first_difference import first_difference, first_not_finite
 from fora_trt.export.check import Measured
 from fora_trt.export.split import steps_of_module
 from fora_trt.export.statistics import graph_statistics
@@ -151,11 +151,14 @@ def _expected(model: Model, bundle: Bundle, plan: Plan, steps: Sequence[Mapping[
                 read = [forecast_of(one, step.weights, batch) for one in zip(*kept, strict=True)]
                 (prediction,) = reuse(*inputs.values(), *read)
             predictions.append(prediction.clone())
-    if not all(prediction.isfinite().all() for prediction in predictions):
-        raise ExportError(
-            f"{bundle.manifest.name} is not written: {model.spec.architecture} itself predicts values that are not "
-            "finite, in PyTorch and fp32, for example inputs; check its weights, and the ranges in its ModelSpec"
-        )
+    for inputs, prediction in zip(steps, predictions, strict=True):
+        if not prediction.isfinite().all():
+            first = first_not_finite(model, inputs)
+            raise ExportError(
+                f"{bundle.manifest.name} is not written: {model.spec.architecture} itself predicts values that are not "
+                f"finite, in PyTorch and fp32, for example inputs{f' (first in {first})' if first else ''}; check its "
+                "weights, and the ranges in its ModelSpec"
+            )
     return predictions
 
 

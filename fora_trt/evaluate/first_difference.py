@@ -14,9 +14,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves
 
 from fora_trt.bundle import Bundle, GraphError, GraphRecord, tensor_spec
-from fora_trt.contract import BATCH, FULL, REUSE, TensorSpec
+from fora_trt.contract import BATCH, FULL, LATENTS, REUSE, TIMESTEP, TensorSpec
 from fora_trt.engines.base import Engine
 from fora_trt.engines.torch.graph import HALF
 from fora_trt.export.check import GRAPH_TOLERANCE
@@ -28,7 +29,8 @@ from fora_trt.models.spec import Model
 
 Engines: TypeAlias = Callable[[Bundle], Mapping[str, Engine]]
 
-BATCH_SIZE = 2
+BATCH_SIZE = 3
+"""Batch of the inputs, which are those of the first steps that the check measures: it may be only they that differ."""
 
 
 @torch.no_grad()
@@ -38,6 +40,7 @@ def first_difference(model: Model, bundle: Bundle, graph: str, engines: Engines)
     step, _ = steps_of_module(model.module, model.spec, paths)
     step.cut_later = True
     inputs, others = (example_inputs(model.spec.inputs, model.spec.conditioning, BATCH_SIZE, seed) for seed in (1, 2))
+    others = inputs | {name: others[name] for name in (LATENTS, TIMESTEP) if name in others}
     program = onnx_from_program(program_from_step(step, inputs), step, bundle.manifest.opset).exported_program
     assert program is not None
     interpreter = _Interpreter(program, step)
@@ -54,6 +57,30 @@ def first_difference(model: Model, bundle: Bundle, graph: str, engines: Engines)
             module = interpreter.modules.get(name) or model.spec.architecture
             return f"the first node that differs is {node.name!r} ({node.op_type}) in {module}"
     return "no node alone differs by more than the tolerance"
+
+
+@torch.no_grad()
+def first_not_finite(model: Model, inputs: Mapping[str, Tensor]) -> str | None:
+    """The first module that outputs values that are not finite in PyTorch, in words; None if no module does."""
+    found: list[str] = []
+
+    def look(path: str, module: torch.nn.Module, output: Any) -> None:
+        tensors = (one for one in tree_leaves(output) if isinstance(one, Tensor) and one.is_floating_point())
+        if not found and not all(one.isfinite().all() for one in tensors):
+            own = module.named_parameters(recurse=False)
+            odd = [name for name, parameter in own if not parameter.isfinite().all()]
+            found.append(f"{path}, whose {odd[0]} is not finite" if odd else path)
+
+    hooks = [
+        module.register_forward_hook(lambda one, _, output, path=path: look(path or type(one).__name__, one, output))
+        for path, module in model.module.named_modules()
+    ]
+    try:
+        model.spec.call(model.module, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 class _Interpreter(fx.Interpreter):

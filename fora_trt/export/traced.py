@@ -28,6 +28,7 @@ from torch import Tensor
 from fora_trt.bundle import tensor_spec
 from fora_trt.contract import BATCH, FEATURE, FULL, LATENTS, REUSE, CacheSite, Optimization, TensorSpec
 from fora_trt.errors import ExportError, first_line
+from fora_trt.export.check_batch import check_symbolic_batch
 from fora_trt.export.check_sites import check_sites
 from fora_trt.export.complex_pairs import rewrite_complex
 from fora_trt.export.drop_squeezes import DropSqueezesPass
@@ -83,8 +84,10 @@ def traced_from_model(model: Model, opset: int, report: Callable[[str], None]) -
     Raises `ExportError`.
     """
     paths = [path for path, _ in model.sites]
-    declared = model.spec.pipeline is None and not is_factory(model.options.source)
-    if not declared or any(kind == OTHER for _, kind in model.sites):
+    strange = model.spec.pipeline is not None or is_factory(model.options.source)
+    if strange:
+        check_symbolic_batch(model.module, model.spec)
+    if strange or any(kind == OTHER for _, kind in model.sites):
         report("checking the cache sites")
         check_sites(model.module, model.spec, paths)
     step, _ = steps_of_module(model.module, model.spec, paths)
