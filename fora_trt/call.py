@@ -84,6 +84,7 @@ class CallSpec:
     - `time`: from the time of the scheduler to that of the module.
     - `slots`: the calls of one step, as `cache_context` names them, else `0`, `1`, ...
     - `attributes`: numbers, texts and truth values that are attributes of the module; some pipelines read them.
+    - `bare`: whether a call without `return_dict` returns the tensor itself, not a tuple.
     """
 
     component: str
@@ -93,6 +94,7 @@ class CallSpec:
     time: TimeMap = TimeMap()
     slots: tuple[str, ...] = ("0",)
     attributes: dict[str, Scalar] = field(default_factory=dict)
+    bare: bool = False
 
     def arguments_of(self, inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> dict[str, Any]:
         """The arguments of the module by name, for graph inputs (B, ...), whose timestep is that of the scheduler."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from fora_trt.contract import LATENTS
 from fora_trt.errors import ExportError
 from fora_trt.models.examples import example_inputs
+from fora_trt.models.sharing import sharing_copy
 from fora_trt.models.spec import ModelSpec
 from fora_trt.quiet import quiet
 
@@ -55,14 +54,15 @@ def check_symbolic_batch(module: nn.Module, spec: ModelSpec) -> None:
     example = example_inputs(spec.inputs, spec.conditioning, HINT)
     first = example[LATENTS]
     sizes = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (first.dim() - 1)]
+    copied = sharing_copy(module)  # some modules keep what they have computed: tensors without data
     failure: Exception | None = None
     shape: tuple[int, ...] = ()
-    with _unchanged(module), quiet("torch"), enable_python_dispatcher(), mode:
+    with quiet("torch"), enable_python_dispatcher(), mode:
         latents = mode.from_tensor(first, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
         batch = latents.shape[0]
         inputs = {name: torch.empty((batch, *one.shape[1:]), dtype=one.dtype) for name, one in example.items()}
         try:
-            shape = spec.call(module, inputs).shape
+            shape = spec.call(copied, inputs).shape
         except Exception as error:  # the module's own code can raise anything
             failure = error
     if isinstance(batch, SymInt) and batch.node.maybe_as_int() is not None:
@@ -83,17 +83,3 @@ def check_symbolic_batch(module: nn.Module, spec: ModelSpec) -> None:
 def _short(path: str) -> str:
     """The last parts of a path."""
     return "/".join(Path(path).parts[-3:])
-
-
-@contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Restore attributes of modules, which may keep tensors without data."""
-    kept = [(one, dict(vars(one)), dict(one._buffers)) for one in module.modules()]
-    try:
-        yield
-    finally:
-        for one, attributes, buffers in kept:
-            vars(one).clear()
-            vars(one).update(attributes)
-            one._buffers.clear()
-            one._buffers.update(buffers)

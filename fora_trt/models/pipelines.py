@@ -6,7 +6,6 @@ without weights: watching needs only shapes.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +18,9 @@ from fora_trt.contract import BATCH, LATENTS, NOISE_PREDICTION, TIMESTEP, InputS
 from fora_trt.errors import ModelError
 from fora_trt.models.assembly import EmptyModel
 from fora_trt.models.block_sites import sites_of_blocks
+from fora_trt.models.sharing import sharing_copy
 from fora_trt.models.spec import ModelSpec
-from fora_trt.models.watch import Watched, transformers_of, watch
+from fora_trt.models.watch import Watched, first_tensor, transformers_of, watch
 
 
 def spec_of_watched(
@@ -39,8 +39,7 @@ def spec_of_watched(
     call, constants = watched.call, watched.constants
 
     def called(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        prediction: Tensor = module(**call.arguments_of(inputs, constants), return_dict=False)[0]
-        return prediction
+        return first_tensor(module(**call.arguments_of(inputs, constants), return_dict=False))
 
     output = watched.output[1:]
     return ModelSpec(
@@ -67,7 +66,7 @@ def empty_from_pipeline(pipe: Any, component: str | None, arguments: Mapping[str
     modules = transformers_of(pipe)
     name = _component(component, modules, type(pipe).__name__)
     watched = watch(pipe, arguments)[name]
-    module = _sharing_copy(modules[name])
+    module = sharing_copy(modules[name])
     pipeline = PipelineSpec(
         type(pipe).__name__, None, scalars_of(arguments), tuple(modules), watched.samples, watched.call
     )
@@ -98,13 +97,3 @@ def _component(wanted: str | None, modules: Mapping[str, nn.Module], what: str) 
     if wanted not in modules:
         raise ModelError(f"{what} has no transformer {wanted!r}; it has {', '.join(modules)}")
     return wanted
-
-
-def _sharing_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module that shares its parameters and buffers."""
-    memo = {id(one): one for one in (*module.parameters(), *module.buffers())}
-    copied = copy.deepcopy(module, memo)
-    for owner in copied.modules():  # a buffer that is cast must not be that of the pipeline
-        for name, buffer in list(owner.named_buffers(recurse=False)):
-            owner._buffers[name] = buffer.clone()
-    return copied

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fora_trt.call import RETURN_DICT, SCALARS, Argument, CallSpec, Scalar, TimeMap
 from fora_trt.contract import LATENTS, TIMESTEP
 from fora_trt.errors import ForaError, ModelError, first_line
+from fora_trt.models.sharing import sharing_copy
 from fora_trt.quiet import quiet
 
 STEPS = (3, 12, 50)
@@ -70,6 +71,7 @@ class _Recorder:
     module: nn.Module
     calls: list[_Call] = field(default_factory=list)
     context: str | None = None
+    bare: bool = False
     outputs: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -87,20 +89,21 @@ class _Recorder:
         arguments = dict(list(bound.arguments.items())[1:])  # without the module
         arguments = tree_map_only(Tensor, lambda one: one.detach().cpu().clone(), arguments)
         output = self._output(args, kwargs)
-        first = output[0] if isinstance(output, tuple | list) else output.sample
-        if not isinstance(first, Tensor):
-            raise ModelError(f"the transformer returns a {type(first).__name__} of samples; a tensor is needed")
+        first = first_tensor(output)
         earlier = sum(one.step == clock.step for one in self.calls)
         slot = str(earlier) if self.context is None else self.context
         arguments.pop(RETURN_DICT, None)
+        self.bare = self.bare or isinstance(output, Tensor)
         self.calls.append(_Call(arguments, slot, clock.step, clock.time, tuple(first.shape)))
         return output
 
     def _output(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Noise of the shape of the output; it is found once for all calls of the same form."""
         form = str(tree_map_only(Tensor, lambda one: (one.shape, one.dtype), (tuple(args), dict(kwargs))))
-        if form not in self.outputs:
-            self.outputs[form] = imagined(self.module, type(self.module).forward, args, kwargs)
+        if form not in self.outputs:  # a copy, because some modules keep what they have computed
+            copied = sharing_copy(self.module)
+            vars(copied).pop("forward", None)
+            self.outputs[form] = imagined(copied, type(copied).forward, args, kwargs)
         return tree_map_only(Tensor, torch.clone, self.outputs[form])
 
 
@@ -143,6 +146,14 @@ def imagined(module: nn.Module, forward: Callable[..., Any], args: Sequence[Any]
         with torch.no_grad():
             output = forward(module, *args, **kwargs)
     return tree_map_only(Tensor, noise, output)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The prediction in what a transformer returned. Raises `ModelError` for a list of samples."""
+    found = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
+    if not isinstance(found, Tensor):
+        raise ModelError(f"the transformer returns a {type(found).__name__} of samples; a tensor is needed")
+    return found
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
@@ -321,7 +332,9 @@ def _derived(one: _Recorder, two: _Recorder) -> Watched:
         for name, value in vars(one.module).items()
         if isinstance(value, SCALARS) and value is not None and not name.startswith("_") and name != "training"
     }
-    spec = CallSpec(one.component, order, arguments, defaults, _time_map(calls, timestep, what), slots, attributes)
+    spec = CallSpec(
+        one.component, order, arguments, defaults, _time_map(calls, timestep, what), slots, attributes, one.bare
+    )
     for call in calls:  # the other slots and steps must be calls of the same form
         given = spec.inputs_of((), call.arguments, found.constants)
         batch = len(given[LATENTS])

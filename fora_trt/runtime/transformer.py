@@ -97,7 +97,7 @@ class DenoiserTransformer(nn.Module):
         finally:
             self._context = before
 
-    def forward(self, *args: Any, **kwargs: Any) -> Transformer2DModelOutput | tuple[Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Transformer2DModelOutput | tuple[Tensor] | Tensor:
         """The transformer's own call; the prediction belongs to the caller.
 
         Raises `ShapeError` for inputs or shapes that were not exported, `InputError` for other invalid inputs,
@@ -120,7 +120,9 @@ class DenoiserTransformer(nn.Module):
                 f"{slot.denoiser.first_not_finite()}; {overflow_remedy(manifest.precision)}"
             )
         owned = prediction.to(latents.dtype, copy=True)
-        return Transformer2DModelOutput(sample=owned) if as_object else (owned,)
+        if as_object:
+            return Transformer2DModelOutput(sample=owned)
+        return owned if self._call is not None and self._call.bare else (owned,)
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         """Raises `InputError`: engines are no weights of diffusers."""
