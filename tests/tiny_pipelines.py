@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from tests.tiny_transformers import TRANSFORMERS
@@ -191,10 +191,25 @@ def latte() -> TinyPipeline:
     return piped("LattePipeline", "latte", DDIMScheduler(clip_sample=False)), given
 
 
+def stable_audio() -> TinyPipeline:
+    """Audio; positions and the timestep (1,) are the same for all samples."""
+    from diffusers.pipelines.stable_audio import StableAudioProjectionModel
+
+    vae = diffusers.AutoencoderOobleck(
+        encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3, decoder_input_channels=8,
+        audio_channels=2, channel_multiples=[2, 4], sampling_rate=4,
+    )  # fmt: skip
+    projection = StableAudioProjectionModel(text_encoder_dim=16, conditioning_dim=12, min_value=0, max_value=32)
+    parts = {"vae": vae, "projection_model": projection.eval()}
+    given = {**prompts(3), "audio_end_in_s": 4.0, "guidance_scale": 7.0}
+    masks = {"attention_mask": ones(1, 3), "negative_attention_mask": ones(1, 3)}
+    return piped("StableAudioPipeline", "stable_audio", DPMSolverMultistepScheduler(), **parts), {**given, **masks}
+
+
 PIPELINES: dict[str, Callable[[], TinyPipeline]] = {
     made.__name__: made
     for made in (
         sd3, sd35, flux, flux_cfg, flux2, qwen_image, z_image, wan, wan22, ltx, cogvideox, cogvideox_5b, sana, lumina2,
-        auraflow, hunyuan_dit, hunyuan_video, kandinsky5, mochi, allegro, latte,
+        auraflow, hunyuan_dit, hunyuan_video, kandinsky5, mochi, allegro, latte, stable_audio,
     )
 }  # fmt: skip

@@ -316,11 +316,11 @@ def latte() -> Tiny:
 def stable_audio() -> Tiny:
     rotary = get_1d_rotary_pos_embed(8, 17, use_real=True, repeat_interleave_real=False)
     return tiny(
-        "StableAudioDiTModel", (8, 16), {TEXT: (5, 16), "global_hidden_states": (1, 24)},
+        "StableAudioDiTModel", (8, 16), {TEXT: (5, 12), "global_hidden_states": (1, 24)},
         call=lambda module, inputs: by_name(module, inputs, rotary_embedding=rotary),
         sample_size=16, in_channels=8, num_layers=2, attention_head_dim=16, num_attention_heads=2,
         num_key_value_attention_heads=1, out_channels=8, cross_attention_dim=16, time_proj_dim=32,
-        global_states_input_dim=24, cross_attention_input_dim=16,
+        global_states_input_dim=24, cross_attention_input_dim=12,
     )  # fmt: skip
 
 
