@@ -335,6 +335,34 @@ def gather_elements(x: Tensor, index: Tensor, *, axis: int = 0) -> Tensor:
     return torch.gather(x, axis, torch.where(index < 0, index + x.shape[axis], index))
 
 
+SCATTER_REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+"""How ONNX and PyTorch name what becomes of several updates of one element."""
+
+
+@operator("ScatterElements")
+def scatter_elements(x: Tensor, index: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none") -> Tensor:
+    """Replaces one element along the axis for each element of `index`, or combines it with the update."""
+    index = torch.where(index < 0, index + x.shape[axis], index)
+    if reduction == "none":
+        return x.scatter(axis, index, updates)
+    return x.scatter_reduce(axis, index, updates, SCATTER_REDUCTIONS[reduction])
+
+
+@operator("ScatterND")
+def scatter_nd(x: Tensor, index: Tensor, updates: Tensor, *, reduction: str = "none") -> Tensor:
+    """Replaces the slices of x at the positions in `index` (..., k), where k is the number of leading dimensions."""
+    leading = index.shape[-1]
+    sizes = torch.tensor(x.shape[:leading], device=index.device)
+    steps = torch.tensor([math.prod(x.shape[one + 1 : leading]) for one in range(leading)], device=index.device)
+    rows = (torch.where(index < 0, index + sizes, index) * steps).sum(-1).flatten()
+    table = x.reshape(-1, *x.shape[leading:])
+    values = updates.reshape(len(rows), *x.shape[leading:])
+    if reduction == "none":
+        return table.index_copy(0, rows, values).reshape(x.shape)
+    wide = rows.reshape(-1, *[1] * (values.dim() - 1)).expand_as(values)
+    return table.scatter_reduce(0, wide, values, SCATTER_REDUCTIONS[reduction]).reshape(x.shape)
+
+
 @operator("Pad", numbers=(1, 3), scalars=(2,))
 def pad(
     x: Tensor,
