@@ -53,6 +53,8 @@ def model_from_empty(empty: EmptyModel, options: SourceOptions, precision: str, 
     paths = [path for path, _ in sites]
     kept = spec.fp32_in_bf16 if precision == "bf16" else ()
     empty.fill(dtypes_of_parameters(module, precision, paths, kept))
+    # that of a pipeline that was watched has the shift for the exported size
+    scheduler = (spec.pipeline and spec.scheduler) or empty.scheduler or spec.scheduler or DEFAULT_SCHEDULER
     half = None if precision == "fp32" else HalfPrecision(module, precision, paths, kept)
     return Model(
         options=options,
@@ -63,7 +65,7 @@ def model_from_empty(empty: EmptyModel, options: SourceOptions, precision: str, 
         config={key: value for key, value in sized(empty.config, spec).items() if not key.startswith("_")},
         precision=precision,
         half=half,
-        scheduler=dict(empty.scheduler or spec.scheduler or DEFAULT_SCHEDULER),
+        scheduler=dict(scheduler),
         vae=empty.parts.vae if empty.parts else None,
         image_size=_image_size(spec, empty.parts),
         notes=empty.notes,

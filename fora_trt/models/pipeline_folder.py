@@ -65,7 +65,7 @@ def watched_architecture(
         watched = watch(pipe, arguments)[component]
         recorded = {**scalars_of(arguments), **_sizes(options)}
         pipeline = PipelineSpec(type(pipe).__name__, where, recorded, tuple(modules), watched.samples, watched.call)
-        return spec_of_watched(watched, modules[component], pipeline, None)
+        return spec_of_watched(watched, modules[component], pipeline)
 
     return Architecture(
         name=str(name),

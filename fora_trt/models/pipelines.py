@@ -6,7 +6,6 @@ without weights: watching needs only shapes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,9 +22,7 @@ from fora_trt.models.spec import ModelSpec
 from fora_trt.models.watch import Watched, first_tensor, transformers_of, watch
 
 
-def spec_of_watched(
-    watched: Watched, module: nn.Module, pipeline: PipelineSpec, scheduler: Mapping[str, Any] | None
-) -> ModelSpec:
+def spec_of_watched(watched: Watched, module: nn.Module, pipeline: PipelineSpec) -> ModelSpec:
     """Describe a transformer that was watched."""
     latents = tuple(watched.examples[LATENTS].shape[1:])
     tensors, conditioning = list[TensorSpec](), dict[str, InputSpec]()
@@ -50,7 +47,7 @@ def spec_of_watched(
         output=TensorSpec(NOISE_PREDICTION, "float32", (BATCH, *output)),
         latents=LatentSpec(latents, learned_sigma=output == (2 * latents[0], *latents[1:])),
         conditioning=conditioning,
-        scheduler=scheduler,
+        scheduler=watched.scheduler,
         guidance_scale=1.0,
         pipeline=pipeline,
         constants=constants,
@@ -70,8 +67,7 @@ def empty_from_pipeline(pipe: Any, component: str | None, arguments: Mapping[str
     pipeline = PipelineSpec(
         type(pipe).__name__, None, scalars_of(arguments), tuple(modules), watched.samples, watched.call
     )
-    scheduler = json.loads(pipe.scheduler.to_json_string())
-    spec = spec_of_watched(watched, module, pipeline, scheduler)
+    spec = spec_of_watched(watched, module, pipeline)
 
     def cast(dtypes: Mapping[str, torch.dtype]) -> None:
         for owner_name, owner in module.named_modules():
@@ -83,7 +79,7 @@ def empty_from_pipeline(pipe: Any, component: str | None, arguments: Mapping[str
                 buffer.data = buffer.data.to("cpu").float()
 
     config = dict(getattr(modules[name], "config", {}))
-    return EmptyModel(type(pipe).__name__, module, spec, cast, config, scheduler)
+    return EmptyModel(type(pipe).__name__, module, spec, cast, config, watched.scheduler)
 
 
 def scalars_of(arguments: Mapping[str, Any]) -> dict[str, Scalar]:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -39,12 +42,14 @@ class Watched:
     """What was found about a transformer: its call, the constants, an example of each input, and the output's shape.
 
     Examples and output are those of a call with one prompt, (B, ...); all are in fp32 or integers, on the CPU.
+    `scheduler` is the configuration of the scheduler, with the shift of its timesteps at this size.
     """
 
     call: CallSpec
     constants: dict[str, Tensor]
     examples: dict[str, Tensor]
     output: tuple[int, ...]
+    scheduler: dict[str, Any]
 
     @property
     def samples(self) -> int:
@@ -72,6 +77,7 @@ class _Recorder:
     calls: list[_Call] = field(default_factory=list)
     context: str | None = None
     bare: bool = False
+    scheduler: dict[str, Any] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -109,10 +115,11 @@ class _Recorder:
 
 @dataclass
 class _Clock:
-    """Counts the steps of the scheduler."""
+    """Counts the steps of the scheduler; `mu` is the shift of its timesteps that the pipeline gave for its size."""
 
     scheduler: Any
     step: int = 0
+    mu: float | None = None
 
     @property
     def time(self) -> float | None:
@@ -251,14 +258,20 @@ def _watching(pipe: Any, recorders: Mapping[str, _Recorder]) -> Iterator[None]:
     """Replace `forward` and `cache_context` of the transformers, and the scheduler by a copy, within the block."""
     before, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
     clock = _Clock(copy.deepcopy(before))
-    advance = clock.scheduler.step
+    advance, announce = clock.scheduler.step, clock.scheduler.set_timesteps
 
+    @wraps(advance)
     def step(*args: Any, **kwargs: Any) -> Any:
         made = advance(*args, **kwargs)
         clock.step += 1
         return made
 
-    clock.scheduler.step = step
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        clock.mu = kwargs.get("mu", clock.mu)
+        announce(*args, **kwargs)
+
+    # `wraps` keeps the signature, which pipelines read
+    clock.scheduler.step, clock.scheduler.set_timesteps = step, wraps(announce)(set_timesteps)
     pipe.scheduler = clock.scheduler
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -266,8 +279,19 @@ def _watching(pipe: Any, recorders: Mapping[str, _Recorder]) -> Iterator[None]:
             for recorder in recorders.values():
                 stack.enter_context(_replaced(recorder, clock))
             yield
+        for recorder in recorders.values():
+            recorder.scheduler = _static(clock)
     finally:
         pipe.scheduler, pipe._progress_bar_config = before, bar
+
+
+def _static(clock: _Clock) -> dict[str, Any]:
+    """The configuration of the scheduler, with a shift that does not depend on the size: that of the watched call."""
+    config: dict[str, Any] = json.loads(clock.scheduler.to_json_string())
+    if config.get("use_dynamic_shifting") and clock.mu is not None:
+        shift = clock.mu if config.get("time_shift_type") == "linear" else math.exp(clock.mu)
+        config |= {"use_dynamic_shifting": False, "shift": shift}
+    return config
 
 
 @contextmanager
@@ -345,7 +369,7 @@ def _derived(one: _Recorder, two: _Recorder) -> Watched:
                     f"{what} is called with {name} of the shape {list(value.shape)} in the slot {call.slot!r} and "
                     f"{expected} in {slots[0]!r}; one size is needed, so give all prompts the same length"
                 )
-    return Watched(spec, found.constants, found.examples, first.output)
+    return Watched(spec, found.constants, found.examples, first.output, one.scheduler)
 
 
 @dataclass

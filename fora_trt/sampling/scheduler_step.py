@@ -112,6 +112,12 @@ def timesteps_of(scheduler: SchedulerMixin, steps: int) -> int:
     try:
         set_steps(scheduler, steps)
     except Exception as error:  # a setting that diffusers does not check can raise anything
+        if scheduler.config.get("use_dynamic_shifting"):
+            raise InputError(
+                f"{type(scheduler).__name__} has use_dynamic_shifting, so its timesteps depend on the number of "
+                "tokens, which only a pipeline gives it; set use_dynamic_shifting to false and shift to exp(mu) in the "
+                "scheduler's configuration, and export again"
+            ) from error
         reason = first_line(error) or type(error).__name__
         raise InputError(f"{type(scheduler).__name__} does not support {steps} steps: {reason}") from error
     if len(scheduler.timesteps) > 2 * MOST_STEPS or not torch.as_tensor(scheduler.timesteps).isfinite().all():
