@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import onnx_ir as ir
 from pydantic import AfterValidator, PositiveInt, model_validator
 
-from fora_trt.call import PipelineSpec
+from fora_trt.call import PipelineSpec, problems_of
 from fora_trt.contract import (
     CONDITIONING,
     FEATURE,
@@ -357,6 +357,8 @@ def _problems(manifest: Manifest) -> Iterator[str]:
                 yield f"'{shown(spec.name)}' of {what} {problem}"
     shapes = {spec.name: spec.shape[1:] for spec in manifest.inputs}
     yield from _problems_of_latents(manifest, shapes)
+    if manifest.pipeline is not None:
+        yield from problems_of(manifest.pipeline)
     for name, valid in manifest.conditioning.items():
         values, default = valid.values or (0, 1), valid.default or ()
         if not all(map(math.isfinite, (*values, *default))) or values[0] >= values[1]:

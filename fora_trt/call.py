@@ -24,6 +24,9 @@ Scalar = bool | int | float | str | None
 
 Kind = Literal["input", "constant", "value", "each", "list", "tuple", "dict"]
 
+MOST_SAMPLES = 64
+"""Largest batch of a call for one prompt in a manifest."""
+
 SCALARS = (bool, int, float, str, type(None))
 
 ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -163,6 +166,25 @@ class PipelineSpec:
         component = self.call.component
         first = own if component == self.components[0] else own.removesuffix(f"-{component}")
         return self.bundles(first) | {component: own}
+
+
+def problems_of(spec: PipelineSpec) -> Iterator[str]:
+    """What is wrong with a pipeline in a manifest, as sentences without names from it."""
+    call = spec.call
+    names = [spec.name, call.component, *spec.components, *spec.arguments, *call.parameters, *call.arguments]
+    names += [*call.defaults, *call.attributes]
+    if not all(name.isidentifier() for name in names):
+        yield "the pipeline has a part or an argument whose name is none"
+    if call.component not in spec.components or not 1 <= spec.samples <= MOST_SAMPLES:
+        yield f"the pipeline does not have its own transformer, or has {spec.samples} samples for one prompt"
+    if not math.isfinite(call.time.scale) or not math.isfinite(call.time.shift) or call.time.scale == 0:
+        yield "the times of the pipeline's scheduler are not mapped to those of the transformer"
+    leaves = [leaf for one in call.arguments.values() for leaf in one.leaves()]
+    inputs = [leaf.name for leaf in leaves if leaf.kind == "input"]
+    if not {LATENTS, TIMESTEP} <= {*inputs} or len({*inputs}) < len(inputs):
+        yield "the pipeline's call lacks latents or a timestep, or has an input twice"
+    if not {name for name, one in call.arguments.items() if one.name == LATENTS and one.kind == "input"}:
+        yield "the latents of the pipeline's call are not an argument of their own"
 
 
 def _built(argument: Argument, inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Any:

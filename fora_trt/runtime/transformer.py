@@ -54,7 +54,7 @@ class DenoiserTransformer(nn.Module):
         self._call = None if pipeline is None else pipeline.call
         self._constants = dict(constants or {})
         for name, value in (self._call.attributes if self._call else {}).items():
-            if not hasattr(type(self), name):
+            if not hasattr(self, name):
                 setattr(self, name, value)
         self._scheduler = _scheduler_of(scheduler)
         self._slots: dict[str, Follower] = {}
