@@ -27,20 +27,23 @@ _PLACE = re.compile(r"([\w./-]+\.py):(\d+)")
 _TORCH = str(Path(torch.__file__).parent)
 
 
-class _Shapes(ShapeEnv):
-    """Notes the line of code that makes a symbolic size a constant."""
+class _ConstantError(Exception):
+    """The batch became a constant."""
 
+
+class _Shapes(ShapeEnv):
+    """Stops at the line of code that makes the batch a constant."""
+
+    batch: Any = None
     place = ""
 
     def _set_replacement(self, a: Any, tgt: Any, msg: str) -> None:
-        if tgt.is_number and not self.place:
-            frames = [
-                one
-                for one in traceback.extract_stack()
-                if not one.filename.startswith((_TORCH, str(Path(__file__).parent)))
-            ]
-            self.place = f" at {_short(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
         super()._set_replacement(a, tgt, msg)
+        if a == self.batch and tgt.is_number:
+            outer = (_TORCH, str(Path(__file__).parent))
+            frames = [one for one in traceback.extract_stack() if not one.filename.startswith(outer)]
+            self.place = f" at {_short(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+            raise _ConstantError
 
 
 @torch.no_grad()
@@ -60,6 +63,7 @@ def check_symbolic_batch(module: nn.Module, spec: ModelSpec) -> None:
     with quiet("torch"), enable_python_dispatcher(), mode:
         latents = mode.from_tensor(first, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
         batch = latents.shape[0]
+        shapes.batch = batch.node.expr if isinstance(batch, SymInt) else None
         inputs = {name: torch.empty((batch, *one.shape[1:]), dtype=one.dtype) for name, one in example.items()}
         try:
             shape = spec.call(copied, inputs).shape
