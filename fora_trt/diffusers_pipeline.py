@@ -258,7 +258,10 @@ def _loaded(spec: PipelineSpec, folder: Path, transformers: Mapping[str, Any], d
     absent = [name for name, one in index.items() if isinstance(one, list) and not (folder / name).is_dir()]
     variants = variants_in(folder / "text_encoder", "model") | variants_in(folder / "vae")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    of_diffusers.disable_progress_bar()
+    from transformers.utils import logging as of_transformers
+
+    for one in (of_diffusers, of_transformers):
+        one.disable_progress_bar()
     try:
         with quiet("transformers"), quiet("diffusers"), quiet("huggingface_hub"):
             pipe = kind.from_pretrained(
@@ -277,7 +280,8 @@ def _loaded(spec: PipelineSpec, folder: Path, transformers: Mapping[str, Any], d
             "copy the whole folder again"
         ) from error
     finally:
-        of_diffusers.enable_progress_bar()
+        for one in (of_diffusers, of_transformers):
+            one.enable_progress_bar()
 
 
 def _result(made: Any, decodes: bool, seconds: float, full: int, reuse: int) -> Result:

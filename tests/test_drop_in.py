@@ -217,3 +217,20 @@ def test_latents_of_all_pipelines_are_those_of_hooks(name: str, exported: Any) -
     for schedule in SCHEDULES:
         got, _ = one.latents(schedule)
         assert relative(got, one.expected(schedule)) < 1e-5, schedule
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_fused_lora_changes_the_bundle_as_it_changes_the_pipeline(name: str, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    pipe, given = PIPELINES[name]()
+    before = latents_of(pipe, given, STEPS)
+    torch.manual_seed(5)
+    adapted = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=adapted))
+    pipe.fuse_lora(components=["transformer"])
+    want = latents_of(pipe, given, STEPS)
+    assert relative(before, want) > 1e-3
+    attach(pipe, fora_trt.export(pipe, tmp_path / name, **given), schedule="none", device="cpu")
+    assert relative(latents_of(pipe, given, STEPS), want) < 1e-5

@@ -1,6 +1,7 @@
 """Folders of diffusers pipelines as a source: export by watching, and `run` through the pipeline's own parts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ STEPS = 6
 
 
 def call(*arguments: object, code: int = 0) -> str:
-    """Run the command line; return everything that it printed."""
+    """Run the command line; return its standard output, or with an error everything that it printed."""
     result = CliRunner().invoke(main, [str(one) for one in arguments])
     assert result.exit_code == code, (result.output, result.exception)
-    return result.output
+    return result.stdout if code == 0 else result.output
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_run_makes_the_images_of_the_pipeline(auraflow: Path, bundle: Bundle, tm
         got = numpy.asarray(Image.open(out / f"{k:04d}.png")).astype(int)
         assert numpy.abs(got - numpy.asarray(expected).astype(int)).max() <= 1
     text = Image.open(out / "0000.png").text  # type: ignore[attr-defined]
-    assert json.loads(text["fora-trt"])["schedule"] == "fora:1"
+    assert json.loads(text["fora-trt"])["schedule"] == "none"
 
 
 def test_run_takes_the_schedule_of_the_bundle_and_arguments_of_the_pipeline(bundle: Bundle, tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_options_without_effect_are_refused(bundle: Bundle, tmp_path: Path) -> N
     at = ("run", bundle.folder, "--prompt", "a fox", "--steps", 2)
     assert "--scheduler has no effect: AuraFlowPipeline has its own loop" in call(*at, "--scheduler", "ddim", code=2)
     assert "AuraFlowPipeline has no argument 'hight'" in call(*at, "--call", "hight=8", code=1)
-    assert "the bundle was exported with" in call(*at, "--call", "height=32", code=1)
+    assert "latents have shape [2, 4, 16, 8]; auraflow takes [2, 4, 8, 8]" in call(*at, "--call", "height=32", code=1)
     assert "is not NAME=VALUE" in call(*at, "--call", "height", code=2)
     assert not [*tmp_path.iterdir()]
 
@@ -129,8 +130,6 @@ def test_verify_compares_with_the_module_in_the_folder(bundle: Bundle) -> None:
 def test_a_pipeline_that_a_manifest_garbles_is_refused(
     change: Any, message: str, bundle: Bundle, tmp_path: Path
 ) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "auraflow"))
     rewrite(folder, lambda manifest: change(manifest["pipeline"]))
     with pytest.raises(BundleError, match=message):
@@ -138,8 +137,6 @@ def test_a_pipeline_that_a_manifest_garbles_is_refused(
 
 
 def test_attributes_in_a_manifest_do_not_replace_those_of_the_drop_in(bundle: Bundle, tmp_path: Path) -> None:
-    import shutil
-
     from fora_trt import load
 
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "auraflow"))
@@ -151,8 +148,6 @@ def test_attributes_in_a_manifest_do_not_replace_those_of_the_drop_in(bundle: Bu
 
 
 def test_a_source_that_is_not_a_pipeline_of_diffusers_is_a_sentence(auraflow: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(auraflow, tmp_path / "strange"))
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "MyPipeline"}))
@@ -161,8 +156,10 @@ def test_a_source_that_is_not_a_pipeline_of_diffusers_is_a_sentence(auraflow: Pa
     (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": ["os", "system"]}))
     assert "is a os.system, which is not installed" in call(*at, code=1)
     (folder / "model_index.json").write_text(json.dumps(index))
-    assert "AuraFlowPipeline has no argument 'num_frames'" in call(*at, "--frames", 4, code=1)
-    assert "AuraFlowPipeline has no transformer 'transformer_2'" in call(*at, "--component", "transformer_2", code=1)
+    assert "AuraFlowPipeline has no argument 'num_frames' or 'video_length'; leave frames out" in call(
+        *at, "--frames", 4, code=1
+    )
+    assert "has no transformer 'other'; its transformers: transformer" in call(*at, "--component", "other", code=1)
     assert not (tmp_path / "export").exists() or not [*(tmp_path / "export").iterdir()]
 
 

@@ -107,9 +107,12 @@ def _part(folder: Path, options: SourceOptions, notes: list[str]) -> tuple[Path,
 
     A training script may have saved averaged weights in a folder of their own, such as `transformer_ema`.
     """
-    if options.component is not None:
-        return folder / options.component, options.weights
     found = [path.parent.name for path in sorted(folder.glob("*transformer*/config.json"))]
+    if options.component is not None:
+        if options.component not in found:
+            known = ", ".join(found) or "none"
+            raise ModelError(f"{options.source!r} has no transformer {options.component!r}; its transformers: {known}")
+        return folder / options.component, options.weights
     sets = [WeightSet(name, is_averaged(name), {}) for name in found if name == "transformer" or is_averaged(name)]
     if any(one.averaged for one in sets):
         choice = chosen(sets, [], options.weights, options.source)

@@ -41,6 +41,13 @@ WIDTHS = (
 POOLED = ("pooled_projection_dim", "in_text_dim2")
 """Keys that hold the width of a pooled prompt embedding."""
 
+ARGUMENTS = {
+    "image_size": ("height", "width"),
+    "frames": ("num_frames", "video_length"),
+    "text_length": ("max_sequence_length",),
+}
+"""The arguments of pipelines that an option stands for."""
+
 USUAL_LENGTH = 77
 """Number of prompt tokens where neither an option nor the pipeline says it."""
 
@@ -117,8 +124,11 @@ def arguments_of(pipe: Any, options: SourceOptions, config: Config) -> dict[str,
     """The arguments of a call with one prompt, from the options; embeddings stand in for missing text encoders."""
     known = inspect.signature(type(pipe).__call__).parameters
     given = {name: value for name, value in _sizes(options).items() if name in known}
-    if ignored := _sizes(options).keys() - {"num_frames", "video_length"} - given.keys():
-        raise ModelError(f"{type(pipe).__name__} has no argument {min(ignored)!r}; leave the option for it out")
+    for option, names in ARGUMENTS.items():
+        if getattr(options, option) is not None and not given.keys() & {*names}:
+            raise ModelError(
+                f"{type(pipe).__name__} has no argument {' or '.join(map(repr, names))}; leave {option} out"
+            )
     extra = dict(options.call or {})
     if "use_resolution_binning" in known:
         given["use_resolution_binning"] = False
@@ -128,14 +138,11 @@ def arguments_of(pipe: Any, options: SourceOptions, config: Config) -> dict[str,
 
 
 def _sizes(options: SourceOptions) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if options.image_size is not None:
-        found["height"], found["width"] = options.image_size
-    if options.frames is not None:
-        found["num_frames"] = found["video_length"] = options.frames
-    if options.text_length is not None:
-        found["max_sequence_length"] = options.text_length
-    return found
+    """The values of the options under each name that pipelines have for them."""
+    height, width = options.image_size or (None, None)
+    values = {"frames": options.frames, "text_length": options.text_length}
+    found = {name: value for option, value in values.items() for name in ARGUMENTS[option] if value is not None}
+    return found if height is None else {"height": height, "width": width, **found}
 
 
 def _embeddings(known: Mapping[str, inspect.Parameter], length: int | None, config: Config) -> dict[str, Tensor]:
