@@ -161,8 +161,11 @@ def _show(bundle: Bundle) -> None:
     """Print what was written and its error against PyTorch."""
     manifest = bundle.manifest
     click.echo(f"wrote {bundle.folder}: {len(manifest.cache_sites)} cache sites, {manifest.precision}")
-    shown = ", ".join(f"{name} graph {error.relative:.1e}" for name, error in (manifest.measured_error or {}).items())
-    click.echo(f"largest error relative to PyTorch in fp32, on {manifest.measured_on}: {shown}")
+    if manifest.measured_error is None:
+        click.echo(f"the graphs were {manifest.measured_on}")
+    else:
+        shown = ", ".join(f"{name} graph {error.relative:.1e}" for name, error in manifest.measured_error.items())
+        click.echo(f"largest error relative to PyTorch in fp32, on {manifest.measured_on}: {shown}")
     if (whole := manifest.trajectory_error) is not None:
         shown = ", ".join(f"{error.relative:.1e} ({schedule})" for schedule, error in whole.errors.items())
         click.echo(f"error of {whole.steps} steps relative to fp32, on {whole.backend}: {shown}")

@@ -23,6 +23,7 @@ from fora_trt.engines.torch.engine import widened_engines
 from fora_trt.errors import BackendError, ExportError, first_line
 from fora_trt.evaluate.eager_fora import forecast_of
 from fora_trt.evaluate.first_difference import first_difference, first_not_finite
+from fora_trt.evaluate.rate import flops_per_second
 from fora_trt.export.check import Measured
 from fora_trt.export.split import steps_of_module
 from fora_trt.export.statistics import graph_statistics
@@ -49,6 +50,12 @@ MOST_BYTES = 4 * 10**9
 LONGEST = 10.0
 """Seconds that steps in half precision may take on the CPU; longer ones are computed in fp32."""
 
+LONGEST_CHECK = 1800.0
+"""Seconds that all full steps of the check may take, in PyTorch and in the graphs."""
+
+SAMPLES = 3 + 2
+"""Samples of the full steps of both trajectories of the check."""
+
 Runner: TypeAlias = tuple[str, Callable[[Bundle], dict[str, Engine]]]
 """What runs the graphs, in words, and its engines."""
 
@@ -61,8 +68,11 @@ class GraphCheck:
 
         In the first, samples have different timesteps, and a window has two reuse steps; the second forecasts if the
         bundle can. Neither batch is that of the trace, so that a batch that was traced as a constant is detected.
+        A model whose steps would take longer than `LONGEST_CHECK` on this CPU is not measured; the result says why.
         Raises `ExportError` if the graphs cannot be run.
         """
+        if (why := _too_large(bundle)) is not None:
+            return Measured({}, f"not measured: {why}")
         cases = [(FORA, 3), (FORECAST if bundle.manifest.can_forecast else FORA[:2], 1)]
         given = [_inputs(model, plan, batch) for plan, batch in cases]
         with _computing_in_fp32(model):
@@ -90,6 +100,18 @@ class GraphCheck:
         except Exception as error:  # the graphs are wrong, so anything can fail; that they are is the message
             found = f"the first node that differs could not be found ({first_line(error) or type(error).__name__})"
         return found if model.precision == "fp32" else f"{found}; {overflow_remedy(model.precision)}"
+
+
+def _too_large(bundle: Bundle) -> str | None:
+    """Why the graphs cannot be compared with PyTorch on this machine, in words; None if they can."""
+    flops = graph_statistics(bundle.graph_path(FULL)).flops
+    seconds = 2 * SAMPLES * flops / flops_per_second(CPU)
+    if seconds <= LONGEST_CHECK:
+        return None
+    return (
+        f"a full step has {flops / 1e12:.0f} TFLOP, so comparing with PyTorch would take about {seconds / 60:.0f} "
+        "minutes on this CPU; fora-trt verify compares on a GPU"
+    )
 
 
 def _runners(bundle: Bundle, full_samples: int) -> list[Runner]:

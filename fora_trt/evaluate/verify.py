@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from fora_trt.bundle import Bundle, GraphError, TrajectoryError
 from fora_trt.contract import FULL, LATENTS, REUSE, TIMESTEP
 from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.evaluate.rate import flops_per_second
 from fora_trt.evaluate.unfolded import reference_from_bundle
 from fora_trt.export.check import GRAPH_TOLERANCE
 from fora_trt.export.statistics import graph_statistics
@@ -122,13 +122,7 @@ def measured_trajectories(
 
 def _seconds_of_trajectories(bundle: Bundle, device: torch.device) -> float:
     """Estimated time of `measured_trajectories`, at the rate of a large fp32 matrix product on this device."""
-    size = 1024
-    matrix, seconds = torch.ones(size, size, device=device), []
-    for _ in range(4):  # the first warms up
-        began = time.perf_counter()
-        (matrix @ matrix).sum().item()  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    rate = 2 * size**3 / min(seconds[1:])
+    rate = flops_per_second(device)
     full_steps = sum(Schedule.from_text(text, MEASURED_STEPS).full_steps for text in MEASURED_SCHEDULES)
     guided_images, runs = 4, 2
     return graph_statistics(bundle.graph_path(FULL)).flops * guided_images * full_steps * runs / rate

@@ -89,7 +89,7 @@ def bundle_from_model(
             update={
                 "schedule": SCHEDULE if folder / SCHEDULE in files else schedule,
                 "files": {file.name: record_of(file) for file in files},
-                "measured_error": measured.errors,
+                "measured_error": measured.errors or None,
                 "measured_on": measured.where,
             }
         )
