@@ -67,7 +67,7 @@ def outcome_of(name: str, folder: Path) -> Outcome:
     outcome = Outcome(name, type(pipe).__name__, kinds, tuple(one for one in SIZES if one in given), 0.0)
     began = time.perf_counter()
     try:
-        first = fora_trt.export(pipe, folder / name, **given)  # type: ignore[operator] # a module that can be called
+        first = fora_trt.export(pipe, folder / name, **given)
     except ForaError as error:
         return replace(outcome, seconds=time.perf_counter() - began, refused=str(error))
     seconds = time.perf_counter() - began

@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 import fora_trt
+from benchmarks import pipelines
 from benchmarks.equal_evaluations import newest_ways, table_of
 from benchmarks.readme_picture import LABELS, PICTURE, measured_rows, pictures_of, rows_of
 from benchmarks.readme_tables import OF_THE_CPU, measurement_lines, newest_result, readme_lines
@@ -154,6 +155,14 @@ def test_the_comparison_with_fewer_steps_is_a_measured_one() -> None:
     assert told.format(
         psnr["fora:3"], control.setting.steps, control.psnr, psnr["calibrated-18.json"], speed
     ) in words_of(README)
+
+
+def test_the_table_of_pipelines_is_the_measured_one() -> None:
+    _, _, rest = TEXT["docs/pipelines.md"].partition("<!-- table of benchmarks/pipelines.py -->\n")
+    result = pipelines.newest()
+    assert rest.partition("\n<!-- end")[0].splitlines() == [*pipelines.table_of(result["outcomes"])]
+    through = [one for one in result["outcomes"] if one["refused"] is None]
+    assert max(max(one["errors"].values()) for one in through) < 1e-5
 
 
 def test_equal_evaluations_are_the_measured_ones() -> None:
