@@ -28,7 +28,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "is not the manifest of a bundle"),
     "another kind of JSON": (lambda f: (f / "manifest.json").write_text("[1]"), "is not the manifest of a bundle"),
     "a newer format": (
-        lambda f: rewrite(f, lambda m: m.update(format_version=8)),
+        lambda f: rewrite(f, lambda m: m.update(format_version=9)),
         "has format version 8; this fora-trt reads up to 7: pip install -U fora-trt",
     ),
     "an older format": (

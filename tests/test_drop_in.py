@@ -14,7 +14,7 @@ from torch import Tensor
 import fora_trt
 from fora_trt.bundle import Bundle
 from fora_trt.diffusers_pipeline import attach
-from fora_trt.errors import InputError, ShapeError
+from fora_trt.errors import ExportError, InputError, ModelError, ShapeError
 from fora_trt.models.watch import transformers_of
 from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.schedule import Schedule
@@ -26,6 +26,13 @@ SCHEDULES = ("none", "fora:3", "fora:1,forecast=2", "fora:3,forecast=2")
 
 FAST = ("flux_cfg", "wan22", "sd3")
 """Two calls a step, two transformers, and guidance in one call."""
+
+REFUSED = {
+    "z_image": (ModelError, "returns a list of samples"),
+    "lumina2": (ExportError, "makes the size of the batch a constant|has shape"),
+    "mochi": (ExportError, "makes the size of the batch a constant"),
+}
+"""Pipelines whose transformer takes samples one by one."""
 
 
 @dataclass
@@ -210,8 +217,19 @@ def test_it_passes_for_the_transformer_of_its_pipeline(exported: Any, tmp_path: 
         loaded.save_pretrained(tmp_path / "again")
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_batch_that_cannot_be_symbolic_is_refused_before_the_trace(name: str, tmp_path: Path) -> None:
+    pipe, given = PIPELINES[name]()
+    kind, message = REFUSED[name]
+    stages: list[str] = []
+    with pytest.raises(kind, match=message):
+        fora_trt.export(pipe, tmp_path / name, report=stages.append, **given)
+    assert "tracing the full graph" not in stages
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in (*FAST, "z_image")])
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in (*FAST, *REFUSED)])
 def test_latents_of_all_pipelines_are_those_of_hooks(name: str, exported: Any) -> None:
     one = exported(name)
     for schedule in SCHEDULES:
