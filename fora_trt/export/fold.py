@@ -21,6 +21,7 @@ from fora_trt.contract import FOLDED, LATENTS, WINDOW, Role, of_window
 from fora_trt.export.hoist import EarlyPart, drop_unread, early_part, replace_reads
 from fora_trt.export.linear import featured_values, linear_values
 from fora_trt.export.nodes import (
+    ELEMENTWISE,
     before_cast,
     constant,
     edge,
@@ -34,14 +35,9 @@ from fora_trt.export.nodes import (
 GROUP = 8
 """Largest number of `gate * feature` terms that are stacked, multiplied by one Mul and added by one ReduceSum."""
 
-ELEMENTWISE = {
-    *("Add", "Sub", "Mul", "Div", "Neg", "Cast", "Identity", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal", "Relu"),
-    *("Gelu", "Softplus", "Clip", "Abs", "Pow", "Max", "Min"),
-}
-"""Operators that accept an additional leading dimension. Others may not read a value that differs between steps."""
-
 ALONG_AN_AXIS = {"Concat", "Unsqueeze", "ReduceSum"}
-"""Operators that accept an additional leading dimension if their axes are negative (counted from the last)."""
+"""Operators that accept an additional leading dimension if their axes are negative (counted from the last). Elementwise
+operators do so too; others may not read a value that differs between steps."""
 
 
 def fold(full: ir.Model, reuse: ir.Model) -> bool:

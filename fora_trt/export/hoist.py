@@ -4,11 +4,13 @@
 equal values once. `replace_reads` turns the moved values into inputs of the remaining graph. This module depends on
 no architecture.
 
-A node is early by these rules, cited below: (1) it reads at least one early value, and otherwise only constants. (2)
-Each of its outputs has one or several rows per sample and known other sizes, so shape arithmetic does not move. (3) It
-has no subgraph, and none of its outputs is a graph output. (4) A last early node stays in the remaining graph if it
-only widens or expands its input, so that the smaller tensor passes between the graphs, or if its output does not have
-exactly one row per sample.
+A node is early by these rules, cited below: (1) it reads at least one early value, and otherwise only constants and
+values that depend only on the batch size. (2) Each of its outputs has one or several rows per sample and known other
+sizes. (3) It has no subgraph, and none of its outputs is a graph output. (4) A last early node stays in the remaining
+graph if it only widens or expands its input, so that the smaller tensor passes between the graphs, or if its output
+does not have exactly one row per sample. (5) Nodes that depend only on the batch size, such as those that expand a
+guidance scale to the batch and embed it, are copied where an early node reads them; their outputs do not pass between
+graphs.
 """
 
 from __future__ import annotations
@@ -39,26 +41,59 @@ class EarlyPart:
 def early_part(graph: ir.Graph, late: Collection[str]) -> EarlyPart:
     """The part of `graph` that does not depend on the inputs named in `late`."""
     early = {value for value in graph.inputs if value.name not in late}
+    of_batch: set[ir.Value] = set()  # values that depend only on the batch size
     nodes: list[ir.Node] = []
     for node in graph:
         read = [value for value in node.inputs if value is not None and not value.is_initializer()]
-        if read and all(value in early for value in read) and _has_rows(node):
-            nodes.append(node)
+        if (_reads_batch(node) and read[0].name not in late) or (
+            read and of_batch.issuperset(read) and _is_plain(node)
+        ):
+            of_batch.update(node.outputs)
+        elif read and all(value in early or value in of_batch for value in read) and _has_rows(node):
             early.update(node.outputs)
-    taken = {*nodes}
-    for node in reversed(nodes):  # rule 4
-        widens = node.op_type in WIDENING and _bytes(node.outputs[0]) > _bytes(node.inputs[0])
+        else:
+            continue
+        nodes.append(node)
+    taken = {node for node in nodes if node.outputs[0] in early}
+    for node in reversed(nodes):
+        if node not in taken:  # rule 5
+            if _readers(node) & taken:
+                taken.add(node)
+            continue
+        widens = node.op_type in WIDENING and _bytes(node.outputs[0]) > _bytes(node.inputs[0])  # rule 4
         ends = [output for output in node.outputs if {*output.consumers()} - taken]
         if (widens and not _readers(node) & taken) or any(_rows(output) != 1 for output in ends):
             taken.remove(node)
     kept = tuple(node for node in nodes if node in taken)
-    return EarlyPart(kept, tuple(one for node in kept for one in node.outputs if {*one.consumers()} - taken))
+    ends = [one for node in kept for one in node.outputs if one in early and {*one.consumers()} - taken]
+    return EarlyPart(kept, tuple(ends))
+
+
+def batch_from(graph: ir.Graph, names: Collection[str]) -> None:
+    """Take the batch size from the first of these inputs that the graph has; without one, nothing changes."""
+    source = next((value for value in graph.inputs if value.name in names), None)
+    for node in graph:
+        if source is not None and _reads_batch(node):
+            node.replace_input_with(0, source)
+
+
+def _reads_batch(node: ir.Node) -> bool:
+    """Whether a node outputs the batch size of a graph input, as a vector of one number."""
+    value = node.inputs[0] if node.op_type == "Shape" else None
+    if value is None or not value.is_graph_input() or _rows(value) != 1:
+        return False
+    return (node.attributes.get_int("start", 0), node.attributes.get_int("end", 0)) == (0, 1)
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """Whether a node satisfies rule 3."""
+    inside = any(one.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for one in node.attributes.values())
+    return not inside and not any(one.is_graph_output() for one in node.outputs)
 
 
 def _has_rows(node: ir.Node) -> bool:
     """Whether a node satisfies rules 2 and 3."""
-    inside = any(one.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for one in node.attributes.values())
-    return not inside and all(_rows(one) and not one.is_graph_output() for one in node.outputs)
+    return _is_plain(node) and all(map(_rows, node.outputs))
 
 
 def _rows(value: ir.Value) -> int:

@@ -15,6 +15,12 @@ from fora_trt.contract import WINDOW, Role
 
 _ROLE = "role"
 
+ELEMENTWISE = {
+    *("Add", "Sub", "Mul", "Div", "Neg", "Cast", "Identity", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal", "Relu"),
+    *("Gelu", "Softplus", "Clip", "Abs", "Pow", "Max", "Min"),
+}
+"""Operators that compute each element of their output from one element of each input, which are broadcast."""
+
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Add a constant, or return the one with this name and equal content; a name in use gets a number appended."""

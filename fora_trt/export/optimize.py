@@ -9,9 +9,19 @@ import onnx_ir as ir
 from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from fora_trt.contract import CONDITIONING, FULL, FULL_CONDITIONING, HOISTED, REUSE, Optimization, TensorSpec, of_window
+from fora_trt.contract import (
+    CONDITIONING,
+    FULL,
+    FULL_CONDITIONING,
+    HOISTED,
+    LATENTS,
+    REUSE,
+    Optimization,
+    TensorSpec,
+    of_window,
+)
 from fora_trt.export.fold import fold
-from fora_trt.export.hoist import GraphWriter, Numbering, drop_unread, early_part, replace_reads
+from fora_trt.export.hoist import GraphWriter, Numbering, batch_from, drop_unread, early_part, replace_reads
 from fora_trt.export.nodes import edge, int64_constant, is_of_window, is_read, new_value, nodes_behind, with_role
 from fora_trt.export.slice_projections import SliceProjectionsPass, take_projection
 
@@ -42,6 +52,7 @@ def optimized(
     writer = GraphWriter(numbering)
     values: dict[str, ir.Value] = {}  # outputs of the conditioning graph, by the names of the inputs that read them
     for model in (full, reuse):
+        batch_from(model.graph, pooled)  # so that expanded constants can be hoisted
         part = early_part(model.graph, {str(value.name) for value in model.graph.inputs} - {*pooled})
         writer.add(part.nodes)
         reads: dict[ir.Value, ir.Value] = {}
@@ -51,6 +62,7 @@ def optimized(
             values[name] = with_role(writer.value(value), "hoisted")
             values[name].name = name
             reads[value] = placeholders.setdefault(name, edge(name, value, "hoisted"))
+        batch_from(model.graph, [LATENTS])
         replace_reads(model, reads)
     if not values:
         return graphs, "none"

@@ -41,6 +41,7 @@ from fora_trt.export.near_neutral import near_neutral_hidden
 from fora_trt.export.nodes import edge, with_role
 from fora_trt.export.optimize import optimized
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
+from fora_trt.export.read_parts import ReadPartsPass
 from fora_trt.export.split import FullStep, Split, steps_of_module
 from fora_trt.models.examples import example_inputs
 from fora_trt.models.sites import OTHER
@@ -216,6 +217,7 @@ def _tidy(model: ir.Model, step: FullStep) -> None:
         ExpandMasksPass(),
         PatchRowsPass(),
         PlainTransposesPass(),
+        ReadPartsPass(),
         JoinProjectionsPass(),
         RemoveUnusedNodesPass(),
         *once_only,
