@@ -79,9 +79,9 @@ class _Cuts:
                 one is not None and _is_cut_with(one, node, axis) and self._reaches(one, axis) for one in node.inputs
             ):
                 self._reaching.add(node)
-        self._moving: set[ir.Node] = set()  # those that reach a Concat, and what they add to it
+        self._moving: set[ir.Node] = set()  # those that reach a Concat, and those that only they read
         for node in self._read:
-            if node in self._reaching or {*node.outputs[0].consumers()} & self._moving:
+            if node in self._reaching or {*node.outputs[0].consumers()} <= self._moving:
                 self._moving.add(node)
         self._made: dict[tuple[ir.Value, Part], ir.Value] = {}
 
