@@ -138,3 +138,21 @@ def test_a_matrix_that_is_as_long_as_the_stream_is_not_cut() -> None:
     check(one)
     assert kinds(one) == ["MatMul"]
     assert [tuple(value.shape or ()) for value in one.graph.initializers.values()] == [(4, 4)]
+
+
+def test_rule_4_tokens_are_cut_before_they_are_widened() -> None:
+    one = model_of(f"""
+        small (float16[batch, {ALL}, {WIDTH}] feature) => (float[batch, {IMAGE}, {WIDTH}] y) <{CONSTANTS}>
+        {{ wide = Cast <to: int = 1> (feature) y = Slice(wide, text_end, end, one) }}
+    """)
+    assert ReadPartsPass()(one).modified
+    assert kinds(one) == ["Slice", "Cast"]
+    assert [node.outputs[0].dtype for node in one.graph] == [ir.DataType.FLOAT16, ir.DataType.FLOAT]
+    assert names(one.graph.outputs) == ["y"]
+    both = "left, right = Split <axis: int = 1> (wide, lengths) y = Concat <axis: int = 1> (right, left)"
+    one = model_of(f"""
+        small (float16[batch, {ALL}, {WIDTH}] feature) => (float[batch, {ALL}, {WIDTH}] y) <{CONSTANTS}>
+        {{ wide = Cast <to: int = 1> (feature) {both} }}
+    """)
+    ReadPartsPass()(one)
+    assert kinds(one) == ["Slice", "Cast", "Slice", "Cast", "Concat"]

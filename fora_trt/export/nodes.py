@@ -99,6 +99,14 @@ def before_cast(value: ir.Value) -> ir.Value | None:
     return source if source is not None and source.dtype is not None else None
 
 
+def is_widened(value: ir.Value) -> bool:
+    """Whether a value is the output of a Cast to a wider dtype."""
+    source = before_cast(value)
+    if source is None or source.dtype is None or value.dtype is None:
+        return False
+    return source.dtype.itemsize < value.dtype.itemsize
+
+
 def nodes_behind(values: Iterable[ir.Value]) -> set[ir.Node]:
     """All nodes on which the given values depend."""
     found: set[ir.Node] = set()

@@ -7,9 +7,9 @@ becomes `image + gate * Slice(feature)`. Then there is one stream, whose sum can
 Rules, cited below: (1) A cut is a Slice with constant bounds and the step 1 along one axis of known length, which is
 neither the first nor the last, or a Split along such an axis. (2) A cut of a Concat along its axis reads the
 concatenated values. (3) A Concat of all parts of a value, in order, is this value. (4) A cut moves before nodes that
-compute each token by itself if it reaches a Concat in this way. All that read such a node are cuts along this axis or
-nodes that cuts move before, so nothing is computed twice. For a node that does not work element by element, such as a
-projection, all of them read the same tokens, so it is not computed in parts.
+compute each token by itself if it reaches in this way a Concat or the input of a Cast to a wider dtype. All that read
+such a node are cuts along this axis or nodes that cuts move before, so nothing is computed twice. For a node that does
+not work element by element, such as a projection, all of them read the same tokens, so it is not computed in parts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from fora_trt.export.nodes import ELEMENTWISE, constant, int64_constant, is_read
+from fora_trt.export.nodes import ELEMENTWISE, constant, int64_constant, is_read, is_widened
 
 NORMALIZATIONS = ("LayerNormalization", "RMSNormalization")
 
@@ -75,11 +75,10 @@ class _Cuts:
         self._reaching: set[ir.Node] = set()  # rule 4
         for node, parts in reversed(self._read.items()):
             axis = next(part.axis for part in parts)
-            if any(
-                one is not None and _is_cut_with(one, node, axis) and self._reaches(one, axis) for one in node.inputs
-            ):
+            cut_with = [one for one in node.inputs if one is not None and _is_cut_with(one, node, axis)]
+            if is_widened(node.outputs[0]) or any(self._reaches(one, axis) for one in cut_with):
                 self._reaching.add(node)
-        self._moving: set[ir.Node] = set()  # those that reach a Concat, and those that only they read
+        self._moving: set[ir.Node] = set()  # those that reach one, and those that only they read
         for node in self._read:
             if node in self._reaching or {*node.outputs[0].consumers()} <= self._moving:
                 self._moving.add(node)
@@ -103,7 +102,7 @@ class _Cuts:
         return True
 
     def _reaches(self, value: ir.Value, axis: int) -> bool:
-        """Whether a cut of the value along the axis reaches a Concat."""
+        """Whether a cut of the value along the axis reaches a Concat or a Cast to a wider dtype."""
         node = value.producer()
         return node is not None and (node in self._reaching or _axis_of(node) == axis)
 
