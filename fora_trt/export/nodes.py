@@ -44,6 +44,12 @@ def int64_constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Valu
     return constant(graph, name, np.array(values, dtype=np.int64))
 
 
+def numbers_of(value: ir.Value | None) -> list[int]:
+    """The numbers of a constant; none for another value."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return [] if tensor is None else [int(number) for number in tensor.numpy().flatten()]
+
+
 def new_value(
     nodes: list[ir.Node], kind: str, inputs: Sequence[ir.Value], shape: ir.Shape | None, *attributes: ir.Attr
 ) -> ir.Value:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from fora_trt.export.nodes import ELEMENTWISE, constant, int64_constant, is_read, is_widened
+from fora_trt.export.nodes import ELEMENTWISE, constant, int64_constant, is_read, is_widened, numbers_of
 
 NORMALIZATIONS = ("LayerNormalization", "RMSNormalization")
 
@@ -180,19 +180,13 @@ def _cut_of(value: ir.Value | None) -> tuple[ir.Value, Part] | None:
         start = sum(_length(one, axis) for one in node.outputs[: node.outputs.index(value)])
         stop = start + _length(value, axis)
     else:
-        numbers = [_numbers(one) for one in node.inputs[1:]]
+        numbers = [numbers_of(one) for one in node.inputs[1:]]
         if len(numbers) not in (3, 4) or any(len(one) != 1 for one in numbers) or numbers[3:] not in ([], [[1]]):
             return None
         axis = _from_last(numbers[2][0], rank)
         length = _length(whole, axis)
         start, stop = (min(max(end + length if end < 0 else end, 0), length) for (end,) in numbers[:2])
     return (whole, Part(axis, start, stop)) if -rank < axis < -1 and start < stop else None
-
-
-def _numbers(value: ir.Value | None) -> list[int]:
-    """The numbers of a constant; none for another value."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return [] if tensor is None else [int(number) for number in tensor.numpy().flatten()]
 
 
 def _from_last(axis: int, rank: int) -> int:
