@@ -32,8 +32,8 @@ REFUSED = {
 }
 """Transformers that take samples one by one."""
 
-AT_MOST_CONDITIONING = {"flux", "flux_fill", "flux2", "hunyuan_video", "latte"}
-"""Transformers whose sums are not folded: their blocks join, split or transpose tokens between additions."""
+AT_MOST_CONDITIONING = {"latte"}
+"""Transformers whose sums are not folded: their blocks transpose tokens between additions."""
 
 QUICK = {"sd3", "qwen_image", "flux_fill", "latte"}
 """One of each kind: an output that nothing reads, complex numbers, fewer channels and parallel blocks, k * B rows."""
