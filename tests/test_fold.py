@@ -6,7 +6,9 @@ import pytest
 
 from fora_trt.contract import Role
 from fora_trt.export.fold import GROUP, fold
+from fora_trt.export.hoist import drop_unread
 from fora_trt.export.nodes import role_of
+from fora_trt.export.read_parts import ReadPartsPass
 from tests.small_graphs import kinds, model_of, names, run
 
 STEPS, BATCH, TOKENS, WIDTH = 3, 2, 4, 8
@@ -213,3 +215,40 @@ def test_a_folded_value_says_whether_it_is_linear_in_the_features(folded: str, r
     check_equal(2, full, reuse)
     assert [role_of(value) for value in reuse.graph.inputs] == ["latents", role]
     assert [role_of(value) for value in full.graph.outputs] == ["prediction", role]
+
+
+# -- streams of text and image tokens ----------------------------------------------------------------------------------
+
+TWO = "int64[1] zero = {0}, int64[1] one = {1}, int64[1] cut = {1}, int64[1] end = {99}, int64[2] lengths = {1, 3}"
+JOINT = "t = Relu(text) a = Slice(latents, cut, end, one) i = Relu(a) h0 = Concat <axis: int = 1> (t, i)"
+"""A stream of one token of text and three of the image."""
+
+STREAMS = {
+    "sliced at the end": "u0 = Mul(g0, f0) h1 = Add(h0, u0) u1 = Mul(g1, f1) h2 = Add(h1, u1) "
+    "y0 = Slice(h2, cut, end, one)",
+    "split at the end": "u0 = Mul(g0, f0) h1 = Add(h0, u0) u1 = Mul(f1, g1) h2 = Add(h1, u1) "
+    "x, y0 = Split <axis: int = 1> (h2, lengths)",
+    "taken apart and put together in every block": "u0 = Mul(g0, f0) h1 = Add(h0, u0) t1 = Slice(h1, zero, cut, one) "
+    "i1 = Slice(h1, cut, end, one) k1 = Concat <axis: int = 1> (t1, i1) u1 = Mul(g1, f1) h2 = Add(k1, u1) "
+    "y0 = Slice(h2, cut, end, one)",
+    "with parts of a feature that are added to each stream": "t0 = Slice(h0, zero, cut, one) "
+    "i0 = Slice(h0, cut, end, one) u0 = Slice(f0, zero, cut, one) v0 = Slice(f0, cut, end, one) w0 = Mul(g0, u0) "
+    "z0 = Mul(g1, v0) t1 = Add(t0, w0) i1 = Add(i0, z0) h1 = Concat <axis: int = 1> (t1, i1) h2 = Add(h1, f1) "
+    "y0 = Slice(h2, cut, end, one)",
+    "with another gate for the text": "l0, r0 = Split <axis: int = 1> (f0, lengths) u0 = Mul(g0, l0) v0 = Mul(g1, r0) "
+    "s0 = Concat <axis: int = 1> (u0, v0) h1 = Add(h0, s0) h2 = Add(h1, f1) "
+    "x, y0 = Split <axis: int = 1> (h2, lengths)",
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+def test_a_stream_of_text_and_image_folds_and_the_text_is_not_read(stream: str) -> None:
+    padded = "y1 = Neg(y0) y2 = Slice(y1, zero, one, one) y = Concat <axis: int = 1> (y2, y1)"  # a token more
+    full, reuse = graphs(2, f"{JOINT} {stream} {padded}", constants=TWO)
+    ReadPartsPass()(reuse)
+    drop_unread(reuse)
+    check_equal(2, full, reuse)
+    assert names(reuse.graph.inputs) == ["latents", "folded.0"]
+    assert [role_of(value) for value in reuse.graph.inputs] == ["latents", "sum"]
+    assert reuse.graph.inputs[1].shape == ir.Shape(["batch", TOKENS - 1, WIDTH])
+    assert len([node for node in reuse.graph if node.op_type == "Add"]) == 1

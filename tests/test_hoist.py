@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from fora_trt.contract import Role
-from fora_trt.export.hoist import GraphWriter, Numbering, drop_unread, early_part, replace_reads
+from fora_trt.export.hoist import GraphWriter, Numbering, batch_from, drop_unread, early_part, replace_reads
 from fora_trt.export.nodes import edge, role_of
 from tests.small_graphs import kinds, model_of, names, run, values_of
 
@@ -112,6 +112,56 @@ def test_rule_4_several_rows_for_a_sample_do_not_pass_between_graphs() -> None:
     assert early(model) == (["turned"], ["turned"])
 
 
+ROLES: dict[str, Role] = {"late": "latents", "given": "timestep", "result": "prediction"}
+
+SCALED = """
+    small (float[batch, 4] late, float[batch, 4] given) => (float[batch, 4] result)
+    <float[1] scale = {3.5}, int64[1] width = {4},
+     float[4, 4] weight = {1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 7, 6, 5, 4, 3, 2}>
+    {
+        size = Shape <start: int = 0, end: int = 1> (late)
+        sizes = Concat <axis: int = 0> (size, width)
+        expanded = Expand(scale, sizes)
+        embedded = MatMul(expanded, weight)
+        turned = Neg(given)
+        added = Add(turned, embedded)
+        all = Add(late, %s)
+        result = Relu(all)
+    }
+"""
+
+
+def scaled(read: str) -> ir.Model:
+    model = model_of(SCALED % read, ROLES)
+    for name in ("expanded", "embedded", "added"):
+        values_of(model)[name].shape = ir.Shape(["batch", 4])
+    return model
+
+
+def test_rule_5_what_depends_on_the_batch_size_alone_is_copied_where_it_is_read() -> None:
+    model = scaled("added")
+    assert early(model) == (["turned"], ["turned"]), "the size is that of a late input"
+    batch_from(model.graph, ["given"])
+    part = early_part(model.graph, {"late"})
+    assert names(part.boundary) == ["added"]
+    writer = GraphWriter(Numbering())
+    writer.add(part.nodes)
+    graph = writer.graph("ahead", [writer.value(value) for value in part.boundary], like=model.graph)
+    assert names(graph.inputs) == ["given"]
+    given = np.arange(12, dtype=np.float32).reshape(3, 4)
+    outputs = run(ir.Model(graph, ir_version=10), {"given": given})
+    weight = np.array([*range(1, 10), *range(8, 1, -1)], np.float32).reshape(4, 4)
+    assert np.array_equal(outputs["added"], 3.5 * weight.sum(0) - given)
+
+
+def test_rule_5_what_depends_on_the_batch_size_alone_stays_where_it_is_read_late() -> None:
+    model = scaled("embedded")
+    drop_unread(model)
+    batch_from(model.graph, ["given"])
+    assert early(model) == ([], [])
+    assert names(model.graph.inputs) == ["late"], "without another input, the size is that of the late one"
+
+
 def test_equal_values_have_equal_numbers_whatever_graph_they_are_in() -> None:
     first, second = (
         model_of("""
@@ -149,7 +199,6 @@ HALF = """
         result = Add(late, scaled)
     }
 """
-ROLES: dict[str, Role] = {"late": "latents", "given": "timestep", "result": "prediction"}
 
 
 def test_the_early_parts_of_several_graphs_become_one_graph_with_equal_values_once() -> None:

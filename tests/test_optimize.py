@@ -22,6 +22,7 @@ from fora_trt.errors import ExportError, ScheduleError
 from fora_trt.evaluate.export_check import GraphCheck
 from fora_trt.evaluate.verify import compare_with_pytorch
 from fora_trt.export.check import Measured
+from fora_trt.export.optimize import pooled_inputs
 from fora_trt.export.traced import TracedModel
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
@@ -36,6 +37,13 @@ from tests.test_denoiser import noting
 
 LEVELS: tuple[Optimization, ...] = ("conditioning", "fold")
 LABELS = [3, 999, 3]
+
+
+def test_inputs_of_one_vector_per_sample_are_hoisted_and_latents_and_prompt_tokens_are_not() -> None:
+    shapes = {"timestep": (), "pooled": (9,), "token": (1, 9), "latents": (9,), "prompt": (3, 9), "image": (1, 4, 4)}
+    floats = [TensorSpec(name, "float32", ("batch", *shape)) for name, shape in shapes.items()]
+    integers = [TensorSpec("label", "int64", ("batch",)), TensorSpec("mask", "int64", ("batch", 3))]
+    assert pooled_inputs([*floats, *integers]) == ["timestep", "pooled", "token", "label"]
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,11 @@ from fora_trt.export.hoist import EarlyPart, drop_unread, early_part, replace_re
 from fora_trt.export.linear import featured_values, linear_values
 from fora_trt.export.nodes import (
     ELEMENTWISE,
-    before_cast,
     constant,
     edge,
     int64_constant,
     is_of_window,
+    is_widened,
     new_value,
     role_of,
     with_role,
@@ -196,15 +196,7 @@ def _gate_and_feature(term: ir.Value, differing: set[ir.Value]) -> tuple[ir.Valu
     if (one in differing) == (other in differing) or _rank(one) != _rank(other) or one.dtype != other.dtype:
         return None
     gate, feature = (one, other) if one in differing else (other, one)
-    return None if _is_widened(feature) else (gate, feature)
-
-
-def _is_widened(value: ir.Value) -> bool:
-    """Whether a value is the output of a Cast to a wider dtype."""
-    source = before_cast(value)
-    if source is None or source.dtype is None or value.dtype is None:
-        return False
-    return source.dtype.itemsize < value.dtype.itemsize
+    return None if is_widened(feature) else (gate, feature)
 
 
 def _weighted_sum(graph: ir.Graph, nodes: list[ir.Node], pairs: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
@@ -339,7 +331,7 @@ def _widen_apart(graph: ir.Graph) -> None:
     for cast in tuple(graph):
         wide = cast.outputs[0]
         readers = {node: is_of_window(node.outputs[0]) for node in wide.consumers()}
-        if cast.op_type != "Cast" or not _is_widened(wide) or len({*readers.values()}) < 2:
+        if cast.op_type != "Cast" or not is_widened(wide) or len({*readers.values()}) < 2:
             continue
         again = ir.Node("", "Cast", cast.inputs, list(cast.attributes.values()), num_outputs=1)
         copy = again.outputs[0]

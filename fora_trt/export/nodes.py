@@ -44,6 +44,12 @@ def int64_constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Valu
     return constant(graph, name, np.array(values, dtype=np.int64))
 
 
+def numbers_of(value: ir.Value | None) -> list[int]:
+    """The numbers of a constant; none for another value."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return [] if tensor is None else [int(number) for number in tensor.numpy().flatten()]
+
+
 def new_value(
     nodes: list[ir.Node], kind: str, inputs: Sequence[ir.Value], shape: ir.Shape | None, *attributes: ir.Attr
 ) -> ir.Value:
@@ -97,6 +103,14 @@ def before_cast(value: ir.Value) -> ir.Value | None:
     cast = value.producer()
     source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
     return source if source is not None and source.dtype is not None else None
+
+
+def is_widened(value: ir.Value) -> bool:
+    """Whether a value is the output of a Cast to a wider dtype."""
+    source = before_cast(value)
+    if source is None or source.dtype is None or value.dtype is None:
+        return False
+    return source.dtype.itemsize < value.dtype.itemsize
 
 
 def nodes_behind(values: Iterable[ir.Value]) -> set[ir.Node]:

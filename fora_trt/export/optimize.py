@@ -30,11 +30,12 @@ SINGLE = "hoisted."
 
 
 def pooled_inputs(inputs: Sequence[TensorSpec]) -> list[str]:
-    """Names of the inputs that hold one number or vector per sample: timestep, class, pooled text.
+    """Names of the inputs that hold one number or vector per sample: timestep, class, pooled text, also as one token.
 
     Prompt tokens and their mask are excluded: values that depend only on them are equal at every step.
     """
-    return [one.name for one in inputs if len(one.shape) <= (2 if one.is_floating else 1)]
+    longer = {one.name: sum(size != 1 for size in one.shape[1:]) for one in inputs}
+    return [one.name for one in inputs if one.role != "latents" and longer[one.name] <= int(one.is_floating)]
 
 
 def optimized(

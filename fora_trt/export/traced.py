@@ -42,6 +42,7 @@ from fora_trt.export.nodes import edge, with_role
 from fora_trt.export.optimize import optimized
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
 from fora_trt.export.read_parts import ReadPartsPass
+from fora_trt.export.scatter_slices import ScatterSlicesPass
 from fora_trt.export.split import FullStep, Split, steps_of_module
 from fora_trt.models.examples import example_inputs
 from fora_trt.models.sites import OTHER
@@ -218,6 +219,7 @@ def _tidy(model: ir.Model, step: FullStep) -> None:
         ExpandMasksPass(),
         PatchRowsPass(),
         PlainTransposesPass(),
+        ScatterSlicesPass(),
         ReadPartsPass(),
         JoinProjectionsPass(),
         RemoveUnusedNodesPass(),
