@@ -29,11 +29,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another kind of JSON": (lambda f: (f / "manifest.json").write_text("[1]"), "is not the manifest of a bundle"),
     "a newer format": (
         lambda f: rewrite(f, lambda m: m.update(format_version=9)),
-        "has format version 8; this fora-trt reads up to 7: pip install -U fora-trt",
+        "has format version 9; this fora-trt reads up to 8: pip install -U fora-trt",
     ),
     "an older format": (
         lambda f: rewrite(f, lambda m: m.update(format_version=1)),
-        "has format version 1 of an older fora-trt; version 7 is needed; export the bundle again",
+        "has format version 1 of an older fora-trt; version 8 is needed; export the bundle again",
     ),
     "a path that leaves the folder": (
         lambda f: rewrite(f, lambda m: m["files"].update({"../full.onnx": m["files"].pop("full.onnx")})),

@@ -96,16 +96,8 @@ class Follower:
         return self._foreign is not None and torch.equal(self._foreign, timesteps)
 
     def _step_in(self, timesteps: Tensor, timestep: Tensor) -> int | None:
-        """The index of this timestep among the scheduler's; of equal ones the next is preferred.
-
-        Where the pipeline maps its times, times are equal up to the rounding of their dtype.
-        """
-        now, following = timestep.flatten()[0].double().cpu(), self._step + 1
-        times = self._time.of_model(timesteps.double())
-        near = times == now
-        if self._time != TimeMap():
-            rounding = torch.finfo(timestep.dtype if timestep.is_floating_point() else torch.float32).eps
-            near = (times - now).abs() <= 2 * rounding * times.abs().clamp(min=1e-3)
+        """The index of this timestep among the scheduler's; of equal ones the next is preferred."""
+        near, following = are_now(timesteps, timestep, self._time), self._step + 1
         if 0 <= following < len(timesteps) and near[following]:
             return following
         indices = near.nonzero().flatten()
@@ -121,6 +113,18 @@ class Follower:
                 f"{self._rule.steps} steps, or load the bundle with cache_interval=N"
             )
         return self._rule
+
+
+def are_now(timesteps: Tensor, timestep: Tensor, time: TimeMap) -> Tensor:
+    """Which of the scheduler's timesteps (S,) the module's timestep is.
+
+    Where the pipeline maps its times, times are equal up to the rounding of their dtype.
+    """
+    now, times = timestep.flatten()[0].double().cpu(), time.of_model(timesteps.double())
+    if time == TimeMap():
+        return times == now
+    rounding = torch.finfo(timestep.dtype if timestep.is_floating_point() else torch.float32).eps
+    return (times - now).abs() <= 2 * rounding * times.abs().clamp(min=1e-3)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fora_trt.call import TimeMap
 from fora_trt.contract import LATENTS, PRECISIONS, TIMESTEP
 from fora_trt.errors import BackendError, InputError, ShapeError
-from fora_trt.runtime.follow import Follower, step_of_view
+from fora_trt.runtime.follow import Follower, are_now, step_of_view
 from fora_trt.runtime.inputs import check_latents, checked_timestep, inputs_of
 from fora_trt.runtime.interface import overflow_remedy
 from fora_trt.runtime.step_by_step import StepByStep
@@ -142,19 +142,29 @@ class DenoiserTransformer(nn.Module):
     def _slot(self, timestep: Tensor) -> Follower:
         """The trajectory that a call belongs to."""
         moment = self._moment_of(timestep)
-        again = moment == self._moment and self._count + 1 < MOST_SLOTS
+        again = moment is not None and moment == self._moment and self._count + 1 < MOST_SLOTS
         self._count, self._moment = self._count + 1 if again else 0, moment
         name = str(self._count) if self._context is None else self._context
         if name not in self._slots:
-            time = TimeMap() if self._call is None else self._call.time
             denoiser = self.denoiser.another() if self._slots else self.denoiser
-            self._slots[name] = Follower(denoiser, lambda: self._scheduler(), time)
+            self._slots[name] = Follower(denoiser, lambda: self._scheduler(), self._time)
         return self._slots[name]
 
+    @property
+    def _time(self) -> TimeMap:
+        return TimeMap() if self._call is None else self._call.time
+
     def _moment_of(self, timestep: Tensor) -> object:
-        """Differs between steps, but not between calls of one step, also where a scheduler repeats a timestep."""
+        """Differs between steps, but not between calls of one step, also where a scheduler repeats a timestep.
+
+        None if a call at the same timestep is the next step: the scheduler repeats it, and nothing counts its steps.
+        """
         scheduler, viewed = self._scheduler(), step_of_view(timestep)
         counted = tuple(getattr(scheduler, name, None) for name in ("step_index", "counter"))
+        if scheduler is not None and viewed is None and not any(one is not None for one in counted):
+            times = torch.as_tensor(scheduler.timesteps).cpu()
+            if int(are_now(times, timestep, self._time).sum()) > 1:
+                return None
         return float(timestep.flatten()[0]), counted, None if viewed is None else viewed.step
 
 
