@@ -116,12 +116,14 @@ class DiffusersPipeline:
         steps: int,
         seed: int = 0,
         num_images: int = 1,
+        latents: bool = False,
         arguments: Mapping[str, Any] | None = None,
         watch: Callable[[Any], Any] | None = None,
     ) -> Result:
         """Make results for each prompt; result k has the seed `seed` + k.
 
-        `arguments` are further arguments of the pipeline, such as `negative_prompt`. Raises `InputError` for arguments
+        With `latents` they are not decoded, nor without a VAE. `arguments` are further arguments of the pipeline, such
+        as `negative_prompt`. Raises `InputError` for arguments
         that the pipeline does not take or the bundle was not exported for.
         """
         given = self._arguments(prompts, num_images, dict(arguments or {}))
@@ -131,7 +133,7 @@ class DiffusersPipeline:
             raise InputError(f"{self.spec.name} was loaded without a text encoder; give --prompt-embeds FILE instead")
         seeds = range(seed, seed + samples)
         generators = [torch.Generator(self.device).manual_seed(one) for one in seeds]
-        before = self._counts()
+        before, decoded = self._counts(), self.decodes and not latents
         began = time.perf_counter()
         if watch is not None:
             self._pipe.progress_bar = lambda iterable=None, total=None: _Bar(watch, iterable, total)
@@ -141,7 +143,7 @@ class DiffusersPipeline:
                     **given,
                     num_inference_steps=steps,
                     generator=generators if samples > 1 else generators[0],
-                    output_type="pil" if self.decodes else "latent",
+                    output_type="pil" if decoded else "latent",
                 )
         except ForaError:
             raise
@@ -154,7 +156,7 @@ class DiffusersPipeline:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - began
         full, reuse = (after - one for after, one in zip(self._counts(), before, strict=True))
-        return _result(made, self.decodes, seconds, full, reuse)
+        return _result(made, decoded, seconds, full, reuse)
 
     @property
     def decodes(self) -> bool:

@@ -101,6 +101,15 @@ def test_run_takes_the_schedule_of_the_bundle_and_arguments_of_the_pipeline(bund
     assert (told["schedule"], told["full_steps"], told["reuse_steps"]) == ("fora:2", 4, 2)
 
 
+def test_latents_are_written_if_asked_for(bundle: Bundle, tmp_path: Path) -> None:
+    at = ("run", bundle.folder, "--prompt", "a fox", "--steps", 2, "--latents-out", tmp_path / "latents.npy")
+    call(*at)
+    assert numpy.load(tmp_path / "latents.npy").shape == (1, 4, 8, 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["latents.npy"]
+    assert "already exists" in call(*at, code=1)
+    assert "either images or latents" in call(*at, "--force", "-o", tmp_path / "fox.png", code=1)
+
+
 def test_options_without_effect_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     at = ("run", bundle.folder, "--prompt", "a fox", "--steps", 2)
     assert "--scheduler has no effect: AuraFlowPipeline has its own loop" in call(*at, "--scheduler", "ddim", code=2)
@@ -176,6 +185,8 @@ def test_two_transformers_become_two_bundles_that_run_finds(tmp_path: Path) -> N
              "--latents-out", tmp_path / "latents.npy", "--cache-interval", 1, "--json")
     )  # fmt: skip
     assert ran["full_steps"] == 2 * STEPS
+    at = ("run", tmp_path / "export/wan", "--prompt-embeds", tmp_path / "prompt.npz", "--steps", 2)
+    assert "WanPipeline has no VAE, so it makes no images" in call(*at, "-o", tmp_path / "fox.webp", code=1)
     expected = pipe(
         **given, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0), output_type="latent"
     )

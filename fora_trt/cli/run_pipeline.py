@@ -77,12 +77,15 @@ def run_pipeline(
         check_new(path, force)
         if path.suffix:
             writable_file(path)
+    if output is not None and not pipeline.decodes:
+        raise InputError(f"{spec.name} has no VAE, so it makes no images; give --latents-out FILE.npy for its latents")
     steps = sampling.steps if is_given("steps") else bundle.scheduled_steps or sampling.steps
     result = pipeline(
         wanted["prompt"],
         steps=steps,
         seed=wanted["seed"],
         num_images=wanted["num_images"] or 1,
+        latents=latents_out is not None,
         arguments=_arguments(wanted, sampling),
         watch=watched("denoising"),
     )
@@ -143,9 +146,6 @@ def _write(result: Result, name: str, output: Path | None, latents_out: Path | N
 
     if result.latents is not None:
         path = latents_out or free_name(Path(f"{name}.npy"))
-        if output is not None:
-            click.echo(f"{figures['pipeline']} has no VAE, so its latents are written", err=True)
-            path = output.with_suffix(".npy")
         save_latents(result.latents, path)
         return path
     is_video = any(len(one) > 1 for one in result.pictures)
