@@ -7,6 +7,7 @@ import torch
 
 from fora_trt.call import TimeMap
 from fora_trt.errors import ModelError, ShapeError
+from fora_trt.models.pipelines import empty_from_pipeline
 from fora_trt.models.watch import Watched, watch
 from tests.tiny_pipelines import PIPELINES, drawn
 
@@ -112,3 +113,21 @@ def test_calls_that_no_bundle_can_serve_are_refused() -> None:
     assert "encoder_hidden_states of the shape [1, 4, 16] in the slot 'uncond'" in sentence(pipe, **shorter)
     assert "WanPipeline has no argument 'hight'" in sentence(pipe, **given, hight=64)
     assert "give further arguments of the pipeline with --call" in sentence(pipe, prompt_embeds=drawn(1, 6, 7))
+
+
+def test_weights_that_are_not_there_are_a_sentence() -> None:
+    def problem() -> str:
+        with pytest.raises(ModelError) as caught:
+            empty_from_pipeline(pipe, None, given)
+        return str(caught.value)
+
+    pipe, given = PIPELINES["sd3"]()
+    weight = pipe.transformer.proj_out.weight
+    pipe.transformer.proj_out.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    assert "is quantized: it has weights of torch.int8; load it without quantization" in problem()
+    pipe.transformer.proj_out.weight = torch.nn.Parameter(weight.to("meta"))
+    assert "is offloaded" in problem()
+    pipe.transformer = torch.nn.Identity()
+    assert "has no weights; put the original transformer back" in problem()
+    with pytest.raises(ModelError, match="has no transformer 'other'; it has transformer"):
+        empty_from_pipeline(pipe, "other", given)

@@ -62,6 +62,8 @@ def empty_from_pipeline(pipe: Any, component: str | None, arguments: Mapping[str
     """
     modules = transformers_of(pipe)
     name = _component(component, modules, type(pipe).__name__)
+    if problem := _problem_of(modules[name]):
+        raise ModelError(f"the {name} of the pipeline, a {type(modules[name]).__name__}, {problem}")
     watched = watch(pipe, arguments)[name]
     module = sharing_copy(modules[name])
     pipeline = PipelineSpec(
@@ -80,6 +82,19 @@ def empty_from_pipeline(pipe: Any, component: str | None, arguments: Mapping[str
 
     config = dict(getattr(modules[name], "config", {}))
     return EmptyModel(type(pipe).__name__, module, spec, cast, config, watched.scheduler)
+
+
+def _problem_of(module: nn.Module) -> str | None:
+    """Why the weights of a loaded module cannot be exported; None if they can."""
+    parameters = [*module.parameters()]
+    if not parameters:
+        return "has no weights; put the original transformer back before the export"
+    if any(one.device.type == "meta" for one in parameters):
+        return "is offloaded, so its weights are not in memory; load the pipeline without offloading or a device map"
+    odd = next((one for one in parameters if not one.is_floating_point()), None)
+    if odd is not None:
+        return f"is quantized: it has weights of {odd.dtype}; load it without quantization"
+    return None
 
 
 def scalars_of(arguments: Mapping[str, Any]) -> dict[str, Scalar]:

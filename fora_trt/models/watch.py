@@ -207,7 +207,7 @@ def _arguments(pipe: Any, given: Mapping[str, Any], prompt: str) -> dict[str, An
     usual: dict[str, Any] = {"output_type": "latent", "generator": None}
     if "negative_prompt_embeds" in given:
         usual["negative_prompt"] = None  # some pipelines have a text as the default and refuse both
-    if "prompt" in known and not any(name in given for name in ("prompt", "prompt_embeds")):
+    if "prompt" in known and not any(name == "prompt" or name.startswith("prompt_embeds") for name in given):
         usual["prompt"] = prompt
     if "class_labels" in known:
         usual["class_labels"] = [0]
