@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, WanTransformer3DModel
@@ -13,12 +14,14 @@ from torch import Tensor
 
 import fora_trt
 from fora_trt.bundle import Bundle
+from fora_trt.contract import REUSE
 from fora_trt.diffusers_pipeline import attach
 from fora_trt.errors import ExportError, InputError, ModelError, ShapeError
 from fora_trt.models.watch import transformers_of
 from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.schedule import Schedule
 from tests.hooked_pipelines import hooked, latents_of
+from tests.test_tiny_transformers import HEAVY
 from tests.tiny_pipelines import PIPELINES
 
 STEPS = 8
@@ -231,10 +234,15 @@ def test_a_batch_that_cannot_be_symbolic_is_refused_before_the_trace(name: str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name not in (*FAST, *REFUSED)])
 def test_latents_of_all_pipelines_are_those_of_hooks(name: str, exported: Any) -> None:
+    """And no attention or MLP is left in a reuse step, at the highest level."""
     one = exported(name)
     for schedule in SCHEDULES:
         got, _ = one.latents(schedule)
         assert relative(got, one.expected(schedule)) < 1e-5, schedule
+    for bundle in one.bundles.values():
+        assert bundle.manifest.optimization == ("conditioning" if name == "latte" else "fold")
+        operators = {node.op_type for node in ir.load(bundle.graph_path(REUSE)).graph}
+        assert name == "hunyuan_dit" or not operators & HEAVY
 
 
 @pytest.mark.slow

@@ -296,7 +296,7 @@ def test_an_export_that_is_not_finite_is_not_written(
     two_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = overflowing(two_blocks, "fp16")
-    monkeypatch.setattr("fora_trt.models.sources.model_from_source", lambda *_: model)
+    monkeypatch.setattr("fora_trt.exporting.model_from_source", lambda *_: model)
     command = ["export", str(two_blocks), "--precision", "fp16", "--no-measure-trajectory", "--out", str(tmp_path)]
     command += ["--optimize", "none"]
     shown = CliRunner().invoke(main, command)

@@ -118,10 +118,14 @@ def test_a_folder_without_a_model_says_what_one_has(tmp_path: Path) -> None:
 
 
 def test_another_architecture_is_named(folder: Path) -> None:
-    edit(folder / "transformer/config.json", _class_name="FluxTransformer2DModel")
+    edit(folder / "transformer/config.json", _class_name="OtherTransformer2DModel")
     with pytest.raises(
-        ModelError, match="is FluxTransformer2DModel; supported are DiTTransformer2DModel, PixArtTransformer2DModel"
+        ModelError, match="is OtherTransformer2DModel; supported are DiTTransformer2DModel, PixArtTransformer2DModel"
     ):
+        model_from_source(str(folder))
+    edit(folder / "transformer/config.json", _class_name="FluxTransformer2DModel")
+    message = r"is of a FluxTransformer2DModel, and model_index.json lists \['diffusers', 'DiTTransformer2DModel'\]"
+    with pytest.raises(ModelError, match=message):
         model_from_source(str(folder))
 
 

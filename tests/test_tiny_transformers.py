@@ -23,7 +23,6 @@ from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import Model
 from fora_trt.pipeline import Pipeline
 from tests.conftest import ON_CPU
-from tests.tiny_transformers import TRANSFORMERS
 
 REFUSED = {
     "z_image": "makes the size of the batch a constant at .*tiny_transformers.py",
@@ -38,9 +37,10 @@ AT_MOST_CONDITIONING = {"latte"}
 QUICK = {"sd3", "qwen_image", "flux_fill", "latte"}
 """One of each kind: an output that nothing reads, complex numbers, fewer channels and parallel blocks, k * B rows."""
 
-NAMES = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TRANSFORMERS if name not in REFUSED
-]
+ALONE = {"wan_image", "wan22"}
+"""Further transformers of which no pipeline is in `tests/test_drop_in.py`."""
+
+NAMES = [*sorted(QUICK), *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(ALONE))]
 
 HEAVY = {"Attention", "Softmax", "Gelu", "Erf", "ConvTranspose"}
 """Operators of attention and MLP, which no reuse graph has."""

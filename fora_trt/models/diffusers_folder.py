@@ -19,7 +19,7 @@ from fora_trt.models.assembly import EmptyModel, placing
 from fora_trt.models.checkpoint import TRANSFORMER, Renamed, preferred, tensors_of, variants_in
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.parts import VAE, check_autoencoder, digest_of_vae, downloaded, local, read_config, vae_at
-from fora_trt.models.pipeline_folder import watched_architecture
+from fora_trt.models.pipeline_folder import is_transformer, watched_architecture
 from fora_trt.models.weight_sets import WeightSet, chosen, is_averaged
 
 FILES = (
@@ -71,7 +71,7 @@ def empty_from_folder(
     index = read_config(path, "pipeline", source) if (path := folder / "model_index.json").is_file() else {}
     where = found_again or Part(local(folder))
     known = architecture_of(config)
-    if known is None and index and not bare:
+    if known is None and index and not bare and is_transformer(config):
         architecture = watched_architecture(config, index, folder, options.component or "transformer", where)
         parts = PipelineParts(str(index.get("_class_name")))
     else:

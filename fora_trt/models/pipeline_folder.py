@@ -52,18 +52,31 @@ USUAL_LENGTH = 77
 """Number of prompt tokens where neither an option nor the pipeline says it."""
 
 
+def is_transformer(config: Config) -> bool:
+    """Whether a configuration is that of a transformer of the installed diffusers, of a class for one model.
+
+    `Transformer2DModel` is the older class of many, which are told apart by the registered architectures.
+    """
+    made = _class_of("diffusers", config.get("_class_name"))
+    return made is not None and issubclass(made, nn.Module) and made.__name__ != "Transformer2DModel"
+
+
 def watched_architecture(
     config: Config, index: Mapping[str, Any], folder: Path, component: str, where: Part
 ) -> Architecture:
     """An architecture for one transformer of the pipeline in a folder.
 
-    `index` is the content of `model_index.json`, `where` the place from which the pipeline is loaded later. Raises
-    `ModelError` if the installed diffusers lacks the class.
+    `index` is the content of `model_index.json`, `where` the place from which the pipeline is loaded later. The
+    configuration must be one that `is_transformer`. Raises `ModelError` if the index names another class.
     """
-    name = config.get("_class_name")
+    name, listed = config["_class_name"], index.get(component)
+    if not isinstance(listed, list) or listed[-1:] != [name]:
+        raise ModelError(
+            f"{folder / component / 'config.json'} is of a {name}, and model_index.json lists {listed!r} as the "
+            f"{component}; use files of one pipeline"
+        )
     made = _class_of("diffusers", name)
-    if made is None or not issubclass(made, nn.Module):
-        raise ModelError(f"the transformer class is {name!r}, which the installed diffusers does not have; update it")
+    assert made is not None
 
     def spec(config: Config, options: SourceOptions, parts: PipelineParts) -> ModelSpec:
         pipe = hollow_pipeline(folder, index, options.source)
