@@ -58,6 +58,10 @@ class InputError(ForaError, ValueError):
     """A value given to a run that is invalid for the bundle: a class, a shape, a scheduler, an output path."""
 
 
+class NotOfEnginesError(ForaError, AttributeError):
+    """A method of a diffusers transformer that changes its weights or layers, which engines do not have."""
+
+
 class ShapeError(InputError):
     """An input that the exported graphs do not have, or whose shape differs from the exported one."""
 

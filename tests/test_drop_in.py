@@ -16,7 +16,7 @@ import fora_trt
 from fora_trt.bundle import Bundle
 from fora_trt.contract import REUSE
 from fora_trt.diffusers_pipeline import attach
-from fora_trt.errors import ExportError, InputError, ModelError, ShapeError
+from fora_trt.errors import ExportError, InputError, ModelError, NotOfEnginesError, ShapeError
 from fora_trt.models.watch import transformers_of
 from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.schedule import Schedule
@@ -182,6 +182,22 @@ def test_what_was_not_exported_is_refused_by_name(exported: Any) -> None:
         transformer(**{**arguments, "controlnet_block_samples": [torch.zeros(1)]})
 
 
+def test_timesteps_of_tokens_may_be_equal(exported: Any) -> None:
+    """Wan 2.2 5B gives a timestep for each token; without an image they are equal."""
+    one = exported("wan22")
+    bundle, pipe = one.bundles["transformer"], one.pipe
+    pipe.scheduler.set_timesteps(STEPS)
+    transformer = fora_trt.load(bundle, schedule="none", device="cpu").as_transformer(pipe)
+    inputs = {spec.name: torch.randn(spec.sized(1)) for spec in bundle.manifest.inputs}
+    times = pipe.scheduler.timesteps[:1]
+    arguments = bundle.manifest.pipeline.call.arguments_of({**inputs, "timestep": times}, bundle.constants)
+    want = transformer(**arguments).sample
+    transformer = fora_trt.load(bundle, schedule="none", device="cpu").as_transformer(pipe)
+    assert torch.equal(transformer(**{**arguments, "timestep": times.expand(1, 3)}).sample, want)
+    with pytest.raises(InputError, match=r"timestep has shape \[1, 3\]"):
+        transformer(**{**arguments, "timestep": torch.tensor([[0.0, 1.0, 1.0]])})
+
+
 def test_a_replaced_scheduler_is_followed(exported: Any) -> None:
     one = exported("sd3")
     before = one.pipe.scheduler
@@ -216,6 +232,12 @@ def test_it_passes_for_the_transformer_of_its_pipeline(exported: Any, tmp_path: 
         drop_in.follow(loaded)
     loaded.set_progress_bar_config(disable=True)
     assert relative(latents_of(loaded.to("cpu"), given, STEPS), want) < 1e-5
+    assert not hasattr(transformer, "enable_cache")
+    with pytest.raises(
+        NotOfEnginesError, match="engines, which have no enable_cache: .* original WanTransformer3DModel"
+    ):
+        transformer.enable_cache(None)
+    assert loaded.to(torch.float16).transformer.dtype == torch.float16
     with pytest.raises(InputError, match="put the original transformer back before save_pretrained"):
         loaded.save_pretrained(tmp_path / "again")
 

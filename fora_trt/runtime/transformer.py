@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fora_trt.call import TimeMap
 from fora_trt.contract import LATENTS, PRECISIONS, TIMESTEP
-from fora_trt.errors import BackendError, InputError, ShapeError
+from fora_trt.errors import BackendError, InputError, NotOfEnginesError, ShapeError
 from fora_trt.runtime.follow import Follower, are_now, step_of_view
 from fora_trt.runtime.inputs import check_latents, checked_timestep, inputs_of
 from fora_trt.runtime.interface import overflow_remedy
@@ -68,6 +68,25 @@ class DenoiserTransformer(nn.Module):
         named = getattr(diffusers, vars(self).get("_stands_for", ""), None)
         return named if isinstance(named, type) else DenoiserTransformer
 
+    def __getattr__(self, name: str) -> Any:
+        """Raises `NotOfEnginesError` for what the transformer's own class has, such as `enable_cache`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            kind = self.__class__
+            if kind is DenoiserTransformer or not hasattr(kind, name):
+                raise
+        raise NotOfEnginesError(
+            f"the transformer of this pipeline runs engines, which have no {name}: it changes or reads layers; put the "
+            f"original {kind.__name__} back for it, and export again to have its effect in a bundle"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> DenoiserTransformer:
+        """Note the dtype in which the pipeline gives its tensors; engines stay in their precision on their device."""
+        _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        self.dtype = dtype or self.dtype
+        return self
+
     def follow(self, scheduler: Any) -> None:
         """Read timesteps from another pipeline or scheduler. Raises `InputError` for another object."""
         self._scheduler = _scheduler_of(scheduler)
@@ -108,7 +127,7 @@ class DenoiserTransformer(nn.Module):
             given, as_object = self._given(args, kwargs)
             latents = given.pop(LATENTS)
             check_latents(manifest, latents, self.device)
-            timestep = checked_timestep(given.pop(TIMESTEP), len(latents))
+            timestep = checked_timestep(_of_samples(given.pop(TIMESTEP), len(latents)), len(latents))
             slot = self._slot(timestep)
             times = slot.follow(timestep)
             prediction = slot.denoiser(latents, times, **given)
@@ -166,6 +185,13 @@ class DenoiserTransformer(nn.Module):
             if int(are_now(times, timestep, self._time).sum()) > 1:
                 return None
         return float(timestep.flatten()[0]), counted, None if viewed is None else viewed.step
+
+
+def _of_samples(timestep: Any, batch: int) -> Any:
+    """Timesteps (B,) of those (B, S) for each token that are equal within a sample; others are returned as given."""
+    if not isinstance(timestep, Tensor) or timestep.dim() != 2 or len(timestep) != batch:
+        return timestep
+    return timestep[:, 0] if bool((timestep == timestep[:, :1]).all()) else timestep
 
 
 def _by_name(
