@@ -274,10 +274,10 @@ class Bundle:
     @property
     def constants(self) -> dict[str, Tensor]:
         """The constant arguments of the transformer's call, by name; empty without a pipeline. Raises `BundleError`."""
-        from safetensors.torch import load_file
-
         if not (names := self._constant_names):
             return {}
+        from safetensors.torch import load_file  # imports torch
+
         path, mend = self.folder / CONSTANTS, f"export it again: {self.manifest.export_command}"
         try:
             found = load_file(path)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from fora_trt.contract import LATENTS, TIMESTEP, Part
 from fora_trt.errors import InputError, ShapeError
+
+if TYPE_CHECKING:  # `inspect` reads manifests without torch
+    from torch import Tensor
 
 RETURN_DICT = "return_dict"
 """The argument that decides between a tuple and an output object; not a part of the call that is compared."""
@@ -29,7 +29,7 @@ MOST_SAMPLES = 64
 
 SCALARS = (bool, int, float, str, type(None))
 
-ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
+ROUNDING = {"torch.float16": 2e-3, "torch.bfloat16": 2e-2}
 """Relative difference that rounding to a dtype causes in a constant; 1e-4 for others."""
 
 
@@ -255,12 +255,14 @@ def _parts(argument: Argument, value: Any, path: str, batch: int) -> Iterator[tu
 
 def _check_constant(expected: Tensor, value: Any, path: str, batch: int | None) -> None:
     """Raise `ShapeError` unless the value is the recorded tensor, or in half precision close to it."""
+    import torch
+
     shape = [*expected.shape] if batch is None else [batch, *expected.shape[1:]]
-    if not isinstance(value, Tensor) or [*value.shape] != shape:
+    if not isinstance(value, torch.Tensor) or [*value.shape] != shape:
         raise ShapeError(f"the argument {path!r} is {_shown(value)}; the bundle was exported with the shape {shape}")
     there = expected.to(value.device)
     if value.is_floating_point() and there.is_floating_point():
-        close = torch.isclose(value.float(), there.float(), rtol=ROUNDING.get(value.dtype, 1e-4), atol=1e-5)
+        close = torch.isclose(value.float(), there.float(), rtol=ROUNDING.get(str(value.dtype), 1e-4), atol=1e-5)
         same = bool(close.all())
     else:
         same = bool((value == there).all())
@@ -276,6 +278,8 @@ def _same_scalar(expected: Scalar, value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     """A value in a message: the shape of a tensor, the type of an object, a scalar itself."""
+    from torch import Tensor
+
     if isinstance(value, Tensor):
         return f"a tensor of the shape {list(value.shape)}"
     if isinstance(value, list | tuple):
