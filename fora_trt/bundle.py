@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import onnx_ir as ir
 from pydantic import AfterValidator, PositiveInt, model_validator
+from safetensors import safe_open
 
 from fora_trt.call import PipelineSpec, problems_of
 from fora_trt.contract import (
@@ -34,8 +37,18 @@ from fora_trt.contract import (
     in_window,
     out_of_window,
 )
-from fora_trt.errors import BundleError, ScheduleError, first_line
-from fora_trt.files import MANIFEST, FileRecord, Record, check_files, clear_unfinished, read_manifest
+from fora_trt.errors import BundleError, InputError, ScheduleError, first_line
+from fora_trt.files import (
+    MANIFEST,
+    FileRecord,
+    Record,
+    check_files,
+    clear_unfinished,
+    read_manifest,
+    record_of,
+    staging,
+    write_manifest,
+)
 from fora_trt.graph_check import check_graph, dtype_of, edge_problem
 from fora_trt.models.options import SourceOptions
 from fora_trt.schedule import OPEN_STEPS, Schedule, is_file
@@ -143,10 +156,20 @@ class Manifest(Record):
             raise ValueError(problem)
         return self
 
-    @property
-    def export_command(self) -> str:
-        """The command that exports the bundle again, for messages; what the manifest says is quoted for a shell."""
-        return f"fora-trt export {in_command(self.model.options.source)} --name {in_command(self.name)} --force"
+    def export_command(self, **other: Any) -> str:
+        """How to export the bundle again, for messages; what the manifest says is quoted for a shell.
+
+        `other` are options of the source that differ.
+        """
+        name = in_command(self.name)
+        if self.pipeline is not None and self.pipeline.where is None:
+            return f"fora_trt.export(pipe, {name}, force=True) in Python"
+        options = self.model.options.model_copy(update=other)
+        if options.inputs is not None:
+            return f"fora-trt export RECIPE.toml --name {name} --force"
+        precision = () if self.precision == "fp32" else ("--precision", self.precision)
+        words = [in_command(options.source), "--name", name, *precision, *map(in_command, options.words()), "--force"]
+        return " ".join(["fora-trt export", *words])
 
     def features(self) -> list[TensorSpec]:
         """The features of all cache sites, in the order of the sites."""
@@ -217,7 +240,7 @@ class Bundle:
     def check(self) -> None:
         """Raise `BundleError` unless every file matches the manifest."""
         folder, manifest = self.folder, self.manifest
-        mend = f"export it again: {manifest.export_command}"
+        mend = f"export it again: {manifest.export_command()}"
         check_files(folder, manifest.files, mend, BundleError)
         if absent := sorted({FULL, REUSE} - manifest.graphs.keys()):
             raise BundleError(f"the manifest of {folder} lists no {absent[0]} graph; {mend}")
@@ -248,7 +271,7 @@ class Bundle:
                 raise BundleError(f"{path} {error}; {mend}") from error
         if manifest.schedule is not None:
             _check_schedule(folder, manifest.schedule, mend)
-        self.constants  # noqa: B018 # raises for a file that lacks one
+        self._check_constants()
         self.scheduler_config  # noqa: B018 # raises for a file that is no configuration
 
     def graph_path(self, name: str) -> Path:
@@ -266,6 +289,24 @@ class Bundle:
         """The number of steps of the schedule file in the bundle; None without one: text forms fit any number."""
         return Schedule.from_file(self.folder / SCHEDULE).steps if self.manifest.schedule == SCHEDULE else None
 
+    def copy(self, target: Path, schedule: Schedule | str, config: Mapping[str, Any]) -> None:
+        """Write the bundle to another folder, with another schedule and the `config.json` of a transformer beside it.
+
+        Raises `InputError` if the folder holds anything but a bundle.
+        """
+        if target.exists() and not _has_manifest(target):
+            raise InputError(f"{target} exists and is not a bundle, so it is not replaced; choose a new folder")
+        with staging(target, True, "bundle", InputError) as folder:
+            files = {name: record for name, record in self.manifest.files.items() if name != SCHEDULE}
+            for name in files:
+                shutil.copyfile(self.folder / name, folder / name)
+            if isinstance(schedule, Schedule) or is_file(schedule):
+                read = schedule if isinstance(schedule, Schedule) else Schedule.from_file(schedule)
+                read.to_file(folder / SCHEDULE)
+                files[SCHEDULE], schedule = record_of(folder / SCHEDULE), SCHEDULE
+            (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+            write_manifest(folder, self.manifest.model_copy(update={"schedule": schedule, "files": files}))
+
     @property
     def _constant_names(self) -> set[str]:
         pipeline = self.manifest.pipeline
@@ -278,19 +319,33 @@ class Bundle:
             return {}
         from safetensors.torch import load_file  # imports torch
 
-        path, mend = self.folder / CONSTANTS, f"export it again: {self.manifest.export_command}"
-        try:
+        with self._reading_constants() as path:
             found = load_file(path)
-        except Exception as error:  # a damaged file can raise anything
-            raise BundleError(f"{path} cannot be read ({first_line(error)}); {mend}") from error
-        if names - found.keys():
-            raise BundleError(f"{path} lacks {shown(min(names - found.keys()))}; {mend}")
         return {name: found[name] for name in sorted(names)}
+
+    def _check_constants(self) -> None:
+        """Raise `BundleError` if a constant is missing, without loading one."""
+        if not (names := self._constant_names):
+            return
+        with self._reading_constants() as path, safe_open(path, framework="numpy") as file:
+            missing = names - {*file.keys()}
+        if missing:
+            raise BundleError(f"{path} lacks {shown(min(missing))}; export it again: {self.manifest.export_command()}")
+
+    @contextmanager
+    def _reading_constants(self) -> Iterator[Path]:
+        path = self.folder / CONSTANTS
+        try:
+            yield path
+        except Exception as error:  # a damaged file can raise anything
+            raise BundleError(
+                f"{path} cannot be read ({first_line(error)}); export it again: {self.manifest.export_command()}"
+            ) from error
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
         """The diffusers configuration of the model's scheduler. Raises `BundleError` if it is none."""
-        path, mend = self.folder / SCHEDULER, f"export it again: {self.manifest.export_command}"
+        path, mend = self.folder / SCHEDULER, f"export it again: {self.manifest.export_command()}"
         try:
             _, config = read_json(path)
         except (OSError, ValueError) as error:

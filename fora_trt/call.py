@@ -76,6 +76,40 @@ class TimeMap:
         return (model.double() - self.shift) / self.scale
 
 
+class Constants:
+    """The constant arguments of a transformer by name, to compare those of calls with.
+
+    A pipeline gives the same tensors at every step; a tensor is compared once, and again after a change in place.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        from torch.utils.weak import WeakTensorKeyDictionary
+
+        self._tensors = tensors
+        self._versions = {name: WeakTensorKeyDictionary() for name in tensors}
+
+    def check(self, name: str, value: Any, path: str, batch: int | None) -> None:
+        """Raise `ShapeError` unless `value` is the constant `name`, or in half precision close to it.
+
+        `batch` is the number of rows of a constant with one row for every sample, else None. `path` is for the message.
+        """
+        from torch import Tensor
+
+        expected = self._tensors[name]
+        shape = [*expected.shape] if batch is None else [batch, *expected.shape[1:]]
+        if not isinstance(value, Tensor) or [*value.shape] != shape:
+            raise ShapeError(
+                f"the argument {path!r} is {_shown(value)}; the bundle was exported with the shape {shape}"
+            )
+        version = None if value.is_inference() else value._version  # tensors of inference_mode do not count changes
+        if version is not None and value in self._versions[name] and self._versions[name][value] == version:
+            return
+        if not _is_close(value, expected.to(value.device)):
+            raise ShapeError(f"the argument {path!r} has other values than those that the bundle was exported with")
+        if version is not None:
+            self._versions[name][value] = version
+
+
 @dataclass(frozen=True)
 class CallSpec:
     """The call of one transformer of a pipeline.
@@ -104,9 +138,7 @@ class CallSpec:
         given = {**inputs, TIMESTEP: self.time.of_model(inputs[TIMESTEP])}
         return {name: _built(one, given, constants) for name, one in self.arguments.items()}
 
-    def inputs_of(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], constants: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
+    def inputs_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], constants: Constants) -> dict[str, Any]:
         """The graph inputs by name in a call of the module; the timestep is that of the module, in any form.
 
         Raises `ShapeError` for an argument that differs from the recorded one, or that was not recorded.
@@ -211,7 +243,7 @@ class _Taken:
     """The inputs that were found in a call so far, the constants of the bundle, and the batch of the call."""
 
     inputs: dict[str, Any]
-    constants: Mapping[str, Tensor]
+    constants: Constants
     batch: int
 
 
@@ -222,7 +254,7 @@ def _take(argument: Argument, value: Any, path: str, taken: _Taken) -> None:
             raise ShapeError(f"the argument {path!r} is missing; it was given when the bundle was exported")
         taken.inputs[argument.name] = value
     elif argument.kind == "constant":
-        _check_constant(taken.constants[argument.name], value, path, taken.batch if argument.for_each else None)
+        taken.constants.check(argument.name, value, path, taken.batch if argument.for_each else None)
     elif argument.kind == "value":
         absent = argument.value is None and isinstance(value, Mapping | list | tuple) and not value
         if not absent and not _same_scalar(argument.value, value):
@@ -239,9 +271,13 @@ def _parts(argument: Argument, value: Any, path: str, batch: int) -> Iterator[tu
     if argument.kind == "dict":
         value = {} if value is None else value
         keys = {key for key, one in value.items() if one is not None} if isinstance(value, Mapping) else None
-        if keys is None or keys - {*argument.keys}:
+        if keys is None:
             raise ShapeError(
                 f"the argument {path!r} is {_shown(value)}; a dictionary of {list(argument.keys)} is needed"
+            )
+        if other := keys - {*argument.keys}:
+            raise ShapeError(
+                f"the argument {path!r} has {min(map(str, other))!r}, which was not given when the bundle was exported"
             )
         for key, part in zip(argument.keys, argument.parts, strict=True):
             yield part, value.get(key), f"{path}.{key}"
@@ -253,21 +289,13 @@ def _parts(argument: Argument, value: Any, path: str, batch: int) -> Iterator[tu
         yield argument.parts[0 if argument.kind == "each" else number], one, f"{path}.{number}"
 
 
-def _check_constant(expected: Tensor, value: Any, path: str, batch: int | None) -> None:
-    """Raise `ShapeError` unless the value is the recorded tensor, or in half precision close to it."""
+def _is_close(value: Tensor, expected: Tensor) -> bool:
     import torch
 
-    shape = [*expected.shape] if batch is None else [batch, *expected.shape[1:]]
-    if not isinstance(value, torch.Tensor) or [*value.shape] != shape:
-        raise ShapeError(f"the argument {path!r} is {_shown(value)}; the bundle was exported with the shape {shape}")
-    there = expected.to(value.device)
-    if value.is_floating_point() and there.is_floating_point():
-        close = torch.isclose(value.float(), there.float(), rtol=ROUNDING.get(str(value.dtype), 1e-4), atol=1e-5)
-        same = bool(close.all())
-    else:
-        same = bool((value == there).all())
-    if not same:
-        raise ShapeError(f"the argument {path!r} has other values than those that the bundle was exported with")
+    if not value.is_floating_point() or not expected.is_floating_point():
+        return bool((value == expected).all())
+    tolerance = ROUNDING.get(str(value.dtype), 1e-4)
+    return bool(torch.isclose(value.float(), expected.float(), rtol=tolerance, atol=1e-5).all())
 
 
 def _same_scalar(expected: Scalar, value: Any) -> bool:

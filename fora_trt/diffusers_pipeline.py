@@ -11,26 +11,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as of_diffusers
 from PIL import Image
 from torch import Tensor
 
+import fora_trt.saved_pipeline  # noqa: F401 # diffusers loads a part only from a module that is imported
 from fora_trt.bundle import Bundle
 from fora_trt.call import PipelineSpec
 from fora_trt.engines.backends import AUTO, backend_from_name, device_from_name, how_to_install
 from fora_trt.engines.options import EngineOptions, Progress
 from fora_trt.errors import BundleError, ForaError, InputError, ModelError, first_line
 from fora_trt.models.checkpoint import preferred, variants_in
+from fora_trt.models.diffusers_loading import load_pipeline, pipeline_class
 from fora_trt.models.parts import folder_of, read_config
 from fora_trt.presets import usual_text
-from fora_trt.quiet import quiet
 from fora_trt.runtime.denoiser import load
 from fora_trt.runtime.transformer import DenoiserTransformer
-from fora_trt.sampling.prompts import pipeline_class
 
 FILES = ("*.json", "*/*")
 """Files of a hub repository that a whole pipeline needs."""
@@ -58,18 +58,26 @@ def attach(pipe: Any, bundle: str | Path | Bundle, **settings: Any) -> dict[str,
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     spec = opened.manifest.pipeline
-    names = {"transformer": opened.manifest.name} if spec is None else spec.siblings(opened.manifest.name)
-    if missing := names.keys() - pipe.components.keys():
+    components = ("transformer",) if spec is None else spec.components
+    if missing := {*components} - pipe.components.keys():
         raise InputError(f"{type(pipe).__name__} has no part {min(missing)!r}, for which {opened.folder} was exported")
-    bundles = {one: opened if name == opened.manifest.name else sibling(opened, name) for one, name in names.items()}
-    ours = {one: load(found, **settings).as_transformer(pipe) for one, found in bundles.items()}
+    ours = {one: load(found, **settings).as_transformer(pipe) for one, found in bundles_of(opened).items()}
     for component, transformer in ours.items():
         setattr(pipe, component, transformer)
     return ours
 
 
-def sibling(bundle: Bundle, name: str) -> Bundle:
-    """The bundle of another transformer of the same pipeline, in the same folder. Raises `InputError`."""
+def bundles_of(bundle: Bundle) -> dict[str, Bundle]:
+    """The bundles of all transformers of a pipeline by component: the given one and those beside it.
+
+    Raises `InputError` if one of them cannot be opened.
+    """
+    own, spec = bundle.manifest.name, bundle.manifest.pipeline
+    names = {"transformer": own} if spec is None else spec.siblings(own)
+    return {component: bundle if name == own else _beside(bundle, name) for component, name in names.items()}
+
+
+def _beside(bundle: Bundle, name: str) -> Bundle:
     folder = bundle.folder.with_name(name)
     try:
         return Bundle.open(folder)
@@ -107,6 +115,7 @@ class DiffusersPipeline:
         self.device = device_from_name(device, self.backend)
         self._engines, self._where, self._report, self._progress = engines, where, report, progress
         self._pipe: Any = None
+        self._started_for = 0
         self.transformers: dict[str, DenoiserTransformer] = {}
 
     def __call__(
@@ -123,8 +132,8 @@ class DiffusersPipeline:
         """Make results for each prompt; result k has the seed `seed` + k.
 
         With `latents` they are not decoded, nor without a VAE. `arguments` are further arguments of the pipeline, such
-        as `negative_prompt`. Raises `InputError` for arguments
-        that the pipeline does not take or the bundle was not exported for.
+        as `negative_prompt`. Raises `InputError` for arguments that the pipeline does not take or the bundle was not
+        exported for.
         """
         given = self._arguments(prompts, num_images, dict(arguments or {}))
         samples = self._samples(given, num_images)
@@ -160,27 +169,32 @@ class DiffusersPipeline:
 
     @property
     def decodes(self) -> bool:
-        """Whether the pipeline has a VAE; the first access loads the pipeline."""
-        self.start()
-        return getattr(self._pipe, "vae", None) is not None
+        """Whether the pipeline has a VAE."""
+        folder = self._folder
+        return "vae" in _parts(folder) and (folder / "vae").is_dir()
 
-    def start(self, samples: int = 1) -> None:
-        """Load the parts of the pipeline, and start the engines for this many results at once."""
-        if self._pipe is not None:
+    def start(self, samples: int) -> None:
+        """Load the parts of the pipeline, and start the engines for this many results at once.
+
+        Engines that were built for fewer are started again.
+        """
+        if self._pipe is not None and (samples <= self._started_for or not self.backend.builds):
             return
-        manifest, folder = self.bundle.manifest, self._folder()
-        for component, name in self.spec.siblings(manifest.name).items():
-            opened = self.bundle if name == manifest.name else sibling(self.bundle, name)
-            options = EngineOptions(self._engines, samples * self.spec.samples, self._report, self._progress)
-            denoiser = load(
-                opened, schedule=self.schedule, backend=self.backend.name, device=self.device, plans=options
-            )
-            self.transformers[component] = denoiser.as_transformer()
+        folder, batch = self._folder, samples * self.spec.samples
+        options = EngineOptions(self._engines, batch, self._report, self._progress)
+        self.transformers = {
+            component: load(
+                bundle, schedule=self.schedule, backend=self.backend.name, device=self.device, plans=options
+            ).as_transformer()
+            for component, bundle in bundles_of(self.bundle).items()
+        }
         self._report(f"loading {self.spec.name}")
         self._pipe = _loaded(self.spec, folder, self.transformers, self.device)
+        self._started_for = samples
         for transformer in self.transformers.values():
             transformer.follow(self._pipe)
 
+    @cached_property
     def _folder(self) -> Path:
         name = self.bundle.manifest.name
         if self._where is None and self.spec.where is None:
@@ -254,26 +268,13 @@ class _Bar:
 
 
 def _loaded(spec: PipelineSpec, folder: Path, transformers: Mapping[str, Any], device: torch.device) -> Any:
-    """The pipeline with our transformers, in fp16 on a GPU and in fp32 on a CPU."""
-    kind = pipeline_class(folder.name, spec.name)
-    index = read_config(folder / "model_index.json", "pipeline", str(folder))
-    absent = [name for name, one in index.items() if isinstance(one, list) and not (folder / name).is_dir()]
+    """The pipeline with our transformers; parts that its folder lacks are left out."""
+    absent = [name for name in _parts(folder) if not (folder / name).is_dir()]
     variants = variants_in(folder / "text_encoder", "model") | variants_in(folder / "vae")
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    from transformers.utils import logging as of_transformers
-
-    for one in (of_diffusers, of_transformers):
-        one.disable_progress_bar()
+    variant = preferred(variants) if variants else None
+    kind = pipeline_class(folder.name, spec.name)
     try:
-        with quiet("transformers"), quiet("diffusers"), quiet("huggingface_hub"):
-            pipe = kind.from_pretrained(
-                folder,
-                **dict.fromkeys(absent),
-                **transformers,
-                torch_dtype=dtype,
-                variant=preferred(variants) if variants else None,
-            )
-            return pipe.to(device)
+        return load_pipeline(kind, folder, device, variant, **{**dict.fromkeys(absent), **transformers})
     except ImportError as error:
         raise InputError(f"{spec.name} needs more packages: {first_line(error)}; {how_to_install('text')}") from error
     except Exception as error:  # from many libraries: a missing or damaged file, no network
@@ -281,9 +282,12 @@ def _loaded(spec: PipelineSpec, folder: Path, transformers: Mapping[str, Any], d
             f"the pipeline in {folder} cannot be loaded ({type(error).__name__}: {first_line(error)}); download or "
             "copy the whole folder again"
         ) from error
-    finally:
-        for one in (of_diffusers, of_transformers):
-            one.enable_progress_bar()
+
+
+def _parts(folder: Path) -> list[str]:
+    """The names of the parts that a pipeline lists."""
+    index = read_config(folder / "model_index.json", "pipeline", str(folder))
+    return [name for name, one in index.items() if isinstance(one, list)]
 
 
 def _result(made: Any, decodes: bool, seconds: float, full: int, reuse: int) -> Result:

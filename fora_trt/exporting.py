@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
 
-from fora_trt.bundle import Bundle
+from fora_trt.bundle import Bundle, TrajectoryError
 from fora_trt.contract import OPTIMIZATIONS, PRECISIONS, Optimization
 from fora_trt.engines.memory import free_bytes, gibibytes
 from fora_trt.errors import ExportError, ModelError
@@ -31,6 +32,12 @@ LARGE = 5 * 10**8
 
 MEMORY = 2.5
 """Most memory that an export takes, as a multiple of its weights; 2.2 was measured on DiT-XL/2."""
+
+
+class Measure(Protocol):
+    """Returns the trajectory error of a bundle in a temporary folder that will be written to `target`."""
+
+    def __call__(self, staged: Bundle, target: Path) -> TrajectoryError | None: ...
 
 
 def export(
@@ -61,45 +68,52 @@ def export(
         models = _models_of_name(source, precision, cache, component, arguments)
     else:
         models = _models_of_pipeline(source, precision, cache, component, arguments)
-    written: list[Bundle] = []
-    for model in models:
-        folder = Path("export") / model.name if target is None else Path(target)
-        pipeline = model.spec.pipeline
-        if component is None and pipeline is not None:
-            folder = folder.with_name(pipeline.bundles(folder.name)[pipeline.call.component])
-        written.append(export_model(model, folder, opset, optimize, schedule, force, report))
-    return written[0]
+    return export_models(models, target, component, opset, optimize, schedule, force, report)[0]
 
 
-def export_model(
-    model: Model,
-    target: Path,
+def export_models(
+    models: Iterable[Model],
+    target: str | Path | None,
+    component: str | None,
     opset: int,
     optimize: Optimization,
     schedule: str | None,
     force: bool,
     report: Callable[[str], None],
-    **more: Any,
-) -> Bundle:
-    """Write a loaded model as the bundle `target`; `more` goes to `bundle_from_model`."""
-    if problem := name_problem(target.name):
-        raise ExportError(f"'{shown(target.name)}' is not a name for a bundle: it {problem}")
-    refuse_existing(target, force, "bundle", ExportError)
-    if model.spec.pipeline is None:
-        check_scheduler(model.scheduler, model.latents.learned_sigma)
-    if (size := _size_in_words(model)) is not None:
-        report(size)
-    return bundle_from_model(
-        model,
-        target,
-        check=GraphCheck(),
-        opset=opset,
-        optimization=optimize,
-        schedule=schedule,
-        force=force,
-        report=report,
-        **more,
-    )
+    measure: Measure = lambda staged, target: None,
+) -> list[Bundle]:
+    """Write the models of one source, the first as the bundle `target` and those of other transformers beside it.
+
+    `component` is the one transformer that was selected. `measure` is called with each bundle.
+    """
+    written: list[Bundle] = []
+    for model in models:
+        first = Path("export") / model.name if target is None else Path(target)
+        if problem := name_problem(first.name):
+            raise ExportError(f"'{shown(first.name)}' is not a name for a bundle: it {problem}")
+        pipeline, folders = model.spec.pipeline, [first]
+        if component is None and pipeline is not None:
+            folders = [first.with_name(name) for name in pipeline.bundles(first.name).values()]
+            folders = folders[pipeline.components.index(pipeline.call.component) :]
+        for folder in folders:  # those of the other transformers too, before the work on the first
+            refuse_existing(folder, force, "bundle", ExportError)
+        if pipeline is None:
+            check_scheduler(model.scheduler, model.latents.learned_sigma)
+        if (size := _size_in_words(model)) is not None:
+            report(size)
+        bundle = bundle_from_model(
+            model,
+            folders[0],
+            check=GraphCheck(),
+            opset=opset,
+            optimization=optimize,
+            schedule=schedule,
+            force=force,
+            report=report,
+            measure=partial(measure, target=folders[0]),
+        )
+        written.append(bundle)
+    return written
 
 
 def _size_in_words(model: Model) -> str | None:

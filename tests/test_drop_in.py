@@ -180,6 +180,8 @@ def test_what_was_not_exported_is_refused_by_name(exported: Any) -> None:
             one.bundles["transformer"].constants,
         )
         transformer(**{**arguments, "controlnet_block_samples": [torch.zeros(1)]})
+    with pytest.raises(ShapeError, match="'joint_attention_kwargs' has 'scale', which was not given when"):
+        transformer(**{**arguments, "joint_attention_kwargs": {"scale": 0.5}})
 
 
 def test_timesteps_of_tokens_may_be_equal(exported: Any) -> None:
@@ -236,8 +238,35 @@ def test_it_passes_for_the_transformer_of_its_pipeline(exported: Any, tmp_path: 
     with pytest.raises(NotOfEnginesError, match=r"have no enable_cache: .* the original WanTransformer3DModel back"):
         transformer.enable_cache(None)
     assert loaded.to(torch.float16).transformer.dtype == torch.float16
-    with pytest.raises(InputError, match="put the original transformer back before save_pretrained"):
-        loaded.save_pretrained(tmp_path / "again")
+
+
+def test_a_saved_pipeline_has_the_bundles_and_their_schedule(exported: Any, tmp_path: Path) -> None:
+    one = exported("wan22")
+    want, before = one.expected("fora:3"), transformers_of(one.pipe)
+    try:
+        one.drop_ins("fora:3")
+        one.pipe.save_pretrained(tmp_path / "wan")
+        one.pipe.save_pretrained(tmp_path / "wan")  # replaces what it wrote
+        plain = type(one.pipe)(**{**one.pipe.components, **before})
+        plain.save_pretrained(tmp_path / "plain")
+        with pytest.raises(InputError, match="plain/transformer exists and is not a bundle, so it is not replaced"):
+            one.pipe.save_pretrained(tmp_path / "plain")
+    finally:
+        for name, module in before.items():
+            setattr(one.pipe, name, module)
+    absent = {"vae": None, "text_encoder": None, "tokenizer": None}
+    loaded = type(one.pipe).from_pretrained(tmp_path / "wan", **absent)
+    loaded.set_progress_bar_config(disable=True)
+    for name in before:
+        getattr(loaded, name).follow(loaded)
+    assert relative(latents_of(loaded.to("cpu"), one.given, STEPS), want) < 1e-5
+    assert loaded.transformer.reuse_steps > 0
+    half = type(one.pipe).from_pretrained(tmp_path / "wan", torch_dtype=torch.float16, **absent)
+    assert half.transformer_2.dtype == torch.float16
+    by_count = fora_trt.load(one.bundles["transformer"], schedule=Schedule.fora(STEPS, 3), device="cpu")
+    by_count.as_transformer().save_pretrained(tmp_path / "by_count")
+    saved = Schedule.from_text(str(Bundle.open(tmp_path / "by_count").schedule), STEPS)
+    assert saved.plan == Schedule.fora(STEPS, 3).plan
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -37,6 +37,7 @@ STAGES = [
     "sampling",
     "images",
     "pipeline",
+    "saved_pipeline",
     "diffusers_pipeline",
     "metrics",
     "report",

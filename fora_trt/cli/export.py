@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from fora_trt.untrusted import name_problem, shown
 if TYPE_CHECKING:
     from fora_trt.bundle import Bundle, TrajectoryError
     from fora_trt.models.recipes import Recipe
+    from fora_trt.models.spec import Model
 
 DEFAULT_OPSET = 23
 
@@ -129,32 +131,29 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
         _show(one)
 
 
-def _exported(recipe: Recipe, target: Path, measured: bool | None, force: bool) -> tuple[list[Bundle], tuple[str, ...]]:
+def _exported(recipe: Recipe, target: Path, measured: bool | None, force: bool) -> tuple[list[Bundle], list[str]]:
     """Export each transformer of the source; the bundles, and sentences about what was chosen."""
-    from fora_trt.exporting import export_model, models_of_options
+    from fora_trt.exporting import export_models, models_of_options
 
-    precision = recipe.precision or "fp32"
-    bundles, notes = list["Bundle"](), list[str]()
+    notes, precision = list[str](), recipe.precision or "fp32"
+
+    def models() -> Iterator[Model]:
+        for model in models_of_options(recipe.options(), precision, recipe.cache):
+            for note in model.notes:
+                click.echo(note, err=True)
+            notes.extend(model.notes)
+            if measured and model.spec.pipeline is not None:
+                refuse_given("the trajectories of a pipeline are its own", "measured")
+            yield model
+
+    def measure(staged: Bundle, target: Path) -> TrajectoryError | None:
+        if measured is False or precision == "fp32" or staged.manifest.pipeline is not None:
+            return None
+        return _trajectory_error(staged, target, measured is True)
+
     say(f"loading {recipe.source}")
-    for model in models_of_options(recipe.options(), precision, recipe.cache):
-        for note in model.notes:
-            click.echo(note, err=True)
-        notes += model.notes
-        pipeline = model.spec.pipeline
-        if measured and pipeline is not None:
-            refuse_given("the trajectories of a pipeline are its own", "measured")
-        folder = target
-        if pipeline is not None and recipe.component is None:
-            folder = target.with_name(pipeline.bundles(target.name)[pipeline.call.component])
-
-        def measure(staged: Bundle, folder: Path = folder) -> TrajectoryError | None:
-            return _trajectory_error(staged, folder, measured is True)
-
-        measures = measured is not False and precision != "fp32" and pipeline is None
-        level, opset = recipe.optimize or OPTIMIZATIONS[-1], recipe.opset or DEFAULT_OPSET
-        more = {"measure": measure} if measures else {}
-        bundles.append(export_model(model, folder, opset, level, recipe.schedule, force, say, **more))
-    return bundles, tuple(notes)
+    level, opset = recipe.optimize or OPTIMIZATIONS[-1], recipe.opset or DEFAULT_OPSET
+    return export_models(models(), target, recipe.component, opset, level, recipe.schedule, force, say, measure), notes
 
 
 def _show(bundle: Bundle) -> None:

@@ -20,8 +20,6 @@ ITS_OWN = (
 )
 """Options of `run` that such a bundle does not take: the pipeline has its own loop, and the sizes are fixed."""
 
-VIDEO = (".gif", ".webp")
-
 
 def is_of_pipeline(bundle: Path) -> bool:
     """Whether a bundle was exported from a pipeline that was watched; False for what is no bundle."""
@@ -103,21 +101,16 @@ def run_pipeline(
 
 def _arguments(wanted: dict[str, Any], sampling: SamplingOptions) -> dict[str, Any]:
     """Arguments of the pipeline besides prompts, steps and seed."""
+    from fora_trt.sampling.conditioning import tensors_of_file
+
     given: dict[str, Any] = {}
     if wanted["conditioning"] is not None:
-        given |= _tensors(Path(wanted["conditioning"]))
+        given |= tensors_of_file(Path(wanted["conditioning"]))
     if is_given("negative_prompt"):
         given["negative_prompt"] = wanted["negative_prompt"]
     if sampling.guidance_scale is not None:
         given["guidance_scale"] = sampling.guidance_scale
     return given | dict(wanted["call"])
-
-
-def _tensors(path: Path) -> dict[str, Any]:
-    """The tensors of a .npz or .safetensors file by the names of the pipeline's arguments."""
-    from fora_trt.sampling.conditioning import tensors_of_file
-
-    return dict(tensors_of_file(path))
 
 
 def _figures(

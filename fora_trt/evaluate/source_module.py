@@ -43,6 +43,6 @@ def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
     ):
         raise BackendError(
             f"the weights of '{shown(source)}' differ from those that {bundle.folder} was exported from; "
-            f"export it again: {bundle.manifest.export_command}"
+            f"export it again: {bundle.manifest.export_command()}"
         )
     return model

@@ -32,10 +32,10 @@ def check_image_size(manifest: Manifest, height: int | None, width: int | None) 
     if size is None:
         raise InputError(f"the manifest of {manifest.name} has no image size; leave --height and --width out")
     if (height or size[0], width or size[1]) != size:
-        wanted = f"{height or size[0]}x{width or size[1]}"
+        wanted = (height or size[0], width or size[1])
         raise InputError(
-            f"{manifest.name} was exported for images of {size[0]}x{size[1]} (height x width), not {wanted}; export it "
-            f"again: {manifest.export_command} --image-size {wanted}"
+            f"{manifest.name} was exported for images of {size[0]}x{size[1]} (height x width), not "
+            f"{wanted[0]}x{wanted[1]}; export it again: {manifest.export_command(image_size=wanted)}"
         )
 
 

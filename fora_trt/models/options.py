@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Iterator
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
@@ -78,6 +79,18 @@ class SourceOptions(BaseModel):
         if inputs is not None and {LATENTS, TIMESTEP} - inputs.keys():
             raise ValueError(f"the inputs are {', '.join(inputs)}; {LATENTS!r} and {TIMESTEP!r} are needed")
         return inputs
+
+    def words(self) -> Iterator[str]:
+        """The options as words of the command `fora-trt export`; `source`, `folder` and `inputs` are none."""
+        for name, value in self.model_dump(exclude={"source", "folder", "inputs"}, exclude_none=True).items():
+            option = name.replace("_", "-")
+            if isinstance(value, bool):
+                yield f"--{option}" if value else f"--no-{option}"
+            elif isinstance(value, dict):
+                for key, one in value.items():
+                    yield from (f"--{option}", f"{key}={json.dumps(one)}")
+            else:
+                yield from (f"--{option}", "x".join(map(str, value)) if isinstance(value, tuple) else str(value))
 
     def tensors(self) -> tuple[TensorSpec, ...]:
         """The specs of `inputs`."""

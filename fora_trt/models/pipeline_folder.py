@@ -167,7 +167,7 @@ def _embeddings(known: Mapping[str, inspect.Parameter], length: int | None, conf
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Tensor] = {}
     for name in known:
-        if "prompt" not in name or ("mask" not in name and "embeds" not in name) or name.endswith("ip_adapter"):
+        if "prompt" not in name or ("mask" not in name and "embeds" not in name):
             continue
         if "mask" in name:
             found[name] = torch.ones(1, tokens, dtype=torch.int64)

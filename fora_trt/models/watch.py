@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fora_trt.call import RETURN_DICT, SCALARS, Argument, CallSpec, Scalar, TimeMap
+from fora_trt.call import RETURN_DICT, SCALARS, Argument, CallSpec, Constants, Scalar, TimeMap
 from fora_trt.contract import LATENTS, TIMESTEP
 from fora_trt.errors import ForaError, ModelError, first_line
 from fora_trt.models.sharing import sharing_copy
@@ -32,7 +32,7 @@ STEPS = (3, 12, 50)
 """Numbers of steps to try, until every transformer of the pipeline has been called in a step."""
 
 PER_PROMPT = ("prompt", "embeds", "mask", "label", "image")
-"""Words in the names of arguments of a pipeline that there is one of for each prompt."""
+"""Words in the names of a pipeline's arguments that have one value for each prompt."""
 
 PROMPT = "a photograph of a red fox in the snow"
 
@@ -360,7 +360,7 @@ def _derived(one: _Recorder, two: _Recorder) -> Watched:
         one.component, order, arguments, defaults, _time_map(calls, timestep, what), slots, attributes, one.bare
     )
     for call in calls:  # the other slots and steps must be calls of the same form
-        given = spec.inputs_of((), call.arguments, found.constants)
+        given = spec.inputs_of((), call.arguments, Constants(found.constants))
         batch = len(given[LATENTS])
         for name, value in given.items():
             expected = [batch, *found.examples[name].shape[1:]]

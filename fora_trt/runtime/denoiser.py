@@ -75,7 +75,7 @@ def load(
     where = device if isinstance(device, torch.device) else device_from_name(device, chosen)
     rule = usual_text(cache_interval, forecast) if schedule is None else with_forecast(schedule, forecast)
     denoiser = Denoiser(chosen.engines(opened, where, plans), opened.manifest, chosen.name, rule)
-    denoiser.constants = opened.constants
+    denoiser.bundle = opened
     return denoiser
 
 
@@ -97,7 +97,7 @@ class Denoiser(StepByStep):
         conditioning, of_full_steps = (engines.get(name) for name in (CONDITIONING, FULL_CONDITIONING))
         self.precomputed = None if conditioning is None else PrecomputedConditioning(conditioning, of_full_steps)
         self.run: EngineRun | None = None
-        self.constants: Mapping[str, Tensor] = {}
+        self.bundle: Bundle | None = None
         self._windows = Windows(engines[FULL], engines[REUSE])
 
     def another(self) -> Denoiser:
@@ -190,7 +190,7 @@ class Denoiser(StepByStep):
         timestep tensor; on a GPU some pipelines pass a copy, and then the later timesteps are unknown. Raises
         `InputError` for another object.
         """
-        return DenoiserTransformer(self, scheduler, self.constants)
+        return DenoiserTransformer(self, scheduler, self.bundle)
 
     def _supported(self, plan: Plan) -> Plan:
         """The plan, changed if the engines support fewer rows in window tensors than it needs."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -13,7 +14,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fora_trt.call import TimeMap
+from fora_trt.bundle import Bundle
+from fora_trt.call import Constants, TimeMap
 from fora_trt.contract import LATENTS, PRECISIONS, TIMESTEP
 from fora_trt.errors import BackendError, InputError, NotOfEnginesError, ShapeError
 from fora_trt.runtime.follow import Follower, are_now, step_of_view
@@ -29,6 +31,9 @@ REMEDY = (
     "for a prompt), or export again with other sizes"
 )
 
+SAVED = "fora_trt.saved_pipeline"
+"""The module from which diffusers loads the drop-in of a saved pipeline."""
+
 MOST_SLOTS = 8
 """Largest number of calls in one step; a further call at the same timestep begins a new trajectory."""
 
@@ -42,9 +47,7 @@ class DenoiserTransformer(nn.Module):
     scheduler; `runtime/follow.py` says what it is for.
     """
 
-    def __init__(
-        self, denoiser: StepByStep, scheduler: Any = None, constants: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def __init__(self, denoiser: StepByStep, scheduler: Any = None, bundle: Bundle | None = None) -> None:
         super().__init__()
         self.denoiser = denoiser
         self._stands_for = denoiser.manifest.model.architecture
@@ -52,7 +55,9 @@ class DenoiserTransformer(nn.Module):
         self.dtype: torch.dtype = getattr(torch, PRECISIONS[denoiser.manifest.precision])
         pipeline = denoiser.manifest.pipeline
         self._call = None if pipeline is None else pipeline.call
-        self._constants = dict(constants or {})
+        self._bundle = bundle
+        self._constants = Constants({} if bundle is None else bundle.constants)
+        self.__module__ = SAVED
         for name, value in (self._call.attributes if self._call else {}).items():
             if not hasattr(self, name):
                 setattr(self, name, value)
@@ -143,12 +148,17 @@ class DenoiserTransformer(nn.Module):
             return Transformer2DModelOutput(sample=owned)
         return owned if self._call is not None and self._call.bare else (owned,)
 
-    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises `InputError`: engines are no weights of diffusers."""
-        raise InputError(
-            f"the transformer of this pipeline runs the bundle {self.denoiser.manifest.name}, which has no weights to "
-            "save; put the original transformer back before save_pretrained(), and keep the folder of the bundle"
-        )
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write the bundle with the schedule to a folder; `from_pretrained` of the saved pipeline loads it again.
+
+        Raises `InputError` if the folder holds anything else, or the predictor has no bundle.
+        """
+        if self._bundle is None:
+            raise InputError(
+                "the transformer of this pipeline runs no bundle that could be saved; put the original one back"
+            )
+        config = {**self.config, "_class_name": self._stands_for}
+        self._bundle.copy(Path(save_directory), self.denoiser.rule, config)
 
     def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         """The graph inputs of a call by name, and whether it asks for an output object."""

@@ -16,13 +16,9 @@ from fora_trt.engines.backends import how_to_install
 from fora_trt.errors import InputError, ModelError, first_line
 from fora_trt.models.architectures import prompt_encoding
 from fora_trt.models.checkpoint import preferred, variants_in
+from fora_trt.models.diffusers_loading import load_pipeline, pipeline_class
 from fora_trt.models.parts import ENCODER_FILES, folder_of
-from fora_trt.quiet import quiet
 from fora_trt.sampling.conditioning import Conditioning, conditioning_of_tensors
-from fora_trt.untrusted import shown
-
-LOADER = "diffusers.pipelines.pipeline_utils"
-"""Module of `DiffusionPipeline`, which would choose the class that the repository names."""
 
 
 @torch.no_grad()
@@ -72,39 +68,13 @@ def _pipeline(name: str, text: TextSpec, device: torch.device) -> Any:
             f"--prompt needs {' and '.join(missing)}; {how_to_install('text')}, or give --prompt-embeds FILE"
         )
     kind, variant = pipeline_class(name, text.pipeline), _variant(folder)
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging
-
-    of_transformers: Any = logging
-    of_diffusers.disable_progress_bar()  # both libraries would show a bar for a few seconds of loading
-    of_transformers.disable_progress_bar()
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:
-        with quiet("transformers"), quiet("diffusers"), quiet("huggingface_hub"):
-            loaded = kind.from_pretrained(folder, transformer=None, vae=None, torch_dtype=dtype, variant=variant)
+        return load_pipeline(kind, folder, device, variant, transformer=None, vae=None)
     except Exception as error:  # from many libraries: a missing or damaged file, no network
         raise InputError(
             f"the text encoder in {text.encoder.where!r} cannot be loaded: {first_line(error)}; "
             "download the whole repository, or give --prompt-embeds FILE"
         ) from error
-    finally:
-        of_diffusers.enable_progress_bar()
-        of_transformers.enable_progress_bar()
-    return loaded.to(device)
-
-
-def pipeline_class(name: str, pipeline: str) -> Any:
-    """The pipeline class of diffusers with this name. Raises `InputError` for any other name."""
-    import diffusers
-
-    with quiet("transformers"):  # it names optional packages when a pipeline is imported
-        kind: object = getattr(diffusers, pipeline, None)
-    if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline) and kind.__module__ != LOADER:
-        return kind
-    raise InputError(
-        f"{name} names '{shown(pipeline)}' as its pipeline, which the installed diffusers does not have; update "
-        "it, or export again"
-    )
 
 
 def _variant(folder: Path) -> str | None:
