@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from fora_trt.contract import LATENTS, TIMESTEP, Part
 from fora_trt.errors import InputError, ShapeError
+from fora_trt.memo import Memo
 
 if TYPE_CHECKING:  # `inspect` reads manifests without torch
     from torch import Tensor
@@ -76,40 +78,6 @@ class TimeMap:
         return (model.double() - self.shift) / self.scale
 
 
-class Constants:
-    """The constant arguments of a transformer by name, to compare those of calls with.
-
-    A pipeline gives the same tensors at every step; a tensor is compared once, and again after a change in place.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        from torch.utils.weak import WeakTensorKeyDictionary
-
-        self._tensors = tensors
-        self._versions = {name: WeakTensorKeyDictionary() for name in tensors}
-
-    def check(self, name: str, value: Any, path: str, batch: int | None) -> None:
-        """Raise `ShapeError` unless `value` is the constant `name`, or in half precision close to it.
-
-        `batch` is the number of rows of a constant with one row for every sample, else None. `path` is for the message.
-        """
-        from torch import Tensor
-
-        expected = self._tensors[name]
-        shape = [*expected.shape] if batch is None else [batch, *expected.shape[1:]]
-        if not isinstance(value, Tensor) or [*value.shape] != shape:
-            raise ShapeError(
-                f"the argument {path!r} is {_shown(value)}; the bundle was exported with the shape {shape}"
-            )
-        version = None if value.is_inference() else value._version  # tensors of inference_mode do not count changes
-        if version is not None and value in self._versions[name] and self._versions[name][value] == version:
-            return
-        if not _is_close(value, expected.to(value.device)):
-            raise ShapeError(f"the argument {path!r} has other values than those that the bundle was exported with")
-        if version is not None:
-            self._versions[name][value] = version
-
-
 @dataclass(frozen=True)
 class CallSpec:
     """The call of one transformer of a pipeline.
@@ -122,6 +90,8 @@ class CallSpec:
     - `slots`: the calls of one step, as `cache_context` names them, else `0`, `1`, ...
     - `attributes`: numbers, texts and truth values that are attributes of the module; some pipelines read them.
     - `bare`: whether a call without `return_dict` returns the tensor itself, not a tuple.
+    - `padded`: texts (B, tokens, width) that a call may give with fewer tokens, and their number in the graphs. The
+      input `mask_of` such a text is 1 for a token and 0 for padding; a call may leave it out.
     """
 
     component: str
@@ -132,28 +102,12 @@ class CallSpec:
     slots: tuple[str, ...] = ("0",)
     attributes: dict[str, Scalar] = field(default_factory=dict)
     bare: bool = False
+    padded: dict[str, int] = field(default_factory=dict)
 
     def arguments_of(self, inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> dict[str, Any]:
         """The arguments of the module by name, for graph inputs (B, ...), whose timestep is that of the scheduler."""
         given = {**inputs, TIMESTEP: self.time.of_model(inputs[TIMESTEP])}
         return {name: _built(one, given, constants) for name, one in self.arguments.items()}
-
-    def inputs_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], constants: Constants) -> dict[str, Any]:
-        """The graph inputs by name in a call of the module; the timestep is that of the module, in any form.
-
-        Raises `ShapeError` for an argument that differs from the recorded one, or that was not recorded.
-        """
-        given = self.bound(args, kwargs)
-        values = {name: given.pop(name, self.defaults.get(name)) for name in self.arguments}
-        if other := next((name for name, value in given.items() if value is not None), None):
-            raise ShapeError(f"the argument {other!r} was not given when the bundle was exported")
-        found: dict[str, Any] = {}
-        latents = next(name for name, one in self.arguments.items() if one.name == LATENTS)
-        _take(self.arguments[latents], values.pop(latents), latents, _Taken(found, constants, 0))
-        batch = len(found[LATENTS])
-        for name, value in values.items():
-            _take(self.arguments[name], value, name, _Taken(found, constants, batch))
-        return found
 
     def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, without `return_dict`. Raises `InputError` for too many or repeated ones."""
@@ -171,6 +125,106 @@ class CallSpec:
     def constants(self) -> set[str]:
         """The names of all constants."""
         return {leaf.name for one in self.arguments.values() for leaf in one.leaves() if leaf.kind == "constant"}
+
+
+class CallReader:
+    """Takes calls of a transformer apart: finds the inputs of the graphs, and compares everything else.
+
+    A pipeline gives the same tensors at every step; each is compared and padded once.
+    """
+
+    def __init__(self, spec: CallSpec, constants: Mapping[str, Tensor]) -> None:
+        self.spec, self._constants = spec, constants
+        self._equal = {name: Memo(partial(_is_close, one)) for name, one in constants.items()}
+        self._texts = {name: Memo(partial(padded_text, length)) for name, length in spec.padded.items()}
+        self._masks = {name: Memo(partial(padded_mask, length)) for name, length in spec.padded.items()}
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The graph inputs by name in a call of the module; the timestep is that of the module, in any form.
+
+        Raises `ShapeError` for an argument that differs from the recorded one, or that was not recorded.
+        """
+        spec, given = self.spec, self.spec.bound(args, kwargs)
+        values = {name: given.pop(name, spec.defaults.get(name)) for name in spec.arguments}
+        if other := next((name for name, value in given.items() if value is not None), None):
+            raise ShapeError(f"the argument {other!r} was not given when the bundle was exported")
+        for name in spec.padded:
+            self._pad(name, values)
+        found: dict[str, Any] = {}
+        latents = next(name for name, one in spec.arguments.items() if one.name == LATENTS)
+        self._take(spec.arguments[latents], values.pop(latents), latents, found)
+        for name, value in values.items():
+            self._take(spec.arguments[name], value, name, found)
+        return found
+
+    def _pad(self, name: str, values: dict[str, Any]) -> None:
+        """Pad a text and its mask to the exported number of tokens."""
+        text, mask, length = values[name], values[mask_of(name)], self.spec.padded[name]
+        if not _is_tensor(text) or text.dim() != 3:
+            return  # the check of inputs says so
+        if text.shape[1] > length:
+            raise ShapeError(
+                f"the argument {name!r} has {text.shape[1]} tokens; the bundle was exported for at most {length}: give "
+                "a shorter prompt, or export again with a larger text length"
+            )
+        if mask is not None and (not _is_tensor(mask) or mask.shape != text.shape[:2]):
+            raise ShapeError(
+                f"the argument {mask_of(name)!r} is {_shown(mask)}; the text {name!r} has the shape {[*text.shape]}"
+            )
+        values[name], of_all = self._texts[name](text)
+        values[mask_of(name)] = of_all if mask is None else self._masks[name](mask)
+
+    def _take(self, argument: Argument, value: Any, path: str, found: dict[str, Any]) -> None:
+        """Add the inputs in the value of an argument to `found`. Raises `ShapeError` if anything else differs."""
+        if argument.kind == "input":
+            if value is None:
+                raise ShapeError(f"the argument {path!r} is missing; it was given when the bundle was exported")
+            found[argument.name] = value
+        elif argument.kind == "constant":
+            self._check_constant(argument.name, value, path, len(found[LATENTS]) if argument.for_each else None)
+        elif argument.kind == "value":
+            absent = argument.value is None and isinstance(value, Mapping | list | tuple) and not value
+            if not absent and not _same_scalar(argument.value, value):
+                raise ShapeError(
+                    f"the argument {path!r} is {_shown(value)}; the bundle was exported with {argument.value!r}"
+                )
+        else:
+            batch = len(found[LATENTS]) if argument.kind == "each" else 0
+            for part, one, inner in _parts(argument, value, path, batch):
+                self._take(part, one, inner, found)
+
+    def _check_constant(self, name: str, value: Any, path: str, batch: int | None) -> None:
+        """Raise `ShapeError` unless the value is the recorded tensor, or in half precision close to it."""
+        expected = self._constants[name]
+        shape = [*expected.shape] if batch is None else [batch, *expected.shape[1:]]
+        if not _is_tensor(value) or [*value.shape] != shape:
+            raise ShapeError(
+                f"the argument {path!r} is {_shown(value)}; the bundle was exported with the shape {shape}"
+            )
+        if not self._equal[name](value):
+            raise ShapeError(f"the argument {path!r} has other values than those that the bundle was exported with")
+
+
+def mask_of(text: str) -> str:
+    """The name of the argument that masks the padding of a text."""
+    return f"{text}_mask"
+
+
+def padded_text(length: int, text: Tensor) -> tuple[Tensor, Tensor]:
+    """A text (B, tokens, width) with zeros up to `length` tokens, and the mask of its tokens (B, length)."""
+    import torch
+    from torch.nn.functional import pad
+
+    missing = length - text.shape[1]
+    every = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
+    return pad(text, (0, 0, 0, missing)) if missing else text, pad(every, (0, missing))
+
+
+def padded_mask(length: int, mask: Tensor) -> Tensor:
+    """A mask (B, tokens) with zeros up to `length` tokens."""
+    from torch.nn.functional import pad
+
+    return pad(mask.long(), (0, length - mask.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -238,34 +292,6 @@ def _built(argument: Argument, inputs: Mapping[str, Tensor], constants: Mapping[
     return tuple(parts) if argument.kind == "tuple" else parts
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """The inputs that were found in a call so far, the constants of the bundle, and the batch of the call."""
-
-    inputs: dict[str, Any]
-    constants: Constants
-    batch: int
-
-
-def _take(argument: Argument, value: Any, path: str, taken: _Taken) -> None:
-    """Add the inputs in the value of an argument. Raises `ShapeError` if anything else differs from before."""
-    if argument.kind == "input":
-        if value is None:
-            raise ShapeError(f"the argument {path!r} is missing; it was given when the bundle was exported")
-        taken.inputs[argument.name] = value
-    elif argument.kind == "constant":
-        taken.constants.check(argument.name, value, path, taken.batch if argument.for_each else None)
-    elif argument.kind == "value":
-        absent = argument.value is None and isinstance(value, Mapping | list | tuple) and not value
-        if not absent and not _same_scalar(argument.value, value):
-            raise ShapeError(
-                f"the argument {path!r} is {_shown(value)}; the bundle was exported with {argument.value!r}"
-            )
-    else:
-        for part, one, inner in _parts(argument, value, path, taken.batch):
-            _take(part, one, inner, taken)
-
-
 def _parts(argument: Argument, value: Any, path: str, batch: int) -> Iterator[tuple[Argument, Any, str]]:
     """The parts of a container with their values and paths. Raises `ShapeError` if the container has other parts."""
     if argument.kind == "dict":
@@ -289,13 +315,20 @@ def _parts(argument: Argument, value: Any, path: str, batch: int) -> Iterator[tu
         yield argument.parts[0 if argument.kind == "each" else number], one, f"{path}.{number}"
 
 
-def _is_close(value: Tensor, expected: Tensor) -> bool:
+def _is_tensor(value: Any) -> TypeGuard[Tensor]:
+    from torch import Tensor
+
+    return isinstance(value, Tensor)
+
+
+def _is_close(expected: Tensor, value: Tensor) -> bool:
     import torch
 
-    if not value.is_floating_point() or not expected.is_floating_point():
-        return bool((value == expected).all())
+    there = expected.to(value.device)
+    if not value.is_floating_point() or not there.is_floating_point():
+        return bool((value == there).all())
     tolerance = ROUNDING.get(str(value.dtype), 1e-4)
-    return bool(torch.isclose(value.float(), expected.float(), rtol=tolerance, atol=1e-5).all())
+    return bool(torch.isclose(value.float(), there.float(), rtol=tolerance, atol=1e-5).all())
 
 
 def _same_scalar(expected: Scalar, value: Any) -> bool:
@@ -306,9 +339,7 @@ def _same_scalar(expected: Scalar, value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     """A value in a message: the shape of a tensor, the type of an object, a scalar itself."""
-    from torch import Tensor
-
-    if isinstance(value, Tensor):
+    if _is_tensor(value):
         return f"a tensor of the shape {list(value.shape)}"
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"

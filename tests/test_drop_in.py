@@ -22,7 +22,7 @@ from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.schedule import Schedule
 from tests.hooked_pipelines import hooked, latents_of
 from tests.test_tiny_transformers import HEAVY
-from tests.tiny_pipelines import PIPELINES
+from tests.tiny_pipelines import PIPELINES, drawn, ones
 
 STEPS = 8
 SCHEDULES = ("none", "fora:3", "fora:1,forecast=2", "fora:3,forecast=2")
@@ -198,6 +198,32 @@ def test_timesteps_of_tokens_may_be_equal(exported: Any) -> None:
     assert torch.equal(transformer(**{**arguments, "timestep": times.expand(1, 3)}).sample, want)
     with pytest.raises(InputError, match=r"timestep has shape \[1, 3\]"):
         transformer(**{**arguments, "timestep": torch.tensor([[0.0, 1.0, 1.0]])})
+
+
+def test_prompts_may_be_shorter_than_the_text_length(exported: Any) -> None:
+    """The pipeline gives as many tokens as the longest prompt has, and no mask for prompts of one length."""
+    one = exported("qwen_image")
+    call = one.bundles["transformer"].manifest.pipeline.call
+    assert call.padded == {"encoder_hidden_states": 8}
+
+    def with_tokens(count: int) -> dict[str, Any]:
+        texts = {"prompt_embeds": drawn(1, count, 16, seed=1), "prompt_embeds_mask": ones(1, count)}
+        return {**one.given, **texts}
+
+    for count in (3, 8):  # the negative prompt has 6
+        got, _ = one.latents("none", **with_tokens(count))
+        assert relative(got, latents_of(one.pipe, with_tokens(count), STEPS)) < 1e-5
+    two = {
+        "prompt_embeds": drawn(2, 5, 16, seed=3),
+        "prompt_embeds_mask": torch.tensor([[1] * 5, [1] * 2 + [0] * 3]),
+        "negative_prompt_embeds": drawn(2, 6, 16, seed=4),
+        "negative_prompt_embeds_mask": ones(2, 6),
+    }
+    got, ours = one.latents("fora:3", **two)
+    assert relative(got, hooked(one.pipe, {**one.given, **two}, one.bundles, "fora:3", STEPS)) < 1e-5
+    assert ours["transformer"].reuse_steps > 0
+    with pytest.raises(ShapeError, match="has 9 tokens; the bundle was exported for at most 8: give a shorter prompt"):
+        one.latents("none", **{**with_tokens(9), "max_sequence_length": 9})
 
 
 def test_a_replaced_scheduler_is_followed(exported: Any) -> None:

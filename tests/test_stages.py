@@ -23,6 +23,7 @@ STAGES = [
     "quiet",
     "registry",
     "contract",
+    "memo",
     "call",
     "plan",
     "schedule",

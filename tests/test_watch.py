@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from fora_trt.call import Constants, TimeMap
+from fora_trt.call import CallReader, TimeMap
 from fora_trt.errors import ModelError, ShapeError
 from fora_trt.models.pipelines import empty_from_pipeline
 from fora_trt.models.watch import Watched, watch
@@ -58,32 +58,32 @@ def test_values_in_arguments_are_kept_and_compared() -> None:
     inputs = {**ltx.examples}
     arguments = ltx.call.arguments_of(inputs, ltx.constants)
     assert (arguments["num_frames"], arguments["height"], arguments["width"]) == (2, 4, 4)
-    constants = Constants(ltx.constants)
-    again = ltx.call.inputs_of((), arguments, constants)
+    reader = CallReader(ltx.call, ltx.constants)
+    again = reader.inputs((), arguments)
     assert {name: one.tolist() for name, one in again.items()} == {name: one.tolist() for name, one in inputs.items()}
     with pytest.raises(ShapeError, match=r"the argument 'num_frames' is 3; the bundle was exported with 2"):
-        ltx.call.inputs_of((), {**arguments, "num_frames": 3}, constants)
+        reader.inputs((), {**arguments, "num_frames": 3})
     with pytest.raises(ShapeError, match=r"the argument 'audio' was not given when the bundle was exported"):
-        ltx.call.inputs_of((), {**arguments, "audio": drawn(1)}, constants)
+        reader.inputs((), {**arguments, "audio": drawn(1)})
 
 
 def test_constants_are_compared_at_every_call() -> None:
     flux = found("flux")
     arguments = flux.call.arguments_of(flux.examples, flux.constants)
-    constants = Constants(flux.constants)
-    flux.call.inputs_of((), {**arguments, "img_ids": arguments["img_ids"].half()}, constants)
+    reader = CallReader(flux.call, flux.constants)
+    reader.inputs((), {**arguments, "img_ids": arguments["img_ids"].half()})
     with pytest.raises(ShapeError, match="'img_ids' has other values"):
-        flux.call.inputs_of((), {**arguments, "img_ids": arguments["img_ids"] + 1}, constants)
+        reader.inputs((), {**arguments, "img_ids": arguments["img_ids"] + 1})
     with pytest.raises(ShapeError, match=r"'img_ids' is a tensor of the shape \[4, 3\]; .* the shape \[16, 3\]"):
-        flux.call.inputs_of((), {**arguments, "img_ids": arguments["img_ids"][:4]}, constants)
+        reader.inputs((), {**arguments, "img_ids": arguments["img_ids"][:4]})
     positions = arguments["img_ids"].clone()
     for _ in range(2):
-        flux.call.inputs_of((), {**arguments, "img_ids": positions}, constants)
+        reader.inputs((), {**arguments, "img_ids": positions})
     positions += 1
     with pytest.raises(ShapeError, match="'img_ids' has other values"):
-        flux.call.inputs_of((), {**arguments, "img_ids": positions}, constants)
+        reader.inputs((), {**arguments, "img_ids": positions})
     with pytest.raises(ShapeError, match="'guidance' is missing"):
-        flux.call.inputs_of((), {**arguments, "guidance": None}, constants)
+        reader.inputs((), {**arguments, "guidance": None})
 
 
 def test_the_pipeline_is_as_before() -> None:

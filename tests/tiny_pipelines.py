@@ -142,7 +142,12 @@ def z_image() -> TinyPipeline:
 
 def qwen_image() -> TinyPipeline:
     masks: dict[str, Any] = {"prompt_embeds_mask": ones(1, 6), "negative_prompt_embeds_mask": ones(1, 6)}
-    return piped("QwenImagePipeline", "qwen_image"), {**prompts(**masks), **SQUARE, "true_cfg_scale": 4.0}
+    return piped("QwenImagePipeline", "qwen_image"), {
+        **prompts(**masks),
+        **SQUARE,
+        "true_cfg_scale": 4.0,
+        "max_sequence_length": 8,
+    }
 
 
 def hunyuan_dit() -> TinyPipeline:

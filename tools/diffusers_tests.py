@@ -39,7 +39,7 @@ FILES = (
 
 REFUSALS = re.compile(
     r'(failed on setup with ")?fora_trt\.errors\.'
-    r".*(runs engines, which have no|call the pipeline with the exported sizes)"
+    r".*(runs engines, which have no|call the pipeline as at the export)"
 )
 """How pytest reports a refusal for a known reason: a change of layers, or another size; others are mistakes."""
 

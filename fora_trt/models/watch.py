@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fora_trt.call import RETURN_DICT, SCALARS, Argument, CallSpec, Constants, Scalar, TimeMap
+from fora_trt.call import (
+    RETURN_DICT,
+    SCALARS,
+    Argument,
+    CallReader,
+    CallSpec,
+    Scalar,
+    TimeMap,
+    mask_of,
+    padded_mask,
+    padded_text,
+)
 from fora_trt.contract import LATENTS, TIMESTEP
 from fora_trt.errors import ForaError, ModelError, first_line
 from fora_trt.models.sharing import sharing_copy
@@ -33,6 +44,9 @@ STEPS = (3, 12, 50)
 
 PER_PROMPT = ("prompt", "embeds", "mask", "label", "image")
 """Words in the names of a pipeline's arguments that have one value for each prompt."""
+
+TEXT_LENGTH = "max_sequence_length"
+"""The argument of pipelines for the largest number of prompt tokens."""
 
 PROMPT = "a photograph of a red fox in the snow"
 
@@ -193,7 +207,10 @@ def watch(pipe: Any, given: Mapping[str, Any], prompt: str = PROMPT) -> dict[str
         idle = next((name for name, one in runs[0].items() if not one.calls), None)
         if idle is not None:
             raise ModelError(f"{type(pipe).__name__} did not call its {idle} in {STEPS[-1]} steps")
-    return {name: _derived(runs[0][name], runs[1][name]) for name in modules}
+    tokens = arguments.get(TEXT_LENGTH, inspect.signature(type(pipe).__call__).parameters.get(TEXT_LENGTH))
+    tokens = tokens.default if isinstance(tokens, inspect.Parameter) else tokens
+    most = tokens if isinstance(tokens, int) else 0
+    return {name: _derived(runs[0][name], runs[1][name], most) for name in modules}
 
 
 def _arguments(pipe: Any, given: Mapping[str, Any], prompt: str) -> dict[str, Any]:
@@ -318,8 +335,28 @@ def _replaced(recorder: _Recorder, clock: _Clock) -> Iterator[None]:
                 setattr(module, name, value)
 
 
-def _derived(one: _Recorder, two: _Recorder) -> Watched:
-    """What the calls with one prompt and with two say about the transformer."""
+def _with_padded_texts(calls: Sequence[_Call], most: int) -> dict[str, int]:
+    """Pad the texts in calls whose padding a mask excludes; return the number of tokens of each, at least `most`.
+
+    So bundles serve shorter prompts of pipelines that give as many tokens as the longest prompt has (Qwen-Image).
+    """
+    padded = {}
+    for name in [*calls[0].arguments]:
+        texts = [call.arguments[name] for call in calls]
+        are_texts = all(isinstance(one, Tensor) and one.dim() == 3 for one in texts)
+        if not are_texts or mask_of(name) not in calls[0].arguments:
+            continue
+        padded[name] = max(most, *(one.shape[1] for one in texts))
+        for call, text in zip(calls, texts, strict=True):
+            mask = call.arguments[mask_of(name)]
+            call.arguments[name], every = padded_text(padded[name], text)
+            call.arguments[mask_of(name)] = every if mask is None else padded_mask(padded[name], mask)
+    return padded
+
+
+def _derived(one: _Recorder, two: _Recorder, most: int) -> Watched:
+    """What the calls with one prompt and with two say about the transformer, for texts of at most `most` tokens."""
+    padded = _with_padded_texts([*one.calls, *two.calls], most)
     first, second = one.calls[0], two.calls[0]
     parameters = [name for name in one.signature.parameters if name not in ("self", RETURN_DICT)]
     parameters = [name for name in parameters if name in first.arguments]
@@ -357,10 +394,11 @@ def _derived(one: _Recorder, two: _Recorder) -> Watched:
         if isinstance(value, SCALARS) and value is not None and not name.startswith("_") and name != "training"
     }
     spec = CallSpec(
-        one.component, order, arguments, defaults, _time_map(calls, timestep, what), slots, attributes, one.bare
+        one.component, order, arguments, defaults, _time_map(calls, timestep, what), slots, attributes, one.bare, padded
     )
+    reader = CallReader(spec, found.constants)
     for call in calls:  # the other slots and steps must be calls of the same form
-        given = spec.inputs_of((), call.arguments, Constants(found.constants))
+        given = reader.inputs((), call.arguments)
         batch = len(given[LATENTS])
         for name, value in given.items():
             expected = [batch, *found.examples[name].shape[1:]]

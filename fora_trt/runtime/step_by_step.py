@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fora_trt.bundle import Manifest
 from fora_trt.errors import BusyError, ForaWarning, ScheduleError
+from fora_trt.memo import Memo
 from fora_trt.plan import Plan, adapted
 from fora_trt.runtime.access import Access
 from fora_trt.runtime.inputs import check_latents, checked_timestep, completed_inputs
@@ -63,6 +64,7 @@ class StepByStep(ABC):
         self._followed: _Followed | None = None
         self.access = Access()
         self.taken = Taken()
+        self._on_cpu = Memo(lambda value: value.cpu().clone())
 
     @abstractmethod
     def begin(
@@ -193,7 +195,7 @@ class StepByStep(ABC):
                 self._followed = _Followed(self.begin(plan, times, given, [batch], first), plan, first, batch, {})
             assert self._followed is not None
             return self._followed
-        on_cpu = {name: value.cpu().clone() for name, value in given.items()}
+        on_cpu = {name: self._on_cpu(value) for name, value in given.items()}
         announced = self._is_announced(timestep)
         if announced and known is not None and not changed and _same(on_cpu, known.conditioning):
             return known
@@ -223,4 +225,7 @@ class StepByStep(ABC):
 
 
 def _same(conditioning: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> bool:
-    return before is not None and all(map(torch.equal, conditioning.values(), before.values()))
+    if before is None:
+        return False
+    pairs = zip(conditioning.values(), before.values(), strict=True)
+    return all(one is other or torch.equal(one, other) for one, other in pairs)

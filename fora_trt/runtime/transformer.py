@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from fora_trt.bundle import Bundle
-from fora_trt.call import Constants, TimeMap
+from fora_trt.call import CallReader, TimeMap
 from fora_trt.contract import LATENTS, PRECISIONS, TIMESTEP
 from fora_trt.errors import BackendError, InputError, NotOfEnginesError, ShapeError
 from fora_trt.runtime.follow import Follower, are_now, step_of_view
@@ -27,8 +27,8 @@ NESTED = "added_cond_kwargs"
 """A transformer argument that is a dictionary of further inputs (PixArt: resolution and aspect ratio)."""
 
 REMEDY = (
-    "call the pipeline with the exported sizes (height, width and use_resolution_binning=False; max_sequence_length "
-    "for a prompt), or export again with other sizes"
+    "call the pipeline as at the export (height, width, frames, max_sequence_length; use_resolution_binning=False for "
+    "PixArt), or export again for this call"
 )
 
 SAVED = "fora_trt.saved_pipeline"
@@ -56,7 +56,8 @@ class DenoiserTransformer(nn.Module):
         pipeline = denoiser.manifest.pipeline
         self._call = None if pipeline is None else pipeline.call
         self._bundle = bundle
-        self._constants = Constants({} if bundle is None else bundle.constants)
+        constants = {} if bundle is None else bundle.constants
+        self._reader = None if self._call is None else CallReader(self._call, constants)
         self.__module__ = SAVED
         for name, value in (self._call.attributes if self._call else {}).items():
             if not hasattr(self, name):
@@ -162,10 +163,11 @@ class DenoiserTransformer(nn.Module):
 
     def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         """The graph inputs of a call by name, and whether it asks for an output object."""
-        if self._call is not None:
-            found = self._call.inputs_of(args, kwargs, self._constants)
+        if self._reader is not None:
+            found = self._reader.inputs(args, kwargs)
             read = {LATENTS, TIMESTEP, *inputs_of(self.denoiser.manifest)}
-            return {name: one for name, one in found.items() if name in read}, self._call.returns_dict(args, kwargs)
+            as_object = self._reader.spec.returns_dict(args, kwargs)
+            return {name: one for name, one in found.items() if name in read}, as_object
         return _by_name(*args, **kwargs)
 
     def _slot(self, timestep: Tensor) -> Follower:
