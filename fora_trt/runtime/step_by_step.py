@@ -29,14 +29,19 @@ from fora_trt.schedule import Schedule
 class _Followed:
     """A run, the plan of the whole trajectory, the run's first step in it, and its batch and conditioning.
 
-    `conditioning` is None for a run of a single step: no later step can continue it.
+    `equal` tells for each conditioning input whether a tensor has the same values. It is None where no later step can
+    continue the run, or none of them reads conditioning.
     """
 
     run: Run
     plan: Plan
     first: int
     batch: int
-    conditioning: Mapping[str, Tensor] | None
+    equal: Mapping[str, Memo[bool]] | None
+
+    def has(self, conditioning: Mapping[str, Tensor]) -> bool:
+        """Whether a later step with this conditioning can continue the run."""
+        return self.equal is not None and all(self.equal[name](value) for name, value in conditioning.items())
 
 
 @dataclass
@@ -64,7 +69,6 @@ class StepByStep(ABC):
         self._followed: _Followed | None = None
         self.access = Access()
         self.taken = Taken()
-        self._on_cpu = Memo(lambda value: value.cpu().clone())
 
     @abstractmethod
     def begin(
@@ -192,12 +196,11 @@ class StepByStep(ABC):
             if changed:
                 plan = adapted(plan, forgotten=[first])
                 times = torch.zeros(len(plan) - first)
-                self._followed = _Followed(self.begin(plan, times, given, [batch], first), plan, first, batch, {})
+                self._followed = _Followed(self.begin(plan, times, given, [batch], first), plan, first, batch, None)
             assert self._followed is not None
             return self._followed
-        on_cpu = {name: self._on_cpu(value) for name, value in given.items()}
         announced = self._is_announced(timestep)
-        if announced and known is not None and not changed and _same(on_cpu, known.conditioning):
+        if announced and known is not None and not changed and known.has(given):
             return known
         if self.folds and not plan[first].is_full:
             warn(
@@ -211,7 +214,7 @@ class StepByStep(ABC):
             plan = adapted(plan, full=[first], forgotten=[first])
         if announced and self._timesteps is not None:
             run = self.begin(plan, self._timesteps[first:], given, [batch], first)
-            self._followed = _Followed(run, plan, first, batch, on_cpu)
+            self._followed = _Followed(run, plan, first, batch, _copied(given))
         else:
             run = self.begin(plan, timestep.reshape(1, -1), given, [batch], first)
             self._followed = _Followed(run, plan, first, batch, None)
@@ -224,8 +227,11 @@ class StepByStep(ABC):
         return self._timesteps is not None and alike and bool(self._timesteps[self._step] == now)
 
 
-def _same(conditioning: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> bool:
-    if before is None:
-        return False
-    pairs = zip(conditioning.values(), before.values(), strict=True)
-    return all(one is other or torch.equal(one, other) for one, other in pairs)
+def _copied(conditioning: Mapping[str, Tensor]) -> dict[str, Memo[bool]]:
+    """For each input whether a tensor equals a copy of this one."""
+
+    def equality(value: Tensor) -> Memo[bool]:
+        copy = value.cpu().clone()
+        return Memo(lambda other: torch.equal(other.cpu(), copy))
+
+    return {name: equality(value) for name, value in conditioning.items()}
