@@ -1,27 +1,36 @@
 """Runs diffusers' own tests of its pipelines twice: with the plain transformers, and with the drop-in in their place.
 
-    python tools/diffusers_tests.py CHECKOUT WORK [FILE ...]
+    python -m benchmarks.diffusers_tests cpu-2-cores CHECKOUT WORK
 
 CHECKOUT is a folder with the `tests` of diffusers, best at the tag of the installed version; the packages
 `parameterized` and `requests_mock` have to be installed. WORK keeps the exported bundles, the reports of pytest, and
-random text encoders in place of those of the hub. FILE is a test file, relative to `tests/pipelines`. A test is "not
-applicable" if it passes with the plain transformer and the drop-in refuses it for one of `REFUSALS`, or it reads files
-of weights. The exit status is 1 if a test fails in any other way.
+random text encoders in place of those of the hub. A test is "not applicable" if it passes with the plain transformer
+and the drop-in refuses it for one of `REFUSALS`, or it reads files of weights. The command writes
+benchmarks/results/diffusers-tests_<hardware>_<date>.json and prints the table of docs/pipelines.md. Its exit status is
+1 if a test fails in any other way.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+import click
+
+from benchmarks.readme_tables import RESULTS
+from fora_trt.report.environment import environment
 
 BUNDLES = "FORA_TRT_BUNDLES_OF_TESTS"
 """Environment variable with the folder of bundles; the plugin does nothing without it."""
@@ -47,6 +56,8 @@ OF_WEIGHTS = {
     "test_serialization_with_variants": "looks for the variant in the names of files of weights, which a bundle lacks"
 }
 """Tests that read the files of weights, and why they are not applicable."""
+
+KINDS = ("passed", "not applicable", "broken", "fails with both", "not run")
 
 PER_CALL = ("generator", "num_inference_steps", "output_type")
 """Arguments of a test's call that no size of the graphs follows from."""
@@ -129,19 +140,28 @@ def make_text_models(folder: Path) -> None:
     clip.save_pretrained(folder / "hf-internal-testing" / "tiny-random-clip")
 
 
-def outcomes(checkout: Path, work: Path, files: list[str], bundles: Path | None) -> dict[tuple[str, str], str]:
+def outcomes(checkout: Path, work: Path, bundles: Path | None) -> dict[tuple[str, str], str]:
     """The outcome of each test by its file and name: "passed", "skipped", or the message of its failure."""
     report = work / ("drop-in.xml" if bundles else "plain.xml")
     ours = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    variables = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     if bundles:
-        environment[BUNDLES] = str(bundles)
-    tests = [str(checkout / "tests" / "pipelines" / one) for one in files]
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "tools.diffusers_tests", "-o", "junit_logging=no"]
+        variables[BUNDLES] = str(bundles)
+    tests = [str(checkout / "tests" / "pipelines" / one) for one in FILES]
+    options = [
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "benchmarks.diffusers_tests",
+        "-o",
+        "junit_logging=no",
+    ]
     command = [sys.executable, "-m", "pytest", *options, f"--rootdir={checkout}", f"--junitxml={report}", *tests]
     with (report.with_suffix(".log")).open("w") as log:  # from_pretrained finds the text models in the current folder
-        subprocess.run(command, cwd=work / "text", env=environment, stdout=log, stderr=log, check=False)
+        subprocess.run(command, cwd=work / "text", env=variables, stdout=log, stderr=log, check=False)
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - pytest has just written it
         problem = next((one for one in case if one.tag in ("failure", "error", "skipped")), None)
@@ -152,33 +172,65 @@ def outcomes(checkout: Path, work: Path, files: list[str], bundles: Path | None)
     return found
 
 
-def main(checkout: str, work: str, *files: str) -> int:
-    """Run both variants and print what differs. Returns the exit status."""
-    folder = Path(work).resolve()
-    (folder / "bundles").mkdir(parents=True, exist_ok=True)
-    if not (folder / "text").is_dir():
-        make_text_models(folder / "text")
-    chosen = list(files or FILES)
-    plain = outcomes(Path(checkout).resolve(), folder, chosen, None)
-    drop_in = outcomes(Path(checkout).resolve(), folder, chosen, folder / "bundles")
-    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    reasons: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+@dataclass(frozen=True)
+class Group:
+    """Tests of one file with the same outcome, and for those that do not pass with the drop-in the message."""
+
+    file: str
+    kind: str
+    reason: str
+    tests: list[str]
+
+
+def groups_of(plain: Mapping[tuple[str, str], str], drop_in: Mapping[tuple[str, str], str]) -> list[Group]:
+    """Compare the outcomes of both variants."""
+    found: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     for (file, name), before in plain.items():
-        after = drop_in.get((file, name), "was not run")
+        after, reason = drop_in.get((file, name), "was not run"), ""
         kind = "not run" if before == "skipped" else "fails with both" if before != "passed" else after
-        if kind not in ("passed", "not run", "fails with both"):
-            after = OF_WEIGHTS.get(name.rpartition("::")[2], after.partition("\n")[0])
-            kind = "not applicable" if REFUSALS.match(after) or after in OF_WEIGHTS.values() else "broken"
-            reasons[file, kind, after].append(name)
-        counts[file][kind] += 1
-    for (file, kind, reason), names in reasons.items():
-        print(f"\n{file}, {kind}: {reason}", *names, sep="\n    ")
-    kinds = ("passed", "not applicable", "broken", "fails with both", "not run")
-    print("", "| tests | " + " | ".join(kinds) + " |", "| --- |" + " ---: |" * len(kinds), sep="\n")
-    for file, count in counts.items():
-        print(f"| {file} | " + " | ".join(str(count[one]) for one in kinds) + " |")
-    return int(any(count["broken"] for count in counts.values()))
+        if kind not in KINDS:
+            reason = OF_WEIGHTS.get(name.rpartition("::")[2], after.partition("\n")[0])
+            kind = "not applicable" if REFUSALS.match(reason) or reason in OF_WEIGHTS.values() else "broken"
+        found[file, kind, reason].append(name)
+    return [Group(*key, tests) for key, tests in found.items()]
+
+
+def table_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The table of docs/pipelines.md, line by line."""
+    yield "| tests of diffusers | " + " | ".join(KINDS) + " |"
+    yield "| --- |" + " ---: |" * len(KINDS)
+    for file in dict.fromkeys(one["file"] for one in groups):
+        counts = Counter(dict.fromkeys(KINDS, 0))
+        for one in groups:
+            counts[one["kind"]] += len(one["tests"]) if one["file"] == file else 0
+        yield f"| `{file}` | " + " | ".join(str(counts[one]) for one in KINDS) + " |"
+
+
+def newest() -> dict[str, Any]:
+    """The newest committed result."""
+    found: dict[str, Any] = json.loads(sorted(RESULTS.glob("diffusers-tests_*.json"))[-1].read_text())
+    return found
+
+
+@click.command()
+@click.argument("hardware")
+@click.argument("checkout", type=click.Path(path_type=Path, exists=True, resolve_path=True))
+@click.argument("work", type=click.Path(path_type=Path, resolve_path=True))
+def main(hardware: str, checkout: Path, work: Path) -> None:
+    """Run both variants of the tests in CHECKOUT; HARDWARE names the machine in the file name of the result."""
+    (work / "bundles").mkdir(parents=True, exist_ok=True)
+    if not (work / "text").is_dir():
+        make_text_models(work / "text")
+    plain = outcomes(checkout, work, None)
+    groups = [asdict(one) for one in groups_of(plain, outcomes(checkout, work, work / "bundles"))]
+    file = RESULTS / f"diffusers-tests_{hardware}_{time.strftime('%Y-%m-%d')}.json"
+    file.write_text(json.dumps({"environment": environment(), "groups": groups}, indent=2) + "\n")
+    click.echo("\n".join(table_of(groups)))
+    for one in groups:
+        if one["kind"] == "broken":
+            click.echo(f"{one['file']}: {one['reason']}: {', '.join(one['tests'])}", err=True)
+    sys.exit(int(any(one["kind"] == "broken" for one in groups)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main()
