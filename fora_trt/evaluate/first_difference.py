@@ -55,8 +55,18 @@ def first_difference(model: Model, bundle: Bundle, graph: str, engines: Engines)
             continue
         if not GraphError.between(got, want).relative <= GRAPH_TOLERANCE[model.precision]:
             module = interpreter.modules.get(name) or model.spec.architecture
-            return f"the first node that differs is {node.name!r} ({node.op_type}) in {module}"
+            lost = _lost(interpreter.nodes[name], node)
+            reads = f", which in PyTorch reads {lost!r}: the graph lacks it" if lost is not None else ""
+            return f"the first node that differs is {node.name!r} ({node.op_type}) in {module}{reads}"
     return "no node alone differs by more than the tolerance"
+
+
+def _lost(traced: fx.Node, exported: ir.Node) -> str | None:
+    """The first result that the traced node reads and the exported graph does not compute, such as a dropped guard."""
+    assert exported.graph is not None
+    there = {str(value.name) for node in exported.graph for value in node.outputs}
+    read = (one.name for one in traced.all_input_nodes if one.op == "call_function")
+    return next((name for name in read if name not in there), None)
 
 
 @torch.no_grad()
@@ -93,6 +103,7 @@ class _Interpreter(fx.Interpreter):
         self._names = dict(zip(outputs[1:], step.features, strict=True))
         self._prediction = outputs[0]
         self.modules: dict[str, str] = {}
+        self.nodes: dict[str, fx.Node] = {}
 
     def values(self, inputs: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors for these inputs; the values of `features` replace those that the program computes."""
@@ -111,6 +122,7 @@ class _Interpreter(fx.Interpreter):
         result = super().run_node(n)
         if isinstance(result, Tensor):
             result = self._found[name] = self._features.get(name, result)
+            self.nodes[name] = n
             stack = n.meta.get("nn_module_stack")
             if stack:
                 path = [*stack.values()][-1][0]
