@@ -92,8 +92,9 @@ def run_pipeline(
     if as_json:
         print_json({**figures, "output": written})
         return
+    made = f"{figures['results']} {'result' if figures['results'] == 1 else 'results'}"
     click.echo(
-        f"{figures['results']} results in {result.seconds:.2f} s on {figures['backend']} ({figures['device']}): "
+        f"{made} in {result.seconds:.2f} s on {figures['backend']} ({figures['device']}): "
         f"{steps} steps, {result.full_steps} full and {result.reuse_steps} reuse calls of the transformer"
     )
     click.echo(f"wrote {written}")
