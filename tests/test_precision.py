@@ -73,6 +73,25 @@ def test_sites_compute_in_half_and_the_stream_between_them_in_fp32(
     assert seen[embedder] == (torch.float16 if precision == "fp16" else torch.float32), "bf16 has too few bits for it"
 
 
+def test_a_model_in_half_precision_can_compute_in_fp32_and_keeps_its_weights(pipeline_folder: Path) -> None:
+    model = model_from_source(str(pipeline_folder), "fp16")
+    before = {name: one.data for name, one in model.module.named_parameters()}
+    seen: list[torch.dtype] = []
+    model.module.get_submodule("transformer_blocks.1.attn1.to_q").register_forward_hook(
+        lambda layer, args, output: seen.extend([layer.weight.dtype, args[0].dtype, output.dtype])
+    )
+    given = {"latents": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([5.0]), "class_labels": torch.tensor([1])}
+    with torch.no_grad():
+        with model.in_fp32():
+            model.spec.call(model.module, given)
+        with pytest.raises(RuntimeError), model.in_fp32():
+            model.spec.call(model.module, {**given, "latents": torch.randn(1, 3, 8, 8)})
+        assert seen == [torch.float32] * 3
+        assert all(one.data_ptr() == before[name].data_ptr() for name, one in model.module.named_parameters())
+        model.spec.call(model.module, given)
+        assert seen[3:] == [torch.float16] * 3
+
+
 def test_the_graph_adds_and_normalises_in_fp32(half: Bundle) -> None:
     graph = ir.load(half.graph_path("full")).graph
     dtypes = {

@@ -90,7 +90,8 @@ def traced_from_model(model: Model, opset: int, report: Callable[[str], None]) -
         check_symbolic_batch(model.module, model.spec)
     if strange or any(kind == OTHER for _, kind in model.sites):
         report("checking the cache sites")
-        check_sites(model.module, model.spec, paths)
+        with model.in_fp32():  # many CPUs multiply matrices in half precision several times slower
+            check_sites(model.module, model.spec, paths)
     step, _ = steps_of_module(model.module, model.spec, paths)
     step.cut_later = True
     report("tracing the full graph")
