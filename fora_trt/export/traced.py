@@ -31,6 +31,7 @@ from fora_trt.errors import ExportError, first_line
 from fora_trt.export.check_batch import check_symbolic_batch
 from fora_trt.export.check_sites import check_sites
 from fora_trt.export.complex_pairs import rewrite_complex
+from fora_trt.export.crop_constants import CropConstantsPass
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.graphs import Graphs, graph_from_onnx
@@ -210,7 +211,7 @@ def _tidy(model: ir.Model, step: FullStep) -> None:
     with quiet("torch.onnx"):
         fold_constants_ir(model)
         lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
-        Sequential(RemoveUnusedNodesPass(), lift, *once_only)(model)
+        Sequential(RemoveUnusedNodesPass(), lift, CropConstantsPass(), *once_only)(model)
         with near_neutral_hidden(model):
             torch.onnx.ONNXProgram(model, None).optimize()
     _name_attentions(model.graph)
