@@ -1,5 +1,7 @@
 """Mixed precision: cache sites compute in fp16 or bf16, the operations between them in fp32.
 
+The attention of a parallel block, whose output only its site reads, computes like a site.
+
 Between the sites are residual additions, normalization, modulation, gates, timestep embedding and positions. They
 need little arithmetic, and they are where fp16 is known to overflow and bf16 to be too coarse. Layers outside the sites
 that multiply by matrices (patch embedding, adaLN, last projection) also use half-precision weights and arithmetic.
