@@ -392,6 +392,26 @@ def test_a_site_that_cannot_be_cached_is_found_and_named(way: str, message: str)
         check_sites(Wayward(way), spec, ["site"])
 
 
+class Plain(nn.Module):
+    """A network with a site that can be cached; it keeps the sizes of the batches that it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site, self.batches = nn.Linear(9, 9), list[int]()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.batches.append(len(x))
+        result: Tensor = x + self.site(x) * t[:, None]
+        return result
+
+
+def test_the_check_of_cache_sites_evaluates_few_samples() -> None:
+    inputs = (TensorSpec("latents", "float32", ("batch", 9)), TensorSpec("timestep", "float32", ("batch",)))
+    module = Plain()
+    check_sites(module, ModelSpec(inputs=inputs), ["site"])
+    assert module.batches == [2, 2, 1, 2], "full steps, of which the last has another batch, and a reuse step"
+
+
 @pytest.mark.parametrize(
     ("given", "text", "usual"), [(None, False, 1.5), (None, True, 4.5), (7, True, 7.0), (0, False, 0)]
 )

@@ -1,6 +1,6 @@
 """The graph passes on small graphs, before and after on ONNX's own reference or ONNX Runtime."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from onnx_ir.passes import InPlacePass
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from fora_trt.export.crop_constants import CropConstantsPass
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.join_projections import JoinProjectionsPass, SeparateProjectionsPass
@@ -20,7 +21,10 @@ from fora_trt.export.slice_projections import SliceProjectionsPass, take_project
 
 
 def model(
-    nodes: Sequence[object], inputs: dict[str, list[int]], outputs: dict[str, list[int]], weights: dict[str, np.ndarray]
+    nodes: Sequence[object],
+    inputs: dict[str, list[int]],
+    outputs: Mapping[str, list[int] | None],
+    weights: dict[str, np.ndarray],
 ) -> ir.Model:
     graph = helper.make_graph(
         nodes,
@@ -76,6 +80,52 @@ def test_a_squeeze_of_another_size_goes_and_one_of_one_stays() -> None:
     good = model([helper.make_node("Squeeze", ["x", "axes"], ["z"])], {"x": [2, 1, 3]}, {"z": [2, 3]}, axes)
     assert not DropSqueezesPass()(good).modified
     assert kinds(good) == ["Squeeze"]
+
+
+CROPS: dict[str, tuple[list[object], dict[str, list[int]]]] = {
+    "a slice of a reshaped table": (
+        [
+            helper.make_node("Reshape", ["table", "grid"], ["a"]),
+            helper.make_node("Slice", ["a", "two", "four", "one"], ["b"]),
+            helper.make_node("Slice", ["b", "last", "first", "two", "back"], ["part"]),
+        ],
+        {"grid": [1, 6, 8, 4], "one": [1], "two": [2], "four": [4], "last": [-1], "first": [-99], "back": [-2]},
+    ),
+    "rows of a transposed table": (
+        [
+            helper.make_node("Squeeze", ["table", "zero"], ["a"]),
+            helper.make_node("Transpose", ["a"], ["b"], perm=[1, 0]),
+            helper.make_node("Gather", ["b", "rows"], ["c"], axis=1),
+            helper.make_node("Unsqueeze", ["c", "zero"], ["part"]),
+        ],
+        {"zero": [0], "rows": [5, -1, 5]},
+    ),
+}
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_only_the_part_of_a_table_that_is_read_is_stored(crop: str) -> None:
+    nodes, numbers = CROPS[crop]
+    table = np.random.default_rng(0).normal(size=(1, 48, 4)).astype(np.float32)
+    weights = {"table": table, **{name: np.array(value) for name, value in numbers.items()}}
+    made = model([*nodes, helper.make_node("Add", ["x", "part"], ["y"])], {"x": [1]}, {"y": None}, weights)
+    expected = run(made, {"x": np.ones(1, dtype=np.float32)})[0]
+    assert CropConstantsPass()(made).modified
+    assert kinds(made) == ["Add"]
+    assert [value.shape for value in made.graph.initializers.values()] == [expected.shape]
+    assert (run(made, {"x": np.ones(1, dtype=np.float32)})[0] == expected).all()
+
+
+def test_a_table_that_is_read_as_a_whole_stays() -> None:
+    nodes = [
+        helper.make_node("Reshape", ["table", "grid"], ["a"]),
+        helper.make_node("Gather", ["a", "rows"], ["b"]),
+        helper.make_node("MatMul", ["x", "b"], ["y"]),
+    ]
+    weights = {"table": np.ones((4, 6), np.float32), "grid": np.array([3, 8]), "rows": np.array([0, 1, 2, 0])}
+    made = model(nodes, {"x": [2, 4]}, {"y": [2, 8]}, weights)
+    assert not CropConstantsPass()(made).modified
+    assert kinds(made) == ["Reshape", "Gather", "MatMul"]
 
 
 @pytest.mark.parametrize("rows", [1, 5])

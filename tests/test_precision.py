@@ -23,11 +23,14 @@ from fora_trt.evaluate.verify import compare_with_pytorch, measured_trajectories
 from fora_trt.export.check import Measured
 from fora_trt.export.nodes import nodes_behind
 from fora_trt.export.write import bundle_from_model
+from fora_trt.exporting import _models_of_pipeline
+from fora_trt.models.block_sites import paths_in_half
 from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import Model
 from fora_trt.pipeline import Pipeline
 from tests.conftest import TINY, BundleAt
-from tests.shared import made_once
+from tests.shared import made_once, traced_once
+from tests.tiny_pipelines import PIPELINES
 
 CPU = torch.device("cpu")
 
@@ -71,6 +74,38 @@ def test_sites_compute_in_half_and_the_stream_between_them_in_fp32(
     assert [seen[name] for name in between] == [torch.float32] * 3
     assert [seen[name] for name in layers] == [dtype] * 2, "large matrices are halved wherever they are"
     assert seen[embedder] == (torch.float16 if precision == "fp16" else torch.float32), "bf16 has too few bits for it"
+
+
+def test_the_attention_of_a_parallel_block_computes_in_half_like_its_site() -> None:
+    pipe, given = PIPELINES["flux"]()
+    (model,) = _models_of_pipeline(pipe, "fp16", None, None, given)
+    assert ("single_transformer_blocks.0.proj_out", "parallel") in model.sites
+    graph = traced_once(model).full.graph
+    attentions = {str(node.name): str(node.outputs[0].dtype) for node in graph if node.op_type == "Attention"}
+    assert len(attentions) == 4
+    assert "single_transformer_blocks.1.attn" in attentions
+    assert {*attentions.values()} == {"FLOAT16"}
+    paths = [path for path, _ in model.sites]
+    assert paths_in_half(model.module, paths)[len(paths) :] == [f"single_transformer_blocks.{k}.attn" for k in (0, 1)]
+
+
+def test_a_model_in_half_precision_can_compute_in_fp32_and_keeps_its_weights(pipeline_folder: Path) -> None:
+    model = model_from_source(str(pipeline_folder), "fp16")
+    before = {name: one.data for name, one in model.module.named_parameters()}
+    seen: list[torch.dtype] = []
+    model.module.get_submodule("transformer_blocks.1.attn1.to_q").register_forward_hook(
+        lambda layer, args, output: seen.extend([layer.weight.dtype, args[0].dtype, output.dtype])
+    )
+    given = {"latents": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([5.0]), "class_labels": torch.tensor([1])}
+    with torch.no_grad():
+        with model.in_fp32():
+            model.spec.call(model.module, given)
+        with pytest.raises(RuntimeError), model.in_fp32():
+            model.spec.call(model.module, {**given, "latents": torch.randn(1, 3, 8, 8)})
+        assert seen == [torch.float32] * 3
+        assert all(one.data_ptr() == before[name].data_ptr() for name, one in model.module.named_parameters())
+        model.spec.call(model.module, given)
+        assert seen[3:] == [torch.float16] * 3
 
 
 def test_the_graph_adds_and_normalises_in_fp32(half: Bundle) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fora_trt.bundle import Bundle, GraphError
 from fora_trt.contract import FULL, LATENTS, PRECISIONS, REUSE, TIMESTEP
@@ -75,7 +74,7 @@ class GraphCheck:
             return Measured({}, f"not measured: {why}")
         cases = [(FORA, 3), (FORECAST if bundle.manifest.can_forecast else FORA[:2], 1)]
         given = [_inputs(model, plan, batch) for plan, batch in cases]
-        with _computing_in_fp32(model):
+        with model.in_fp32():
             expected = [_expected(model, bundle, plan, steps) for (plan, _), steps in zip(cases, given, strict=True)]
         full_samples = sum(batch * sum(step.is_full for step in plan) for plan, batch in cases)
         errors: dict[str, GraphError] = {}
@@ -197,31 +196,3 @@ def _worse(one: GraphError, other: GraphError | None) -> GraphError:
     if other is None:
         return one
     return GraphError(max(one.maximum, other.maximum), max(one.relative, other.relative))
-
-
-@contextmanager
-def _computing_in_fp32(model: Model) -> Iterator[None]:
-    """Widen the parameters of each layer to fp32 only during its call, so that the weights are not in memory twice."""
-    if model.half is None:
-        yield
-        return
-    narrow: dict[nn.Parameter, Tensor] = {}
-
-    def widen(layer: nn.Module, _: object) -> None:
-        for parameter in layer.parameters(recurse=False):
-            narrow[parameter] = parameter.data
-            parameter.data = parameter.data.float()
-
-    def restore(layer: nn.Module, *_: object) -> None:
-        for parameter in layer.parameters(recurse=False):
-            parameter.data = narrow.pop(parameter)
-
-    layers = [layer for layer in model.module.modules() if any(True for _ in layer.parameters(recurse=False))]
-    hooks = [layer.register_forward_pre_hook(widen) for layer in layers]
-    hooks += [layer.register_forward_hook(restore) for layer in layers]
-    try:
-        with model.half.off():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()

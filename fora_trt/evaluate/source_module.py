@@ -5,6 +5,7 @@ from __future__ import annotations
 from fora_trt.bundle import Bundle
 from fora_trt.errors import BackendError, ExportError, ModelError, SourceError, TrustError
 from fora_trt.export.write import weights_digest
+from fora_trt.models.block_sites import paths_in_half
 from fora_trt.models.precision import dtypes_of_parameters
 from fora_trt.models.sources import is_factory, model_from_source
 from fora_trt.models.spec import Model
@@ -34,7 +35,7 @@ def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
             f"the PyTorch reference needs the checkpoint that {bundle.folder} was exported from, "
             f"but '{shown(source)}' cannot be loaded: {error}"
         ) from error
-    paths = [path for path, _ in model.sites]
+    paths = paths_in_half(model.module, [path for path, _ in model.sites])
     kept = model.spec.fp32_in_bf16 if bundle.manifest.precision == "bf16" else ()
     dtypes = dtypes_of_parameters(model.module, bundle.manifest.precision, paths, kept)
     if (

@@ -20,7 +20,8 @@ def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> Non
 
     The output must be deterministic, must have the batch, or a multiple of it in the order of the samples, as first
     dimension and other sizes that do not depend on the inputs, and must be the only effect of the site on the network.
-    Sites that the architecture does not declare need this check.
+    Sites that the architecture does not declare need this check. It evaluates the network on 5 samples in full steps
+    and on 2 in a reuse step, and more only to name the problem.
     """
 
     def example(batch: int, seed: int) -> list[Tensor]:
@@ -28,7 +29,8 @@ def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> Non
 
     def run(inputs: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         try:
-            prediction, *features = full(*inputs)
+            prediction, *found = full(*inputs)
+            return prediction, {name: found.pop(0).clone() for name in full.features}  # one at a time: they are large
         except ExportError:
             raise
         except Exception as error:  # the user's module can raise anything
@@ -36,11 +38,22 @@ def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> Non
                 f"{spec.architecture} fails on a batch of {len(inputs[0])} ({type(error).__name__}: "
                 f"{first_line(error)}); a bundle needs a model that takes any batch size"
             ) from error
-        return prediction, {name: one.clone() for name, one in zip(full.features, features, strict=True)}
 
     def wrong(name: str, problem: str) -> ExportError:
         site = name.removeprefix(FEATURE)
         return ExportError(f"the output of the cache site {site} {problem}; leave the site out of --cache")
+
+    def varies(name: str) -> str:
+        """Why a feature of a sample is another one when the other sample of the batch changes."""
+        _, again = run(inputs)
+        if again[name].shape == features[name].shape and _equal(again[name], features[name]):
+            return (
+                "does not have the values of each sample in one block along its first dimension, so it cannot be cached"
+            )
+        return (
+            "differs between calls with the same inputs (the module keeps state or draws random numbers), so it cannot "
+            "be cached"
+        )
 
     full, _ = steps_of_module(module, spec, sites)
     inputs = example(batch=2, seed=1)
@@ -53,7 +66,7 @@ def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> Non
                 name, f"has shape {shape} for a batch of 2; the first dimension of a cached output must be the batch"
             )
     other = [torch.cat([changed[:1], one[1:]]) for one, changed in zip(inputs, example(2, seed=2), strict=True)]
-    for case, given in (("same inputs", inputs), ("other inputs", other), ("another batch", example(3, seed=3))):
+    for case, given in (("other inputs", other), ("another batch", example(batch=1, seed=3))):
         _, again = run(given)
         for path in sites:
             if full.outputs[path].leaves != outputs[path].leaves:
@@ -65,18 +78,8 @@ def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> Non
                     f"has shape {list(feature.shape)}, but {list(again[name].shape)} for {case}; only the first "
                     "dimension, the batch, may change",
                 )
-            if case == "same inputs" and not _equal(again[name], feature):
-                raise wrong(
-                    name,
-                    "differs between calls with the same inputs (the module keeps state or draws random numbers), so "
-                    "it cannot be cached",
-                )
             if case == "other inputs" and not _equal(again[name][1:], feature[1:]):  # the second sample is the same
-                raise wrong(
-                    name,
-                    "does not have the values of each sample in one block along its first dimension, so it cannot be "
-                    "cached",
-                )
+                raise wrong(name, varies(name))
 
     def replays(paths: Sequence[str]) -> bool:
         _, reuse = steps_of_module(module, spec, paths)

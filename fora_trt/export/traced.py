@@ -31,6 +31,7 @@ from fora_trt.errors import ExportError, first_line
 from fora_trt.export.check_batch import check_symbolic_batch
 from fora_trt.export.check_sites import check_sites
 from fora_trt.export.complex_pairs import rewrite_complex
+from fora_trt.export.crop_constants import CropConstantsPass
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
 from fora_trt.export.graphs import Graphs, graph_from_onnx
@@ -90,7 +91,8 @@ def traced_from_model(model: Model, opset: int, report: Callable[[str], None]) -
         check_symbolic_batch(model.module, model.spec)
     if strange or any(kind == OTHER for _, kind in model.sites):
         report("checking the cache sites")
-        check_sites(model.module, model.spec, paths)
+        with model.in_fp32():  # many CPUs multiply matrices in half precision several times slower
+            check_sites(model.module, model.spec, paths)
     step, _ = steps_of_module(model.module, model.spec, paths)
     step.cut_later = True
     report("tracing the full graph")
@@ -209,7 +211,7 @@ def _tidy(model: ir.Model, step: FullStep) -> None:
     with quiet("torch.onnx"):
         fold_constants_ir(model)
         lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
-        Sequential(RemoveUnusedNodesPass(), lift, *once_only)(model)
+        Sequential(RemoveUnusedNodesPass(), lift, CropConstantsPass(), *once_only)(model)
         with near_neutral_hidden(model):
             torch.onnx.ONNXProgram(model, None).optimize()
     _name_attentions(model.graph)

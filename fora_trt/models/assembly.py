@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fora_trt.errors import ModelError
 from fora_trt.models.architectures import Config, PipelineParts
+from fora_trt.models.block_sites import paths_in_half
 from fora_trt.models.checkpoint import depth_of, place_weights
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.precision import HalfPrecision, dtypes_of_parameters
@@ -50,7 +51,7 @@ def model_from_empty(empty: EmptyModel, options: SourceOptions, precision: str, 
     module, spec = empty.module, empty.spec
     _check_vae(spec, empty.parts)
     sites = find_sites(module, spec.cache_sites, cache)
-    paths = [path for path, _ in sites]
+    paths = paths_in_half(module, [path for path, _ in sites])
     kept = spec.fp32_in_bf16 if precision == "bf16" else ()
     empty.fill(dtypes_of_parameters(module, precision, paths, kept))
     # that of a pipeline that was watched has the shift for the exported size

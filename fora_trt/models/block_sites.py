@@ -8,7 +8,7 @@ projection as its only site.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -30,6 +30,17 @@ def sites_of_blocks(module: nn.Module) -> dict[str, tuple[str, ...]]:
         pattern = _pattern(path, kind, found, paths)
         patterns.setdefault(kind, {})[pattern] = None
     return {kind: tuple(named) for kind, named in patterns.items()}
+
+
+def paths_in_half(module: nn.Module, sites: Sequence[str]) -> list[str]:
+    """Paths of what computes in half precision: the sites, and attentions that feed a site of a parallel block."""
+    found = [*sites]
+    for path in sites:
+        parent, _, name = path.rpartition(".")
+        block = module.get_submodule(parent)
+        if _joint_projection(block) == name:
+            found += [f"{parent}.{child}" for child, one in block.named_children() if _is_attention(one)]
+    return found
 
 
 def _pattern(path: str, kind: str, found: Mapping[str, str], paths: list[str]) -> str:

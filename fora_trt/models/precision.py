@@ -1,5 +1,7 @@
 """Mixed precision: cache sites compute in fp16 or bf16, the operations between them in fp32.
 
+The attention of a parallel block, whose output only its site reads, computes like a site.
+
 Between the sites are residual additions, normalization, modulation, gates, timestep embedding and positions. They
 need little arithmetic, and they are where fp16 is known to overflow and bf16 to be too coarse. Layers outside the sites
 that multiply by matrices (patch embedding, adaLN, last projection) also use half-precision weights and arithmetic.
@@ -91,12 +93,33 @@ class HalfPrecision:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Let the module compute in fp32 within the block; the caller must widen the weights."""
+        """Let the module compute in fp32 within the block.
+
+        The weights of a layer are widened only during its call, so that they are not in memory twice.
+        """
+        narrow: dict[nn.Parameter, Tensor] = {}
+
+        def widen(layer: nn.Module, _: object) -> None:
+            for parameter in layer.parameters(recurse=False):
+                narrow[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+        def restore(layer: nn.Module, *_: object) -> None:
+            for parameter in layer.parameters(recurse=False):
+                parameter.data = narrow.pop(parameter)
+
+        layers = [layer for layer in self._module.modules() if any(True for _ in layer.parameters(recurse=False))]
+        hooks = [layer.register_forward_pre_hook(widen) for layer in layers]
+        hooks += [layer.register_forward_hook(restore) for layer in layers]
         self.dtype = torch.float32
         try:
             yield
         finally:
             self.dtype = self._half
+            for hook in hooks:
+                hook.remove()
+            for parameter, data in narrow.items():  # of layers that raised
+                parameter.data = data
 
     def _narrow(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         narrowed: tuple[Any, Any] = cast_all((args, kwargs), self.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,10 @@ class Model:
     vae: Part | None = None
     image_size: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+
+    def in_fp32(self) -> AbstractContextManager[None]:
+        """Within the block the module computes in fp32, with the weights of its precision."""
+        return nullcontext() if self.half is None else self.half.off()
 
     @property
     def latents(self) -> LatentSpec:

@@ -102,9 +102,8 @@ class TorchGraph:
         tensor = ir.convenience.get_const_tensor(value)
         assert tensor is not None
         found = _tensor_of(tensor, self.path.parent)
-        found = found.to(self.computed_in(found.dtype))
         is_known = found.numel() == 1 or (found.numel() <= KNOWN_SIZE and not found.is_floating_point())
-        return Known(found) if is_known else found.to(self.device)
+        return Known(found.to(self.computed_in(found.dtype))) if is_known else found.to(self.device)
 
 
 def _constants_of(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -229,8 +228,10 @@ class _Maker:
         if id(tensor) not in self._held:
             name = f"constant_{len(self._held)}"
             self._root.register_buffer(name, tensor.to(self._source.device), persistent=False)
-            node = self._graph.get_attr(name)
-            self._held[id(tensor)] = Later(node, torch.empty_like(tensor, device="meta"))
+            node, like = self._graph.get_attr(name), torch.empty_like(tensor, device="meta")
+            if (dtype := self._source.computed_in(tensor.dtype)) != tensor.dtype:  # at each use, for less memory
+                node, like = self._graph.call_method("to", (node, dtype)), like.to(dtype)
+            self._held[id(tensor)] = Later(node, like)
         return self._held[id(tensor)]
 
     def _plain(self, name: str, attribute: ir.Attr) -> Any:
