@@ -9,11 +9,13 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import FlowMatchHeunDiscreteScheduler, WanTransformer3DModel
 from torch import Tensor
 
 import fora_trt
 from fora_trt.bundle import Bundle
+from fora_trt.cli import main
 from fora_trt.contract import REUSE
 from fora_trt.diffusers_pipeline import attach
 from fora_trt.errors import ExportError, InputError, ModelError, NotOfEnginesError, ShapeError
@@ -318,6 +320,8 @@ def test_latents_of_all_pipelines_are_those_of_hooks(name: str, exported: Any) -
         assert bundle.manifest.optimization == ("conditioning" if name == "latte" else "fold")
         operators = {node.op_type for node in ir.load(bundle.graph_path(REUSE)).graph}
         assert name == "hunyuan_dit" or not operators & HEAVY
+        done = CliRunner().invoke(main, ["verify", str(bundle.folder), "--steps", "4", "--cache-intervals", "1,3"])
+        assert done.exit_code == 0, done.output
 
 
 @pytest.mark.slow

@@ -19,7 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fora_trt.call import (
@@ -161,8 +166,13 @@ def imagined(module: nn.Module, forward: Callable[..., Any], args: Sequence[Any]
             output = forward(module, *fakes[0], **fakes[1])
     except ForaError:
         raise
-    except Exception:
-        if mode is not None:  # it has no weights
+    except Exception as error:
+        if isinstance(error, DataDependentOutputException | DynamicOutputShapeException) and mode is not None:
+            raise ModelError(
+                f"{type(module).__name__} reads values of its inputs while it runs ({error.func}), such as the lengths "
+                "of prompts; neither a graph nor a part without weights can do that"
+            ) from error
+        if mode is not None:
             raise
         with torch.no_grad():
             output = forward(module, *args, **kwargs)
