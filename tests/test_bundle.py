@@ -10,6 +10,7 @@ from fora_trt.errors import BundleError, ExportError
 from fora_trt.evaluate.export_check import GraphCheck
 from fora_trt.export.write import bundle_from_model
 from fora_trt.files import record_of, staging
+from fora_trt.models.options import SourceOptions
 from fora_trt.models.sources import model_from_source
 from tests.damage import flip_a_byte, replace_by_link, rewrite
 
@@ -116,6 +117,19 @@ def test_a_bundle_records_where_it_came_from(exported: Bundle, pipeline_folder: 
     assert sorted(manifest.files) == sorted(
         path.name for path in exported.folder.iterdir() if path.name != "manifest.json"
     )
+
+
+def test_the_command_that_exports_a_bundle_again_has_its_options(exported: Bundle) -> None:
+    options = SourceOptions(
+        source="a b", image_size=(8, 16), null_class=False, call={"scale": 1.5, "negative": None}, component="other"
+    )
+    manifest = exported.manifest.model_copy(
+        update={"precision": "fp16", "model": exported.manifest.model.model_copy(update={"options": options})}
+    )
+    given = "--no-null-class --call scale=1.5 --call negative=null --component other --force"
+    start = "fora-trt export 'a b' --name tiny --precision fp16 --image-size"
+    assert manifest.export_command() == f"{start} 8x16 {given}"
+    assert manifest.export_command(image_size=(32, 32)) == f"{start} 32x32 {given}"
 
 
 def test_two_exports_of_one_checkpoint_are_the_same_files(

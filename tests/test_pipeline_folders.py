@@ -14,7 +14,10 @@ from PIL import Image
 
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
+from fora_trt.diffusers_pipeline import DiffusersPipeline
+from fora_trt.engines.options import EngineOptions
 from fora_trt.errors import BundleError
+from fora_trt.runtime.denoiser import Denoiser, load
 from tests.damage import rewrite
 from tests.tiny_pipelines import PIPELINES
 from tests.tiny_transformers import TRANSFORMERS
@@ -99,6 +102,23 @@ def test_run_takes_the_schedule_of_the_bundle_and_arguments_of_the_pipeline(bund
              STEPS, "-o", tmp_path / "fox.png", "--call", "return_dict=true", "--json")
     )  # fmt: skip
     assert (told["schedule"], told["full_steps"], told["reuse_steps"]) == ("fora:2", 4, 2)
+
+
+def test_engines_are_started_once_for_all_results_of_a_call(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+
+    def recording(*args: Any, plans: EngineOptions, **settings: Any) -> Denoiser:
+        batches.append(plans.batch)
+        return load(*args, plans=plans, **settings)
+
+    monkeypatch.setattr("fora_trt.diffusers_pipeline.load", recording)
+    pipeline = DiffusersPipeline(bundle, device="cpu")
+    assert pipeline.decodes
+    assert batches == []
+    made = pipeline(["a fox", "a dog"], steps=2, num_images=2, latents=True)
+    assert made.latents is not None
+    assert len(made.latents) == 4
+    assert batches == [4 * 2], "each result has a negative prompt"
 
 
 def test_latents_are_written_if_asked_for(bundle: Bundle, tmp_path: Path) -> None:

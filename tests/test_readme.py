@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 import fora_trt
-from benchmarks import pipelines
+from benchmarks import diffusers_tests, pipelines
 from benchmarks.equal_evaluations import newest_ways, table_of
 from benchmarks.readme_picture import LABELS, PICTURE, measured_rows, pictures_of, rows_of
 from benchmarks.readme_tables import OF_THE_CPU, measurement_lines, newest_result, readme_lines
@@ -164,6 +164,14 @@ def test_the_table_of_pipelines_is_the_measured_one() -> None:
     assert rest.partition("\n<!-- end")[0].splitlines() == [*pipelines.table_of(result["outcomes"])]
     through = [one for one in result["outcomes"] if one["refused"] is None]
     assert max(max(*one["errors"].values(), one["verified"]) for one in through) < 1e-5
+
+
+def test_the_table_of_the_tests_of_diffusers_is_the_measured_one() -> None:
+    _, _, rest = TEXT["docs/pipelines.md"].partition("<!-- table of benchmarks/diffusers_tests.py -->\n")
+    groups = diffusers_tests.newest()["groups"]
+    assert rest.partition("\n<!-- end")[0].splitlines() == [*diffusers_tests.table_of(groups)]
+    assert not [one for one in groups if one["kind"] == "broken"]
+    assert all(one["reason"] for one in groups if one["kind"] == "not applicable")
 
 
 def test_equal_evaluations_are_the_measured_ones() -> None:
