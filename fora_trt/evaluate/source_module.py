@@ -25,7 +25,12 @@ def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
     factory and the bundle is opened without `trust_source`.
     """
     record, sites = bundle.manifest.model, [site.module for site in bundle.manifest.cache_sites]
-    source = record.options.source
+    source, pipeline = record.options.source, bundle.manifest.pipeline
+    if pipeline is not None and pipeline.where is None:
+        raise SourceError(
+            f"the PyTorch reference needs the pipeline that {bundle.folder} was exported from, which was in memory; "
+            "save it with save_pretrained(), and export the folder"
+        )
     if is_factory(source) and not bundle.trust_source:
         raise TrustError(
             f"{bundle.folder} names the factory '{shown(source)}' as its source, and loading it would run this code of "

@@ -133,8 +133,8 @@ class _OneDtype(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one.is_floating_point()]
-        converts = func in CONVERSIONS and given[:1] != [] and given[0].dtype != torch.float32
-        widened = converts or any(hasattr(one, WIDENED) for one in given)
+        converts = func in CONVERSIONS and any(one.dtype == self._precision.dtype for one in given[:1])
+        widened = self._precision.dtype != torch.float32 and (converts or any(hasattr(one, WIDENED) for one in given))
         if func in ONE_DTYPE and not (widened and all(one.dtype == torch.float32 for one in given)):
             args, kwargs = cast_all((args, kwargs), self._precision.dtype)
         result = func(*args, **kwargs)
