@@ -18,7 +18,8 @@ from fora_trt.bundle import Bundle
 from fora_trt.cli import main
 from fora_trt.contract import REUSE
 from fora_trt.diffusers_pipeline import attach
-from fora_trt.errors import ExportError, InputError, ModelError, NotOfEnginesError, ShapeError
+from fora_trt.errors import ExportError, InputError, ModelError, NotOfEnginesError, ShapeError, SourceError
+from fora_trt.evaluate.source_module import model_from_bundle
 from fora_trt.models.watch import transformers_of
 from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.schedule import Schedule
@@ -107,6 +108,13 @@ def test_full_and_reuse_calls_are_as_the_schedule_says(name: str, slots: int, ex
         slots * schedule.full_steps,
         slots * (STEPS - schedule.full_steps),
     )
+
+
+def test_a_pipeline_in_memory_is_no_reference_later(exported: Any) -> None:
+    (bundle,) = exported("sd3").bundles.values()
+    message = r"needs the pipeline that .*/sd3 was exported from, which was in memory; save it with save_pretrained\(\)"
+    with pytest.raises(SourceError, match=message):
+        model_from_bundle(bundle)
 
 
 def test_each_transformer_caches_its_own_part_of_the_steps(exported: Any) -> None:

@@ -14,11 +14,14 @@ from fora_trt.bundle import Bundle
 from fora_trt.cli import main
 from fora_trt.contract import TextSpec
 from fora_trt.errors import ExportError, ModelError
-from fora_trt.evaluate.verify import compare_with_pytorch
+from fora_trt.evaluate import compiled_module
+from fora_trt.evaluate.eager_fora import EagerFora
+from fora_trt.evaluate.verify import compare_with_pytorch, graph_errors
 from fora_trt.export.check_sites import check_sites
 from fora_trt.models.custom import completed
 from fora_trt.models.options import SourceOptions
 from fora_trt.pipeline import Pipeline
+from fora_trt.runtime.denoiser import Denoiser
 
 CODE = '''
 import torch
@@ -97,6 +100,14 @@ class Rotated(nn.Module):
         x, weights = self.attention(x, x, x)
         mixed = (x.float() @ x.transpose(1, 2)).softmax(-1) @ x
         return self.out(mixed * self.table), weights
+
+def with_unread():
+    unread = TensorSpec("unread", "float32", ("batch", 3))
+    return plain(), ModelSpec(
+        inputs=(*INPUTS[:2], unread, INPUTS[2]),
+        call=lambda module, inputs: module(inputs["latents"], inputs["timestep"], inputs["class_labels"]),
+        conditioning={"class_labels": InputSpec(values=(0, 5))},
+    )
 
 class Turned(Net):
     def __init__(self):
@@ -262,6 +273,22 @@ def test_a_module_with_compiled_functions_needs_no_compiler_and_may_print(
     pipeline = Pipeline(bundle, steps=10, backend="onnxruntime", device="cpu")
     for comparison in compare_with_pytorch(pipeline, ["none", "fora:3"]):
         assert comparison.error.relative < 1e-4, comparison
+
+
+def test_the_references_in_pytorch_get_inputs_that_no_graph_reads(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = "blocks.*.attn,blocks.*.mlp"
+    made = fora("export", f"{package}:with_unread", "--cache", sites, "--name", "own", "--out", tmp_path)
+    assert made.exit_code == 0, made.output
+    bundle = Bundle.open(tmp_path / "own", trust_source=True)
+    assert [one.name for one in bundle.manifest.inputs] == ["latents", "timestep", "class_labels"]
+    monkeypatch.setattr(compiled_module, "compiled", lambda step: step)
+    cpu = torch.device("cpu")
+    denoiser = Denoiser(compiled_module.compiled_engines(bundle, cpu), bundle.manifest, "compiled")
+    for batch in (1, 3):
+        for graph, error in graph_errors(denoiser, EagerFora(bundle, cpu), batch):
+            assert error.relative < 1e-5, graph
 
 
 def test_sites_nobody_reads_are_passed_over_with_a_word(package: str, tmp_path: Path) -> None:

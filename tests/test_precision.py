@@ -10,9 +10,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 # the usual name
 from click.testing import CliRunner
 from diffusers import DiTPipeline, DiTTransformer2DModel
+from torch import Tensor, nn
 
+import fora_trt
 from fora_trt import Schedule, load
 from fora_trt.bundle import Bundle, GraphError, TrajectoryError
 from fora_trt.cli import main
@@ -25,6 +28,7 @@ from fora_trt.export.nodes import nodes_behind
 from fora_trt.export.write import bundle_from_model
 from fora_trt.exporting import _models_of_pipeline
 from fora_trt.models.block_sites import paths_in_half
+from fora_trt.models.precision import HalfPrecision
 from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import Model
 from fora_trt.pipeline import Pipeline
@@ -363,3 +367,44 @@ def test_a_vae_that_overflows_is_no_black_picture(exported: Bundle, monkeypatch:
 
     with pytest.raises(InputError, match=r"the decoded images of tiny are not finite, though the latents are: the VAE"):
         Decoder(exported.manifest).images(torch.full((1, 4, 8, 8), float(np.finfo(np.float32).max)), CPU)
+
+
+class Widening(nn.Module):
+    """A site that converts to fp32 as the linear attention of Sana does, beside products that it does not convert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.table = torch.ones(4)
+        self.products: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)  # (B, N, 4)
+        wide = F.pad(y.float(), (0, 1), value=1.0)
+        self.products = {
+            "converted": torch.matmul(wide.mT, wide),
+            "promoted": torch.matmul(y * self.table, y.mT),
+            "mixed": torch.matmul(y, y.float().mT),
+            "converted back": torch.matmul(wide.to(y.dtype).mT, wide.to(y.dtype)),
+        }
+        return self.products["converted"]
+
+
+def test_a_site_that_converts_to_fp32_multiplies_in_fp32() -> None:
+    site = Widening()
+    HalfPrecision(nn.Sequential(site).half(), "fp16", ["0"], ())
+    site(torch.randn(2, 3, 4))
+    halves = dict.fromkeys(site.products, torch.float16)
+    assert {name: one.dtype for name, one in site.products.items()} == halves | {"converted": torch.float32}
+
+
+@pytest.mark.slow
+def test_the_guard_of_a_linear_attention_stays_above_zero_in_fp16(tmp_path: Path) -> None:
+    """With queries of zero, the attention of Sana is 0 / 1e-15; in fp16 the guard would be zero."""
+    pipe, given = PIPELINES["sana"]()
+    nn.init.zeros_(pipe.transformer.transformer_blocks[0].attn1.to_q.weight)
+    bundle = fora_trt.export(pipe, tmp_path / "sana", precision="fp16", **given)
+    assert bundle.manifest.optimization == "fold"
+    errors = bundle.manifest.measured_error
+    assert errors is not None
+    assert max(one.relative for one in errors.values()) < 2e-3

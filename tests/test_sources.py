@@ -92,7 +92,8 @@ def test_random_models_are_seeded_and_have_gates() -> None:
     [
         (
             "digit",
-            "the source 'digit' is neither a file, a folder nor a known name; known sources: digits",
+            "the source 'digit' is neither a file, a folder nor a known name; known sources: digits; the folder or "
+            "hub id of a diffusers pipeline with a transformer, such as facebook/DiT-XL-2-256; ",
         ),
         ("/no/such/folder", "neither a file, a folder nor a known name"),
         ("random:DiT-XXL/2", "unknown model 'random:DiT-XXL/2'; NAME must be one of DiT-S/2"),
@@ -127,6 +128,9 @@ def test_another_architecture_is_named(folder: Path) -> None:
     message = r"is of a FluxTransformer2DModel, and model_index.json lists \['diffusers', 'DiTTransformer2DModel'\]"
     with pytest.raises(ModelError, match=message):
         model_from_source(str(folder))
+    message = r"is a FluxTransformer2DModel without its pipeline, .*; give the folder or hub id of the whole pipeline"
+    with pytest.raises(ModelError, match=message):
+        model_from_source(str(folder / "transformer"))
 
 
 def test_a_configuration_that_is_no_json_is_named(folder: Path) -> None:

@@ -17,7 +17,7 @@ from fora_trt.contract import FULL, REUSE, TensorSpec
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.engines.torch.engine import Step, compiled, run_compiled
-from fora_trt.evaluate.source_module import model_from_bundle
+from fora_trt.evaluate.source_module import model_from_bundle, with_unread_inputs
 from fora_trt.export.split import Split, steps_of_module
 from fora_trt.export.traced import TRACED_BATCH, program_from_step
 from fora_trt.models.examples import example_inputs
@@ -30,7 +30,7 @@ class CompiledStep(Engine):
         self, step: Split, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], device: torch.device
     ) -> None:
         super().__init__(inputs, outputs, device)
-        self._names = step.names  # all inputs of the module, including unused ones
+        self._names, self._spec = step.names, step.spec  # all inputs of the module, including unread ones
         of_model = {tensor.name for tensor in step.spec.inputs}
         given = example_inputs(step.spec.inputs, step.spec.conditioning, TRACED_BATCH)
         given |= example_inputs((one for one in inputs if one.name not in of_model), {}, TRACED_BATCH)
@@ -38,7 +38,8 @@ class CompiledStep(Engine):
         self._compiled: dict[object, Step] = {}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
-        sources, targets = ([tensors[name] for name in names] for names in (self._names, self.outputs))
+        given = with_unread_inputs(tensors, self._spec)
+        sources, targets = [given[name] for name in self._names], [tensors[name] for name in self.outputs]
         key = tuple(tuple(one.shape) for one in sources)
         if key not in self._compiled:
             self._compiled[key] = compiled(_into_targets(self._traced))

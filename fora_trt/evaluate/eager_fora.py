@@ -18,7 +18,7 @@ from fora_trt.bundle import Bundle, Manifest
 from fora_trt.contract import LATENTS, PRECISIONS, TIMESTEP
 from fora_trt.engines.memory import bytes_of, check_room
 from fora_trt.engines.tf32 import without_tf32
-from fora_trt.evaluate.source_module import model_from_bundle
+from fora_trt.evaluate.source_module import model_from_bundle, with_unread_inputs
 from fora_trt.models.precision import cast_all
 from fora_trt.plan import FULL_STEP, LATEST, Plan, Step, depth_of, offsets_of
 from fora_trt.quiet import quiet
@@ -125,7 +125,7 @@ class EagerFora(PlainPredictor):
         self._dtype = getattr(torch, PRECISIONS[bundle.manifest.precision]) if cast_whole else torch.float32
         with quiet("diffusers"):  # diffusers warns about any cast
             self.module, self.call = model.module.to(device, self._dtype), model.spec.call
-        self._inputs = [tensor.name for tensor in model.spec.inputs]
+        self._spec = model.spec
         self._dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in model.spec.inputs}
         self._step, self._batch, self._full_batch = FULL_STEP, 0, 0
         for site in bundle.manifest.cache_sites:
@@ -138,9 +138,10 @@ class EagerFora(PlainPredictor):
         if step.is_full:
             self._full_batch = self._batch
         times = torch.as_tensor(timestep, device=self.device).to(self._dtypes[TIMESTEP]).expand(len(latents))
-        given: dict[str, Tensor] = cast_all({LATENTS: latents, **conditioning}, self._dtype) | {TIMESTEP: times}
+        given = with_unread_inputs({LATENTS: latents, TIMESTEP: times, **conditioning}, self._spec)
+        cast: dict[str, Tensor] = cast_all(given, self._dtype) | {TIMESTEP: times}
         with without_tf32(self.device):
-            return self.call(self.module, {name: given[name] for name in self._inputs}).float()
+            return self.call(self.module, {tensor.name: cast[tensor.name] for tensor in self._spec.inputs}).float()
 
     def _cached(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         kept: list[Any] = []

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from fora_trt.bundle import Bundle
+from fora_trt.contract import LATENTS
 from fora_trt.errors import BackendError, ExportError, ModelError, SourceError, TrustError
 from fora_trt.export.write import weights_digest
 from fora_trt.models.block_sites import paths_in_half
+from fora_trt.models.examples import example_inputs
 from fora_trt.models.precision import dtypes_of_parameters
 from fora_trt.models.sources import is_factory, model_from_source
-from fora_trt.models.spec import Model
+from fora_trt.models.spec import Model, ModelSpec
 from fora_trt.untrusted import shown
 
 
@@ -20,7 +26,12 @@ def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
     factory and the bundle is opened without `trust_source`.
     """
     record, sites = bundle.manifest.model, [site.module for site in bundle.manifest.cache_sites]
-    source = record.options.source
+    source, pipeline = record.options.source, bundle.manifest.pipeline
+    if pipeline is not None and pipeline.where is None:
+        raise SourceError(
+            f"the PyTorch reference needs the pipeline that {bundle.folder} was exported from, which was in memory; "
+            "save it with save_pretrained(), and export the folder"
+        )
     if is_factory(source) and not bundle.trust_source:
         raise TrustError(
             f"{bundle.folder} names the factory '{shown(source)}' as its source, and loading it would run this code of "
@@ -47,3 +58,10 @@ def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
             f"export it again: {bundle.manifest.export_command()}"
         )
     return model
+
+
+def with_unread_inputs(given: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    """The inputs of a bundle, with example values for those of the module that no graph of the bundle reads."""
+    latents, unread = given[LATENTS], [one for one in spec.inputs if one.name not in given]
+    examples = example_inputs(unread, spec.conditioning, len(latents)) if unread else {}
+    return {**given, **{name: value.to(latents.device) for name, value in examples.items()}}

@@ -236,7 +236,7 @@ def known_sources() -> str:
     example = next(entry.example for entry in ARCHITECTURES.values() if entry.example)
     authors = " or ".join(form.name for _, form in state_dict_formats())
     return (
-        f"known sources: digits; a diffusers folder or hub id of a {' or '.join(ARCHITECTURES)}, such as {example}; a "
+        f"known sources: digits; the folder or hub id of a diffusers pipeline with a transformer, such as {example}; a "
         f"state dict of the {authors} authors (.pt, .safetensors); package.module:factory for a network of your own; "
         f"random:NAME with a published size such as {next(iter(published_sizes()))}; a recipe file such as "
         "export/digits.toml"

@@ -45,7 +45,8 @@ STRANGERS = {
     ".metadata": "is a distributed checkpoint in parts; join them: python -m torch.distributed.checkpoint.format_utils "
     "dcp_to_torch FOLDER FILE.pt",
     "latest": "is a DeepSpeed checkpoint; join its parts with zero_to_fp32.py and give the file that it writes",
-    "unet/config.json": "is a pipeline with a U-Net, which has no repeated transformer blocks to cache; give a DiT",
+    "unet/config.json": "is a pipeline with a U-Net, which has no repeated transformer blocks to cache; give a "
+    "pipeline with a transformer",
 }
 """Files that tell what a folder without a transformer is, and what to do with it."""
 
@@ -93,12 +94,18 @@ def empty_from_folder(
 def _architecture(config: Mapping[str, Any], source: str) -> Architecture:
     if (found := architecture_of(config)) is not None:
         return found
+    if is_transformer(config):
+        raise ModelError(
+            f"the source {source!r} is a {config['_class_name']} without its pipeline, which tells how it is called; "
+            "give the folder or hub id of the whole pipeline, with its model_index.json"
+        )
     known = ", ".join(entry.class_names[0] for entry in ARCHITECTURES.values())
     old = config.get("_class_name") == "Transformer2DModel"
     norm = f" with norm_type {config.get('norm_type')!r}" if old else ""
     raise ModelError(
-        f"the transformer class of {source!r} is {config.get('_class_name', 'unknown')}{norm}; supported are {known}; "
-        "for another network give package.module:factory and --cache patterns, see docs/python.md"
+        f"the transformer class of {source!r} is {config.get('_class_name', 'unknown')}{norm}; supported are {known}, "
+        "and with their pipeline all transformers of the installed diffusers; for another network give "
+        "package.module:factory and --cache patterns, see docs/python.md"
     )
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 # the usual name
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fora_trt.contract import PRECISIONS
 from fora_trt.models.sites import matches
@@ -33,6 +33,12 @@ ONE_DTYPE = {
     *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm),
 }
 """Functions that need tensors of one dtype. In a cache site, tables kept in fp32 may have promoted other tensors."""
+
+CONVERSIONS = {Tensor.float, Tensor.to, Tensor.type}
+"""Functions with which a cache site itself converts tensors to fp32."""
+
+WIDENED = "_widened_by_site"
+"""Attribute of fp32 tensors that a cache site converted from half precision, and of fp32 results from them."""
 
 
 def half_modules(
@@ -137,16 +143,28 @@ class HalfPrecision:
 
 
 class _OneDtype(TorchFunctionMode):
-    """Casts all tensors passed to functions of `ONE_DTYPE` to the precision of the site, like autocast."""
+    """Casts all tensors passed to functions of `ONE_DTYPE` to the precision of the site, like autocast.
+
+    Where the site itself converts to fp32, the functions compute in fp32: the linear attention of Sana sums over all
+    tokens and divides with a guard of 1e-15, which fp16 rounds to zero.
+    """
 
     def __init__(self, precision: HalfPrecision) -> None:
         super().__init__()
         self._precision = precision
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in ONE_DTYPE:
-            args, kwargs = cast_all((args, kwargs or {}), self._precision.dtype)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one.is_floating_point()]
+        converts = func in CONVERSIONS and any(one.dtype == self._precision.dtype for one in given[:1])
+        widened = self._precision.dtype != torch.float32 and (converts or any(hasattr(one, WIDENED) for one in given))
+        if func in ONE_DTYPE and not (widened and all(one.dtype == torch.float32 for one in given)):
+            args, kwargs = cast_all((args, kwargs), self._precision.dtype)
+        result = func(*args, **kwargs)
+        for one in tree_leaves(result) if widened else ():
+            if isinstance(one, Tensor) and one.dtype == torch.float32:
+                setattr(one, WIDENED, True)
+        return result
 
 
 def cast_all(tensors: Any, dtype: torch.dtype) -> Any:
