@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 import fora_trt
-from benchmarks import diffusers_tests, pipelines
+from benchmarks import diffusers_tests, pipeline_steps, pipelines
 from benchmarks.equal_evaluations import newest_ways, table_of
 from benchmarks.readme_picture import LABELS, PICTURE, measured_rows, pictures_of, rows_of
 from benchmarks.readme_tables import OF_THE_CPU, measurement_lines, newest_result, readme_lines
@@ -172,6 +172,20 @@ def test_the_table_of_the_tests_of_diffusers_is_the_measured_one() -> None:
     assert rest.partition("\n<!-- end")[0].splitlines() == [*diffusers_tests.table_of(groups)]
     assert not [one for one in groups if one["kind"] == "broken"]
     assert all(one["reason"] for one in groups if one["kind"] == "not applicable")
+
+
+def test_reuse_steps_of_pipelines_take_the_measured_share_of_a_full_one() -> None:
+    _, _, rest = TEXT["docs/pipelines.md"].partition("<!-- table of benchmarks/pipeline_steps.py -->\n")
+    result = pipeline_steps.newest()
+    assert rest.partition("\n<!-- end")[0].splitlines() == [*pipeline_steps.table_of(result["outcomes"])]
+    assert re.fullmatch(r"[0-9a-f]{40}", result["environment"]["commit"]), "measured on changes that no commit holds"
+    assert [one["name"] for one in result["outcomes"]] == ["sd3", "flux", "flux2", "wan", "ltx"]
+    counts = {(one["full"]["count"], one["reuse"]["count"]) for one in result["outcomes"]}
+    assert counts == {(25, 35)}
+    for one in result["outcomes"]:
+        assert one["level"] == "fold"
+        assert one["full"]["median"] > 0.1
+        assert one["reuse"]["median"] < 0.03 * one["full"]["median"], one["name"]
 
 
 def test_equal_evaluations_are_the_measured_ones() -> None:

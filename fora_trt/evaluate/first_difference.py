@@ -27,6 +27,9 @@ from fora_trt.models.examples import example_inputs
 from fora_trt.models.precision import cast_all
 from fora_trt.models.spec import Model
 
+GUARDS = tuple(f"aten.{name}" for name in ("add.", "add_.", "sub.", "rsub.", "clamp", "maximum."))
+"""Operators that keep a divisor or a root away from zero."""
+
 Engines: TypeAlias = Callable[[Bundle], Mapping[str, Engine]]
 
 BATCH_SIZE = 3
@@ -62,10 +65,10 @@ def first_difference(model: Model, bundle: Bundle, graph: str, engines: Engines)
 
 
 def _lost(traced: fx.Node, exported: ir.Node) -> str | None:
-    """The first result that the traced node reads and the exported graph does not compute, such as a dropped guard."""
+    """The first guard that the traced node reads and the exported graph does not compute."""
     assert exported.graph is not None
     there = {str(value.name) for node in exported.graph for value in node.outputs}
-    read = (one.name for one in traced.all_input_nodes if one.op == "call_function")
+    read = (one.name for one in traced.all_input_nodes if str(one.target).startswith(GUARDS))
     return next((name for name in read if name not in there), None)
 
 
