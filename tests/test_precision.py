@@ -28,7 +28,7 @@ from fora_trt.export.nodes import nodes_behind
 from fora_trt.export.write import bundle_from_model
 from fora_trt.exporting import _models_of_pipeline
 from fora_trt.models.block_sites import paths_in_half
-from fora_trt.models.precision import HalfPrecision
+from fora_trt.models.precision import HalfPrecision, dtypes_of_parameters
 from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import Model
 from fora_trt.pipeline import Pipeline
@@ -408,3 +408,29 @@ def test_the_guard_of_a_linear_attention_stays_above_zero_in_fp16(tmp_path: Path
     errors = bundle.manifest.measured_error
     assert errors is not None
     assert max(one.relative for one in errors.values()) < 2e-3
+
+
+def test_a_module_may_multiply_by_the_weights_of_a_layer_itself() -> None:
+    """The pooling of HunyuanDiT reads the weights of layers outside the cache sites, and calls none of them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.site, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.site(F.linear(x, self.read.weight, self.read.bias))
+            return result
+
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(2, 8)
+    with torch.no_grad():
+        want = net(x)
+        dtypes = dtypes_of_parameters(net, "fp16", ["site"], ())
+        for name, parameter in net.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+        half = HalfPrecision(net, "fp16", ["site"], ())
+        assert net.read.weight.dtype == torch.float16
+        torch.testing.assert_close(net(x), want, rtol=1e-2, atol=1e-2)
+        with half.off():
+            torch.testing.assert_close(net(x), want, rtol=1e-3, atol=1e-3)

@@ -91,6 +91,7 @@ class HalfPrecision:
             part.register_forward_hook(self._widen)
         for site in within:
             site.forward = self._of_one_dtype(site.forward)
+        module.forward = _with_one_dtype(module.forward)
 
     def widen(self) -> None:
         """Convert weights and arithmetic to fp32 permanently."""
@@ -155,7 +156,7 @@ class _OneDtype(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one.is_floating_point()]
+        given = _floats((args, kwargs))
         converts = func in CONVERSIONS and any(one.dtype == self._precision.dtype for one in given[:1])
         widened = self._precision.dtype != torch.float32 and (converts or any(hasattr(one, WIDENED) for one in given))
         if func in ONE_DTYPE and not (widened and all(one.dtype == torch.float32 for one in given)):
@@ -165,6 +166,32 @@ class _OneDtype(TorchFunctionMode):
             if isinstance(one, Tensor) and one.dtype == torch.float32:
                 setattr(one, WIDENED, True)
         return result
+
+
+class _Promoted(TorchFunctionMode):
+    """Casts tensors passed to functions of `ONE_DTYPE` to fp32 if they have several dtypes.
+
+    A module outside the sites may read the weights of its layers without calling these (the pooling of HunyuanDiT), so
+    that no hook casts what it multiplies them by.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in ONE_DTYPE and len({one.dtype for one in _floats((args, kwargs))}) > 1:
+            args, kwargs = cast_all((args, kwargs), torch.float32)
+        return func(*args, **kwargs)
+
+
+def _with_one_dtype(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def promoted(*args: Any, **kwargs: Any) -> Any:
+        with _Promoted():
+            return forward(*args, **kwargs)
+
+    return promoted
+
+
+def _floats(tensors: Any) -> list[Tensor]:
+    return [one for one in tree_leaves(tensors) if isinstance(one, Tensor) and one.is_floating_point()]
 
 
 def cast_all(tensors: Any, dtype: torch.dtype) -> Any:
