@@ -163,7 +163,7 @@ class Manifest(Record):
         """
         name = in_command(self.name)
         if self.pipeline is not None and self.pipeline.where is None:
-            return f"fora_trt.export(pipe, {name}, force=True) in Python"
+            return f"fora_trt.export(pipe, {shown(self.name)!r}, force=True) in Python"
         options = self.model.options.model_copy(update=other)
         if options.inputs is not None:
             return f"fora-trt export RECIPE.toml --name {name} --force"

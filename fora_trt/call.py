@@ -250,8 +250,10 @@ class PipelineSpec:
     def siblings(self, own: str) -> dict[str, str]:
         """The names of the bundles of all transformers by component; `own` is that of this one."""
         component = self.call.component
-        first = own if component == self.components[0] else own.removesuffix(f"-{component}")
-        return self.bundles(first) | {component: own}
+        suffix = "" if component == self.components[0] else f"-{component}"
+        if not own.endswith(suffix):  # exported alone
+            return {component: own}
+        return self.bundles(own.removesuffix(suffix)) | {component: own}
 
 
 def problems_of(spec: PipelineSpec) -> Iterator[str]:
@@ -309,6 +311,8 @@ def _parts(argument: Argument, value: Any, path: str, batch: int) -> Iterator[tu
             yield part, value.get(key), f"{path}.{key}"
         return
     count = batch if argument.kind == "each" else len(argument.parts)
+    if argument.kind == "each" and isinstance(value, list | tuple) and value and batch % len(value) == 0:
+        count = len(value)  # one for each prompt, which has several samples
     if not isinstance(value, list | tuple) or len(value) != count:
         raise ShapeError(f"the argument {path!r} is {_shown(value)}; a list of {count} is needed")
     for number, one in enumerate(value):

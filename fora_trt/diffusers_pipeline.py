@@ -7,6 +7,7 @@ Prompts, guidance, scheduler and decoding are the pipeline's own. `fora_trt.Pipe
 from __future__ import annotations
 
 import inspect
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -31,9 +32,15 @@ from fora_trt.models.parts import folder_of, read_config
 from fora_trt.presets import usual_text
 from fora_trt.runtime.denoiser import load
 from fora_trt.runtime.transformer import DenoiserTransformer
+from fora_trt.untrusted import shown
 
 FILES = ("*.json", "*/*")
 """Files of a hub repository that a whole pipeline needs."""
+
+INDEX = "model_index.json"
+
+ITS_OWN = {"num_inference_steps": "--steps", "generator": "--seed", "output_type": "-o or --latents-out"}
+"""Arguments of a pipeline that options stand for."""
 
 COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 """Names for the number of results for each prompt."""
@@ -58,10 +65,12 @@ def attach(pipe: Any, bundle: str | Path | Bundle, **settings: Any) -> dict[str,
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     spec = opened.manifest.pipeline
-    components = ("transformer",) if spec is None else spec.components
-    if missing := {*components} - pipe.components.keys():
+    bundles = bundles_of(opened)
+    if missing := bundles.keys() - pipe.components.keys():
         raise InputError(f"{type(pipe).__name__} has no part {min(missing)!r}, for which {opened.folder} was exported")
-    ours = {one: load(found, **settings).as_transformer(pipe) for one, found in bundles_of(opened).items()}
+    for component, found in bundles.items() if spec is not None else ():
+        _check_same(pipe.components[component], found)
+    ours = {one: load(found, **settings).as_transformer(pipe) for one, found in bundles.items()}
     for component, transformer in ours.items():
         setattr(pipe, component, transformer)
     return ours
@@ -73,19 +82,42 @@ def bundles_of(bundle: Bundle) -> dict[str, Bundle]:
     Raises `InputError` if one of them cannot be opened.
     """
     own, spec = bundle.manifest.name, bundle.manifest.pipeline
-    names = {"transformer": own} if spec is None else spec.siblings(own)
-    return {component: bundle if name == own else _beside(bundle, name) for component, name in names.items()}
+    if spec is None:
+        return {"transformer": bundle}
+    if bundle.manifest.model.options.component is not None:  # exported alone: the other transformers stay as they are
+        return {spec.call.component: bundle}
+    names = spec.siblings(own)
+    return {one: bundle if name == own else _beside(bundle, name, one) for one, name in names.items()}
 
 
-def _beside(bundle: Bundle, name: str) -> Bundle:
+def _beside(bundle: Bundle, name: str, component: str) -> Bundle:
     folder = bundle.folder.with_name(name)
+    several = f"the pipeline of {bundle.folder} has several transformers, and {folder} with the {component}"
+    if not folder.is_dir():
+        raise InputError(f"{several} is missing; copy it there, or export the pipeline again")
     try:
-        return Bundle.open(folder)
+        found = Bundle.open(folder)
     except BundleError as error:
+        raise InputError(f"{several} cannot be opened: {error}") from error
+    if found.manifest.pipeline is None or found.manifest.pipeline.call.component != component:
+        raise InputError(f"{several} is the bundle of something else; export the pipeline again")
+    return found
+
+
+def _check_same(module: Any, bundle: Bundle) -> None:
+    """Raise `InputError` if a bundle was exported from another transformer than that of a pipeline, if it has one."""
+    if module is None:
+        return
+    model, kind = bundle.manifest.model, module.__class__.__name__
+    if kind != model.architecture:
+        raise InputError(f"{bundle.folder} was exported from a {model.architecture}; the pipeline has a {kind}")
+    own, exported = (json.loads(json.dumps(dict(one), default=str)) for one in (module.config, model.config))
+    both = [name for name in own if name in exported and not name.startswith("_")]
+    if other := next((name for name in both if own[name] != exported[name]), None):
         raise InputError(
-            f"the pipeline of {bundle.folder} has several transformers, and {folder} with one of them cannot be "
-            f"opened: {error}"
-        ) from error
+            f"{bundle.folder} was exported from a {kind} with {other}={exported[other]!r}; that of the pipeline has "
+            f"{own[other]!r}: export this pipeline"
+        )
 
 
 class DiffusersPipeline:
@@ -206,8 +238,14 @@ class DiffusersPipeline:
         try:
             if self._where is not None:
                 folder = Path(self._where).expanduser()
-                if not (folder / "model_index.json").is_file():
-                    raise InputError(f"{folder} is not the folder of a pipeline: it has no model_index.json")
+                if not (folder / INDEX).is_file():
+                    raise InputError(f"{folder} is not the folder of a pipeline: it has no {INDEX}")
+                kind = read_config(folder / INDEX, "pipeline", str(folder)).get("_class_name")
+                if kind != self.spec.name:
+                    raise InputError(
+                        f"{folder} is a {shown(kind)}; {self.bundle.folder} was exported from a {self.spec.name}: give "
+                        "the folder of such a pipeline"
+                    )
                 return folder
             assert self.spec.where is not None
             return folder_of(self.spec.where, FILES)
@@ -226,12 +264,16 @@ class DiffusersPipeline:
             given["prompt"] = prompts[0] if len(prompts) == 1 else list(prompts)
         if num_images > 1:
             given[next((name for name in COUNTS if name in known), COUNTS[0])] = num_images
+        if taken := next((name for name in extra if name in ITS_OWN), None):
+            raise InputError(f"{taken!r} is no further argument of the pipeline; give {ITS_OWN[taken]} instead")
         given |= extra
         if unknown := given.keys() - known.keys():
             raise InputError(
                 f"{self.spec.name} has no argument {min(unknown)!r}; its arguments are "
                 f"{', '.join(name for name in known if name != 'self')}"
             )
+        if "prompt" in known and not any(name.startswith("prompt") for name in given):
+            raise InputError(f"{self.spec.name} needs a prompt; give --prompt, or --prompt-embeds FILE")
         return given
 
     def _samples(self, given: Mapping[str, Any], num_images: int) -> int:
@@ -286,7 +328,7 @@ def _loaded(spec: PipelineSpec, folder: Path, transformers: Mapping[str, Any], d
 
 def _parts(folder: Path) -> list[str]:
     """The names of the parts that a pipeline lists."""
-    index = read_config(folder / "model_index.json", "pipeline", str(folder))
+    index = read_config(folder / INDEX, "pipeline", str(folder))
     return [name for name, one in index.items() if isinstance(one, list)]
 
 

@@ -170,7 +170,8 @@ def _models_of_pipeline(
     waiting = [component]
     while waiting:
         empty = empty_from_pipeline(pipe, waiting.pop(0), given)
-        model = model_from_empty(empty, SourceOptions(source=f"{empty.name} in memory"), precision, cache)
+        options = SourceOptions(source=f"{empty.name} in memory", component=component)
+        model = model_from_empty(empty, options, precision, cache)
         yield model
         pipeline = model.spec.pipeline
         if component is None and pipeline is not None and pipeline.call.component == pipeline.components[0]:

@@ -1,8 +1,9 @@
 """The drop-in in pipelines of diffusers, against hooks on the real transformers inside the same pipeline."""
 
+import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import fora_trt
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
 from fora_trt.contract import REUSE
-from fora_trt.diffusers_pipeline import attach
+from fora_trt.diffusers_pipeline import attach, bundles_of
 from fora_trt.errors import ExportError, InputError, ModelError, NotOfEnginesError, ShapeError, SourceError
 from fora_trt.evaluate.source_module import model_from_bundle
 from fora_trt.models.watch import transformers_of
@@ -234,6 +235,53 @@ def test_prompts_may_be_shorter_than_the_text_length(exported: Any) -> None:
     assert ours["transformer"].reuse_steps > 0
     with pytest.raises(ShapeError, match="has 9 tokens; the bundle was exported for at most 8: give a shorter prompt"):
         one.latents("none", **{**with_tokens(9), "max_sequence_length": 9})
+
+
+@pytest.mark.parametrize("schedule", ["even:4", "full:0,1,4", "dense:every=3,forecast=1"])
+def test_schedules_that_need_the_number_of_steps_get_it_from_the_pipeline(schedule: str, exported: Any) -> None:
+    one = exported("flux_cfg")
+    got, ours = one.latents(schedule)
+    assert relative(got, one.expected(schedule)) < 1e-5
+    assert ours["transformer"].full_steps == 2 * Schedule.from_text(schedule, STEPS).full_steps
+
+
+def test_several_images_of_a_prompt_may_share_what_is_given_for_each_prompt(exported: Any) -> None:
+    """Qwen-Image gives the shape of the image once for each prompt."""
+    one = exported("qwen_image")
+    more = {"num_images_per_prompt": 2}
+    got, _ = one.latents("none", **more)
+    assert relative(got, latents_of(one.pipe, {**one.given, **more}, STEPS)) < 1e-5
+
+
+def test_a_bundle_of_another_transformer_is_refused(exported: Any) -> None:
+    bundle = exported("sd3").bundles["transformer"]
+    pipe, _ = PIPELINES["sd35"]()
+    with pytest.raises(InputError, match=r"exported from a SD3Transformer2DModel with .*; that of the pipeline has"):
+        attach(pipe, bundle, schedule="none", device="cpu")
+    with pytest.raises(InputError, match="from a SD3Transformer2DModel; the pipeline has a FluxTransformer2DModel"):
+        attach(exported("flux_cfg").pipe, bundle, schedule="none", device="cpu")
+
+
+def test_each_transformer_gets_its_own_bundle(exported: Any, tmp_path: Path) -> None:
+    first, second = exported("wan22").bundles.values()
+    for bundle in (first, second):
+        shutil.copytree(bundle.folder, tmp_path / bundle.folder.name)
+    copied = Bundle.open(tmp_path / first.folder.name)
+    assert {name: one.manifest for name, one in bundles_of(copied).items()} == {
+        "transformer": first.manifest,
+        "transformer_2": second.manifest,
+    }
+    beside = tmp_path / second.folder.name
+    shutil.rmtree(beside)
+    with pytest.raises(InputError, match="-transformer_2 with the transformer_2 is missing; copy it there"):
+        bundles_of(copied)
+    shutil.copytree(first.folder, beside)
+    with pytest.raises(InputError, match="with the transformer_2 is the bundle of something else"):
+        bundles_of(copied)
+    model = second.manifest.model
+    alone = model.model_copy(update={"options": model.options.model_copy(update={"component": "transformer_2"})})
+    manifest = second.manifest.model_copy(update={"model": alone})
+    assert [*bundles_of(replace(second, manifest=manifest))] == ["transformer_2"]
 
 
 def test_a_replaced_scheduler_is_followed(exported: Any) -> None:

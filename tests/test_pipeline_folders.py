@@ -121,6 +121,38 @@ def test_engines_are_started_once_for_all_results_of_a_call(bundle: Bundle, monk
     assert batches == [4 * 2], "each result has a negative prompt"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompt", "a", "--call", "num_inference_steps=3"), "'num_inference_steps' is no further argument of the"),
+        (("--prompt", "a", "--call", "prompt=b"), "'prompt' of the pipeline is given by --call and by another option"),
+        (
+            ("--prompt", "a", "--negative-prompt", "b", "--call", "negative_prompt=c"),
+            "'negative_prompt' of the pipeline",
+        ),
+        ((), "AuraFlowPipeline needs a prompt; give --prompt, or --prompt-embeds FILE"),
+    ],
+)
+def test_arguments_that_do_not_fit_together_are_refused(
+    options: tuple[str, ...], message: str, bundle: Bundle, tmp_path: Path
+) -> None:
+    assert message in call("run", bundle.folder, *options, "-o", tmp_path / "a.png", code=1)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_folder_of_another_pipeline_and_another_vae_are_refused(
+    auraflow: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    other = shutil.copytree(auraflow, tmp_path / "other")
+    index = other / "model_index.json"
+    index.write_text(index.read_text().replace("AuraFlowPipeline", "SanaPipeline"))
+    said = call("run", bundle.folder, "--prompt", "a", "--pipeline", other, "-o", tmp_path / "a.png", code=1)
+    assert "other is a SanaPipeline; " in said
+    assert "was exported from a AuraFlowPipeline: give the folder of such a pipeline" in said
+    said = call("export", auraflow, "--vae", "elsewhere", "--out", tmp_path, "--image-size", 16, code=1)
+    assert "is a pipeline with a VAE of its own; leave vae out" in said
+
+
 def test_latents_are_written_if_asked_for(bundle: Bundle, tmp_path: Path) -> None:
     at = ("run", bundle.folder, "--prompt", "a fox", "--steps", 2, "--latents-out", tmp_path / "latents.npy")
     call(*at)

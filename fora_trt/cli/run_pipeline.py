@@ -111,7 +111,14 @@ def _arguments(wanted: dict[str, Any], sampling: SamplingOptions) -> dict[str, A
         given["negative_prompt"] = wanted["negative_prompt"]
     if sampling.guidance_scale is not None:
         given["guidance_scale"] = sampling.guidance_scale
-    return given | dict(wanted["call"])
+    further = dict(wanted["call"])
+    if wanted["prompt"] and "prompt" in further:
+        given["prompt"] = wanted["prompt"]
+    if twice := given.keys() & further.keys():
+        raise InputError(
+            f"the argument {min(twice)!r} of the pipeline is given by --call and by another option; give one"
+        )
+    return given | further
 
 
 def _figures(

@@ -79,6 +79,8 @@ def watched_architecture(
     assert made is not None
 
     def spec(config: Config, options: SourceOptions, parts: PipelineParts) -> ModelSpec:
+        if options.vae is not None:
+            raise ModelError(f"{options.source!r} is a pipeline with a VAE of its own; leave vae out")
         pipe = hollow_pipeline(folder, index, options.source)
         arguments = arguments_of(pipe, options, config)
         modules = transformers_of(pipe)

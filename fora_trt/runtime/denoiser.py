@@ -67,7 +67,7 @@ def load(
     """
     if [schedule, cache_interval].count(None) != 1 and (schedule is not None or not forecast):
         raise InputError(
-            "load() needs exactly one of schedule and cache_interval; give "
+            "exactly one of schedule and cache_interval is needed; give "
             'schedule="fora:3", schedule=Schedule.fora(steps, 3) or cache_interval=3'
         )
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)

@@ -45,10 +45,8 @@ class Follower:
         times = timestep if self._time == TimeMap() else self._time.of_scheduler(timestep).float()
         now = float(times.flatten()[0])
         located = self._located(timestep, now)
-        begins = now > self._last or self.denoiser.finished or self._last == float("inf")
         if located is not None:
-            begins = located.step == 0 or located.step != self._step + 1
-            if begins:
+            if located.step == 0 or located.step != self._step + 1:
                 timesteps = located.timesteps[located.step :]
                 schedule = self._schedule_of(len(timesteps))
                 if located.scheduler is not None:
@@ -57,7 +55,7 @@ class Follower:
             self._step = located.step
             if times is not timestep and bool((times == times.flatten()[0]).all()):
                 times = located.timesteps[located.step].expand(times.shape)  # without the rounding of the map
-        elif begins:
+        elif self._last == float("inf") or now > self._last or self.denoiser.finished:
             self.denoiser.reset(self._rule if isinstance(self._rule, Schedule) else Schedule.open(self._rule))
         self._last = now
         return times
