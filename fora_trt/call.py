@@ -248,10 +248,13 @@ class PipelineSpec:
         return {one: first if one == self.components[0] else f"{first}-{one}" for one in self.components}
 
     def siblings(self, own: str) -> dict[str, str]:
-        """The names of the bundles of all transformers by component; `own` is that of this one."""
+        """The names of the bundles of all transformers by component; `own` is that of this one.
+
+        A bundle of another transformer than the first without the name of its component at the end is alone.
+        """
         component = self.call.component
         suffix = "" if component == self.components[0] else f"-{component}"
-        if not own.endswith(suffix):  # exported alone
+        if not own.endswith(suffix):
             return {component: own}
         return self.bundles(own.removesuffix(suffix)) | {component: own}
 

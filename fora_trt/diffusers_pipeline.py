@@ -79,14 +79,14 @@ def attach(pipe: Any, bundle: str | Path | Bundle, **settings: Any) -> dict[str,
 def bundles_of(bundle: Bundle) -> dict[str, Bundle]:
     """The bundles of all transformers of a pipeline by component: the given one and those beside it.
 
-    Raises `InputError` if one of them cannot be opened.
+    A bundle that was exported alone, with `component`, has none beside it. Raises `InputError` if one of them cannot be
+    opened.
     """
     own, spec = bundle.manifest.name, bundle.manifest.pipeline
     if spec is None:
         return {"transformer": bundle}
-    if bundle.manifest.model.options.component is not None:  # exported alone: the other transformers stay as they are
-        return {spec.call.component: bundle}
-    names = spec.siblings(own)
+    alone = bundle.manifest.model.options.component == spec.components[0]
+    names = {spec.call.component: own} if alone else spec.siblings(own)
     return {one: bundle if name == own else _beside(bundle, name, one) for one, name in names.items()}
 
 

@@ -278,10 +278,11 @@ def test_each_transformer_gets_its_own_bundle(exported: Any, tmp_path: Path) -> 
     shutil.copytree(first.folder, beside)
     with pytest.raises(InputError, match="with the transformer_2 is the bundle of something else"):
         bundles_of(copied)
-    model = second.manifest.model
-    alone = model.model_copy(update={"options": model.options.model_copy(update={"component": "transformer_2"})})
-    manifest = second.manifest.model_copy(update={"model": alone})
-    assert [*bundles_of(replace(second, manifest=manifest))] == ["transformer_2"]
+    model = first.manifest.model
+    alone = model.model_copy(update={"options": model.options.model_copy(update={"component": "transformer"})})
+    assert [*bundles_of(replace(first, manifest=first.manifest.model_copy(update={"model": alone})))] == ["transformer"]
+    renamed = second.manifest.model_copy(update={"name": "second"})
+    assert [*bundles_of(replace(second, manifest=renamed))] == ["transformer_2"]
 
 
 def test_a_replaced_scheduler_is_followed(exported: Any) -> None:
