@@ -164,8 +164,7 @@ class CallReader:
             return  # the check of inputs says so
         if text.shape[1] > length:
             raise ShapeError(
-                f"the argument {name!r} has {text.shape[1]} tokens; the bundle was exported for at most {length}: give "
-                "a shorter prompt, or export again with a larger text length"
+                f"the argument {name!r} has {text.shape[1]} tokens; the bundle was exported for at most {length}"
             )
         if mask is not None and (not _is_tensor(mask) or mask.shape != text.shape[:2]):
             raise ShapeError(
