@@ -180,7 +180,7 @@ def test_the_format_of_its_authors_is_recognised(weights: Mapping[str, Tensor], 
 
 
 def test_messages_name_it(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"a DiT or .*PixArt or TinyMixer, .* of the DiT or SiT or .*Mixer authors"):
+    with pytest.raises(ModelError, match=r"a diffusers pipeline .* of the DiT or SiT or .*Mixer authors"):
         model_from_source("nowhere")
     with pytest.raises(ModelError, match=r"NAME must be one of DiT-S/2, .*, TinyMixer-S"):
         model_from_source("random:nothing")

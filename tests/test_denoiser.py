@@ -214,7 +214,7 @@ def test_the_first_tensor_that_is_not_finite_is_named(denoiser: Denoiser) -> Non
 def test_a_bundle_is_loaded_with_a_schedule_or_an_interval(exported: Bundle) -> None:
     for given in ({}, {"schedule": Schedule.fora(6, 3), "cache_interval": 3}):
         with pytest.raises(
-            InputError, match=r"needs exactly one of schedule and cache_interval; .* or cache_interval=3"
+            InputError, match=r"exactly one of schedule and cache_interval is needed; .* or cache_interval=3"
         ):
             load(exported, backend="onnxruntime", device="cpu", **given)  # type: ignore[arg-type] # of either kind
     on_cpu = partial(load, exported, backend="onnxruntime", device="cpu")

@@ -128,7 +128,7 @@ def test_a_pipeline_makes_the_same_pictures_with_any_number_of_steps(
     assert denoiser.schedule.steps == 4
     with pytest.raises(
         InputError,
-        match=r"latents have shape \[4, 4, \d+, \d+\]; pixart-.* takes \[4, 4, \d+, \d+\]; call the pipeline with",
+        match=r"latents have shape \[4, 4, \d+, \d+\]; pixart-.* takes \[4, 4, \d+, \d+\]; call the pipeline as at",
     ):
         images(2, height=64, width=64)
     with pytest.raises(
