@@ -13,12 +13,10 @@ benchmarks/results/diffusers-tests_<hardware>_<date>.json and prints the table o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,8 +27,7 @@ from xml.etree import ElementTree
 
 import click
 
-from benchmarks.readme_tables import RESULTS
-from fora_trt.report.environment import environment
+from benchmarks.readme_tables import write_content
 
 BUNDLES = "FORA_TRT_BUNDLES_OF_TESTS"
 """Environment variable with the folder of bundles; the plugin does nothing without it."""
@@ -206,12 +203,6 @@ def table_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"| `{file}` | " + " | ".join(str(counts[one]) for one in KINDS) + " |"
 
 
-def newest() -> dict[str, Any]:
-    """The newest committed result."""
-    found: dict[str, Any] = json.loads(sorted(RESULTS.glob("diffusers-tests_*.json"))[-1].read_text())
-    return found
-
-
 @click.command()
 @click.argument("hardware")
 @click.argument("checkout", type=click.Path(path_type=Path, exists=True, resolve_path=True))
@@ -223,8 +214,7 @@ def main(hardware: str, checkout: Path, work: Path) -> None:
         make_text_models(work / "text")
     plain = outcomes(checkout, work, None)
     groups = [asdict(one) for one in groups_of(plain, outcomes(checkout, work, work / "bundles"))]
-    file = RESULTS / f"diffusers-tests_{hardware}_{time.strftime('%Y-%m-%d')}.json"
-    file.write_text(json.dumps({"environment": environment(), "groups": groups}, indent=2) + "\n")
+    write_content(f"diffusers-tests_{hardware}", {"groups": groups})
     click.echo("\n".join(table_of(groups)))
     for one in groups:
         if one["kind"] == "broken":

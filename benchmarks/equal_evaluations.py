@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from benchmarks.readme_tables import RESULTS, lines_of
+from benchmarks.readme_tables import RESULTS, lines_of, newest_content
 from fora_trt.evaluate.calibrate import Calibration, Wanted
 from fora_trt.evaluate.solvers import solvers_for
 from fora_trt.metrics import latent_psnr
@@ -116,7 +116,7 @@ def table_of(ways: Mapping[int, list[Way]]) -> list[str]:
 
 def newest_ways(model: str = "digits", hardware: str = "cpu-2-cores") -> dict[int, list[Way]]:
     """The last committed result, by number of evaluations."""
-    content = json.loads(max(RESULTS.glob(f"evaluations_{model}_{hardware}_*.json")).read_text())
+    content = newest_content(f"evaluations_{model}_{hardware}")
     ways = [Way(**one) for one in content["ways"]]
     return {number: [one for one in ways if one.evaluations == number] for number in EVALUATIONS}
 

@@ -10,7 +10,6 @@ table of docs/pipelines.md.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +20,9 @@ from typing import Any
 import click
 
 import fora_trt
-from benchmarks.readme_tables import RESULTS
+from benchmarks.readme_tables import write_content
 from fora_trt.bundle import Bundle
 from fora_trt.pipeline import Pipeline
-from fora_trt.report.environment import environment
 from fora_trt.sampling.conditioning import example_conditioning
 from fora_trt.sampling.loop import Trajectory
 from tests.tiny_pipelines import PIPELINES, TinyPipeline, prompts
@@ -142,25 +140,17 @@ def table_of(outcomes: list[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def newest() -> dict[str, Any]:
-    """The newest committed result."""
-    found: dict[str, Any] = json.loads(sorted(RESULTS.glob("pipeline-steps_*.json"))[-1].read_text())
-    return found
-
-
 @click.command()
 @click.argument("hardware")
 def main(hardware: str) -> None:
     """Time the steps of all pipelines; HARDWARE names the machine in the file name."""
-    about = environment()
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         for name in WIDER:
             click.echo(f"{name}: exporting and timing", err=True)
             outcomes.append(asdict(timed(name, Path(folder))))
-    result = {"environment": about, "width": WIDTH, "steps": STEPS, "schedule": SCHEDULE, "outcomes": outcomes}
-    file = RESULTS / f"pipeline-steps_{hardware}_{about['date']}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    result = {"width": WIDTH, "steps": STEPS, "schedule": SCHEDULE, "outcomes": outcomes}
+    write_content(f"pipeline-steps_{hardware}", result)
     click.echo("\n".join(table_of(outcomes)))
 
 

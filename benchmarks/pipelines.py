@@ -21,7 +21,7 @@ import click
 from torch import Tensor
 
 import fora_trt
-from benchmarks.readme_tables import RESULTS
+from benchmarks.readme_tables import write_content
 from fora_trt.bundle import Bundle
 from fora_trt.contract import FULL, REUSE
 from fora_trt.diffusers_pipeline import attach
@@ -30,7 +30,6 @@ from fora_trt.evaluate.verify import compare_with_pytorch
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.models.watch import transformers_of
 from fora_trt.pipeline import Pipeline
-from fora_trt.report.environment import environment
 from tests.hooked_pipelines import hooked, latents_of
 from tests.tiny_pipelines import PIPELINES
 
@@ -129,12 +128,6 @@ def table_of(outcomes: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{what} | {slots} | {said} | `{one['level']}` | {one['reuse_share']:.1%} | {shown} |"
 
 
-def newest() -> dict[str, Any]:
-    """The newest committed result."""
-    found: dict[str, Any] = json.loads(sorted(RESULTS.glob("pipelines_*.json"))[-1].read_text())
-    return found
-
-
 @click.command()
 @click.argument("hardware")
 def main(hardware: str) -> None:
@@ -144,9 +137,7 @@ def main(hardware: str) -> None:
         for name in PIPELINES:
             outcomes.append(asdict(outcome_of(name, Path(folder))))
             click.echo(f"{name}: {outcomes[-1]['refused'] or outcomes[-1]['errors']}", err=True)
-    result = {"environment": environment(), "steps": STEPS, "outcomes": outcomes}
-    file = RESULTS / f"pipelines_{hardware}_{time.strftime('%Y-%m-%d')}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    write_content(f"pipelines_{hardware}", {"steps": STEPS, "outcomes": outcomes})
     click.echo("\n".join(table_of(json.loads(json.dumps(outcomes)))))
 
 

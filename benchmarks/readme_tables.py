@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import click
 
 from benchmarks.digits_accuracy import digits_accuracy
 from fora_trt.bundle import Bundle
+from fora_trt.report.environment import environment
 from fora_trt.report.markdown import as_markdown
 from fora_trt.report.page import read_report
 from fora_trt.report.results import Report
@@ -105,10 +107,22 @@ def _fora(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "fora_trt", *arguments], check=True)
 
 
+def newest_content(name: str) -> dict[str, Any]:
+    """The content of the last committed result file `<name>_<date>.json`; a name may leave the hardware out."""
+    content: dict[str, Any] = json.loads(max(RESULTS.glob(f"{name}_*.json")).read_text())
+    return content
+
+
+def write_content(name: str, content: Mapping[str, Any]) -> None:
+    """Write the result file `<name>_<date>.json` with the environment of the measurement."""
+    about = environment()
+    path = RESULTS / f"{name}_{about['date']}.json"
+    path.write_text(json.dumps({"environment": about, **content}, indent=2) + "\n")
+
+
 def newest_result(model: str, hardware: str = "cpu-2-cores") -> tuple[Report, dict[str, Any]]:
     """The last committed result of a model on this kind of machine, and what else its file holds."""
-    path = max(RESULTS.glob(f"{model}_{hardware}_*.json"))
-    content = json.loads(path.read_text())
+    content = newest_content(f"{model}_{hardware}")
     own = {name: content.pop(name) for name in content.keys() - Report.model_fields.keys()}
     return Report.model_validate(content), own
 

@@ -240,7 +240,7 @@ class Bundle:
     def check(self) -> None:
         """Raise `BundleError` unless every file matches the manifest."""
         folder, manifest = self.folder, self.manifest
-        mend = f"export it again: {manifest.export_command()}"
+        mend = self._mend
         check_files(folder, manifest.files, mend, BundleError)
         if absent := sorted({FULL, REUSE} - manifest.graphs.keys()):
             raise BundleError(f"the manifest of {folder} lists no {absent[0]} graph; {mend}")
@@ -308,6 +308,10 @@ class Bundle:
             write_manifest(folder, self.manifest.model_copy(update={"schedule": schedule, "files": files}))
 
     @property
+    def _mend(self) -> str:
+        return f"export it again: {self.manifest.export_command()}"
+
+    @property
     def _constant_names(self) -> set[str]:
         pipeline = self.manifest.pipeline
         return set() if pipeline is None else pipeline.call.constants()
@@ -330,7 +334,7 @@ class Bundle:
         with self._reading_constants() as path, safe_open(path, framework="numpy") as file:
             missing = names - {*file.keys()}
         if missing:
-            raise BundleError(f"{path} lacks {shown(min(missing))}; export it again: {self.manifest.export_command()}")
+            raise BundleError(f"{path} lacks {shown(min(missing))}; {self._mend}")
 
     @contextmanager
     def _reading_constants(self) -> Iterator[Path]:
@@ -338,14 +342,12 @@ class Bundle:
         try:
             yield path
         except Exception as error:  # a damaged file can raise anything
-            raise BundleError(
-                f"{path} cannot be read ({first_line(error)}); export it again: {self.manifest.export_command()}"
-            ) from error
+            raise BundleError(f"{path} cannot be read ({first_line(error)}); {self._mend}") from error
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
         """The diffusers configuration of the model's scheduler. Raises `BundleError` if it is none."""
-        path, mend = self.folder / SCHEDULER, f"export it again: {self.manifest.export_command()}"
+        path, mend = self.folder / SCHEDULER, self._mend
         try:
             _, config = read_json(path)
         except (OSError, ValueError) as error:

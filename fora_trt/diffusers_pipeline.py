@@ -39,7 +39,7 @@ FILES = ("*.json", "*/*")
 
 INDEX = "model_index.json"
 
-ITS_OWN = {"num_inference_steps": "--steps", "generator": "--seed", "output_type": "-o or --latents-out"}
+RESERVED = {"num_inference_steps": "--steps", "generator": "--seed", "output_type": "-o or --latents-out"}
 """Arguments of a pipeline that options stand for."""
 
 COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
@@ -64,11 +64,10 @@ def attach(pipe: Any, bundle: str | Path | Bundle, **settings: Any) -> dict[str,
     `InputError` for a bundle of another pipeline.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    spec = opened.manifest.pipeline
     bundles = bundles_of(opened)
     if missing := bundles.keys() - pipe.components.keys():
         raise InputError(f"{type(pipe).__name__} has no part {min(missing)!r}, for which {opened.folder} was exported")
-    for component, found in bundles.items() if spec is not None else ():
+    for component, found in bundles.items():
         _check_same(pipe.components[component], found)
     ours = {one: load(found, **settings).as_transformer(pipe) for one, found in bundles.items()}
     for component, transformer in ours.items():
@@ -105,8 +104,11 @@ def _beside(bundle: Bundle, name: str, component: str) -> Bundle:
 
 
 def _check_same(module: Any, bundle: Bundle) -> None:
-    """Raise `InputError` if a bundle was exported from another transformer than that of a pipeline, if it has one."""
-    if module is None:
+    """Raise `InputError` if a bundle was exported from another transformer than that of a pipeline.
+
+    Nothing is compared if the pipeline has none, or the bundle was exported without one.
+    """
+    if module is None or bundle.manifest.pipeline is None:
         return
     model, kind = bundle.manifest.model, module.__class__.__name__
     if kind != model.architecture:
@@ -220,10 +222,12 @@ class DiffusersPipeline:
             ).as_transformer()
             for component, bundle in bundles_of(self.bundle).items()
         }
-        self._report(f"loading {self.spec.name}")
-        self._pipe = _loaded(self.spec, folder, self.transformers, self.device)
+        if self._pipe is None:
+            self._report(f"loading {self.spec.name}")
+            self._pipe = _loaded(self.spec, folder, self.transformers, self.device)
         self._started_for = samples
-        for transformer in self.transformers.values():
+        for component, transformer in self.transformers.items():
+            setattr(self._pipe, component, transformer)
             transformer.follow(self._pipe)
 
     @cached_property
@@ -264,8 +268,8 @@ class DiffusersPipeline:
             given["prompt"] = prompts[0] if len(prompts) == 1 else list(prompts)
         if num_images > 1:
             given[next((name for name in COUNTS if name in known), COUNTS[0])] = num_images
-        if taken := next((name for name in extra if name in ITS_OWN), None):
-            raise InputError(f"{taken!r} is no further argument of the pipeline; give {ITS_OWN[taken]} instead")
+        if taken := next((name for name in extra if name in RESERVED), None):
+            raise InputError(f"{taken!r} is no further argument of the pipeline; give {RESERVED[taken]} instead")
         given |= extra
         if unknown := given.keys() - known.keys():
             raise InputError(

@@ -20,7 +20,7 @@ import fora_trt
 from benchmarks import diffusers_tests, pipeline_steps, pipelines
 from benchmarks.equal_evaluations import newest_ways, table_of
 from benchmarks.readme_picture import LABELS, PICTURE, measured_rows, pictures_of, rows_of
-from benchmarks.readme_tables import OF_THE_CPU, measurement_lines, newest_result, readme_lines
+from benchmarks.readme_tables import OF_THE_CPU, measurement_lines, newest_content, newest_result, readme_lines
 from fora_trt import exporting
 from fora_trt.bundle import Bundle
 from fora_trt.cli import main
@@ -160,7 +160,7 @@ def test_the_comparison_with_fewer_steps_is_a_measured_one() -> None:
 
 def test_the_table_of_pipelines_is_the_measured_one() -> None:
     _, _, rest = TEXT["docs/pipelines.md"].partition("<!-- table of benchmarks/pipelines.py -->\n")
-    result = pipelines.newest()
+    result = newest_content("pipelines")
     assert rest.partition("\n<!-- end")[0].splitlines() == [*pipelines.table_of(result["outcomes"])]
     through = [one for one in result["outcomes"] if one["refused"] is None]
     assert max(max(*one["errors"].values(), one["verified"]) for one in through) < 1e-5
@@ -168,7 +168,7 @@ def test_the_table_of_pipelines_is_the_measured_one() -> None:
 
 def test_the_table_of_the_tests_of_diffusers_is_the_measured_one() -> None:
     _, _, rest = TEXT["docs/pipelines.md"].partition("<!-- table of benchmarks/diffusers_tests.py -->\n")
-    groups = diffusers_tests.newest()["groups"]
+    groups = newest_content("diffusers-tests")["groups"]
     assert rest.partition("\n<!-- end")[0].splitlines() == [*diffusers_tests.table_of(groups)]
     assert not [one for one in groups if one["kind"] == "broken"]
     assert all(one["reason"] for one in groups if one["kind"] == "not applicable")
@@ -176,7 +176,7 @@ def test_the_table_of_the_tests_of_diffusers_is_the_measured_one() -> None:
 
 def test_reuse_steps_of_pipelines_take_the_measured_share_of_a_full_one() -> None:
     _, _, rest = TEXT["docs/pipelines.md"].partition("<!-- table of benchmarks/pipeline_steps.py -->\n")
-    result = pipeline_steps.newest()
+    result = newest_content("pipeline-steps")
     assert rest.partition("\n<!-- end")[0].splitlines() == [*pipeline_steps.table_of(result["outcomes"])]
     assert re.fullmatch(r"[0-9a-f]{40}", result["environment"]["commit"]), "measured on changes that no commit holds"
     assert [one["name"] for one in result["outcomes"]] == ["sd3", "flux", "flux2", "wan", "ltx"]

@@ -51,7 +51,10 @@ if TYPE_CHECKING:
     help="Folder of the diffusers pipeline, for a bundle that was exported from a pipeline in memory.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="A .png file for a grid, or a folder for single images."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="A .png file for a grid, or a folder for single images; .webp or .gif for a video.",
 )
 @click.option("--latents-out", type=click.Path(path_type=Path), help="Write the latents to this .npy file.")
 @click.option("--force", is_flag=True, help="Write over existing files, and over the images in a folder.")

@@ -112,9 +112,7 @@ def _arguments(wanted: dict[str, Any], sampling: SamplingOptions) -> dict[str, A
     if sampling.guidance_scale is not None:
         given["guidance_scale"] = sampling.guidance_scale
     further = dict(wanted["call"])
-    if wanted["prompt"] and "prompt" in further:
-        given["prompt"] = wanted["prompt"]
-    if twice := given.keys() & further.keys():
+    if twice := further.keys() & {*given, *(("prompt",) if wanted["prompt"] else ())}:
         raise InputError(
             f"the argument {min(twice)!r} of the pipeline is given by --call and by another option; give one"
         )

@@ -57,11 +57,17 @@ def first_difference(model: Model, bundle: Bundle, graph: str, engines: Engines)
         if want is None or want.shape != got.shape or not want.numel():
             continue
         if not GraphError.between(got, want).relative <= GRAPH_TOLERANCE[model.precision]:
-            module = interpreter.modules.get(name) or model.spec.architecture
-            lost = _lost(interpreter.nodes[name], node)
+            traced = interpreter.nodes[name]
+            module, lost = _module_of(traced) or model.spec.architecture, _lost(traced, node)
             reads = f", which in PyTorch reads {lost!r}: the graph lacks it" if lost is not None else ""
             return f"the first node that differs is {node.name!r} ({node.op_type}) in {module}{reads}"
     return "no node alone differs by more than the tolerance"
+
+
+def _module_of(traced: fx.Node) -> str:
+    """The path of the module that a traced node belongs to; empty for the network itself."""
+    stack = [*(traced.meta.get("nn_module_stack") or {}).values()]
+    return str(stack[-1][0]).removeprefix("module").removeprefix(".") if stack else ""
 
 
 def _lost(traced: fx.Node, exported: ir.Node) -> str | None:
@@ -105,7 +111,6 @@ class _Interpreter(fx.Interpreter):
         self._program = program
         self._names = dict(zip(outputs[1:], step.features, strict=True))
         self._prediction = outputs[0]
-        self.modules: dict[str, str] = {}
         self.nodes: dict[str, fx.Node] = {}
 
     def values(self, inputs: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,10 +131,6 @@ class _Interpreter(fx.Interpreter):
         if isinstance(result, Tensor):
             result = self._found[name] = self._features.get(name, result)
             self.nodes[name] = n
-            stack = n.meta.get("nn_module_stack")
-            if stack:
-                path = [*stack.values()][-1][0]
-                self.modules[name] = path.removeprefix("module").removeprefix(".")
         return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

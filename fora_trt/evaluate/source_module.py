@@ -10,7 +10,7 @@ from fora_trt.bundle import Bundle
 from fora_trt.contract import LATENTS
 from fora_trt.errors import BackendError, ExportError, ModelError, SourceError, TrustError
 from fora_trt.export.write import weights_digest
-from fora_trt.models.block_sites import paths_in_half
+from fora_trt.models.assembly import half_and_kept
 from fora_trt.models.examples import example_inputs
 from fora_trt.models.precision import dtypes_of_parameters
 from fora_trt.models.sources import is_factory, model_from_source
@@ -46,9 +46,9 @@ def model_from_bundle(bundle: Bundle, precision: str | None = None) -> Model:
             f"the PyTorch reference needs the checkpoint that {bundle.folder} was exported from, "
             f"but '{shown(source)}' cannot be loaded: {error}"
         ) from error
-    paths = paths_in_half(model.module, [path for path, _ in model.sites])
-    kept = model.spec.fp32_in_bf16 if bundle.manifest.precision == "bf16" else ()
-    dtypes = dtypes_of_parameters(model.module, bundle.manifest.precision, paths, kept)
+    own = bundle.manifest.precision
+    halved = half_and_kept(model.module, model.spec, [path for path, _ in model.sites], own)
+    dtypes = dtypes_of_parameters(model.module, own, *halved)
     if (
         model.precision in ("fp32", bundle.manifest.precision)
         and weights_digest(model.module, dtypes) != record.weights_sha256

@@ -43,6 +43,13 @@ class EmptyModel:
     notes: tuple[str, ...] = ()
 
 
+def half_and_kept(
+    module: nn.Module, spec: ModelSpec, sites: Sequence[str], precision: str
+) -> tuple[list[str], tuple[str, ...]]:
+    """Paths of what computes in half precision, and patterns of the layers outside the sites that stay in fp32."""
+    return paths_in_half(module, sites), spec.fp32_in_bf16 if precision == "bf16" else ()
+
+
 def model_from_empty(empty: EmptyModel, options: SourceOptions, precision: str, cache: Sequence[str] | None) -> Model:
     """Find the cache sites, place the weights in the dtypes that `precision` and the sites require, and add casts.
 
@@ -51,8 +58,7 @@ def model_from_empty(empty: EmptyModel, options: SourceOptions, precision: str, 
     module, spec = empty.module, empty.spec
     _check_vae(spec, empty.parts)
     sites = find_sites(module, spec.cache_sites, cache)
-    paths = paths_in_half(module, [path for path, _ in sites])
-    kept = spec.fp32_in_bf16 if precision == "bf16" else ()
+    paths, kept = half_and_kept(module, spec, [path for path, _ in sites], precision)
     empty.fill(dtypes_of_parameters(module, precision, paths, kept))
     # that of a pipeline that was watched has the shift for the exported size
     scheduler = (spec.pipeline and spec.scheduler) or empty.scheduler or spec.scheduler or DEFAULT_SCHEDULER

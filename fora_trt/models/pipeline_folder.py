@@ -23,7 +23,7 @@ from fora_trt.models.architectures import Architecture, Config, PipelineParts
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.pipelines import scalars_of, spec_of_watched
 from fora_trt.models.spec import ModelSpec
-from fora_trt.models.watch import imagined, transformers_of, watch
+from fora_trt.models.watch import TEXT_LENGTH, imagined, transformers_of, usual_tokens, watch
 from fora_trt.quiet import quiet
 
 WIDTHS = (
@@ -44,7 +44,7 @@ POOLED = ("pooled_projection_dim", "in_text_dim2")
 ARGUMENTS = {
     "image_size": ("height", "width"),
     "frames": ("num_frames", "video_length"),
-    "text_length": ("max_sequence_length",),
+    "text_length": (TEXT_LENGTH,),
 }
 """The arguments of pipelines that an option stands for."""
 
@@ -162,8 +162,7 @@ def _sizes(options: SourceOptions) -> dict[str, Any]:
 
 def _embeddings(known: Mapping[str, inspect.Parameter], length: int | None, config: Config) -> dict[str, Tensor]:
     """Noise in place of prompt embeddings, and full masks."""
-    usual = known["max_sequence_length"].default if "max_sequence_length" in known else None
-    tokens = length or config.get("max_text_seq_length") or (usual if isinstance(usual, int) else USUAL_LENGTH)
+    tokens = length or config.get("max_text_seq_length") or usual_tokens(known) or USUAL_LENGTH
     width = next((config[key] for key in WIDTHS if isinstance(config.get(key), int)), None)
     pooled = next((config[key] for key in POOLED if isinstance(config.get(key), int)), None)
     generator = torch.Generator().manual_seed(0)

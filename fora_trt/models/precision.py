@@ -91,7 +91,7 @@ class HalfPrecision:
             part.register_forward_hook(self._widen)
         for site in within:
             site.forward = self._of_one_dtype(site.forward)
-        module.forward = _with_one_dtype(module.forward)
+        module.forward = _promoting(module.forward)
 
     def widen(self) -> None:
         """Convert weights and arithmetic to fp32 permanently."""
@@ -157,7 +157,7 @@ class _OneDtype(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = _floats((args, kwargs))
-        converts = func in CONVERSIONS and any(one.dtype == self._precision.dtype for one in given[:1])
+        converts = func in CONVERSIONS and bool(given) and given[0].dtype == self._precision.dtype
         widened = self._precision.dtype != torch.float32 and (converts or any(hasattr(one, WIDENED) for one in given))
         if func in ONE_DTYPE and not (widened and all(one.dtype == torch.float32 for one in given)):
             args, kwargs = cast_all((args, kwargs), self._precision.dtype)
@@ -182,7 +182,7 @@ class _Promoted(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _with_one_dtype(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _promoting(forward: Callable[..., Any]) -> Callable[..., Any]:
     def promoted(*args: Any, **kwargs: Any) -> Any:
         with _Promoted():
             return forward(*args, **kwargs)

@@ -167,15 +167,16 @@ def imagined(module: nn.Module, forward: Callable[..., Any], args: Sequence[Any]
     except ForaError:
         raise
     except Exception as error:
-        if isinstance(error, DataDependentOutputException | DynamicOutputShapeException) and mode is not None:
+        if mode is None:
+            with torch.no_grad():
+                output = forward(module, *args, **kwargs)
+        elif isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
             raise ModelError(
                 f"{type(module).__name__} reads values of its inputs while it runs ({error.func}), such as the lengths "
                 "of prompts; neither a graph nor a part without weights can do that"
             ) from error
-        if mode is not None:
+        else:
             raise
-        with torch.no_grad():
-            output = forward(module, *args, **kwargs)
     return tree_map_only(Tensor, noise, output)
 
 
@@ -217,10 +218,14 @@ def watch(pipe: Any, given: Mapping[str, Any], prompt: str = PROMPT) -> dict[str
         idle = next((name for name, one in runs[0].items() if not one.calls), None)
         if idle is not None:
             raise ModelError(f"{type(pipe).__name__} did not call its {idle} in {STEPS[-1]} steps")
-    tokens = arguments.get(TEXT_LENGTH, inspect.signature(type(pipe).__call__).parameters.get(TEXT_LENGTH))
-    tokens = tokens.default if isinstance(tokens, inspect.Parameter) else tokens
-    most = tokens if isinstance(tokens, int) else 0
+    most = arguments.get(TEXT_LENGTH) or usual_tokens(inspect.signature(type(pipe).__call__).parameters) or 0
     return {name: _derived(runs[0][name], runs[1][name], most) for name in modules}
+
+
+def usual_tokens(known: Mapping[str, inspect.Parameter]) -> int | None:
+    """The largest number of prompt tokens that a pipeline with these parameters takes unless told; None if unknown."""
+    usual = known[TEXT_LENGTH].default if TEXT_LENGTH in known else None
+    return usual if isinstance(usual, int) else None
 
 
 def _arguments(pipe: Any, given: Mapping[str, Any], prompt: str) -> dict[str, Any]:
