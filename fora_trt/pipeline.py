@@ -8,6 +8,7 @@ images = pipeline(class_labels=[3, 7], steps=50, seed=0).images
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import cached_property
@@ -132,7 +133,11 @@ class Sampling:
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin, steps: int, schedule: Schedule | str = NONE, name: str = "") -> Sampling:
-        """Create both. Raises `InputError` or `ScheduleError` if one of them does not support the number of steps."""
+        """Create both; the scheduler is copied, because its steps change it.
+
+        Raises `InputError` or `ScheduleError` if one of them does not support the number of steps.
+        """
+        scheduler = copy.deepcopy(scheduler)
         scheduler_step = scheduler_step_from(scheduler, steps)
         schedule = _schedule_for(scheduler, scheduler_step, schedule)
         return cls(scheduler, steps, scheduler_step, schedule, name or type(scheduler).__name__)

@@ -23,9 +23,10 @@ from fora_trt.pipeline import Sampling
 from fora_trt.plan import FULL_STEP, REUSE_STEP, Plan, Step, adapted, depth_of, forecast, lagrange_weights, offsets_of
 from fora_trt.runtime.accumulate import AccumulatingWindow
 from fora_trt.runtime.denoiser import Denoiser
-from fora_trt.runtime.forecast import ForecastWindow, add_rows
+from fora_trt.runtime.forecast import ForecastWindow
 from fora_trt.runtime.interface import Predictor
 from fora_trt.runtime.layout import Layout, within
+from fora_trt.runtime.sums import add_rows
 from fora_trt.sampling.conditioning import example_conditioning
 from fora_trt.sampling.guidance import Guidance
 from tests.conftest import ON_CPU, BundleAt
@@ -135,8 +136,8 @@ def test_engines_with_few_rows_get_a_lower_order_or_more_full_steps() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rows_are_added_with_their_weights_in_fp32(dtype: torch.dtype) -> None:
     rows = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
-    target, weights = torch.zeros(3, 7, dtype=dtype), torch.tensor([1.5, -0.75, 0.25])
-    add_rows(rows.flatten(1), torch.tensor([4, 0, 4]), weights, target.flatten())
+    target, weights = torch.zeros(3, 7, dtype=dtype), torch.tensor([[1.5, -0.75, 0.25]])
+    add_rows(rows.flatten(1), torch.tensor([[4, 0, 4]]), weights, target.view(1, -1))
     wanted = (1.5 * rows[4].double() - 0.75 * rows[0].double() + 0.25 * rows[4].double()).to(dtype)
     torch.testing.assert_close(
         target, wanted, rtol=1e-6 if dtype == torch.float32 else None, atol=None if dtype != torch.float32 else 1e-6

@@ -127,12 +127,7 @@ class Denoiser(StepByStep):
             raise InputError(f"the batch is {min(batches)}; at least one latent is needed")
         last = self.run
         known = last is not None and last.plan is plan  # step-by-step calls begin many runs of one plan
-        whole = last.whole if last is not None and known else Layout.of(self._supported(plan))
-        if whole.weighted and not self.manifest.can_forecast:
-            raise ScheduleError(
-                f"{self.manifest.name} cannot forecast: its full graph folds values that are not linear in the "
-                "features; export it with --optimize conditioning, or leave the forecast out"
-            )
+        whole = last.whole if last is not None and known else self.layout_of(plan)
         return self.start(whole, whole.part(first, len(timesteps)), plan, timesteps, conditioning, batches)
 
     def start(
@@ -155,6 +150,19 @@ class Denoiser(StepByStep):
             window.begin(layout)
             self.run = EngineRun(window, self.precomputed, layout, plan, whole, self.access)
             return self.run
+
+    def layout_of(self, plan: Plan) -> Layout:
+        """The layout of a plan, changed if the engines support fewer rows in window tensors than it needs.
+
+        Raises `ScheduleError` for a forecast with a bundle that cannot.
+        """
+        layout = Layout.of(self._supported(plan))
+        if layout.weighted and not self.manifest.can_forecast:
+            raise ScheduleError(
+                f"{self.manifest.name} cannot forecast: its full graph folds values that are not linear in the "
+                "features; export it with --optimize conditioning, or leave the forecast out"
+            )
+        return layout
 
     @property
     def window(self) -> Window | None:
@@ -205,7 +213,7 @@ class Denoiser(StepByStep):
             *([f"the forecast order is {orders[0]} instead of {orders[1]}"] if orders[0] < orders[1] else []),
         ]
         what = "the plans support sums for at most"
-        warn(f"{what} {limit} reuse steps per full step: {' and '.join(changes)}", category=ForaWarning, stacklevel=4)
+        warn(f"{what} {limit} reuse steps per full step: {' and '.join(changes)}", category=ForaWarning, stacklevel=5)
         return supported
 
 

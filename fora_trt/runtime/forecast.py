@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fora_trt.contract import TensorSpec, of_window
 from fora_trt.engines.base import Engine
-from fora_trt.engines.tf32 import without_tf32
 from fora_trt.runtime.buffers import Buffers, Memory
 from fora_trt.runtime.layout import Layout, Read
+from fora_trt.runtime.sums import add_rows
 from fora_trt.runtime.window import Binding, KeepingWindow
 
 
@@ -58,7 +58,7 @@ class ForecastWindow(KeepingWindow):
             in_window = source in self._of_window
             rows = (kept.flatten(0, 1) if in_window else kept).flatten(1)  # (D * R, N) or (D, N)
             index = (self._terms.rows if in_window else self._terms.turns)[offset]
-            add_rows(rows, index, self._terms.weights[offset], self.buffers.tensors[name].flatten())
+            add_rows(rows, index[None], self._terms.weights[offset][None], self.buffers.tensors[name].view(1, -1))
 
     def _buffered(self) -> list[TensorSpec]:
         edges = (self.full.inputs, self.full.outputs, self.reuse.inputs, self.reuse.outputs)
@@ -79,8 +79,9 @@ class ForecastWindow(KeepingWindow):
 class _Terms:
     """The terms that the steps of the current window add up, at fixed addresses for captured steps.
 
-    Each tensor is (longest + 1, D), by offset: `rows` in window tensors of all turns, `turns` for other tensors, and
-    the `weights`. A step that reads fewer full steps has the weight 0 for the row of the latest one.
+    Each tensor is (longest + 1, D), by offset, the latest full step last: `rows` in window tensors of all turns,
+    `turns` for other tensors, and the `weights`. A step that reads fewer full steps has the weight 0 for the row of the
+    latest one.
     """
 
     def __init__(self, longest: int, depth: int, rows: int, device: torch.device) -> None:
@@ -97,7 +98,7 @@ class _Terms:
         filled = []
         for reads in layout.reads:
             rest = replace(reads[0], weight=0.0) if reads else nothing
-            filled.append([*reads, *[rest] * (self._depth - len(reads))])
+            filled.append([*[rest] * (self._depth - len(reads)), *reversed(reads)])
         turns = torch.tensor([[read.window % self._depth for read in reads] for reads in filled])
         rows = turns * self._row_count + torch.tensor([[read.row for read in reads] for reads in filled])
         weights = torch.tensor([[read.weight for read in reads] for reads in filled])
@@ -116,21 +117,3 @@ class _Terms:
 def _source_of(name: str, full: Engine) -> str:
     """The output of the full engine that a tensor of the reuse engine is read from."""
     return of_window(name) if of_window(name) in full.outputs else name
-
-
-def add_rows(rows: Tensor, index: Tensor, weights: Tensor, target: Tensor) -> None:
-    """Write `sum_k weights[k] * rows[index[k]]` to `target` (N,); `rows` is (K, N).
-
-    Of rows that are not floats, `target` gets the first of `index`, the latest. The sum is computed in fp32. On a CPU,
-    fp32 rows are added in one pass by one thread: torch's other threads would keep spinning after their work and slow
-    down the engine.
-    """
-    if not rows.is_floating_point():
-        target.copy_(rows.index_select(0, index[:1])[0])
-        return
-    if rows.device.type == "cpu" and rows.dtype == torch.float32:
-        (total,) = torch.nn.functional.embedding_bag(index[None], rows, per_sample_weights=weights[None], mode="sum")
-        target.numpy()[:] = total.numpy()
-        return
-    with without_tf32(rows.device):
-        target.copy_(torch.matmul(weights, rows.index_select(0, index).float()))

@@ -48,6 +48,15 @@ class Conditioning:
         ]
         return Conditioning(len(images), halves[0] or {}, halves[1])
 
+    @staticmethod
+    def joined(parts: Sequence[Conditioning]) -> Conditioning:
+        """The conditioning of all images of the parts; all of them have unconditional inputs, or none has."""
+        halves = [
+            None if half[0] is None else {name: torch.cat([one[name] for one in half if one]) for name in half[0]}
+            for half in ([one.conditional for one in parts], [one.unconditional for one in parts])
+        ]
+        return Conditioning(sum(one.images for one in parts), halves[0] or {}, halves[1])
+
     def digest(self) -> str:
         """SHA-256 of all tensors, so that interrupted work is not resumed with other conditioning."""
         digest = hashlib.sha256()

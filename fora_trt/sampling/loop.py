@@ -142,7 +142,7 @@ class Sampler:
         """
         assert len(seeds) == conditioning.images
         guided = [guidance.guides(step) for step in range(self.schedule.steps)]
-        given = _both_halves(conditioning, any(guided), self.denoiser.manifest.name)
+        given = both_halves(conditioning, any(guided), self.denoiser.manifest.name)
         kinds = {*guided}
         with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be written outside that mode
             onsets = [step for step in range(1, len(guided)) if guided[step] and not guided[step - 1]]
@@ -241,7 +241,7 @@ class BegunTrajectory:
         )
 
 
-def _both_halves(conditioning: Conditioning, guided: bool, name: str) -> dict[str, Tensor]:
+def both_halves(conditioning: Conditioning, guided: bool, name: str) -> dict[str, Tensor]:
     """Inputs by name: the conditional half (B, ...), or with guidance both halves (2B, ...)."""
     if guided and conditioning.unconditional is None:
         raise InputError(

@@ -25,6 +25,7 @@ from torch import Tensor
 from fora_trt.errors import InputError, first_line
 from fora_trt.plan import MOST_STEPS
 from fora_trt.runtime.inputs import integer_of
+from fora_trt.runtime.sums import add_rows
 from fora_trt.sampling.schedulers import scheduler_from_config
 
 CHECKED_STEPS = 4  # also distilled models, such as LCM, take so many
@@ -175,6 +176,17 @@ class Coefficients:
         """K."""
         return self.weights.shape[1]
 
+    def rows(self) -> Tensor:
+        """All numbers of each call, (S, 4 + 2K): timestep, input scale, noise scale and growth, and the weights."""
+        numbers = (
+            self.timesteps,
+            self.input_scale,
+            self.noise_scale,
+            self.noise_growth,
+            *self.weights.flatten(1).T,
+        )
+        return torch.stack([one.float() for one in numbers], 1)
+
 
 def coefficients_from_scheduler(scheduler: SchedulerMixin, steps: int) -> Coefficients | None:
     """Compute the coefficients of a scheduler; None if its step is no such sum, or depends on too many calls."""
@@ -289,7 +301,8 @@ def _takes_generator(scheduler: SchedulerMixin) -> bool:
     return "generator" in inspect.signature(scheduler.step).parameters
 
 
-def _drawn(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+def drawn(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+    """Noise (B, ...) of samples of this shape, each from its own generator."""
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
@@ -298,7 +311,7 @@ class TabulatedStep(SchedulerStep):
 
     def __init__(self, coefficients: Coefficients) -> None:
         super().__init__(coefficients.timesteps, coefficients.takes_variance, on_device=True)
-        self._coefficients, self._scales = coefficients, bool((coefficients.input_scale != 1).any())
+        self.coefficients, self._scales = coefficients, bool((coefficients.input_scale != 1).any())
         self.adds_noise = bool((coefficients.noise_scale != 0).any())
         self._key: tuple[object, ...] = ()
 
@@ -307,31 +320,25 @@ class TabulatedStep(SchedulerStep):
             self._allocate(shape, len(seeds), device)
             self._key = key
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.latents.copy_(_drawn(shape, generators) * self._coefficients.first_scale)
+        self.latents.copy_(drawn(shape, generators) * self.coefficients.first_scale)
         for k in range(len(self._noise)):
-            self._noise[k].copy_(_drawn((1, *shape), generators)[:, 0])
+            self._noise[k].copy_(drawn((1, *shape), generators)[:, 0])
         self._remembered.zero_()
         self._call.zero_()
         return self._allocation
 
     def _allocate(self, shape: tuple[int, ...], images: int, device: torch.device) -> None:
-        coefficients, self._allocation = self._coefficients, object()
+        coefficients, self._allocation = self.coefficients, object()
         draws = coefficients.draws.long()
         self.latents = torch.empty(images, *shape, device=device)
         self._remembered = torch.empty(coefficients.memory, 2, images, *shape, device=device)
         self._last_latents, self._last_prediction = self._remembered[0]
         self._terms, self._result = self._remembered.flatten(0, 1).flatten(1), self.latents.view(1, -1)
+        self._order = torch.arange(len(self._terms), device=device)[None]
         self._noise = torch.empty(int(draws.sum()), images, *shape, device=device)
         self._call = torch.zeros(1, dtype=torch.int64, device=device)
         self._draw = (draws.cumsum(0) - 1).clamp_(min=0).to(device)
-        numbers = (
-            coefficients.timesteps,
-            coefficients.input_scale,
-            coefficients.noise_scale,
-            coefficients.noise_growth,
-            *coefficients.weights.flatten(1).T,
-        )
-        self._numbers = torch.stack([one.float() for one in numbers], 1).to(device)  # (S, 4 + 2K)
+        self._numbers = coefficients.rows().to(device)
 
     def model_input(self) -> Tensor:
         self._row = self._numbers.index_select(0, self._call)  # (1, 4 + 2K)
@@ -346,7 +353,10 @@ class TabulatedStep(SchedulerStep):
             remembered[1:].copy_(remembered[:-1].clone())
         self._last_latents.copy_(self.latents)
         self._last_prediction.copy_(prediction[:, :channels] if self.takes_variance else prediction)
-        torch.mm(self._row[:, 4:], self._terms, out=self._result)  # (1, 2K) by (2K, B * ...)
+        if self.latents.device.type == "cpu":  # there mm adds in an order that depends on the batch
+            add_rows(self._terms, self._order, self._row[:, 4:], self._result)
+        else:
+            torch.mm(self._row[:, 4:], self._terms, out=self._result)  # (1, 2K) by (2K, B * ...)
         if len(self._noise):
             noise = self._noise.index_select(0, self._draw.index_select(0, self._call))[0]
             growth = torch.exp(self._row[:, 3] * prediction[:, channels:]) if self.takes_variance else 1.0
@@ -365,7 +375,7 @@ class CalledScheduler(SchedulerStep):
     def begin(self, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device) -> object:
         set_steps(self._scheduler, self._steps)  # clears its memory of the previous trajectory
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.latents = _drawn(shape, generators).to(device) * _first_scale(self._scheduler)
+        self.latents = drawn(shape, generators).to(device) * _first_scale(self._scheduler)
         self._extra: dict[str, Any] = {"generator": generators} if _takes_generator(self._scheduler) else {}
         self._remaining = list(self._scheduler.timesteps)[::-1]
         return None

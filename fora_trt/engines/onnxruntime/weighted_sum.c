@@ -161,11 +161,12 @@ static inline __attribute__((always_inline)) void add_stretch(const Sum *sum, Of
       const float *begun = step < at.begins ? sum->begun + at.begun + step * sum->begun_step : NULL;
       for (int t = 0; t < tokens; t++)
         for (int v = 0; v < vectors; v++) {
-          totals[step][t][v] *= sum->weights[at.step + step];
+          Lanes start = {0};
           if (begun) {
-            totals[step][t][v] += *(const Lanes *)(begun + t * sum->channels + v * LANES);
+            start = *(const Lanes *)(begun + t * sum->channels + v * LANES);
             __builtin_prefetch(begun + (t + AHEAD) * sum->channels + v * LANES, 0, NEAR);
           }
+          totals[step][t][v] = totals[step][t][v] * sum->weights[at.step + step] + start; /* fused, as in torch */
         }
     }
   for (size_t step = 0; step < steps; step++)

@@ -1,0 +1,315 @@
+"""The sampling loop for images that join and leave: each has its own step, timestep and row of scheduler coefficients.
+
+`Sampler` denoises a batch that begins and ends together; here a window is the unit. An image takes the same numbers
+as with `Sampler`, whatever shares its batch.
+Shapes: B images, of which G are guided; a batch of the engines is (B + G), the conditional half first. K calls are
+remembered by the scheduler; N are the elements of one sample.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fora_trt.bundle import Manifest
+from fora_trt.errors import BackendError
+from fora_trt.runtime.denoiser import Denoiser
+from fora_trt.runtime.interface import overflow_remedy
+from fora_trt.runtime.joined import Joined, Track
+from fora_trt.runtime.layout import Layout
+from fora_trt.runtime.sums import add_rows
+from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.sampling.guidance import Guidance
+from fora_trt.sampling.loop import both_halves
+from fora_trt.sampling.scheduler_step import SchedulerStep, TabulatedStep, drawn
+from fora_trt.schedule import Schedule
+
+_NUMBERS = count()
+
+
+@dataclass(eq=False)
+class Member:
+    """An image of a joined batch. `latents` (C, H, W), in fp32 on the CPU, are there when it is done."""
+
+    track: Track
+    rows: Tensor  # (S, 4 + 2K), see Coefficients.rows
+    draws: Sequence[bool]
+    first_scale: float
+    takes_variance: bool
+    given: dict[str, Tensor]  # (2, ...) if it is guided, else (1, ...)
+    scale: float
+    generator: torch.Generator
+    number: int = field(default_factory=_NUMBERS.__next__)
+    call: int = 0
+    latents: Tensor | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether each step computes an unconditional sample too."""
+        return self.scale > 1
+
+    @property
+    def full_steps(self) -> int:
+        """Number of full steps of the trajectory."""
+        return self.track.layout.offsets.count(0)
+
+    @property
+    def samples(self) -> int:
+        """Rows of the engines' batch."""
+        return 1 + self.guided
+
+    @property
+    def memory(self) -> int:
+        """K."""
+        return (self.rows.shape[1] - NUMBERS) // 2
+
+
+NUMBERS = 4
+"""Columns of `Coefficients.rows` before the weights."""
+
+
+class WindowTimes(NamedTuple):
+    """Seconds of the full step of a window and of its reuse steps."""
+
+    full_seconds: float
+    reuse_seconds: float
+
+
+class JoinedSampler:
+    """Denoises images that join and leave at window boundaries, up to `most` samples of the engines' batch."""
+
+    def __init__(self, denoiser: Denoiser, most: int) -> None:
+        self.members: list[Member] = []
+        self._denoiser, self._joined = denoiser, Joined(denoiser, most)
+        self._shape = denoiser.manifest.latents.shape
+        self._state = _State(0, 1, self._shape, denoiser.device)
+
+    @property
+    def problem(self) -> str | None:
+        """Why images of this bundle cannot join; None if they can."""
+        return self._joined.problem
+
+    @staticmethod
+    def takes(scheduler_step: SchedulerStep, guidance: Guidance) -> bool:
+        """Whether an image with this scheduler and guidance can join: it takes coefficients, and all steps alike."""
+        always = guidance.scale <= 1 or (guidance.first == 0 and guidance.last is None)
+        return isinstance(scheduler_step, TabulatedStep) and always
+
+    def member(
+        self, scheduler_step: SchedulerStep, schedule: Schedule, given: Conditioning, seed: int, guidance: Guidance
+    ) -> Member:
+        """One image, which can join later. Raises `InputError` or `ScheduleError` for what the bundle does not take."""
+        assert isinstance(scheduler_step, TabulatedStep) and self.takes(scheduler_step, guidance) and given.images == 1
+        coefficients, scale = scheduler_step.coefficients, guidance.scale
+        return Member(
+            Track(self._denoiser.layout_of(schedule.plan)),
+            coefficients.rows(),
+            coefficients.draws.tolist(),
+            coefficients.first_scale,
+            coefficients.takes_variance,
+            both_halves(given, scale > 1, self._denoiser.manifest.name),
+            scale,
+            torch.Generator().manual_seed(seed),
+        )
+
+    def make_room(self, schedules: Sequence[Schedule]) -> None:
+        """Allocate memory for images with these schedules, while there is no image; others then need not wait for it.
+
+        Raises `RoomError` if the batch does not fit the device's memory.
+        """
+        self._joined.make_room([self._denoiser.layout_of(one.plan) for one in schedules])
+
+    def fits(
+        self, member: Member, leaving: Sequence[Member | None] = (), joining: Sequence[Member | None] = ()
+    ) -> bool:
+        """Whether an image can join now, after some have left and others have joined.
+
+        There must be a place for it, and room for its windows; room is made only while there is no other image.
+        """
+        stay = [one for one in self.members if one not in leaving and not one.track.done]
+        samples = sum(one.samples for one in [*stay, *filter(None, joining), member])
+        return samples <= self._joined.most and (not stay or self._joined.has_room(member.track.layout))
+
+    @torch.inference_mode()
+    def change(self, leaving: Sequence[Member] = (), joining: Sequence[Member] = ()) -> None:
+        """Let images leave and join; those that are done leave. Each that joins must fit beside the others.
+
+        Raises `RoomError` if the batch does not fit the device's memory; then no image is left.
+        """
+        stay = [one for one in self.members if one not in leaving and not one.track.done]
+        if not joining and len(stay) == len(self.members):
+            return
+        before, now = self.members, [*stay, *joining]
+        self.members = []
+        self._joined.arrange(*_arranged(before, now))
+        memory = max((one.memory for one in now), default=1)
+        state = _State(len(now), memory, self._shape, self._denoiser.device)
+        state.keep(self._state, [before.index(one) for one in stay])
+        for k, member in enumerate(joining, len(stay)):
+            state.latents[k] = drawn(self._shape, [member.generator])[0] * member.first_scale
+        self._state, self.members = state, now
+        guided = [k for k, one in enumerate(now) if one.guided]
+        halves = [*now, *(now[k] for k in guided)]
+        device = self._denoiser.device
+        self._guided = torch.tensor(guided, dtype=torch.int64, device=device)
+        self._scales = torch.tensor([one.scale for one in now], device=device)
+        self._halves = halves
+        self._given = {
+            name: torch.cat([one.given[name][int(k >= len(now))][None] for k, one in enumerate(halves)])
+            for name in (now[0].given if now else ())
+        }
+        self._on_device = {name: one.to(device) for name, one in self._given.items()}
+
+    @torch.inference_mode()
+    def window(self) -> tuple[WindowTimes, list[Member]]:
+        """Compute one window of all images; return its times, and the images that are done.
+
+        Their latents may not be finite; see `check_finite`.
+        """
+        members, device = self.members, self._denoiser.device
+        lengths = [one.track.length for one in members]
+        rows = self._rows(lengths)  # (steps, B, 4 + 2K)
+        tracks, times = [one.track for one in self._halves], [one.rows[:, 0] for one in self._halves]
+        began = time.perf_counter()
+        run = self._joined.window(tracks, times, self._given)
+        marks = []
+        for offset in range(max(lengths)):
+            active = [k for k, length in enumerate(lengths) if offset < length]
+            numbers = rows[offset]
+            latents, timestep = (
+                self._halved(self._state.latents * _beside(numbers[:, 1], self._state.latents)),
+                numbers[:, 0],
+            )
+            ready = run.at(offset, len(self._halves))
+            prediction = ready.predict(offset, latents, self._halved(timestep), **self._on_device).float()
+            self._advance(self._mixed(prediction), numbers, active)
+            if offset == 0:
+                _wait_for(device)
+                marks.append(time.perf_counter())
+        _wait_for(device)
+        marks.append(time.perf_counter())
+        for member, length in zip(members, lengths, strict=True):
+            member.track.step += length
+        done = [one for one in members if one.track.done]
+        for one in done:
+            one.latents = self._state.latents[members.index(one)].cpu()
+        return WindowTimes(marks[0] - began, marks[1] - marks[0]), done
+
+    def _rows(self, lengths: Sequence[int]) -> Tensor:
+        """The scheduler's numbers for each step of the window, (steps, B, 4 + 2K); weights of calls before are 0."""
+        table = torch.zeros(max(lengths), len(lengths), NUMBERS + 2 * self._state.memory)
+        for k, (member, length) in enumerate(zip(self.members, lengths, strict=True)):
+            step, rows = member.track.step, member.rows
+            table[:length, k, : rows.shape[1]] = rows[step : step + length]
+        return table.to(self._denoiser.device)
+
+    def _halved(self, tensor: Tensor) -> Tensor:
+        """(B, ...) -> (B + G, ...): those of guided images again."""
+        return torch.cat([tensor, tensor[self._guided]]) if len(self._guided) else tensor
+
+    def _mixed(self, prediction: Tensor) -> Tensor:
+        """(B + G, ...) -> (B, ...): guides as `mix_guidance` does."""
+        images = len(self.members)
+        if not len(self._guided):
+            return prediction
+        manifest = self._denoiser.manifest
+        guided = manifest.guidance.channels if manifest.guidance is not None else None
+        channels = guided or manifest.latents.channels
+        mixed = prediction[:images].clone()
+        conditional, unconditional = mixed[self._guided, :channels], prediction[images:, :channels]
+        scales = _beside(self._scales[self._guided], prediction)
+        mixed[self._guided, :channels] = torch.lerp(unconditional, conditional, scales)
+        return mixed
+
+    def _advance(self, prediction: Tensor, numbers: Tensor, active: Sequence[int]) -> None:
+        """The scheduler step of the active images."""
+        channels = self._denoiser.manifest.latents.channels
+        noise = self._noise(active)
+        growth = None
+        if any(self.members[k].takes_variance for k in active):
+            growth = torch.exp(_beside(numbers[:, 3], prediction) * prediction[:, channels:])
+        self._state.advance(prediction[:, :channels], numbers, active, noise, growth)
+        for k in active:
+            self.members[k].call += 1
+
+    def _noise(self, active: Sequence[int]) -> Tensor | None:
+        """New noise of the images whose scheduler draws it at this call, (B, ...); None if none does."""
+        drawing = [k for k in active if self.members[k].draws[self.members[k].call]]
+        if not drawing:
+            return None
+        noise = torch.zeros(len(self.members), *self._shape)
+        for k in drawing:
+            noise[k] = drawn(self._shape, [self.members[k].generator])[0]
+        return noise.to(self._denoiser.device)
+
+
+class _State:
+    """What the scheduler steps of B images read and write: latents (B, ...), and what they remember (B, K, 2, N)."""
+
+    def __init__(self, images: int, memory: int, shape: tuple[int, ...], device: torch.device) -> None:
+        self.memory = memory
+        self.latents = torch.zeros(images, *shape, device=device)
+        self._remembered = torch.zeros(images, memory, 2, math.prod(shape), device=device)
+
+    def keep(self, before: _State, images: Sequence[int]) -> None:
+        """Take over these images of another state, as the first ones."""
+        if not images:
+            return
+        here, memory = torch.tensor(images, device=self.latents.device), min(self.memory, before.memory)
+        self.latents[: len(images)] = before.latents[here]
+        self._remembered[: len(images), :memory] = before._remembered[here, :memory]
+
+    def advance(
+        self, prediction: Tensor, numbers: Tensor, active: Sequence[int], noise: Tensor | None, growth: Tensor | None
+    ) -> None:
+        """Update the active images; `numbers` is (B, 4 + 2K)."""
+        here = torch.tensor(active, device=self.latents.device)
+        now = torch.stack([self.latents[here].flatten(1), prediction[here].flatten(1)], 1)  # (A, 2, N)
+        past = torch.cat([now[:, None], self._remembered[here, :-1]], 1)  # (A, K, 2, N)
+        self._remembered[here] = past
+        terms = past.shape[1] * 2
+        latents = torch.empty_like(now[:, 0])
+        index = torch.arange(len(active) * terms, device=here.device).view(-1, terms)
+        add_rows(past.view(-1, past.shape[-1]), index, numbers[here, NUMBERS:], latents)
+        latents = latents.view(-1, *self.latents.shape[1:])
+        if noise is not None:
+            scale = _beside(numbers[here, 2], latents) * (1.0 if growth is None else growth[here])
+            latents.addcmul_(scale, noise[here])
+        self.latents[here] = latents
+
+
+def check_finite(manifest: Manifest, latents: Tensor) -> None:
+    """Raise `BackendError` for latents that are not finite."""
+    if not latents.isfinite().all():
+        raise BackendError(
+            f"the latents of {manifest.name} are not finite in {manifest.precision}; "
+            f"{overflow_remedy(manifest.precision)}"
+        )
+
+
+def _arranged(before: Sequence[Member], now: Sequence[Member]) -> tuple[list[int | None], list[Layout]]:
+    """Where each sample of the engines' batch was before, None for a new one, and its layout."""
+
+    def samples(members: Sequence[Member]) -> list[tuple[int, bool]]:
+        return [*((one.number, False) for one in members), *((one.number, True) for one in members if one.guided)]
+
+    there = {sample: k for k, sample in enumerate(samples(before))}
+    layouts = {one.number: one.track.layout for one in now}
+    return [there.get(sample) for sample in samples(now)], [layouts[number] for number, _ in samples(now)]
+
+
+def _beside(numbers: Tensor, tensor: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ...), to be multiplied with a tensor (B, ...)."""
+    return numbers.view(-1, *[1] * (tensor.dim() - 1))
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

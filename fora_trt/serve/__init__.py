@@ -1,0 +1,1 @@
+"""An HTTP service of bundles on Ray Serve."""
