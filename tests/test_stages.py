@@ -44,6 +44,7 @@ STAGES = [
     "report",
     "evaluate",
     "exporting",
+    "serve",
     "inspection",
     "doctor",
     "cli",

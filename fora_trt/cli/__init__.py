@@ -28,6 +28,7 @@ from fora_trt.cli.inspect import inspect
 from fora_trt.cli.quality import quality
 from fora_trt.cli.run import run
 from fora_trt.cli.sample import sample
+from fora_trt.cli.serve import serve
 from fora_trt.cli.terminal import DISPLAY
 from fora_trt.cli.verify import verify
 from fora_trt.errors import LONGEST_MESSAGE, ForaError, ForaWarning
@@ -159,5 +160,5 @@ def main() -> None:
     """
 
 
-for command in (export, build, verify, run, sample, bench, quality, calibrate, inspect, doctor, demo):
+for command in (export, build, verify, run, sample, bench, quality, calibrate, inspect, doctor, demo, serve):
     main.add_command(command)
