@@ -19,16 +19,21 @@ from fora_trt.cli.options import (
     VAE,
     grouped,
 )
-from fora_trt.cli.terminal import print_json, say
+from fora_trt.cli.terminal import DISPLAY, print_json, say
 from fora_trt.errors import BackendError
 from fora_trt.interruption import caught
 
 LIMITS = grouped(
     "limits",
-    click.option("--queue", type=click.IntRange(min=0), default=64, help="Requests that wait for a model; more get 429."),
+    click.option(
+        "--queue", type=click.IntRange(min=0), default=64, help="Requests that wait for a model; more get 429."
+    ),
     click.option("--max-body", "body_bytes", type=click.IntRange(min=1), default=262144, help="Bytes of a request."),
     click.option(
-        "--body-seconds", type=click.FloatRange(min=0, min_open=True), default=20.0, help="Seconds to send a request in."
+        "--body-seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        default=20.0,
+        help="Seconds to send a request in.",
     ),
     click.option(
         "--max-prompt", "prompt_characters", type=click.IntRange(min=1), default=4000, help="Characters of a prompt."
@@ -51,7 +56,10 @@ BATCHING = grouped(
     "batching",
     click.option("--max-batch-size", type=click.IntRange(min=1), default=8, help="Images that are denoised together."),
     click.option(
-        "--max-wait-ms", type=click.FloatRange(min=0), default=0.0, help="Milliseconds to wait for more images of a batch."
+        "--max-wait-ms",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        help="Milliseconds to wait for more images of a batch.",
     ),
     click.option(
         "--join",
@@ -80,15 +88,18 @@ MODEL = grouped("model", BACKEND, DEVICE, ENGINES, VAE, SCHEDULER, TIMESTEP_SPAC
 @RAY
 @click.option("--ray-address", help="Ray cluster to join.  [default: a local one for this command]", show_default=False)
 @click.option(
-    "--drain-seconds", type=click.FloatRange(min=0), default=60.0, help="Seconds to answer accepted requests at the end."
+    "--drain-seconds",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    help="Seconds to answer accepted requests at the end.",
 )
 @MODEL
 @AS_JSON
 def serve(host: str, port: int, ray_address: str | None, drain_seconds: float, as_json: bool, **settings: Any) -> None:
     """Serve bundles over HTTP, with the API of OpenAI for images; needs the extra `serve`.
 
-    Ctrl-C or SIGTERM ends the server: new requests are refused, accepted ones are answered. The exit code is 0 if all of
-    them were.
+    Ctrl-C or SIGTERM ends the server: new requests are refused, accepted ones are answered. The exit code is 0 if
+    all of them were.
 
     \b
     Examples:
@@ -102,6 +113,7 @@ def serve(host: str, port: int, ray_address: str | None, drain_seconds: float, a
     verbose = click.get_current_context().meta.get(VERBOSITY) == "verbose"
     say("starting")
     with served(_config(**settings), host, port, ray_address, verbose) as server:
+        DISPLAY.end()
         about = {"url": server.url, "models": server.models, "pid": os.getpid()}
         print_json(about) if as_json else click.echo(f"{', '.join(server.models)} at {server.url}")
         try:

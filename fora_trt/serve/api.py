@@ -59,7 +59,12 @@ class ApiError(Exception):
     """An answer other than 200. The message goes to the client, so it names no path and quotes little."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(status, message, param, code, retry_after)
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
@@ -164,7 +169,9 @@ def wanted_from(body: bytes, limits: Limits) -> Wanted:
         place = f"line {error.lineno}, column {error.colno}"
         raise ApiError(400, f"the body is not JSON: {error.msg} ({place})", None, "invalid_json") from None
     except ValueError:
-        raise ApiError(400, "the body holds a number that JSON does not have or that is too long", None, "invalid_json") from None
+        raise ApiError(
+            400, "the body holds a number that JSON does not have or that is too long", None, "invalid_json"
+        ) from None
     if not isinstance(values, dict):
         raise ApiError(400, "the body is not a JSON object; send fields and values in braces", None, "invalid_json")
     try:
@@ -205,7 +212,7 @@ def _check(wanted: Wanted, limits: Limits) -> None:
     if (wanted.seed or 0) > LARGEST_SEED - wanted.images + 1:
         raise unprocessable("seed", f"seed is {wanted.seed}; with n the largest seed exceeds {LARGEST_SEED}")
     if wanted.prompt and wanted.class_label is not None:
-        raise unprocessable("class_label", "prompt and class_label exclude each other; give one of them")
+        raise unprocessable("prompt", "prompt and class_label exclude each other; give one of them")
     if wanted.negative_prompt and not wanted.prompt:
         raise unprocessable("negative_prompt", "negative_prompt needs prompt")
     if wanted.size not in (None, "auto") and wanted.sides is None:

@@ -1,6 +1,6 @@
 """The Ray Serve application: `ServeConfig` has all settings, `application` builds it from them.
 
-    serve run fora_trt.serve.application:application bundles='["export/digits"]'
+serve run fora_trt.serve.application:application bundles='["export/digits"]'
 """
 
 from __future__ import annotations

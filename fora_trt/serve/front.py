@@ -54,7 +54,7 @@ class Front:
         self._state: tuple[float, dict[str, int]] = (float("-inf"), {})
         self._asking = asyncio.Lock()
 
-    def __serve_build_asgi_app__(self) -> Guard:  # noqa: PLW3201 # Ray Serve's name
+    def __serve_build_asgi_app__(self) -> Guard:  # Ray Serve's name
         return Guard(self.asgi, self.limits, outer=False)
 
     async def drain(self) -> int:
@@ -140,7 +140,9 @@ class Front:
         digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).hexdigest()
         known = [hmac.compare_digest(digest, key) for key in self.keys]  # all of them, in equal time
         if kind.lower() != "bearer" or not any(known):
-            raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", None, "invalid_api_key")
+            raise ApiError(
+                401, "the API key is missing or wrong; send Authorization: Bearer KEY", None, "invalid_api_key"
+            )
 
     # --- images
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from fora_trt.serve.api import AWAY, INTERNAL, ApiError, Limits, away
@@ -24,7 +24,13 @@ REFUSED = b"x-fora-refused"
 """Header in which the guard tells the front the status of a request that it refuses."""
 
 DROPPED = frozenset(
-    [REFUSED, b"x-request-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id"]
+    [
+        REFUSED,
+        b"x-request-id",
+        b"x-request-timeout-seconds",
+        b"x-request-disconnect-disabled",
+        b"serve-multiplexed-model-id",
+    ]
 )
 """Headers that direct Ray Serve; a client has no say in them. Names are compared with `-` for `_`."""
 
@@ -69,7 +75,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if self.outer:
-            kept = [(name, value) for name, value in scope["headers"] if name.lower().replace(b"_", b"-") not in DROPPED]
+            kept = [
+                (name, value) for name, value in scope["headers"] if name.lower().replace(b"_", b"-") not in DROPPED
+            ]
             scope = {**scope, "headers": kept}
         answer = Answer(send)
         try:
@@ -114,21 +122,23 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > most:
             raise ApiError(413, "")
-        body = bytearray()
-        until = time.monotonic() + self.limits.body_seconds
-        more = True
-        while more:
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
-            except asyncio.TimeoutError:
-                raise ApiError(408, "") from None
-            if message["type"] == "http.disconnect":
-                raise Gone
-            body += message.get("body", b"")
-            if len(body) > most:
-                raise ApiError(413, "")
-            more = message.get("more_body", False)
-        return bytes(body)
+        try:
+            return await asyncio.wait_for(_read(receive, most), self.limits.body_seconds)
+        except asyncio.TimeoutError:
+            raise ApiError(408, "") from None
+
+
+async def _read(receive: Receive, most: int) -> bytes:
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        body += message.get("body", b"")
+        if len(body) > most:
+            raise ApiError(413, "")
+        more = message.get("more_body", False)
+    return bytes(body)
 
 
 class Gone(Exception):  # noqa: N818 # no error: a client may leave
@@ -195,7 +205,5 @@ async def dropped(receive: Receive) -> None:
         while (message := await receive())["type"] != "http.disconnect" and message.get("more_body", False):
             pass
 
-    try:
+    with suppress(asyncio.TimeoutError):
         await asyncio.wait_for(all_of_it(), LINGER)
-    except asyncio.TimeoutError:
-        pass

@@ -1,4 +1,4 @@
-"""Metrics in Prometheus form: requests as the front answers them, and the counts that replicas send with their answers."""
+"""Metrics in Prometheus form: requests as the front answers them, and the counts in the replies of replicas."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fora_trt.serve.batches import Counts
@@ -81,7 +81,10 @@ def _histogram(batches: dict[int, int]) -> tuple[list[tuple[str, float]], float]
     """Cumulative buckets and the sum of all sizes."""
     ends = [*SIZES, float("inf")]
     buckets = [
-        ("+Inf" if end == float("inf") else str(float(end)), float(sum(k for size, k in batches.items() if size <= end)))
+        (
+            "+Inf" if end == float("inf") else str(float(end)),
+            float(sum(k for size, k in batches.items() if size <= end)),
+        )
         for end in ends
     ]
     return buckets, float(sum(size * k for size, k in batches.items()))

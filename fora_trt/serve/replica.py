@@ -6,7 +6,6 @@ import asyncio
 import base64
 import logging
 import uuid
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
@@ -14,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from fora_trt.bundle import SCHEDULE
+from fora_trt.contract import CLASS_LABELS
 from fora_trt.errors import ForaError, InputError, ScheduleError
 from fora_trt.images.save import about_image, png_bytes
 from fora_trt.pipeline import GUIDED, Pipeline, PipelineConfig, Sampling
 from fora_trt.report.environment import versions
-from fora_trt.sampling.conditioning import CLASS_LABELS, Conditioning
+from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.schedule import KINDS, Schedule, is_file
 from fora_trt.serve.api import INTERNAL, ApiError, Wanted, unprocessable
 from fora_trt.serve.batches import Batches, Counts, Image, Made
-from fora_trt.untrusted import shown
 
 LOG = logging.getLogger("ray.serve")
 
@@ -82,14 +81,16 @@ class Requests:
         try:
             uncached = self.pipeline.sampling(steps, "none")
         except ForaError as error:
-            raise unprocessable("num_inference_steps", public(error, f"{self.name} cannot take {steps} steps")) from error
+            raise unprocessable(
+                "num_inference_steps", public(error, f"{self.name} cannot take {steps} steps")
+            ) from error
         if own:
             return self.pipeline.sampling(steps)
         try:
             made = uncached.with_schedule(schedule or "none")
             self.pipeline.check_model(made.schedule)
         except (InputError, ScheduleError) as error:
-            what = f"the schedule '{shown(wanted.schedule)}' does not fit {self.name} with its scheduler at {steps} steps"
+            what = f"this schedule does not fit {self.name} with its scheduler at {steps} steps"
             raise unprocessable("schedule", public(error, what)) from error
         return made
 
@@ -101,36 +102,37 @@ class Requests:
             return text
         forms = ", ".join(one.usage for one in KINDS.values())
         names = ", ".join(self.schedules)
-        raise unprocessable(
-            "schedule", f"there is no schedule '{shown(text)}'; give {forms}{', or ' + names if names else ''}"
-        )
+        known = f"{forms}{', or ' + names if names else ''}"
+        raise unprocessable("schedule", f"there is no such schedule; give {known}")
 
     def _conditioning(self, wanted: Wanted) -> Conditioning:
-        manifest, n = self.pipeline.manifest, wanted.images
-        inputs = manifest.conditioning
-        if wanted.class_label is not None:
-            if manifest.guidance is None:
-                raise unprocessable("class_label", f"{self.name} has no classes; leave class_label out")
-            param, labels = "class_label", [wanted.class_label] * n
-            work = lambda: self.pipeline.conditioning(class_labels=labels)  # noqa: E731
-        elif wanted.prompt:
-            if manifest.text is None:
-                remedy = "give class_label" if manifest.guidance is not None else "leave prompt out"
-                raise unprocessable("prompt", f"{self.name} takes no prompt; {remedy}")
-            param = "prompt"
-            work = lambda: self.pipeline.conditioning(  # noqa: E731
-                prompt=wanted.prompt or "", negative_prompt=wanted.negative_prompt or "", num_images=n
-            )
-        else:
-            param = "prompt" if manifest.text is not None else "class_label"
-            work = lambda: self.pipeline.conditioning(num_images=n)  # noqa: E731
-            needs = CLASS_LABELS in inputs or manifest.text is not None
-            if needs:
-                raise unprocessable(param, f"{self.name} needs {param}")
+        param, inputs = self._inputs(wanted)
         try:
-            return work()
+            return self.pipeline.conditioning(**inputs)
         except InputError as error:
             raise unprocessable(param, public(error, f"{self.name} does not take this {param}")) from error
+
+    def _inputs(self, wanted: Wanted) -> tuple[str, dict[str, Any]]:
+        """The field that conditions the images, and the arguments of `Pipeline.conditioning`."""
+        manifest, n = self.pipeline.manifest, wanted.images
+        classes, text = CLASS_LABELS in manifest.conditioning, manifest.text is not None
+        if wanted.class_label is not None:
+            if not classes:
+                raise unprocessable("class_label", f"{self.name} has no classes; leave class_label out")
+            return "class_label", {"class_labels": [wanted.class_label] * n}
+        if wanted.prompt:
+            if not text:
+                remedy = "give class_label" if classes else "leave prompt out"
+                raise unprocessable("prompt", f"{self.name} takes no prompt; {remedy}")
+            return "prompt", {
+                "prompt": wanted.prompt,
+                "negative_prompt": wanted.negative_prompt or "",
+                "num_images": n,
+            }
+        needed = "prompt" if text else "class_label"
+        if text or classes:
+            raise unprocessable(needed, f"{self.name} needs {needed}")
+        return needed, {"num_images": n}
 
     def _guidance(self, wanted: Wanted, given: Conditioning, sampling: Sampling) -> Guidance:
         if wanted.guidance_scale is None:
@@ -189,6 +191,7 @@ class Replica:
         self._numbers = count(1)
         self._checks = ThreadPoolExecutor(1)  # schedulers are shared; text encoders take long
         self._versions = versions()
+        self.pipeline.sampling(self.requests.default_steps)  # imports what the first request needs
 
     async def generate(self, fields: dict[str, Any], seed: int) -> Reply:
         """Make the images of a request. If the caller goes away, their places are freed."""

@@ -63,7 +63,11 @@ class Server:
 
 @contextmanager
 def served(
-    config: ServeConfig, host: str = "127.0.0.1", port: int = 8000, ray_address: str | None = None, verbose: bool = False
+    config: ServeConfig,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    ray_address: str | None = None,
+    verbose: bool = False,
 ) -> Iterator[Server]:
     """A server for the time of a block: on a local cluster of its own, or in the one at `ray_address`.
 
@@ -80,7 +84,8 @@ def served(
 
         if serve.status().proxies:
             raise InputError(
-                "Ray Serve runs in this cluster already; deploy there with: serve run fora_trt.serve.application:application"
+                "Ray Serve runs in this cluster already; deploy there with: "
+                "serve run fora_trt.serve.application:application"
             )
         built = application(config)
         try:
@@ -106,7 +111,9 @@ def free_port(host: str, port: int) -> int:
             probe.bind(address)
             return int(probe.getsockname()[1])
     except OSError as error:
-        raise InputError(f"{host} port {port} cannot be bound: {first_line(error)}; give another --port or --host") from error
+        raise InputError(
+            f"{host} port {port} cannot be bound: {first_line(error)}; give another --port or --host"
+        ) from error
 
 
 @contextmanager
@@ -117,6 +124,8 @@ def cluster(config: ServeConfig, address: str | None, verbose: bool) -> Iterator
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     level = logging.INFO if verbose else logging.CRITICAL
     quiet: dict[str, Any] = {"logging_level": level, "log_to_driver": verbose, "configure_logging": verbose}
+    if not verbose:
+        _silence()
     folder = tempfile.mkdtemp(prefix="fora-ray-")
     local = {"include_dashboard": False, "_temp_dir": folder}
     try:
@@ -132,6 +141,17 @@ def cluster(config: ServeConfig, address: str | None, verbose: bool) -> Iterator
         ray.shutdown()
         if not verbose:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _silence() -> None:
+    """Keep Ray from printing to standard output what its daemons report, such as a worker that died.
+
+    It does so even with `log_to_driver=False`, and there is no option for it.
+    """
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *_, **__: None
 
 
 def check_room(config: ServeConfig, there: dict[str, float]) -> None:
