@@ -140,7 +140,6 @@ def bad_requests() -> dict[str, Bad]:
     keys = [
         "",
         "Bearer",
-        "Bearer ",
         "Bearer wrong",
         f"Basic {KEY}",
         KEY,

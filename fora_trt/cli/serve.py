@@ -19,7 +19,7 @@ from fora_trt.cli.options import (
     VAE,
     grouped,
 )
-from fora_trt.cli.terminal import DISPLAY, print_json, say
+from fora_trt.cli.terminal import DISPLAY, VERBOSITY, print_json, say
 from fora_trt.errors import BackendError
 from fora_trt.interruption import caught
 
@@ -107,7 +107,6 @@ def serve(host: str, port: int, ray_address: str | None, drain_seconds: float, a
       fora-trt serve export/dit-xl-2-256 export/digits --host 0.0.0.0 --api-key-file keys.txt
       fora-trt serve export/dit-xl-2-256 --replicas 4 --ray-address auto
     """
-    from fora_trt.cli import VERBOSITY
     from fora_trt.serve.server import served
 
     verbose = click.get_current_context().meta.get(VERBOSITY) == "verbose"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,9 @@ from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import AUTO, how_to_install, installed_version
 from fora_trt.errors import BackendError, InputError, first_line
 from fora_trt.serve.api import Limits
+
+if TYPE_CHECKING:
+    from fora_trt.pipeline import PipelineConfig
 
 NAME = "fora-trt"
 """Name of the application."""
@@ -60,7 +63,6 @@ def application(config: ServeConfig) -> Any:
     check_installed()
     from ray import serve
 
-    from fora_trt.pipeline import PipelineConfig
     from fora_trt.serve.front import Front
     from fora_trt.serve.replica import Replica, Served, checked_schedules
 
@@ -68,8 +70,7 @@ def application(config: ServeConfig) -> Any:
     gpus = gpus_of(config)
     handles = {}
     for name, folder in models_of(config).items():
-        settings = {"backend": config.backend, "device": config.device, "batch_size": config.max_batch_size}
-        pipeline = PipelineConfig(folder, **{**settings, **config.pipeline})
+        pipeline = pipeline_config(config, folder)
         served = Served(name, pipeline, schedules, config.max_batch_size, config.max_wait_ms / 1000, config.join)
         deployment = serve.deployment(
             Replica,
@@ -127,6 +128,14 @@ def models_of(config: ServeConfig) -> dict[str, Path]:
             raise InputError(f"a bundle cannot be served under the name {name}; rename its folder")
         found[name] = folder
     return found
+
+
+def pipeline_config(config: ServeConfig, folder: Path) -> PipelineConfig:
+    """The settings of the pipeline of a bundle."""
+    from fora_trt.pipeline import PipelineConfig
+
+    settings = {"backend": config.backend, "device": config.device, "batch_size": config.max_batch_size}
+    return PipelineConfig(folder, **{**settings, **config.pipeline})
 
 
 def gpus_of(config: ServeConfig) -> float:

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fora_trt.errors import BackendError, InputError, first_line
-from fora_trt.serve.application import NAME, ServeConfig, application, check_installed, gpus_of, models_of
+from fora_trt.serve.application import (
+    NAME,
+    ServeConfig,
+    application,
+    check_installed,
+    gpus_of,
+    models_of,
+    pipeline_config,
+)
 from fora_trt.serve.guard import environment_of
 
 LINGER = 1.0
@@ -74,7 +82,7 @@ def served(
     Raises `InputError` for a port that is taken, `BackendError` if Ray or a model does not start.
     """
     check_installed()
-    names = tuple(models_of(config))
+    names = check(config)
     port = free_port(host, port)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with cluster(config, ray_address, verbose):
@@ -100,6 +108,20 @@ def served(
             raise BackendError(f"the server did not start: {first_line(error)}; -v shows what Ray says") from error
         finally:
             serve.shutdown()
+
+
+def check(config: ServeConfig) -> tuple[str, ...]:
+    """The names of the models. Raises `ForaError` for what would end the replicas, before Ray starts."""
+    from fora_trt.pipeline import Pipeline
+    from fora_trt.serve.replica import checked_schedules
+
+    checked_schedules(config.schedules)
+    models = models_of(config)
+    for served_model in models.values():
+        pipeline = Pipeline(pipeline_config(config, served_model))
+        pipeline.decoder  # noqa: B018 # raises for a missing VAE
+        pipeline.sampling(pipeline.bundle.scheduled_steps)
+    return tuple(models)
 
 
 def free_port(host: str, port: int) -> int:
