@@ -32,6 +32,16 @@ MISTAKES: dict[str, tuple[int, str]] = {
     "run export --class-labels 1": (1, "export is not a bundle"),
     "doctor --fix": (2, "No such option '--fix'"),
     "run export/pixels -v -q --class-labels 1": (2, "--verbose and --quiet exclude each other"),
+    # serving
+    "serve": (2, "Missing argument 'BUNDLE...'"),
+    "serve nowhere": (1, "nowhere is not a bundle"),
+    "serve export/pixels export/pixels": (1, "two bundles are named pixels"),
+    "serve export/pixels --port 70000": (2, "70000 is not in the range"),
+    "serve export/pixels --join never": (2, "'never' is not one of 'none', 'windows'"),
+    "serve export/pixels --replicas 0": (2, "0 is not in the range"),
+    "serve export/pixels --api-key-file no.txt": (1, "the file of API keys no.txt cannot be read"),
+    "serve export/pixels --schedule fora:3": (1, "--schedule fora:3 is not a .json file"),
+    "serve export/pixels --vae some/vae": (1, "leave --vae out"),
     # inputs of a run
     "run export/pixels": (1, "pixels needs conditioning inputs; give --class-labels"),
     "run export/pixels --class-labels 10": (1, "there is no class 10; pixels has the classes 0 to 9"),

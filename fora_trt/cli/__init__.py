@@ -28,7 +28,8 @@ from fora_trt.cli.inspect import inspect
 from fora_trt.cli.quality import quality
 from fora_trt.cli.run import run
 from fora_trt.cli.sample import sample
-from fora_trt.cli.terminal import DISPLAY
+from fora_trt.cli.serve import serve
+from fora_trt.cli.terminal import DISPLAY, VERBOSITY
 from fora_trt.cli.verify import verify
 from fora_trt.errors import LONGEST_MESSAGE, ForaError, ForaWarning
 from fora_trt.interruption import INTERRUPTED, caught, interruptible
@@ -88,9 +89,6 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
     source = "" if issubclass(category, ForaWarning) else f" ({category.__name__}, {where[0]}:{where[1]})"
     click.echo(f"warning: {one_line(str(message), LONGEST_MESSAGE)}{source}", err=True)
 
-
-VERBOSITY = "fora_trt.verbosity"
-"""Key of the option that was given, `verbose` or `quiet`, in the `meta` of a context."""
 
 VERBOSE = click.Option(
     ["-v", "--verbose"],
@@ -159,5 +157,5 @@ def main() -> None:
     """
 
 
-for command in (export, build, verify, run, sample, bench, quality, calibrate, inspect, doctor, demo):
+for command in (export, build, verify, run, sample, bench, quality, calibrate, inspect, doctor, demo, serve):
     main.add_command(command)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from fora_trt.report.tables import Table as Found
 
 
+VERBOSITY = "fora_trt.verbosity"
+"""Key of the option that was given, `verbose` or `quiet`, in the `meta` of a context."""
+
 WIDTH = 120
 """Columns of a table that is not printed to a terminal."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -92,11 +94,26 @@ def save_images(
 def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
     """Write one image; the suffix of `path` determines the format. A PNG carries the settings as JSON in a text."""
     form = Image.registered_extensions()[path.suffix.lower()]
-    options: dict[str, Any] = {}
-    if settings and form == "PNG":
-        options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_itxt(TEXT, json.dumps(settings))
+    options = _with_text(settings) if form == "PNG" else {}
     write_whole(path, lambda file: image.save(file, format=form, **options))
+
+
+def png_bytes(picture: NDArray[numpy.uint8], settings: Mapping[str, Any] | None = None) -> bytes:
+    """A picture (H, W, 1 or 3) as the bytes of a PNG that carries the settings."""
+    file = io.BytesIO()
+    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(
+        file, format="PNG", **_with_text(settings)
+    )
+    return file.getvalue()
+
+
+def _with_text(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The option of Pillow that writes settings as a text of a PNG."""
+    if not settings:
+        return {}
+    info = PngInfo()
+    info.add_itxt(TEXT, json.dumps(settings))
+    return {"pnginfo": info}
 
 
 def save_videos(videos: Sequence[Sequence[Image.Image]], path: Path, milliseconds: int = 62) -> None:

@@ -1,0 +1,255 @@
+"""The deployment of a model: checks the values of a request, makes its images in batches, and encodes them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from fora_trt.bundle import SCHEDULE
+from fora_trt.contract import CLASS_LABELS
+from fora_trt.errors import ForaError, InputError, ScheduleError
+from fora_trt.images.save import about_image, png_bytes
+from fora_trt.pipeline import GUIDED, Pipeline, PipelineConfig, Sampling
+from fora_trt.report.environment import versions
+from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.sampling.guidance import Guidance
+from fora_trt.schedule import KINDS, Schedule, is_file
+from fora_trt.serve.api import INTERNAL, ApiError, Wanted, unprocessable
+from fora_trt.serve.batches import Batches, Counts, Image, Made
+
+LOG = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model as a replica serves it; `schedules` are files whose stems a request can name."""
+
+    name: str
+    pipeline: PipelineConfig
+    schedules: tuple[Path, ...] = ()
+    max_batch_size: int = 8
+    max_wait: float = 0.0
+    join: bool = True
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a replica returns: an answer or an error, and its counts; `number` rises with each reply."""
+
+    replica: str
+    number: int
+    counts: Counts
+    answer: dict[str, Any] | None = None
+    error: ApiError | None = None
+
+
+class Requests:
+    """Turns requests into images to make. Raises `ApiError` with the name of a value that the model does not take.
+
+    The only place where values are checked that need the model. Messages with a path are replaced.
+    """
+
+    def __init__(self, served: Served, pipeline: Pipeline) -> None:
+        self.name, self.pipeline = served.name, pipeline
+        self.schedules = schedules_of(served, pipeline)
+        self.default_steps = pipeline.bundle.scheduled_steps or pipeline.config.steps
+
+    def images(self, wanted: Wanted, seed: int) -> list[Image]:
+        """One image for each of `n`, the first with this seed."""
+        self._check_size(wanted)
+        sampling = self._sampling(wanted)
+        given = self._conditioning(wanted)
+        guidance = self._guidance(wanted, given, sampling)
+        return [Image(sampling, given.at([k]), seed + k, guidance) for k in range(wanted.images)]
+
+    def _check_size(self, wanted: Wanted) -> None:
+        made = self.pipeline.manifest.model.image_size
+        if wanted.sides is not None and made is not None and wanted.sides != tuple(made):
+            raise unprocessable("size", f"{self.name} makes images of {made[1]}x{made[0]}, not {wanted.size}")
+
+    def _sampling(self, wanted: Wanted) -> Sampling:
+        schedule = None if wanted.schedule is None else self._schedule(wanted.schedule)
+        own = schedule is None
+        steps = wanted.num_inference_steps or (self.default_steps if own else self.pipeline.config.steps)
+        try:
+            uncached = self.pipeline.sampling(steps, "none")
+        except ForaError as error:
+            raise unprocessable(
+                "num_inference_steps", public(error, f"{self.name} cannot take {steps} steps")
+            ) from error
+        if own:
+            return self.pipeline.sampling(steps)
+        try:
+            made = uncached.with_schedule(schedule or "none")
+            self.pipeline.check_model(made.schedule)
+        except (InputError, ScheduleError) as error:
+            what = f"this schedule does not fit {self.name} with its scheduler at {steps} steps"
+            raise unprocessable("schedule", public(error, what)) from error
+        return made
+
+    def _schedule(self, text: str) -> Schedule | str:
+        """A text form, or the schedule of this name; never a path."""
+        if text in self.schedules:
+            return self.schedules[text]
+        if KINDS.get(text.partition(":")[0]) is not None:
+            return text
+        forms = ", ".join(one.usage for one in KINDS.values())
+        names = ", ".join(self.schedules)
+        known = f"{forms}{', or ' + names if names else ''}"
+        raise unprocessable("schedule", f"there is no such schedule; give {known}")
+
+    def _conditioning(self, wanted: Wanted) -> Conditioning:
+        param, inputs = self._inputs(wanted)
+        try:
+            return self.pipeline.conditioning(**inputs)
+        except InputError as error:
+            raise unprocessable(param, public(error, f"{self.name} does not take this {param}")) from error
+
+    def _inputs(self, wanted: Wanted) -> tuple[str, dict[str, Any]]:
+        """The field that conditions the images, and the arguments of `Pipeline.conditioning`."""
+        manifest, n = self.pipeline.manifest, wanted.images
+        classes, text = CLASS_LABELS in manifest.conditioning, manifest.text is not None
+        if wanted.class_label is not None:
+            if not classes:
+                raise unprocessable("class_label", f"{self.name} has no classes; leave class_label out")
+            return "class_label", {"class_labels": [wanted.class_label] * n}
+        if wanted.prompt:
+            if not text:
+                remedy = "give class_label" if classes else "leave prompt out"
+                raise unprocessable("prompt", f"{self.name} takes no prompt; {remedy}")
+            return "prompt", {
+                "prompt": wanted.prompt,
+                "negative_prompt": wanted.negative_prompt or "",
+                "num_images": n,
+            }
+        needed = "prompt" if text else "class_label"
+        if text or classes:
+            raise unprocessable(needed, f"{self.name} needs {needed}")
+        return needed, {"num_images": n}
+
+    def _guidance(self, wanted: Wanted, given: Conditioning, sampling: Sampling) -> Guidance:
+        if wanted.guidance_scale is None:
+            return self.pipeline.guidance(given, sampling)
+        if wanted.guidance_scale > 1 and given.unconditional is None:
+            raise unprocessable("guidance_scale", f"{self.name} has no unconditional inputs; give a scale of at most 1")
+        return Guidance(float(wanted.guidance_scale))
+
+
+def public(error: ForaError, otherwise: str) -> str:
+    """The message of an error if it holds no path, else this sentence."""
+    message = str(error)
+    return otherwise if any(mark in message for mark in "/\\~") or ".json" in message else message
+
+
+def schedules_of(served: Served, pipeline: Pipeline) -> dict[str, Schedule]:
+    """The schedules that a request can name: the one in the bundle and the files for this model.
+
+    They are known by their names, so that no message has a path.
+    """
+    bundle, found = pipeline.bundle, {}
+    own = [bundle.folder / SCHEDULE] if bundle.manifest.schedule == SCHEDULE else []
+    for path in (*own, *served.schedules):
+        made = replace(Schedule.from_file(path), text=path.stem)
+        try:
+            pipeline.check_model(made)
+        except ScheduleError:
+            continue  # of another model
+        found[path.stem] = made
+    return found
+
+
+def checked_schedules(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Absolute paths of schedule files. Raises `InputError` for two of one name, `ScheduleError` for an invalid one."""
+    stems = [path.stem for path in paths]
+    for path in paths:
+        if not is_file(str(path)):
+            raise InputError(f"--schedule {path} is not a .json file; requests give text forms themselves")
+        Schedule.from_file(path)
+        if stems.count(path.stem) > 1:
+            raise InputError(f"two schedule files are named {path.stem}; requests name them so; rename one")
+    return tuple(path.resolve() for path in paths)
+
+
+class Replica:
+    """One process with the engines of a model."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+        self.pipeline = Pipeline(served.pipeline)
+        self.pipeline.decoder  # noqa: B018 # raises for a missing VAE before the replica is ready
+        self.pipeline.start(served.max_batch_size, GUIDED)
+        self.requests = Requests(served, self.pipeline)
+        self.batches = Batches(self.pipeline, served.max_batch_size, served.max_wait, served.join)
+        self._id = uuid.uuid4().hex
+        self._numbers = count(1)
+        self._checks = ThreadPoolExecutor(1)  # schedulers are shared; text encoders take long
+        self._versions = versions()
+        self.pipeline.sampling(self.requests.default_steps)  # imports what the first request needs
+
+    async def generate(self, fields: dict[str, Any], seed: int) -> Reply:
+        """Make the images of a request. If the caller goes away, their places are freed."""
+        wanted = Wanted.model_construct(**fields)
+        loop = asyncio.get_running_loop()
+        try:
+            images = await loop.run_in_executor(self._checks, self.requests.images, wanted, seed)
+            made = await self._made(images)
+            answer = await loop.run_in_executor(None, self._answer, wanted, seed, images, made)
+        except ApiError as error:
+            return self._reply(error=error)
+        except Exception:
+            LOG.exception("a request failed")
+            return self._reply(error=ApiError(500, INTERNAL))
+        return self._reply(answer=answer)
+
+    async def _made(self, images: list[Image]) -> list[Made]:
+        futures = [self.batches.submit(image) for image in images]
+        try:
+            return await asyncio.gather(*map(asyncio.wrap_future, futures))
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _answer(self, wanted: Wanted, seed: int, images: list[Image], made: list[Made]) -> dict[str, Any]:
+        sampling = images[0].sampling
+        settings = {
+            "model": self.served.name,
+            "scheduler": sampling.name,
+            "steps": sampling.schedule.steps,
+            "schedule": sampling.schedule.text,
+            "guidance_scale": images[0].guidance.scale,
+        }
+        written = {
+            **settings,
+            "weights_sha256": self.pipeline.manifest.model.weights_sha256,
+            "backend": self.pipeline.backend.name,
+            "images": len(made),
+            "seed": seed,
+            "negative_prompt": wanted.negative_prompt,
+            "versions": self._versions,
+        }
+        prompt = wanted.prompt or None
+        each = [about_image(k, seed, wanted.class_label, prompt) for k in range(len(made))]
+        data = [
+            {
+                "b64_json": base64.b64encode(png_bytes(one.picture, {**written, **about})).decode(),
+                "seed": image.seed,
+                "full_steps": one.full_steps,
+            }
+            for image, one, about in zip(images, made, each, strict=True)
+        ]
+        height, width = made[0].picture.shape[:2]
+        return {"data": data, "output_format": "png", "size": f"{width}x{height}", **settings}
+
+    def _reply(self, answer: dict[str, Any] | None = None, error: ApiError | None = None) -> Reply:
+        return Reply(self._id, next(self._numbers), self.batches.counts(), answer, error)
+
+    def __del__(self) -> None:
+        if hasattr(self, "batches"):
+            self.batches.stop()

@@ -1,0 +1,188 @@
+"""Starts Ray and Ray Serve for one application, drains it, and ends what was started."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fora_trt.errors import BackendError, InputError, first_line
+from fora_trt.serve.application import (
+    NAME,
+    ServeConfig,
+    application,
+    check_installed,
+    gpus_of,
+    models_of,
+    pipeline_config,
+)
+from fora_trt.serve.guard import environment_of
+
+LINGER = 1.0
+"""Seconds between the last answer and the end of the proxy, in which answers reach their clients."""
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+"""Variables of the environment for Ray: no statistics to its makers, no notes on changes to come."""
+
+POLL = 0.2
+
+
+@dataclass
+class Server:
+    """A running server; `handle` is that of the front."""
+
+    host: str
+    port: int
+    models: tuple[str, ...]
+    handle: Any
+
+    @property
+    def url(self) -> str:
+        """The address."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    def drain(self, seconds: float) -> int:
+        """Refuse new requests and wait until all accepted ones are answered; return how many are not after `seconds`.
+
+        A front that dies meanwhile is told again.
+        """
+        until, left = time.monotonic() + seconds, 1
+        while left and time.monotonic() < until:
+            with suppress(Exception):  # a front that is being replaced
+                left = self.handle.drain.remote().result(timeout_s=5)
+            time.sleep(POLL)
+        time.sleep(LINGER)
+        return left
+
+
+@contextmanager
+def served(
+    config: ServeConfig,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    ray_address: str | None = None,
+    verbose: bool = False,
+) -> Iterator[Server]:
+    """A server for the time of a block: on a local cluster of its own, or in the one at `ray_address`.
+
+    Raises `InputError` for a port that is taken, `BackendError` if Ray or a model does not start.
+    """
+    check_installed()
+    names = check(config)
+    port = free_port(host, port)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with cluster(config, ray_address, verbose):
+        for number, handler in before.items():  # Ray puts its own there
+            signal.signal(number, handler)
+        from ray import serve
+
+        if serve.status().proxies:
+            raise InputError(
+                "Ray Serve runs in this cluster already; deploy there with: "
+                "serve run fora_trt.serve.application:application"
+            )
+        built = application(config)
+        try:
+            serve.start(
+                http_options={"host": host, "port": port},
+                logging_config={"log_level": "INFO" if verbose else "ERROR", "enable_access_log": verbose},
+                controller_options={"runtime_env": {"env_vars": environment_of(config.limits)}},
+            )
+            handle = serve.run(built, name=NAME, route_prefix="/")
+            yield Server(host, port, names, handle)
+        except (RuntimeError, TimeoutError) as error:
+            raise BackendError(f"the server did not start: {first_line(error)}; -v shows what Ray says") from error
+        finally:
+            serve.shutdown()
+
+
+def check(config: ServeConfig) -> tuple[str, ...]:
+    """The names of the models. Raises `ForaError` for what would end the replicas, before Ray starts."""
+    from fora_trt.pipeline import Pipeline
+    from fora_trt.serve.replica import checked_schedules
+
+    checked_schedules(config.schedules)
+    models = models_of(config)
+    for served_model in models.values():
+        pipeline = Pipeline(pipeline_config(config, served_model))
+        pipeline.decoder  # noqa: B018 # raises for a missing VAE
+        pipeline.sampling(pipeline.bundle.scheduled_steps)
+    return tuple(models)
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0. Raises `InputError` if it cannot be bound."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise InputError(
+            f"{host} port {port} cannot be bound: {first_line(error)}; give another --port or --host"
+        ) from error
+
+
+@contextmanager
+def cluster(config: ServeConfig, address: str | None, verbose: bool) -> Iterator[None]:
+    """A local Ray cluster that ends with the block, or a connection to the one at `address`."""
+    import ray
+
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    level = logging.INFO if verbose else logging.CRITICAL
+    quiet: dict[str, Any] = {"logging_level": level, "log_to_driver": verbose, "configure_logging": verbose}
+    if not verbose:
+        _silence()
+    folder = tempfile.mkdtemp(prefix="fora-ray-")
+    local = {"include_dashboard": False, "_temp_dir": folder}
+    try:
+        try:
+            ray.init(**quiet, **({"address": address} if address else {"address": "local", **local}))
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            where = f"the cluster at {address}" if address else "a local Ray cluster"
+            raise BackendError(f"{where} cannot be used: {first_line(error)}") from error
+        if not address:
+            check_room(config, ray.cluster_resources())
+        yield
+    finally:
+        ray.shutdown()
+        if not verbose:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _silence() -> None:
+    """Keep Ray from printing to standard output what its daemons report, such as a worker that died.
+
+    It does so even with `log_to_driver=False`, and there is no option for it.
+    """
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *_, **__: None
+
+
+def check_room(config: ServeConfig, there: dict[str, float]) -> None:
+    """Raise `InputError` if the replicas need more than this machine has: they would wait for ever."""
+    many = config.replicas * len(config.bundles)
+    for what, each, option in (("CPU", config.num_cpus, "--num-cpus"), ("GPU", gpus_of(config), "--num-gpus")):
+        if many * each > there.get(what, 0.0):
+            raise InputError(
+                f"{many} replicas with {each:g} {what}s each need {many * each:g}; this machine has "
+                f"{there.get(what, 0.0):g}; give fewer --replicas, or {option} with a smaller number such as "
+                f"{there.get(what, 0.0) / many:g}"
+            )
