@@ -6,6 +6,7 @@ import asyncio
 import base64
 import logging
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
@@ -20,11 +21,15 @@ from fora_trt.pipeline import GUIDED, Pipeline, PipelineConfig, Sampling
 from fora_trt.report.environment import versions
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
+from fora_trt.sampling.prompts import PromptEncoder
 from fora_trt.schedule import KINDS, Schedule, is_file
 from fora_trt.serve.api import INTERNAL, ApiError, Wanted, unprocessable
 from fora_trt.serve.batches import Batches, Counts, Image, Made
 
 LOG = logging.getLogger("ray.serve")
+
+KEPT_PROMPTS = 16
+"""Encoded prompts that a replica keeps."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class Requests:
     def __init__(self, served: Served, pipeline: Pipeline) -> None:
         self.name, self.pipeline = served.name, pipeline
         self.schedules = schedules_of(served, pipeline)
+        text = pipeline.manifest.text is not None
+        self.encoder = PromptEncoder(pipeline.manifest, pipeline.device) if text else None
+        self._known: dict[tuple[str, str], Conditioning] = {}
         self.default_steps = pipeline.bundle.scheduled_steps or pipeline.config.steps
 
     def images(self, wanted: Wanted, seed: int) -> list[Image]:
@@ -106,33 +114,39 @@ class Requests:
         raise unprocessable("schedule", f"there is no such schedule; give {known}")
 
     def _conditioning(self, wanted: Wanted) -> Conditioning:
-        param, inputs = self._inputs(wanted)
+        param, make = self._inputs(wanted)
         try:
-            return self.pipeline.conditioning(**inputs)
+            return make()
         except InputError as error:
             raise unprocessable(param, public(error, f"{self.name} does not take this {param}")) from error
 
-    def _inputs(self, wanted: Wanted) -> tuple[str, dict[str, Any]]:
-        """The field that conditions the images, and the arguments of `Pipeline.conditioning`."""
+    def _inputs(self, wanted: Wanted) -> tuple[str, Callable[[], Conditioning]]:
+        """The field that conditions the images, and a function that makes their conditioning."""
         manifest, n = self.pipeline.manifest, wanted.images
-        classes, text = CLASS_LABELS in manifest.conditioning, manifest.text is not None
-        if wanted.class_label is not None:
+        classes, label, prompt = CLASS_LABELS in manifest.conditioning, wanted.class_label, wanted.prompt
+        if label is not None:
             if not classes:
                 raise unprocessable("class_label", f"{self.name} has no classes; leave class_label out")
-            return "class_label", {"class_labels": [wanted.class_label] * n}
-        if wanted.prompt:
-            if not text:
+            return "class_label", lambda: self.pipeline.conditioning(class_labels=[label] * n)
+        if prompt:
+            if self.encoder is None:
                 remedy = "give class_label" if classes else "leave prompt out"
                 raise unprocessable("prompt", f"{self.name} takes no prompt; {remedy}")
-            return "prompt", {
-                "prompt": wanted.prompt,
-                "negative_prompt": wanted.negative_prompt or "",
-                "num_images": n,
-            }
-        needed = "prompt" if text else "class_label"
-        if text or classes:
+            return "prompt", lambda: self._encoded(prompt, wanted.negative_prompt or "").at([0] * n)
+        needed = "class_label" if self.encoder is None else "prompt"
+        if self.encoder is not None or classes:
             raise unprocessable(needed, f"{self.name} needs {needed}")
-        return needed, {"num_images": n}
+        return needed, lambda: self.pipeline.conditioning(num_images=n)
+
+    def _encoded(self, prompt: str, negative_prompt: str) -> Conditioning:
+        """The conditioning of one image of a prompt; those of the latest prompts are kept."""
+        assert self.encoder is not None
+        key = (prompt, negative_prompt)
+        given = self._known.pop(key, None) or self.encoder.conditioning([prompt], negative_prompt)
+        self._known[key] = given  # the latest comes last
+        if len(self._known) > KEPT_PROMPTS:
+            self._known.pop(next(iter(self._known)))
+        return given
 
     def _guidance(self, wanted: Wanted, given: Conditioning, sampling: Sampling) -> Guidance:
         if wanted.guidance_scale is None:
@@ -186,6 +200,8 @@ class Replica:
         self.pipeline.decoder  # noqa: B018 # raises for a missing VAE before the replica is ready
         self.pipeline.start(served.max_batch_size, GUIDED)
         self.requests = Requests(served, self.pipeline)
+        if self.requests.encoder is not None:
+            self.requests.encoder.load()
         self.batches = Batches(self.pipeline, served.max_batch_size, served.max_wait, served.join)
         self._id = uuid.uuid4().hex
         self._numbers = count(1)

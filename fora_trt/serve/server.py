@@ -113,6 +113,7 @@ def served(
 def check(config: ServeConfig) -> tuple[str, ...]:
     """The names of the models. Raises `ForaError` for what would end the replicas, before Ray starts."""
     from fora_trt.pipeline import Pipeline
+    from fora_trt.sampling.prompts import PromptEncoder
     from fora_trt.serve.replica import checked_schedules
 
     checked_schedules(config.schedules)
@@ -120,6 +121,8 @@ def check(config: ServeConfig) -> tuple[str, ...]:
     for served_model in models.values():
         pipeline = Pipeline(pipeline_config(config, served_model))
         pipeline.decoder  # noqa: B018 # raises for a missing VAE
+        if pipeline.manifest.text is not None:
+            PromptEncoder(pipeline.manifest, pipeline.device).check()
         pipeline.sampling(pipeline.bundle.scheduled_steps)
     return tuple(models)
 

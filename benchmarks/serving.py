@@ -1,0 +1,225 @@
+"""Throughput and latency of `fora-trt serve` for one image at a time, batches, and images that join a running batch.
+
+    python -m benchmarks.serving cpu-2-cores
+
+A client with 32 requests at once measures the throughput, once with equal and once with mixed numbers of steps and
+schedules. A second client sends the mixed requests at random times (a Poisson process), the same for every way to
+batch, and measures latency. Every picture is compared with that of `Pipeline` with the same seed. The command writes
+benchmarks/results/serving_<hardware>_<date>.json and prints the table of docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import click
+import numpy
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.readme_tables import write_content
+from fora_trt.pipeline import Pipeline
+
+WAYS = {
+    "one at a time": ("--max-batch-size", "1", "--join", "none"),
+    "batches": ("--max-batch-size", "16", "--max-wait-ms", "50", "--join", "none"),
+    "joining": ("--max-batch-size", "16", "--join", "windows"),
+}
+"""Options of `fora-trt serve` by way."""
+
+AT_ONCE = 32
+STEPS, SCHEDULES = (12, 20, 30), ("none", "fora:3", "fora:5,forecast=1", "dense:8,0.3,forecast=2")
+LOAD = 0.6
+"""Rate of the random requests, as a share of the throughput of batches with mixed requests."""
+
+Request = dict[str, Any]
+
+
+def mixed(count: int, seed: int) -> list[Request]:
+    """Requests of all classes with different steps and schedules."""
+    chosen = random.Random(seed)
+    return [
+        {
+            "class_label": chosen.randrange(10),
+            "seed": 1000 * seed + number,
+            "num_inference_steps": chosen.choice(STEPS),
+            "schedule": chosen.choice(SCHEDULES),
+        }
+        for number in range(count)
+    ]
+
+
+def alike(count: int, seed: int) -> list[Request]:
+    """Requests of all classes with the same steps and schedule."""
+    return [{**one, "num_inference_steps": 20, "schedule": "fora:3"} for one in mixed(count, seed)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a client saw: seconds of the whole run and of each request, and what is lost or differs.
+
+    `differing` are pictures that are not those of `Pipeline` in every pixel.
+    """
+
+    requests: int
+    seconds: float
+    latencies: tuple[float, ...]
+    lost: int
+    differing: int
+
+    @property
+    def throughput(self) -> float:
+        """Requests per second."""
+        return self.requests / self.seconds
+
+    def latency(self, share: float) -> float:
+        """The latency that this share of the requests does not exceed."""
+        return float(numpy.quantile(self.latencies, share))
+
+    def figures(self) -> dict[str, float | int]:
+        """The figures of the result file."""
+        latencies = {f"p{share * 100:.0f}_seconds": round(self.latency(share), 4) for share in (0.5, 0.95)}
+        kept = {name: one for name, one in asdict(self).items() if name not in ("latencies", "seconds")}
+        return {**kept, "seconds": round(self.seconds, 3), "per_second": round(self.throughput, 3), **latencies}
+
+
+@contextmanager
+def server(bundle: Path, options: Sequence[str]) -> Iterator[str]:
+    """The address of a server for the time of a block."""
+    command = [sys.executable, "-m", "fora_trt", "serve", str(bundle), "--port", "0", "--json", "--queue", "100000"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+        told = ""
+        for line in process.stdout or ():
+            told += line
+            if line.startswith("}"):
+                break
+        yield str(json.loads(told)["url"])
+        process.terminate()
+        process.wait(120)
+
+
+def measured(
+    url: str, requests: Sequence[Request], run: Callable[[Send, Sequence[Request]], Awaitable[None]]
+) -> Outcome:
+    """Send requests as `run` says, and compare the pictures."""
+    answers: dict[int, tuple[float, NDArray[Any] | None]] = {}
+
+    async def all_of_them() -> float:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=1200)
+        ) as session:
+
+            async def send(number: int) -> None:
+                began = time.monotonic()
+                async with session.post(f"{url}/v1/images/generations", json=requests[number]) as answer:
+                    body = await answer.json()
+                taken = time.monotonic() - began
+                answers[number] = taken, _picture(body["data"][0]["b64_json"]) if answer.status == 200 else None
+
+            began = time.monotonic()
+            await run(send, requests)
+            return time.monotonic() - began
+
+    seconds = asyncio.run(all_of_them())
+    found = [answers[number] for number in range(len(requests))]
+    made = [(request, picture) for request, (_, picture) in zip(requests, found, strict=True) if picture is not None]
+    return Outcome(
+        len(requests),
+        seconds,
+        tuple(taken for taken, _ in found),
+        len(requests) - len(made),
+        sum(not numpy.array_equal(picture, expected(json.dumps(request))) for request, picture in made),
+    )
+
+
+async def at_once(send: Send, requests: Sequence[Request]) -> None:
+    """`AT_ONCE` requests at a time."""
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def one(number: int) -> None:
+        async with places:
+            await send(number)
+
+    await asyncio.gather(*map(one, range(len(requests))))
+
+
+def at_random(rate: float, seed: int) -> Run:
+    """Requests at the times of a Poisson process with this rate per second."""
+
+    async def run(send: Send, requests: Sequence[Request]) -> None:
+        chosen = random.Random(seed)
+        sent = []
+        for number in range(len(requests)):
+            sent.append(asyncio.create_task(send(number)))
+            await asyncio.sleep(chosen.expovariate(rate))
+        await asyncio.gather(*sent)
+
+    return run
+
+
+def _picture(text: str) -> NDArray[Any]:
+    return numpy.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+@cache
+def _pipeline(steps: int, schedule: str) -> Pipeline:
+    return Pipeline("export/digits", steps=steps, schedule=schedule)
+
+
+@cache
+def expected(request: str) -> NDArray[Any]:
+    """The picture of a request, as JSON, that `Pipeline` makes."""
+    wanted = json.loads(request)
+    pipeline = _pipeline(wanted["num_inference_steps"], wanted["schedule"])
+    return numpy.asarray(pipeline(class_labels=[wanted["class_label"]], seed=wanted["seed"]).images[0])
+
+
+def table_of(result: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of the table."""
+    yield f"| | equal requests | mixed requests | mixed, {result['rate']:.1f} per second at random: p50 | p95 |"
+    yield "| --- | --: | --: | --: | --: |"
+    for way, one in result["ways"].items():
+        latencies = " | ".join(f"{one['random'][f'{share}_seconds']:.2f} s" for share in ("p50", "p95"))
+        throughputs = " | ".join(f"{one[kind]['per_second']:.1f} per second" for kind in ("equal", "mixed"))
+        yield f"| {way} | {throughputs} | {latencies} |"
+
+
+@click.command()
+@click.argument("hardware")
+@click.option("--requests", type=click.IntRange(min=10), default=500, show_default=True, help="Requests of each run.")
+def main(hardware: str, requests: int) -> None:
+    """Measure all ways to batch; HARDWARE names the machine in the file name."""
+    found: dict[str, dict[str, Any]] = {}
+    rate = 0.0
+    for way in ("batches", "one at a time", "joining"):  # the first determines the rate
+        with server(Path("export/digits"), WAYS[way]) as url:
+            measured(url, mixed(3 * AT_ONCE, 9), at_once)  # all shapes of batches have been seen
+            runs = {
+                "equal": measured(url, alike(requests, 1), at_once),
+                "mixed": measured(url, mixed(requests, 2), at_once),
+            }
+            rate = rate or round(LOAD * runs["mixed"].throughput, 1)
+            runs["random"] = measured(url, mixed(requests, 2), at_random(rate, 3))
+        found[way] = {kind: one.figures() for kind, one in runs.items()}
+        click.echo(f"{way}: {json.dumps(found[way])}", err=True)
+    result = {"at_once": AT_ONCE, "rate": rate, "options": WAYS, "ways": {way: found[way] for way in WAYS}}
+    write_content(f"serving_{hardware}", result)
+    click.echo("\n".join(table_of(result)))
+
+
+if __name__ == "__main__":
+    main()
