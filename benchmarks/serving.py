@@ -102,19 +102,19 @@ def server(bundle: Path, options: Sequence[str]) -> Iterator[str]:
     """The address of a server for the time of a block."""
     command = [sys.executable, "-m", "fora_trt", "serve", str(bundle), "--port", "0", "--json", "--queue", "100000"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
-        told = ""
-        for line in process.stdout or ():
-            told += line
-            if line.startswith("}"):
-                break
-        yield str(json.loads(told)["url"])
+        yield str(json.loads(next(iter(process.stdout or ())))["url"])
         process.terminate()
         process.wait(120)
 
 
-def measured(
-    url: str, requests: Sequence[Request], run: Callable[[Send, Sequence[Request]], Awaitable[None]]
-) -> Outcome:
+Send = Callable[[int], Coroutine[Any, Any, None]]
+"""Sends a request by number and waits for its answer."""
+
+Run = Callable[[Send, Sequence[Request]], Awaitable[None]]
+"""Decides when each request is sent."""
+
+
+def measured(url: str, requests: Sequence[Request], run: Run) -> Outcome:
     """Send requests as `run` says, and compare the pictures."""
     answers: dict[int, tuple[float, NDArray[Any] | None]] = {}
 
