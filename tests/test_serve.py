@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -429,6 +430,10 @@ def test_counters_do_not_fall_when_a_replica_dies() -> None:
     assert found["fora_step_seconds_total", ("full", "a")] == 2.0
     assert found["fora_batch_size_count", ("a",)] == 8
     assert found["fora_batch_size_sum", ("a",)] == 4 + 24 + 200
+    metrics.wait_for("a", 3)
+    assert samples_of(metrics.text().decode())["fora_images_in_progress", ("a", "waiting")] == 3
+    metrics.wait_for("a", -3, -1)
+    assert samples_of(metrics.text().decode())["fora_images_in_progress", ("a", "waiting")] == 0
     assert found["fora_batch_size_bucket", ("1.0", "a")] == 4
     assert found["fora_batch_size_bucket", ("128.0", "a")] == 7
 
@@ -437,7 +442,10 @@ def test_bundles_are_served_under_their_names(pixels: Bundle, tmp_path: Path) ->
     assert models_of(ServeConfig(bundles=(pixels.folder,))) == {"pixels": pixels.folder}
     with pytest.raises(InputError, match="two bundles are named pixels"):
         models_of(ServeConfig(bundles=(pixels.folder, pixels.folder)))
-    (tmp_path / "front").symlink_to(pixels.folder)
+    assert models_of(ServeConfig.model_validate({"bundles": str(pixels.folder)})) == {"pixels": pixels.folder}
+    shutil.copytree(pixels.folder, tmp_path / "front")
+    with pytest.raises(InputError, match="a bundle cannot be served under the name front"):
+        models_of(ServeConfig(bundles=(tmp_path / "front",)))
 
 
 def test_keys_are_read_as_digests(tmp_path: Path) -> None:

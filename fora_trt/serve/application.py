@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import AUTO, how_to_install, installed_version
@@ -52,14 +52,21 @@ class ServeConfig(BaseModel):
     limits: Limits = Limits()
     api_keys: tuple[str, ...] = ()
 
+    @field_validator("bundles", "schedules", "api_keys", mode="before")
+    @classmethod
+    def _of_a_text(cls, value: Any) -> Any:
+        """Several values with commas between them: `serve run` passes texts."""
+        return value.split(",") if isinstance(value, str) else value
+
     @property
     def ongoing(self) -> int:
         """Requests that a replica works on at once; twice a batch, so that the next one is ready."""
         return 2 * self.max_batch_size
 
 
-def application(config: ServeConfig) -> Any:
+def application(config: ServeConfig | dict[str, Any]) -> Any:
     """The application: one deployment for each model, and the front. Raises `InputError` and `BundleError`."""
+    config = ServeConfig.model_validate(config)
     check_installed()
     from ray import serve
 

@@ -159,14 +159,11 @@ class Front:
         assert seed + wanted.images - 1 <= LARGEST_SEED
         self.pending += 1
         request.state.accepted = True
-        gauges = [(self.metrics.open.labels(model), 1), (self.metrics.images.labels(model), wanted.images)]
-        for gauge, many in gauges:
-            gauge.inc(many)
+        self.metrics.wait_for(model, wanted.images)
         try:
             reply = await self._replied(model, wanted, seed)
         finally:
-            for gauge, many in gauges:
-                gauge.dec(many)
+            self.metrics.wait_for(model, -wanted.images, -1)
         self.metrics.replicas.keep(reply.replica, Latest(model, reply.number, reply.counts))
         if reply.error is not None:
             raise reply.error

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fora_trt.serve.batches import Counts
@@ -31,9 +31,14 @@ class Latest:
 
 @dataclass(eq=False)  # registries put it in dictionaries
 class Replicas(Collector):
-    """Sums the counts of all replicas that ever answered, so that no counter falls when a replica dies."""
+    """Sums the counts of all replicas that ever answered, so that no counter falls when a replica dies.
+
+    `images` has the number of images that each model owes the front. No more than these run, whatever the latest reply
+    of a replica says that died since.
+    """
 
     models: Iterable[str]
+    images: dict[str, int] = field(default_factory=dict)
     latest: dict[str, Latest] = field(default_factory=dict)
 
     def keep(self, replica: str, latest: Latest) -> None:
@@ -55,13 +60,18 @@ class Replicas(Collector):
         pictures = CounterMetricFamily("fora_pictures", "Pictures made.", labels=["model"])
         seconds = CounterMetricFamily("fora_step_seconds", "Seconds in steps, by kind.", labels=["model", "kind"])
         sizes = HistogramMetricFamily("fora_batch_size", "Images that a full step computed.", labels=["model"])
+        queue = GaugeMetricFamily("fora_images_in_progress", "Images that wait or run.", labels=["model", "state"])
         for model in self.models:
             counts = self.of(model)
+            open_now = self.images.get(model, 0)
+            running = min(counts.running, open_now)
+            queue.add_metric([model, "running"], running)
+            queue.add_metric([model, "waiting"], open_now - running)
             pictures.add_metric([model], counts.pictures)
             seconds.add_metric([model, "full"], counts.full_seconds)
             seconds.add_metric([model, "reuse"], counts.reuse_seconds)
             sizes.add_metric([model], *_histogram(counts.batches))
-        return pictures, seconds, sizes
+        return pictures, seconds, sizes, queue
 
 
 def added(one: Counts, other: Counts) -> Counts:
@@ -97,7 +107,6 @@ class Metrics:
         models = [*models]
         self.registry = CollectorRegistry()
         self.replicas = Replicas(models)
-        self.registry.register(self.replicas)
         labels = ["route", "model", "status"]
         own = self.registry
         self.requests = Counter("fora_requests", "Requests answered; 499: the client went away.", labels, registry=own)
@@ -105,10 +114,15 @@ class Metrics:
             "fora_request_seconds", "Seconds from a request to its answer.", ["model"], buckets=SECONDS, registry=own
         )
         self.open = Gauge("fora_requests_in_progress", "Requests that wait or run.", ["model"], registry=own)
-        self.images = Gauge("fora_images_in_progress", "Images of these requests.", ["model"], registry=own)
+        own.register(self.replicas)
         for model in models:
-            for one in (self.seconds, self.open, self.images):
-                one.labels(model)
+            self.seconds.labels(model)
+            self.open.labels(model)
+
+    def wait_for(self, model: str, images: int, requests: int = 1) -> None:
+        """Add a request and its images to those in progress; negative numbers take them off."""
+        self.open.labels(model).inc(requests)
+        self.replicas.images[model] = self.replicas.images.get(model, 0) + images
 
     def text(self) -> bytes:
         """The text form of Prometheus."""
