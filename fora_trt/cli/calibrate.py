@@ -18,6 +18,7 @@ from fora_trt.cli.options import (
     GUIDANCE_INTERVAL,
     GUIDANCE_SCALE,
     INPUTS_IN_TURN,
+    PARALLEL,
     SCHEDULER,
     SEED,
     TIMESTEP_SPACING,
@@ -25,6 +26,7 @@ from fora_trt.cli.options import (
     grouped,
     pipeline_of,
     with_room,
+    workers_of,
 )
 from fora_trt.cli.terminal import DISPLAY, new_table, print_json, print_table, watched
 from fora_trt.errors import InputError
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     ENGINES,
 )
 @SEED
+@PARALLEL
 @click.option("--force", is_flag=True, help="Replace an existing schedule file.")
 @AS_JSON
 def calibrate(
@@ -69,6 +72,7 @@ def calibrate(
     wanted: dict[str, Any],
     settings: dict[str, Any],
     seed: int,
+    parallel: dict[str, Any],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -96,10 +100,11 @@ def calibrate(
     check_new(output, force or trials_file(output).exists())  # an interrupted search wrote the best so far
     asked = Wanted(images=num_images, seed=seed, **goal)
     given = conditioning_in_turn(pipeline, wanted, 2 * num_images)
+    workers = workers_of(pipeline, parallel)
     identity = _identity(pipeline, asked, given.digest(), settings)
     with only_writer(output, InputError):  # of the trials too
         known = read_trials(trials_file(output), identity)
-        calibration = Calibration(pipeline, given, asked, known, watched("denoising"))
+        calibration = Calibration(pipeline, given, asked, known, watched("denoising"), workers)
         found = with_room(pipeline, lambda: _found(calibration, trials_file(output), identity))
         calibration.write(output, found)
         if not found.interrupted:

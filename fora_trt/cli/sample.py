@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -13,12 +13,14 @@ from fora_trt.cli.options import (
     BUNDLE,
     CONDITIONING,
     NEGATIVE_PROMPT,
+    PARALLEL,
     SEED,
     SamplingOptions,
     refuse_given,
     resumed,
     sampling_options,
     with_room,
+    workers_of,
 )
 from fora_trt.cli.terminal import print_json, watched
 from fora_trt.presets import doubt_of
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 @CONDITIONING
 @SEED
 @sampling_options
+@PARALLEL
 @click.option(
     "--format",
     "layout",
@@ -65,6 +68,7 @@ def sample(
     conditioning: Path | None,
     seed: int,
     sampling: SamplingOptions,
+    parallel: dict[str, Any],
     layout: Literal["npz", "png"],
     out: Path,
     resume: bool,
@@ -103,8 +107,10 @@ def sample(
     if doubt := doubt_of(steps.schedule, pipeline.guidance(given, steps).scale, steps.scheduler_step.adds_noise):
         click.echo(doubt, err=True)
 
+    workers = workers_of(pipeline, parallel)
+
     def make() -> tuple[SampleSet, Path]:
-        images = SampleSet.of(out, pipeline, steps, given, num_images, seed, layout, prompts)
+        images = SampleSet.of(out, pipeline, steps, given, num_images, seed, layout, prompts, workers)
         return images, images.make(resume, watched("sampling"), watched("denoising"))
 
     began = time.perf_counter()
