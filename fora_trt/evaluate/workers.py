@@ -10,16 +10,15 @@ import logging
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from threading import current_thread, main_thread
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
@@ -28,7 +27,7 @@ import torch
 
 from fora_trt.engines.backends import how_to_install, installed_version
 from fora_trt.errors import BackendError, ForaError, InputError, first_line
-from fora_trt.interruption import SIGNALS, caught
+from fora_trt.interruption import caught
 from fora_trt.report.environment import versions
 
 CONNECTS = 25.0
@@ -157,13 +156,18 @@ class Workers:
                 "num_cpus": cpus * self.count,
                 "num_gpus": self.count if self._takes_gpu else 0,
                 "include_dashboard": False,
-                "_temp_dir": str(self._folder),
+                "_temp_dir": str(self._folder / "ray"),  # Ray lets all users write into it
                 "_node_ip_address": "127.0.0.1",
             }
         self.report("starting Ray" if self.address is None else f"joining the Ray cluster at {self.address}")
         try:
-            with _own_signals():
-                ray.init(**given)
+            with _temporary_files_in(self._folder), ThreadPoolExecutor(1) as starter:
+                starting = starter.submit(ray.init, **given)  # in the main thread it would replace handlers of signals
+                try:
+                    starting.result()
+                except KeyboardInterrupt:
+                    caught()  # Ray can end only when it has started
+                    raise
         except (OSError, RuntimeError, ValueError) as error:
             where = "on this machine" if self.address is None else f"at {self.address}"
             raise BackendError(f"Ray cannot be used {where}: {first_line(error)}; see it with --verbose") from error
@@ -273,14 +277,14 @@ def _check_answers(address: str) -> None:
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep the handlers of signals in a block that replaces them."""
-    if current_thread() is not main_thread():
-        yield
-        return
-    own = {number: signal.getsignal(number) for number in SIGNALS}
+def _temporary_files_in(folder: Path | None) -> Iterator[None]:
+    """Processes that are started in the block write temporary files into a folder: those that are killed leave them."""
+    before = os.environ.get("TMPDIR")
+    if folder is not None:
+        os.environ["TMPDIR"] = str(folder)
     try:
         yield
     finally:
-        for number, handler in own.items():
-            signal.signal(number, handler)
+        os.environ.pop("TMPDIR", None)
+        if before is not None:
+            os.environ["TMPDIR"] = before
