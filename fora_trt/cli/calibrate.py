@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from fora_trt.cli.options import (
     TIMESTEP_SPACING,
     conditioning_in_turn,
     grouped,
+    is_given,
     pipeline_of,
     with_room,
     workers_of,
@@ -81,7 +83,8 @@ def calibrate(
     It places the full steps where they help most and chooses the weights of the forecast, for one model, scheduler and
     number of steps. It computes less than ten samplings of its images without caching, and measures the result on other
     images, beside FORA and fewer steps of the best of several solvers. Ctrl-C writes the best schedule so far; the same
-    command then goes on where it stopped. `run`, `sample`, `bench` and `quality` take the file with --schedule.
+    command then goes on where it stopped. With --workers the batches of a trial are shared; without --batch-size there
+    is one for each worker. `run`, `sample`, `bench` and `quality` take the file with --schedule.
 
     \b
     Examples:
@@ -105,6 +108,8 @@ def calibrate(
     with only_writer(output, InputError):  # of the trials too
         known = read_trials(trials_file(output), identity)
         calibration = Calibration(pipeline, given, asked, known, watched("denoising"), workers)
+        if workers is not None and not is_given("batch_size"):
+            pipeline.config = replace(pipeline.config, batch_size=calibration.shared_among(workers.number()))
         found = with_room(pipeline, lambda: _found(calibration, trials_file(output), identity))
         calibration.write(output, found)
         if not found.interrupted:

@@ -79,12 +79,14 @@ def sample(
     Image k has the seed SEED + k. A run that was interrupted at any moment, even by kill -9, continues with --resume;
     the images are the same, bit for bit, as without the interruption. `samples.npz` contains the images `arr_0`
     (N, H, W, 3) and, for a class-conditional model, the labels `arr_1`. A model without a VAE makes `latents.npz`, with
-    the latents (N, C, H, W) as `arr_0`. The settings are in settings.json, and in the text of every PNG file.
+    the latents (N, C, H, W) as `arr_0`. With --workers the images are the same too, and a worker that is killed starts
+    again. The settings are in settings.json, and in the text of every PNG file.
 
     \b
     Examples:
       fora-trt sample export/digits --num-images 2000 --out samples/
       fora-trt sample export/dit-xl-2-256 --labels drawn --guidance-scale 1.5 --out samples/ --resume
+      fora-trt sample export/digits --num-images 2000 --out samples/ --workers 2
     """
     pipeline = sampling.pipeline(bundle)
     from fora_trt.evaluate.sample_set import SampleSet

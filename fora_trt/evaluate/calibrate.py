@@ -253,6 +253,10 @@ class Calibration:
         self._full_steps = self._number()
         self._weighed: Callable[[Schedule], Schedule] = _unchanged
 
+    def shared_among(self, workers: int) -> int:
+        """The batch size with which a trial of a few images has a batch for each worker."""
+        return min(self.pipeline.config.batch_size, -(-len(self._few) // max(workers, 1)))
+
     def _number(self) -> int:
         """The number of full steps; with `max_loss` it is found later, and 0 until then."""
         wanted, nfe = self.wanted, self.plain.nfe

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
+import psutil
 import torch
 
 from fora_trt.engines.backends import how_to_install, installed_version
@@ -76,6 +77,8 @@ class Workers:
     address: str | None
     device: torch.device
     report: Callable[[str], None] = lambda stage: None
+    _started: bool = False
+    _not_ours: set[psutil.Process] = field(default_factory=set)
     _folder: Path | None = None
     _actors: list[Any] = field(default_factory=list)
 
@@ -96,10 +99,16 @@ class Workers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             caught()  # ending Ray takes seconds
-        if "ray" in sys.modules:
-            import ray
+        if not self._started:
+            return
+        import ray
 
-            ray.shutdown()
+        processes = _children() - self._not_ours
+        ray.shutdown()
+        if self.address is None:
+            for one in psutil.wait_procs([*processes], timeout=1)[1]:  # on a busy machine, Ray forgets its agents
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -108,11 +117,10 @@ class Workers:
 
         Raises `InputError` for more workers than the cluster has room for, `BackendError` if Ray cannot be used.
         """
-        ray = self._started()
+        ray = self._start()
         for actor in self._actors:
             ray.kill(actor)
-        machines = self._machines()
-        count = self.count or (sum(gpus for _, gpus in machines) if self._takes_gpu else len(machines))
+        machines, count = self._machines(), self.number()
         threads = threads_each(machines, count, self._takes_gpu)
         if not threads or not count:
             kind = "GPUs" if self._takes_gpu else "CPUs"
@@ -128,18 +136,26 @@ class Workers:
         self._actors = [worker.remote(content, versions()) for _ in range(count)]
         return Crew(self._actors)
 
+    def number(self) -> int:
+        """The number of workers; joins the cluster if it depends on that."""
+        if self.count is not None:
+            return self.count
+        self._start()
+        machines = self._machines()
+        return sum(gpus for _, gpus in machines) if self._takes_gpu else len(machines)
+
     @property
     def _takes_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def _started(self) -> Any:
+    def _start(self) -> Any:
         """Ray, which has started with this process as its owner, or joined the cluster. Raises `BackendError`."""
         if self.address is None:  # Ray reads them when it is imported
             for name, value in {**SETTINGS, "RAY_AUTH_TOKEN": uuid4().hex}.items():
                 os.environ.setdefault(name, value)
         import ray
 
-        if ray.is_initialized():
+        if self._started:
             return ray
         quiet = logging.root.manager.disable >= logging.CRITICAL
         given: dict[str, Any] = {"log_to_driver": not quiet, "configure_logging": not quiet}
@@ -159,6 +175,7 @@ class Workers:
                 "_temp_dir": str(self._folder / "ray"),  # Ray lets all users write into it
                 "_node_ip_address": "127.0.0.1",
             }
+        self._started, self._not_ours = True, _children()
         self.report("starting Ray" if self.address is None else f"joining the Ray cluster at {self.address}")
         try:
             with _temporary_files_in(self._folder), ThreadPoolExecutor(1) as starter:
@@ -248,6 +265,10 @@ def threads_each(machines: Sequence[tuple[int, int]], count: int, takes_gpu: boo
         if sum(min(cpus // threads, gpus) if takes_gpu else cpus // threads for cpus, gpus in machines) >= count:
             return threads
     return 0
+
+
+def _children() -> set[psutil.Process]:
+    return {*psutil.Process().children(recursive=True)}
 
 
 def _cores() -> int:
