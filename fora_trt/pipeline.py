@@ -162,9 +162,7 @@ def _schedule_for(scheduler: SchedulerMixin, scheduler_step: SchedulerStep, sche
 def _unpickled(config: PipelineConfig, sha256: str) -> Pipeline:
     pipeline = Pipeline(config)
     if sha256_of(pipeline.bundle.folder / MANIFEST) != sha256:
-        raise BundleError(
-            f"{config.bundle} is another bundle on this machine; copy the bundle there, or export it again"
-        )
+        raise BundleError(f"{config.bundle} is another bundle on the machine of a worker; copy the bundle there")
     return pipeline
 
 

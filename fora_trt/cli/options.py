@@ -371,9 +371,7 @@ def workers_of(pipeline: Pipeline, parallel: dict[str, Any]) -> Workers | None:
     if parallel["workers"] is None and parallel["ray_address"] is None:
         return None
     if ":" in pipeline.config.device:
-        raise click.UsageError(
-            f"--device {pipeline.config.device} names one GPU, and Ray gives workers theirs; give cuda"
-        )
+        raise click.UsageError(f"--device {pipeline.config.device} names one GPU, and Ray assigns GPUs; give cuda")
     from fora_trt.evaluate.workers import Workers
 
     workers = Workers(parallel["workers"], parallel["ray_address"], pipeline.device, say)

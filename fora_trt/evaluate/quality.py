@@ -144,8 +144,9 @@ def measure_quality(
             shape=shape,
             solution=solution,
         )
-        shares = rounds.plan(work, workers)
-        rounds.run(work, watch, watch_steps, workers)
+        crew = None if workers is None else workers.crew(rounds)
+        shares = rounds.plan(work, crew)
+        rounds.run(work, watch, watch_steps, crew)
         compared = None if pictures is None else rounds.reference_features(pictures, work, watch)
         rows, same, shown = _rows(rounds, work, compared, options.keep_images)
         if shown:

@@ -24,7 +24,7 @@ from fora_trt.evaluate.candidates import Candidate, evaluations_of, paces_of, re
 from fora_trt.evaluate.features import Extractor
 from fora_trt.evaluate.solvers import closest_solver
 from fora_trt.evaluate.work_folder import WorkFolder
-from fora_trt.evaluate.workers import Workers
+from fora_trt.evaluate.workers import Crew
 from fora_trt.images.decode import rounded
 from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.report.results import Setting
@@ -79,18 +79,18 @@ class Rounds:
         """Pickled as what it was made of: functions of metrics cannot be pickled."""
         return partial(Rounds, candidates=self.candidates, **self._made_of), ()
 
-    def plan(self, work: WorkFolder, workers: Workers | None = None) -> dict[str, float]:
+    def plan(self, work: WorkFolder, crew: Crew | None = None) -> dict[str, float]:
         """Add the equal-time controls; return, by schedule, the time of a reuse step divided by that of a full step.
 
         Times are from a pilot run. A control is the solver setting that comes closest to the fine solution, or to no
         caching if there is none, on the first images. The results of the pilot are kept in the work folder for
-        `--resume`. Empty without caching. If there are workers, one of them does the pilot run.
+        `--resume`. Empty without caching. If there is a crew of workers, one of them does the pilot run.
         """
         pilots = self._pilots()
         if not pilots:
             return {}
         if not work.has(PILOT):
-            work.write(PILOT, self.pilot() if workers is None else workers.crew(self).call("pilot"))
+            work.write(PILOT, self.pilot() if crew is None else crew.call("pilot"))
         found = work.read(PILOT)
         controls = map(self._pipeline.uncached, found["solvers"].tolist(), found["steps"].tolist())
         self.candidates = with_controls(self.candidates, [*controls])
@@ -122,19 +122,17 @@ class Rounds:
         }
         return [best[number] for number in evaluations]
 
-    def run(
-        self, work: WorkFolder, watch: Watch = iter, watch_steps: Watch = iter, workers: Workers | None = None
-    ) -> None:
+    def run(self, work: WorkFolder, watch: Watch = iter, watch_steps: Watch = iter, crew: Crew | None = None) -> None:
         """Compute every batch that is missing.
 
-        `watch` wraps (batch, setting) pairs, `watch_steps` the steps of each, for a progress bar. If there are workers,
-        `watch` wraps the batches.
+        `watch` wraps (batch, setting) pairs, `watch_steps` the steps of each, for a progress bar. If there is a crew of
+        workers, `watch` wraps the batches.
         """
         missing = [number for number in range(len(self.batches)) if not work.has(FIRST_BATCH + number)]
         if not missing:
             return
-        if workers is not None:
-            for number, arrays in watch(workers.crew(self).map("batch", missing)):
+        if crew is not None:
+            for (number, _), arrays in watch(crew.map("batch", [(number, self.candidates) for number in missing])):
                 work.write(FIRST_BATCH + number, arrays)
             return
         self._warm_up()
@@ -144,8 +142,9 @@ class Rounds:
                 FIRST_BATCH + number, self._compared(self.batches[number], (turn for _, turn in of_batch), watch_steps)
             )
 
-    def batch(self, number: int) -> Arrays:
-        """Results of every setting for one batch; the first batch in a process warms up the engines."""
+    def batch(self, number: int, candidates: Sequence[Candidate]) -> Arrays:
+        """Results of every setting, with the controls, for one batch; the first one in a process warms up the engines."""
+        self.candidates = list(candidates)
         if not self._samplers:
             self._warm_up()
         return self._compared(self.batches[number], range(len(self.candidates)), iter)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,7 +77,9 @@ class Workers:
     address: str | None
     device: torch.device
     report: Callable[[str], None] = lambda stage: None
-    _started: bool = False
+    # In the main thread, Ray would replace handlers of signals. Its processes end with the thread that starts them.
+    _starter: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _starting: Future[object] | None = None
     _not_ours: set[psutil.Process] = field(default_factory=set)
     _folder: Path | None = None
     _actors: list[Any] = field(default_factory=list)
@@ -94,17 +96,21 @@ class Workers:
             raise InputError(
                 f"{self.address!r} is not an address of a Ray cluster; give HOST:PORT of its head, or auto"
             )
+        else:
+            _check_answers(self.address)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._starting is None:
+            return
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             caught()  # ending Ray takes seconds
-        if not self._started:
-            return
         import ray
 
+        wait([self._starting])  # a Ray that is half started cannot end
         processes = _children() - self._not_ours
         ray.shutdown()
+        self._starter.shutdown()
         if self.address is None:
             for one in psutil.wait_procs([*processes], timeout=1)[1]:  # on a busy machine, Ray forgets its agents
                 with suppress(psutil.NoSuchProcess):
@@ -155,12 +161,11 @@ class Workers:
                 os.environ.setdefault(name, value)
         import ray
 
-        if self._started:
+        if self._starting is not None:
             return ray
         quiet = logging.root.manager.disable >= logging.CRITICAL
         given: dict[str, Any] = {"log_to_driver": not quiet, "configure_logging": not quiet}
         if self.address is not None:
-            _check_answers(self.address)
             given |= {"address": self.address}
         else:
             assert self.count is not None
@@ -175,16 +180,12 @@ class Workers:
                 "_temp_dir": str(self._folder / "ray"),  # Ray lets all users write into it
                 "_node_ip_address": "127.0.0.1",
             }
-        self._started, self._not_ours = True, _children()
+        self._not_ours = _children()
         self.report("starting Ray" if self.address is None else f"joining the Ray cluster at {self.address}")
         try:
-            with _temporary_files_in(self._folder), ThreadPoolExecutor(1) as starter:
-                starting = starter.submit(ray.init, **given)  # in the main thread it would replace handlers of signals
-                try:
-                    starting.result()
-                except KeyboardInterrupt:
-                    caught()  # Ray can end only when it has started
-                    raise
+            with _temporary_files_in(self._folder):
+                self._starting = self._starter.submit(ray.init, **given)
+                self._starting.result()
         except (OSError, RuntimeError, ValueError) as error:
             where = "on this machine" if self.address is None else f"at {self.address}"
             raise BackendError(f"Ray cannot be used {where}: {first_line(error)}; see it with --verbose") from error
