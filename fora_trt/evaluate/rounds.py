@@ -143,7 +143,7 @@ class Rounds:
             )
 
     def batch(self, number: int, candidates: Sequence[Candidate]) -> Arrays:
-        """Results of every setting, with the controls, for one batch; the first one in a process warms up the engines."""
+        """Results of every setting for one batch; the first one in a process warms up the engines."""
         self.candidates = list(candidates)
         if not self._samplers:
             self._warm_up()
