@@ -77,16 +77,15 @@ def sample(
     """Make a large set of images for evaluation, in the layout of the ADM evaluator.
 
     Image k has the seed SEED + k. A run that was interrupted at any moment, even by kill -9, continues with --resume;
-    the images are the same, bit for bit, as without the interruption. `samples.npz` contains the images `arr_0`
-    (N, H, W, 3) and, for a class-conditional model, the labels `arr_1`. A model without a VAE makes `latents.npz`, with
-    the latents (N, C, H, W) as `arr_0`. With --workers the images are the same too, and a worker that is killed starts
-    again. The settings are in settings.json, and in the text of every PNG file.
+    the images are the same, bit for bit, as without the interruption, and with any --workers. `samples.npz` contains
+    the images `arr_0` (N, H, W, 3) and, for a class-conditional model, the labels `arr_1`. A model without a VAE makes
+    `latents.npz`, with the latents (N, C, H, W) as `arr_0`. The settings are in settings.json, and in the text of every
+    PNG file.
 
     \b
     Examples:
       fora-trt sample export/digits --num-images 2000 --out samples/
       fora-trt sample export/dit-xl-2-256 --labels drawn --guidance-scale 1.5 --out samples/ --resume
-      fora-trt sample export/digits --num-images 2000 --out samples/ --workers 2
     """
     pipeline = sampling.pipeline(bundle)
     from fora_trt.evaluate.sample_set import SampleSet
@@ -105,11 +104,9 @@ def sample(
     if not pipeline.can_decode:
         click.echo(f"{pipeline.manifest.name} has no VAE, so latents are written; --vae FOLDER decodes them", err=True)
     resumed(pipeline, out, resume)
-    steps = pipeline.sampling()
+    steps, workers = pipeline.sampling(), workers_of(pipeline, parallel)
     if doubt := doubt_of(steps.schedule, pipeline.guidance(given, steps).scale, steps.scheduler_step.adds_noise):
         click.echo(doubt, err=True)
-
-    workers = workers_of(pipeline, parallel)
 
     def make() -> tuple[SampleSet, Path]:
         images = SampleSet.of(out, pipeline, steps, given, num_images, seed, layout, prompts, workers)

@@ -184,6 +184,8 @@ class Workers:
         self.report("starting Ray" if self.address is None else f"joining the Ray cluster at {self.address}")
         try:
             with _temporary_files_in(self._folder):
+                if quiet:  # else Ray prints that a worker was killed to standard output
+                    ray._private.worker._worker_logs_enabled = False
                 self._starting = self._starter.submit(ray.init, **given)
                 self._starting.result()
         except (OSError, RuntimeError, ValueError) as error:
