@@ -76,9 +76,9 @@ def sample(
 ) -> None:
     """Make a large set of images for evaluation, in the layout of the ADM evaluator.
 
-    Image k has the seed SEED + k. A run that was interrupted at any moment, even by kill -9, continues with --resume;
-    the images are the same, bit for bit, as without the interruption, and with any --workers. `samples.npz` contains
-    the images `arr_0` (N, H, W, 3) and, for a class-conditional model, the labels `arr_1`. A model without a VAE makes
+    Image k has the seed SEED + k. A run interrupted at any moment, even by kill -9, continues with --resume; the images
+    are the same, bit for bit, as without the interruption, and with any --workers. `samples.npz` contains the images
+    `arr_0` (N, H, W, 3) and, for a class-conditional model, the labels `arr_1`. A model without a VAE makes
     `latents.npz`, with the latents (N, C, H, W) as `arr_0`. The settings are in settings.json, and in the text of every
     PNG file.
 
@@ -107,12 +107,12 @@ def sample(
     steps, workers = pipeline.sampling(), workers_of(pipeline, parallel)
     if doubt := doubt_of(steps.schedule, pipeline.guidance(given, steps).scale, steps.scheduler_step.adds_noise):
         click.echo(doubt, err=True)
+    began = time.perf_counter()
 
     def make() -> tuple[SampleSet, Path]:
         images = SampleSet.of(out, pipeline, steps, given, num_images, seed, layout, prompts, workers)
         return images, images.make(resume, watched("sampling"), watched("denoising"))
 
-    began = time.perf_counter()
     images, made = with_room(pipeline, make)
     seconds = time.perf_counter() - began
     if as_json:
