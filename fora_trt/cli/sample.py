@@ -27,6 +27,7 @@ from fora_trt.presets import doubt_of
 
 if TYPE_CHECKING:
     from fora_trt.bundle import Manifest
+    from fora_trt.pipeline import Pipeline
 
 
 @click.command()
@@ -118,8 +119,9 @@ def sample(
     if as_json:
         print_json({"output": made, "seconds": seconds, **images.settings.model_dump(mode="json")})
     else:
-        what = "images" if pipeline.can_decode else "latents"
-        click.echo(f"wrote {made}: {num_images} {what} ({seconds:.1f} s in this call)")
+        click.echo(
+            f"wrote {made}: {num_images} {'images' if pipeline.can_decode else 'latents'} ({seconds:.1f} s in this call)"
+        )
 
 
 def _classes(manifest: Manifest, labels: str, num_images: int, seed: int) -> list[int]:
@@ -127,3 +129,8 @@ def _classes(manifest: Manifest, labels: str, num_images: int, seed: int) -> lis
     from fora_trt.sampling.conditioning import balanced_labels, drawn_labels
 
     return balanced_labels(manifest, num_images) if labels == "balanced" else drawn_labels(manifest, num_images, seed)
+
+
+def _what(pipeline: Pipeline) -> str:
+    """What the pipeline makes."""
+    return "images" if pipeline.can_decode else "latents"
