@@ -119,9 +119,7 @@ def sample(
     if as_json:
         print_json({"output": made, "seconds": seconds, **images.settings.model_dump(mode="json")})
     else:
-        click.echo(
-            f"wrote {made}: {num_images} {'images' if pipeline.can_decode else 'latents'} ({seconds:.1f} s in this call)"
-        )
+        click.echo(f"wrote {made}: {num_images} {_what(pipeline)} ({seconds:.1f} s in this call)")
 
 
 def _classes(manifest: Manifest, labels: str, num_images: int, seed: int) -> list[int]:
