@@ -111,8 +111,7 @@ def quality(
 
     Compares FORA, forecasts and your schedules with an equal-time control: fewer steps, no caching, with the best of
     several solvers. A class-conditional model cycles through all its classes. Writes a report, an image grid, and the
-    images of every setting to --out. An interrupted measurement continues with --resume. With --workers the images are
-    the same, but workers that share a machine disturb each other's times.
+    images of every setting to --out. An interrupted measurement continues with --resume.
 
     \b
     Examples:
