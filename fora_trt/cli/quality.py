@@ -138,9 +138,12 @@ def quality(
     )
     given = conditioning_in_turn(pipeline, wanted, num_images)
     resumed(pipeline, out / WORK, resume)
-    watches = {"watch": watched("comparing"), "watch_steps": watched("denoising")}
-    ways = {"resume": resume, "workers": workers_of(pipeline, parallel), **watches}
-    measure = partial(measure_quality, pipeline, options, given, out, **compared, **ways)  # type: ignore[arg-type] # of typed dictionaries
+    ways = {
+        "watch": watched("comparing"),
+        "watch_steps": watched("denoising"),
+        "workers": workers_of(pipeline, parallel),
+    }
+    measure = partial(measure_quality, pipeline, options, given, out, resume=resume, **compared, **ways)  # type: ignore[arg-type] # of typed dictionaries
     with status("quality"):
         found = with_room(pipeline, measure)
     report = write_report(out, about, environment(), quality=found, min_psnr=min_psnr)
