@@ -136,13 +136,9 @@ def quality(
         keep_images=not no_images,
         truth_steps=truth_steps,
     )
-    given = conditioning_in_turn(pipeline, wanted, num_images)
+    given, workers = conditioning_in_turn(pipeline, wanted, num_images), workers_of(pipeline, parallel)
     resumed(pipeline, out / WORK, resume)
-    ways = {
-        "watch": watched("comparing"),
-        "watch_steps": watched("denoising"),
-        "workers": workers_of(pipeline, parallel),
-    }
+    ways = {"watch": watched("comparing"), "watch_steps": watched("denoising"), "workers": workers}
     measure = partial(measure_quality, pipeline, options, given, out, resume=resume, **compared, **ways)  # type: ignore[arg-type] # of typed dictionaries
     with status("quality"):
         found = with_room(pipeline, measure)
