@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fora_trt.untrusted import one_line
 
 LONGEST_MESSAGE = 4000
@@ -76,6 +78,9 @@ class RoomError(InputError):
     def __init__(self, message: str, batch: int, fits: int) -> None:
         super().__init__(message)
         self.batch, self.fits = batch, fits
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RoomError, (str(self), self.batch, self.fits)
 
 
 def first_line(error: BaseException) -> str:

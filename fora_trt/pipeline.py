@@ -25,7 +25,8 @@ from torch import Tensor
 from fora_trt.bundle import Bundle, Manifest
 from fora_trt.engines.backends import AUTO, Backend, backend_from_name, device_from_name
 from fora_trt.engines.options import EngineOptions, Progress
-from fora_trt.errors import InputError, ScheduleError
+from fora_trt.errors import BundleError, InputError, ScheduleError
+from fora_trt.files import MANIFEST, sha256_of
 from fora_trt.images.decode import Decoder, can_decode
 from fora_trt.presets import usual_text
 from fora_trt.runtime.denoiser import Denoiser
@@ -151,12 +152,23 @@ class Sampling:
         """The same scheduler and steps with another schedule."""
         return replace(self, schedule=_schedule_for(self.scheduler, self.scheduler_step, schedule))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without the tensors of a trajectory."""
+        return Sampling.of, (self.scheduler, self.steps, self.schedule, self.name)
+
 
 def _schedule_for(scheduler: SchedulerMixin, scheduler_step: SchedulerStep, schedule: Schedule | str) -> Schedule:
     nfe = scheduler_step.nfe
     made = Schedule.from_text(schedule, nfe) if isinstance(schedule, str) else schedule.checked(nfe)
     made.check_scheduler(type(scheduler).__name__, scheduler_step.timesteps.tolist())
     return made
+
+
+def _unpickled(config: PipelineConfig, sha256: str) -> Pipeline:
+    pipeline = Pipeline(config)
+    if sha256_of(pipeline.bundle.folder / MANIFEST) != sha256:
+        raise BundleError(f"{config.bundle} is another bundle on the machine of a worker; copy the bundle there")
+    return pipeline
 
 
 class Pipeline:
@@ -187,6 +199,24 @@ class Pipeline:
         self._predictor, self.report, self._progress = predictor, report, progress
         self._built_for: int | None = None
         self._one_call = RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its settings, with absolute paths; engines start again where it is unpickled.
+
+        There, the bundle must be in the same folder. Raises `TypeError` for a pipeline with another predictor.
+        """
+        if self._predictor is not None and not isinstance(self._predictor, Denoiser):
+            raise TypeError(f"a pipeline with a {type(self._predictor).__name__} cannot be pickled")
+        folder, vae = self.bundle.folder.absolute(), self.config.vae
+        config = replace(
+            self.config,
+            bundle=folder,
+            engines=Path(self.config.engines).absolute(),
+            backend=self.backend.name,
+            device=str(self.device),
+            vae=str(Path(vae).absolute()) if vae is not None and Path(vae).is_dir() else vae,
+        )
+        return _unpickled, (config, sha256_of(folder / MANIFEST))
 
     def __call__(
         self,

@@ -108,7 +108,7 @@ def test_another_predictor_takes_the_steps(exported: Bundle) -> None:
 def test_a_configuration_is_plain_and_pickles(exported: Bundle) -> None:
     config = PipelineConfig(exported.folder, cache_interval=3, steps=8, backend="torch", device="cpu")
     assert config.schedule == "fora:3"
-    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301 # of this very line
+    assert pickle.loads(pickle.dumps(config)) == config  # of this very line
     assert PipelineConfig(exported.folder, forecast=2).schedule == "dense:every=3,forecast=2"
     assert PipelineConfig(exported.folder, forecast=0).schedule == "fora:3"
     assert PipelineConfig(exported.folder, cache_interval=3, forecast=2).schedule == "fora:3,forecast=2"
@@ -117,7 +117,7 @@ def test_a_configuration_is_plain_and_pickles(exported: Bundle) -> None:
     assert isinstance(forecast.schedule, Schedule)
     assert forecast.schedule.plan[3].weights == (1.5, -0.5)
     own = PipelineConfig(exported.folder, schedule=Schedule.from_flags([True, False]), steps=2)
-    assert pickle.loads(pickle.dumps(own)).schedule.full == (True, False)  # noqa: S301 # of this very line
+    assert pickle.loads(pickle.dumps(own)).schedule.full == (True, False)  # of this very line
     one = Pipeline(config)(class_labels=[1]).latents
     assert torch.equal(one, Pipeline(exported, cache_interval=3, **SETTINGS)(class_labels=[1]).latents)
     assert Pipeline(config, steps=2).config.steps == 2

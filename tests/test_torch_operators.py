@@ -46,7 +46,7 @@ def array_of(data: Any) -> Any:
 def cases(run_folder: Path) -> dict[str, list[Any]]:
     """By operator: cases of one node whose tensors are of the dtypes that bundles have. onnx needs seconds for them."""
     made = made_once(run_folder / "onnx-cases", lambda file: file.write_bytes(pickle.dumps(collected_cases())))
-    found: dict[str, list[Any]] = pickle.loads(made.read_bytes())  # noqa: S301 - of this run
+    found: dict[str, list[Any]] = pickle.loads(made.read_bytes())
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,16 @@ from fora_trt.cli.options import (
     GUIDANCE_INTERVAL,
     GUIDANCE_SCALE,
     INPUTS_IN_TURN,
+    PARALLEL,
     SCHEDULER,
     SEED,
     TIMESTEP_SPACING,
     conditioning_in_turn,
     grouped,
+    is_given,
     pipeline_of,
     with_room,
+    workers_of,
 )
 from fora_trt.cli.terminal import DISPLAY, new_table, print_json, print_table, watched
 from fora_trt.errors import InputError
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     ENGINES,
 )
 @SEED
+@PARALLEL
 @click.option("--force", is_flag=True, help="Replace an existing schedule file.")
 @AS_JSON
 def calibrate(
@@ -69,6 +74,7 @@ def calibrate(
     wanted: dict[str, Any],
     settings: dict[str, Any],
     seed: int,
+    parallel: dict[str, Any],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -77,7 +83,8 @@ def calibrate(
     It places the full steps where they help most and chooses the weights of the forecast, for one model, scheduler and
     number of steps. It computes less than ten samplings of its images without caching, and measures the result on other
     images, beside FORA and fewer steps of the best of several solvers. Ctrl-C writes the best schedule so far; the same
-    command then goes on where it stopped. `run`, `sample`, `bench` and `quality` take the file with --schedule.
+    command then goes on where it stopped. With --workers the batches of a trial are shared; without --batch-size there
+    is one for each worker. `run`, `sample`, `bench` and `quality` take the file with --schedule.
 
     \b
     Examples:
@@ -96,10 +103,13 @@ def calibrate(
     check_new(output, force or trials_file(output).exists())  # an interrupted search wrote the best so far
     asked = Wanted(images=num_images, seed=seed, **goal)
     given = conditioning_in_turn(pipeline, wanted, 2 * num_images)
+    workers = workers_of(pipeline, parallel)
     identity = _identity(pipeline, asked, given.digest(), settings)
     with only_writer(output, InputError):  # of the trials too
         known = read_trials(trials_file(output), identity)
-        calibration = Calibration(pipeline, given, asked, known, watched("denoising"))
+        calibration = Calibration(pipeline, given, asked, known, watched("denoising"), workers)
+        if workers is not None and not is_given("batch_size"):
+            pipeline.config = replace(pipeline.config, batch_size=calibration.shared_among(workers.number()))
         found = with_room(pipeline, lambda: _found(calibration, trials_file(output), identity))
         calibration.write(output, found)
         if not found.interrupted:

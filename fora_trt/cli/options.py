@@ -19,6 +19,7 @@ from fora_trt.presets import DEFAULT_INTERVAL, preset, usual_text
 from fora_trt.schedule import fora_text, with_forecast
 
 if TYPE_CHECKING:
+    from fora_trt.evaluate.workers import Workers
     from fora_trt.pipeline import Pipeline
     from fora_trt.sampling.conditioning import Conditioning
 
@@ -345,6 +346,36 @@ INPUTS_IN_TURN = grouped(
     CONDITIONING,
 )
 """The inputs of many images; `conditioning_in_turn` takes their values."""
+
+
+PARALLEL = grouped(
+    "parallel",
+    click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        help="Compute in so many processes, each with its own GPU or its share of the cores.  [default: this process]",
+        show_default=False,
+    ),
+    click.option(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="Run the workers on this Ray cluster; by default one for each GPU, or each machine without GPUs. All "
+        "machines need the bundle in the same folder.",
+    ),
+)
+"""Where the parts of long work are computed; `workers_of` takes their values."""
+
+
+def workers_of(pipeline: Pipeline, parallel: dict[str, Any]) -> Workers | None:
+    """The workers of `PARALLEL`, which end with the command; None if it computes in its own process."""
+    if parallel["workers"] is None and parallel["ray_address"] is None:
+        return None
+    if ":" in pipeline.config.device:
+        raise click.UsageError(f"--device {pipeline.config.device} names one GPU, and Ray assigns GPUs; give cuda")
+    from fora_trt.evaluate.workers import Workers
+
+    workers = Workers(parallel["workers"], parallel["ray_address"], pipeline.device, say)
+    return click.get_current_context().with_resource(workers)
 
 
 def conditioning_in_turn(pipeline: Pipeline, wanted: dict[str, Any], images: int) -> Conditioning:

@@ -17,6 +17,7 @@ from fora_trt.cli.options import (
     ENGINES,
     GUIDANCE_SCALE,
     INPUTS_IN_TURN,
+    PARALLEL,
     SCHEDULES,
     SEED,
     VAE,
@@ -30,6 +31,7 @@ from fora_trt.cli.options import (
     resumed,
     schedules_of,
     with_room,
+    workers_of,
 )
 from fora_trt.cli.terminal import print_found, print_json, status, watched
 from fora_trt.plan import HIGHEST_ORDER
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 @INPUTS_IN_TURN
 @grouped("settings", GUIDANCE_SCALE, BATCH_SIZE, BACKEND, DEVICE, ENGINES, VAE)
 @SEED
+@PARALLEL
 @grouped(
     "compared",
     click.option(
@@ -95,6 +98,7 @@ def quality(
     wanted: dict[str, Any],
     settings: dict[str, Any],
     seed: int,
+    parallel: dict[str, Any],
     compared: dict[str, Path | None],
     truth_steps: int | None,
     min_psnr: float,
@@ -132,10 +136,10 @@ def quality(
         keep_images=not no_images,
         truth_steps=truth_steps,
     )
-    given = conditioning_in_turn(pipeline, wanted, num_images)
+    given, workers = conditioning_in_turn(pipeline, wanted, num_images), workers_of(pipeline, parallel)
     resumed(pipeline, out / WORK, resume)
-    watches = {"watch": watched("comparing"), "watch_steps": watched("denoising")}
-    measure = partial(measure_quality, pipeline, options, given, out, resume=resume, **compared, **watches)  # type: ignore[arg-type] # of typed dictionaries
+    ways = {"watch": watched("comparing"), "watch_steps": watched("denoising"), "workers": workers}
+    measure = partial(measure_quality, pipeline, options, given, out, resume=resume, **compared, **ways)  # type: ignore[arg-type] # of typed dictionaries
     with status("quality"):
         found = with_room(pipeline, measure)
     report = write_report(out, about, environment(), quality=found, min_psnr=min_psnr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -13,18 +13,21 @@ from fora_trt.cli.options import (
     BUNDLE,
     CONDITIONING,
     NEGATIVE_PROMPT,
+    PARALLEL,
     SEED,
     SamplingOptions,
     refuse_given,
     resumed,
     sampling_options,
     with_room,
+    workers_of,
 )
 from fora_trt.cli.terminal import print_json, watched
 from fora_trt.presets import doubt_of
 
 if TYPE_CHECKING:
     from fora_trt.bundle import Manifest
+    from fora_trt.pipeline import Pipeline
 
 
 @click.command()
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 @CONDITIONING
 @SEED
 @sampling_options
+@PARALLEL
 @click.option(
     "--format",
     "layout",
@@ -65,6 +69,7 @@ def sample(
     conditioning: Path | None,
     seed: int,
     sampling: SamplingOptions,
+    parallel: dict[str, Any],
     layout: Literal["npz", "png"],
     out: Path,
     resume: bool,
@@ -72,10 +77,11 @@ def sample(
 ) -> None:
     """Make a large set of images for evaluation, in the layout of the ADM evaluator.
 
-    Image k has the seed SEED + k. A run that was interrupted at any moment, even by kill -9, continues with --resume;
-    the images are the same, bit for bit, as without the interruption. `samples.npz` contains the images `arr_0`
-    (N, H, W, 3) and, for a class-conditional model, the labels `arr_1`. A model without a VAE makes `latents.npz`, with
-    the latents (N, C, H, W) as `arr_0`. The settings are in settings.json, and in the text of every PNG file.
+    Image k has the seed SEED + k. A run interrupted at any moment, even by kill -9, continues with --resume; the images
+    are the same, bit for bit, as without the interruption, and with any --workers. `samples.npz` contains the images
+    `arr_0` (N, H, W, 3) and, for a class-conditional model, the labels `arr_1`. A model without a VAE makes
+    `latents.npz`, with the latents (N, C, H, W) as `arr_0`. The settings are in settings.json, and in the text of every
+    PNG file.
 
     \b
     Examples:
@@ -99,22 +105,21 @@ def sample(
     if not pipeline.can_decode:
         click.echo(f"{pipeline.manifest.name} has no VAE, so latents are written; --vae FOLDER decodes them", err=True)
     resumed(pipeline, out, resume)
-    steps = pipeline.sampling()
+    steps, workers = pipeline.sampling(), workers_of(pipeline, parallel)
     if doubt := doubt_of(steps.schedule, pipeline.guidance(given, steps).scale, steps.scheduler_step.adds_noise):
         click.echo(doubt, err=True)
+    began = time.perf_counter()
 
     def make() -> tuple[SampleSet, Path]:
-        images = SampleSet.of(out, pipeline, steps, given, num_images, seed, layout, prompts)
+        images = SampleSet.of(out, pipeline, steps, given, num_images, seed, layout, prompts, workers)
         return images, images.make(resume, watched("sampling"), watched("denoising"))
 
-    began = time.perf_counter()
     images, made = with_room(pipeline, make)
     seconds = time.perf_counter() - began
     if as_json:
         print_json({"output": made, "seconds": seconds, **images.settings.model_dump(mode="json")})
     else:
-        what = "images" if pipeline.can_decode else "latents"
-        click.echo(f"wrote {made}: {num_images} {what} ({seconds:.1f} s in this call)")
+        click.echo(f"wrote {made}: {num_images} {_what(pipeline)} ({seconds:.1f} s in this call)")
 
 
 def _classes(manifest: Manifest, labels: str, num_images: int, seed: int) -> list[int]:
@@ -122,3 +127,8 @@ def _classes(manifest: Manifest, labels: str, num_images: int, seed: int) -> lis
     from fora_trt.sampling.conditioning import balanced_labels, drawn_labels
 
     return balanced_labels(manifest, num_images) if labels == "balanced" else drawn_labels(manifest, num_images, seed)
+
+
+def _what(pipeline: Pipeline) -> str:
+    """What the pipeline makes."""
+    return "images" if pipeline.can_decode else "latents"

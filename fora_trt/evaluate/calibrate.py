@@ -30,6 +30,7 @@ from fora_trt import __version__
 from fora_trt.errors import InputError, RoomError, ScheduleError
 from fora_trt.evaluate.least_squares import Observed
 from fora_trt.evaluate.solvers import SOLVERS, best_solver
+from fora_trt.evaluate.workers import Crew, Workers
 from fora_trt.files import Record, write_whole
 from fora_trt.metrics import latent_psnr
 from fora_trt.pipeline import Pipeline, Sampling
@@ -37,6 +38,7 @@ from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.layout import Layout
 from fora_trt.sampling.conditioning import Conditioning
+from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.loop import Watch
 from fora_trt.sampling.schedulers import SchedulerChoice
 from fora_trt.schedule import NONE, Schedule
@@ -114,12 +116,15 @@ class Trials:
         wanted: Wanted,
         known: dict[str, float],
         watch_steps: Watch = iter,
+        workers: Workers | None = None,
     ) -> None:
         self.plain, self.known, self.spent = plain, known, 0.0
-        self._pipeline, self._given, self._wanted = pipeline, given, wanted
+        self._pipeline, self._wanted = pipeline, wanted
         self.guidance = pipeline.guidance(given, plain)
+        self._trajectories = Trajectories(pipeline, given, self.guidance, wanted.seed)
         self._references: dict[int, Tensor] = {}
-        self._watch_steps = watch_steps
+        self._watch_steps, self._workers = watch_steps, workers
+        self._crew: tuple[int, Crew] | None = None
         self._charged: set[str] = set()
 
     def psnr(self, sampling: Sampling, images: Sequence[int]) -> float:
@@ -142,29 +147,60 @@ class Trials:
     def observed(self, images: Sequence[int], ahead: int) -> Observed:
         """What the steps of these images read without caching; `ahead` is the largest distance of steps."""
         self._charge("observed", len(images) * self.plain.nfe)
-        given, seeds = self._inputs(images)
-        size = self._pipeline.config.batch_size
-        denoiser = self._pipeline.denoiser
-        assert isinstance(denoiser, Denoiser)
-        return Observed.of(denoiser, self.plain, given, seeds, self.guidance, size, ahead)
-
-    def _inputs(self, images: Sequence[int]) -> tuple[Conditioning, list[int]]:
-        """Conditioning and seeds of images."""
-        given = self._given.at([image % self._given.images for image in images])
-        return given, [self._wanted.seed + image for image in images]
+        if (crew := self._workers_now()) is not None:
+            found: Observed = crew.call("observed", self.plain, images, ahead)
+            return found
+        return self._trajectories.observed(self.plain, images, ahead)
 
     def _latents(self, sampling: Sampling, images: Sequence[int]) -> Tensor:
         """Final latents (N, C, H, W)."""
-        given, seeds = self._inputs(images)
+        if (crew := self._workers_now()) is None:
+            return self._trajectories.latents(sampling, images, self._watch_steps)
         size = self._pipeline.config.batch_size
-        sampler = self._pipeline.sampler(sampling)
-        return sampler.in_batches(given, seeds, self.guidance, size, self._watch_steps).latents
+        batches = [(sampling, images[at : at + size]) for at in range(0, len(images), size)]
+        found = {tuple(some): latents for (_, some), latents in crew.map("latents", batches)}
+        return torch.cat([found[tuple(some)] for _, some in batches])
+
+    def _workers_now(self) -> Crew | None:
+        """The workers, if there are any; they start again if the batch size has changed."""
+        size = self._pipeline.config.batch_size
+        if self._workers is not None and (self._crew is None or self._crew[0] != size):
+            self._crew = size, self._workers.crew(self._trajectories)
+        return None if self._crew is None else self._crew[1]
 
     def _charge(self, what: str, evaluations: int) -> None:
         """Count what a trial or a reference image takes, once; also where its result is known from before."""
         if what not in self._charged:
             self._charged.add(what)
             self.spent += evaluations / (self.plain.nfe * self._wanted.images)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Computes numbered images; what `Trials` counts and compares. It can be pickled, for a worker."""
+
+    pipeline: Pipeline
+    given: Conditioning
+    guidance: Guidance
+    seed: int
+
+    def latents(self, sampling: Sampling, images: Sequence[int], watch_steps: Watch = iter) -> Tensor:
+        """Final latents (N, C, H, W) of images."""
+        given, seeds = self._inputs(images)
+        sampler, size = self.pipeline.sampler(sampling), self.pipeline.config.batch_size
+        return sampler.in_batches(given, seeds, self.guidance, size, watch_steps).latents
+
+    def observed(self, plain: Sampling, images: Sequence[int], ahead: int) -> Observed:
+        """What the steps of images read without caching."""
+        given, seeds = self._inputs(images)
+        denoiser = self.pipeline.denoiser
+        assert isinstance(denoiser, Denoiser)
+        return Observed.of(denoiser, plain, given, seeds, self.guidance, self.pipeline.config.batch_size, ahead)
+
+    def _inputs(self, images: Sequence[int]) -> tuple[Conditioning, list[int]]:
+        """Conditioning and seeds of images."""
+        given = self.given.at([image % self.given.images for image in images])
+        return given, [self.seed + image for image in images]
 
 
 @dataclass(frozen=True)
@@ -193,8 +229,9 @@ class Calibration:
         wanted: Wanted,
         known: dict[str, float] | None = None,
         watch_steps: Watch = iter,
+        workers: Workers | None = None,
     ) -> None:
-        """`watch_steps` wraps the steps of each trajectory, for a progress bar.
+        """`watch_steps` wraps the steps of each trajectory, for a progress bar. `workers` share the batches of a trial.
 
         Raises `InputError` or `ScheduleError` for settings that are not possible.
         """
@@ -207,7 +244,7 @@ class Calibration:
             )
         if wanted.images < 1:
             raise InputError(f"the number of images is {wanted.images}; at least 1 is needed")
-        self.trials = Trials(pipeline, self.plain, given, wanted, {} if known is None else known, watch_steps)
+        self.trials = Trials(pipeline, self.plain, given, wanted, {} if known is None else known, watch_steps, workers)
         self.best: Found | None = None
         self._ranked: list[Found] = []  # each better than the one before
         self._images = range(wanted.images)
@@ -215,6 +252,10 @@ class Calibration:
         self._others = range(wanted.images, 2 * wanted.images)
         self._full_steps = self._number()
         self._weighed: Callable[[Schedule], Schedule] = _unchanged
+
+    def shared_among(self, workers: int) -> int:
+        """The batch size with which a trial of a few images has a batch for each worker."""
+        return min(self.pipeline.config.batch_size, -(-len(self._few) // max(workers, 1)))
 
     def _number(self) -> int:
         """The number of full steps; with `max_loss` it is found later, and 0 until then."""

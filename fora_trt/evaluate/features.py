@@ -67,6 +67,9 @@ class Digits(Extractor):
         self._model = digit_classifier()
         self.dimensions = self._model.features
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Digits, ()
+
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
         features: Tensor = self._model(pixels_of(pictures))[0]
@@ -87,7 +90,7 @@ class Inception(Extractor):
         """Load a file of weights. Raises `InputError` for other weights, and if torch-fidelity is missing."""
         network = _network_of_inception()
         tensors = _inception_tensors(weights)
-        self.digest, self._device = sha256_of(weights), device
+        self.digest, self._device, self._weights = sha256_of(weights), device, weights.absolute()
         try:
             with _safe_copy(tensors) as ours:
                 self._model = network("inception-v3-compat", [INCEPTION_LAYER], feature_extractor_weights_path=ours)
@@ -95,6 +98,10 @@ class Inception(Extractor):
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{weights} does not fit the InceptionV3 of torch-fidelity: {reason}") from error
         self._model.to(device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the path of the weights, which are loaded again where it is unpickled."""
+        return Inception, (self._weights, self._device)
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from fora_trt.evaluate.candidates import candidates_of, file_name_of
 from fora_trt.evaluate.features import INCEPTION_URL, Extractor, extractor_for, reference_pictures
 from fora_trt.evaluate.rounds import CHOSEN_ON, Arrays, Rounds, measured_by
 from fora_trt.evaluate.work_folder import WorkFolder, work_folder
+from fora_trt.evaluate.workers import Workers
 from fora_trt.files import Record, sha256_of, write_whole
 from fora_trt.images.grid import grid
 from fora_trt.images.save import save_image
@@ -81,6 +82,7 @@ def measure_quality(
     resume: bool = False,
     watch: Watch = iter,
     watch_steps: Watch = iter,
+    workers: Workers | None = None,
 ) -> Quality:
     """Compare every setting with no caching on `options.images` images; image k has the seed `options.seed` + k.
 
@@ -88,7 +90,8 @@ def measure_quality(
     `folder`/quality gets the intermediate parts and then the pictures of every setting, one .npz file per setting in
     the layout of the ADM evaluator; the image grid is written to `folder`. `reference` is a .npz file in the same
     layout. `watch` wraps batches and settings, `watch_steps` the steps of each, for a progress bar. With `resume` an
-    interrupted measurement continues; a finished one returns its result.
+    interrupted measurement continues; a finished one returns its result. If there are `workers`, they compute the
+    batches, and times are measured in them.
     Raises `InputError` or `ScheduleError` for invalid options, for a folder that is in use or was made with other
     options, and for invalid files; `BackendError` if the backend does not work here.
     """
@@ -127,7 +130,8 @@ def measure_quality(
         if (work.folder / FINISHED).is_file():
             work.clear()  # parts are still there if the run was interrupted at this point
             return _read(work.folder / FINISHED)
-        pipeline.start(options.images, guidance)
+        if workers is None:
+            pipeline.start(options.images, guidance)
         rounds = Rounds(
             pipeline,
             candidates,
@@ -140,8 +144,9 @@ def measure_quality(
             shape=shape,
             solution=solution,
         )
-        shares = rounds.plan(work)
-        rounds.run(work, watch, watch_steps)
+        crew = None if workers is None else workers.crew(rounds)
+        shares = rounds.plan(work, crew)
+        rounds.run(work, watch, watch_steps, crew)
         compared = None if pictures is None else rounds.reference_features(pictures, work, watch)
         rows, same, shown = _rows(rounds, work, compared, options.keep_images)
         if shown:

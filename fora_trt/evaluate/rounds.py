@@ -8,6 +8,7 @@ VAE makes no pictures; its latents are compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
@@ -23,6 +24,7 @@ from fora_trt.evaluate.candidates import Candidate, evaluations_of, paces_of, re
 from fora_trt.evaluate.features import Extractor
 from fora_trt.evaluate.solvers import closest_solver
 from fora_trt.evaluate.work_folder import WorkFolder
+from fora_trt.evaluate.workers import Crew
 from fora_trt.images.decode import rounded
 from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.report.results import Setting
@@ -54,6 +56,17 @@ class Rounds:
         shape: tuple[int, ...] | None,
         solution: Sampling | None = None,
     ) -> None:
+        self._made_of: dict[str, Any] = {
+            "pipeline": pipeline,
+            "conditioning": conditioning,
+            "guidance": guidance,
+            "images": images,
+            "batch_size": batch_size,
+            "seed": seed,
+            "extractor": extractor,
+            "shape": shape,
+            "solution": solution,
+        }
         self.candidates, self.extractor, self.batch_size = list(candidates), extractor, batch_size
         self.batches = [range(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
         self._pipeline, self._conditioning, self._guidance, self._seed = pipeline, conditioning, guidance, seed
@@ -62,28 +75,39 @@ class Rounds:
         self._each = {name: _comparison(one, pipeline) for name, one in self.metrics.items()}
         self._samplers: dict[Setting, Sampler] = {}
 
-    def plan(self, work: WorkFolder) -> dict[str, float]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as what it was made of: functions of metrics cannot be pickled."""
+        return partial(Rounds, candidates=self.candidates, **self._made_of), ()
+
+    def plan(self, work: WorkFolder, crew: Crew | None = None) -> dict[str, float]:
         """Add the equal-time controls; return, by schedule, the time of a reuse step divided by that of a full step.
 
         Times are from a pilot run. A control is the solver setting that comes closest to the fine solution, or to no
         caching if there is none, on the first images. The results of the pilot are kept in the work folder for
-        `--resume`. Empty without caching.
+        `--resume`. Empty without caching. If there is a crew of workers, one of them does the pilot run.
         """
-        cached = [one for one in self.candidates if one.setting.caches]
-        if not cached:
+        pilots = self._pilots()
+        if not pilots:
             return {}
-        pilots = {one.setting.schedule: one for one in cached}
         if not work.has(PILOT):
-            given = self._given(self.batches[0])
-            shares = {n: reuse_share_of(self._pipeline, one, given, self._guidance) for n, one in pilots.items()}
-            chosen = self._solvers([evaluations_of(pace, shares) for pace in paces_of(cached)])
-            names, steps = [one.name for one in chosen], [one.steps for one in chosen]
-            arrays = {"shares": [*shares.values()], "solvers": names, "steps": steps}
-            work.write(PILOT, {name: numpy.array(values) for name, values in arrays.items()})
+            work.write(PILOT, self.pilot() if crew is None else crew.call("pilot"))
         found = work.read(PILOT)
         controls = map(self._pipeline.uncached, found["solvers"].tolist(), found["steps"].tolist())
         self.candidates = with_controls(self.candidates, [*controls])
         return dict(zip(pilots, found["shares"].tolist(), strict=True))
+
+    def pilot(self) -> Arrays:
+        """The time of reuse steps by schedule, and names and steps of the solvers of all controls."""
+        given = self._given(self.batches[0])
+        shares = {n: reuse_share_of(self._pipeline, one, given, self._guidance) for n, one in self._pilots().items()}
+        chosen = self._solvers([evaluations_of(pace, shares) for pace in paces_of(self.candidates)])
+        names, steps = [one.name for one in chosen], [one.steps for one in chosen]
+        arrays = {"shares": [*shares.values()], "solvers": names, "steps": steps}
+        return {name: numpy.array(values) for name, values in arrays.items()}
+
+    def _pilots(self) -> dict[str, Candidate]:
+        """A candidate for each schedule with caching."""
+        return {one.setting.schedule: one for one in self.candidates if one.setting.caches}
 
     def _solvers(self, evaluations: Sequence[int]) -> list[Sampling]:
         """The best solver setting for each of these numbers of evaluations, on the first images."""
@@ -98,19 +122,32 @@ class Rounds:
         }
         return [best[number] for number in evaluations]
 
-    def run(self, work: WorkFolder, watch: Watch = iter, watch_steps: Watch = iter) -> None:
+    def run(self, work: WorkFolder, watch: Watch = iter, watch_steps: Watch = iter, crew: Crew | None = None) -> None:
         """Compute every batch that is missing.
 
-        `watch` wraps (batch, setting) pairs, `watch_steps` the steps of each, for a progress bar.
+        `watch` wraps (batch, setting) pairs, `watch_steps` the steps of each, for a progress bar. If there is a crew of
+        workers, `watch` wraps the batches.
         """
         missing = [number for number in range(len(self.batches)) if not work.has(FIRST_BATCH + number)]
-        if missing:
-            self._warm_up()
+        if not missing:
+            return
+        if crew is not None:
+            for (number, _), arrays in watch(crew.map("batch", [(number, self.candidates) for number in missing])):
+                work.write(FIRST_BATCH + number, arrays)
+            return
+        self._warm_up()
         turns = [(number, turn) for number in missing for turn in range(len(self.candidates))]
         for number, of_batch in groupby(watch(turns), key=itemgetter(0)):
             work.write(
                 FIRST_BATCH + number, self._compared(self.batches[number], (turn for _, turn in of_batch), watch_steps)
             )
+
+    def batch(self, number: int, candidates: Sequence[Candidate]) -> Arrays:
+        """Results of every setting for one batch; the first one in a process warms up the engines."""
+        self.candidates = list(candidates)
+        if not self._samplers:
+            self._warm_up()
+        return self._compared(self.batches[number], range(len(self.candidates)), iter)
 
     def read(self, work: WorkFolder, turn: int) -> Arrays:
         """The arrays of one setting by name, concatenated over all batches."""
@@ -192,6 +229,7 @@ class Rounds:
         """Run a few full and reuse steps of every setting, so that its times exclude allocation and graph capture."""
         images = self.batches[0]
         given = self._given(images)
+        self._pipeline.start(self.batches[-1].stop, self._guidance)
         for one in self.candidates:
             few = 2 * (one.sampling.schedule.longest_window + 1) + 2
             self._sampler(one)(given, self._seeds(images), self._guidance, _first(few))

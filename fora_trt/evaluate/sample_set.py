@@ -7,8 +7,9 @@ images are in which batch.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -20,6 +21,7 @@ from PIL import Image
 from fora_trt.contract import CLASS_LABELS
 from fora_trt.errors import InputError
 from fora_trt.evaluate.work_folder import WorkFolder, work_folder
+from fora_trt.evaluate.workers import Results, Workers, computed_here
 from fora_trt.files import Record, write_whole
 from fora_trt.images.save import about_image, save_image
 from fora_trt.pipeline import Pipeline, Sampling
@@ -31,6 +33,10 @@ from fora_trt.sampling.loop import Sampler, Watch
 
 Layout = Literal["npz", "png"]
 """One archive, or one file per image."""
+
+
+Batch = tuple[int, range]
+"""Number and image indices of a batch."""
 
 
 class SampleSettings(Record):
@@ -68,10 +74,11 @@ class SampleSet:
     folder: Path
     settings: SampleSettings
     pipeline: Pipeline
-    sampler: Sampler
+    sampling: Sampling
     guidance: Guidance
     given: Conditioning
     prompts: tuple[str, ...] = ()
+    workers: Workers | None = None
 
     @classmethod
     def of(
@@ -84,8 +91,9 @@ class SampleSet:
         seed: int,
         layout: Layout,
         prompts: tuple[str, ...] = (),
+        workers: Workers | None = None,
     ) -> SampleSet:
-        """The set of a pipeline and one of its samplings; starts the engines.
+        """The set of a pipeline and one of its samplings; starts the engines, unless `workers` make the images.
 
         Raises `InputError` for a VAE that is missing or does not fit.
         """
@@ -116,21 +124,30 @@ class SampleSet:
             layout=layout,
             versions=versions(),
         )
-        pipeline.start(num_images, guidance)
-        return cls(folder, settings, pipeline, pipeline.sampler(sampling), guidance, given, prompts)
+        made = cls(folder, settings, pipeline, sampling, guidance, given, prompts, workers)
+        if workers is None:
+            made.sampler  # noqa: B018 # raises for a backend that does not work before the folder is made
+        return made
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """The sampling loop; the first access starts the engines."""
+        self.pipeline.start(self.settings.num_images, self.guidance)
+        return self.pipeline.sampler(self.sampling)
 
     def make(self, resume: bool = False, watch: Watch = iter, watch_steps: Watch = iter) -> Path:
         """Make the images that are missing; return the path of the archive, or of the folder of PNG files.
 
-        `watch` wraps the batches that are missing, `watch_steps` the steps of each, for a progress bar.
+        `watch` wraps the batches that are missing, `watch_steps` the steps of each that is made in this process, for a
+        progress bar.
         Raises `InputError` for a folder that is not empty (without `resume`) or was made with other settings.
         """
         with work_folder(self.folder, self.settings, resume) as work:
             if not self.archive.is_file():
                 batches = self._batches()
                 missing = [(number, images) for number, images in batches if not self._has(work, number, images)]
-                for number, images in watch(missing):
-                    self._put(work, number, self._made(images, watch_steps), images)
+                for (number, images), made in watch(self._results(missing, watch_steps)):
+                    self._put(work, number, made, images)
                 if self.settings.layout == "npz":
                     write_whole(self.archive, lambda file: self._write_archive(file, work, len(batches)))
             work.clear()
@@ -141,12 +158,16 @@ class SampleSet:
         """Path of the archive, of images or of latents."""
         return self.folder / ("samples.npz" if self.pipeline.can_decode else "latents.npz")
 
-    def _batches(self) -> list[tuple[int, range]]:
-        """Number and image indices of each batch."""
+    def _batches(self) -> list[Batch]:
         count, size = self.settings.num_images, self.settings.batch_size
         return [(k, range(at, min(at + size, count))) for k, at in enumerate(range(0, count, size))]
 
-    def _made(self, images: range, watch_steps: Watch) -> NDArray[Any]:
+    def _results(self, batches: Sequence[Batch], watch_steps: Watch) -> Results[Batch, NDArray[Any]]:
+        if self.workers is None or not batches:
+            return computed_here(lambda batch: self.made(*batch, watch_steps), batches)
+        return self.workers.crew(replace(self, workers=None)).map("made", batches)
+
+    def made(self, number: int, images: range, watch_steps: Watch = iter) -> NDArray[Any]:
         """The pictures of a batch, (B, H, W, 3), a grey one with three equal channels; or latents (B, C, H, W)."""
         wanted, seeds = self.given.at(self._rows(images)), [self.settings.seed + k for k in images]
         latents = self.sampler(wanted, seeds, self.guidance, watch_steps).latents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,9 @@ from fora_trt.errors import BackendError, ForaWarning
 from fora_trt.export.join_projections import SeparateProjectionsPass
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+THREADS = "OMP_NUM_THREADS"
+"""The environment variable with the number of threads; without it, ONNX Runtime takes one for each core."""
 
 SILENT = 4
 """Log level: only fatal errors are printed. All others are raised too."""
@@ -194,6 +198,8 @@ def _why_not_on_the_gpu(path: Path, provider: Mapping[str, str]) -> str | None:
 def _session_options() -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = SILENT
+    if THREADS in os.environ:  # which torch reads too
+        options.intra_op_num_threads = torch.get_num_threads()
     # The sessions alternate: threads that keep spinning after a run of one session would slow down the other session.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
