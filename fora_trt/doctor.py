@@ -17,6 +17,7 @@ EXTRAS = {
     "rtx": "to build for GeForce and workstation GPUs",
     "text": "for --prompt",
     "report": "for quality, and reports of bench",
+    "serve": "for serve, and for --workers",
 }
 """The extras of the package for users, and what each is for."""
 

@@ -527,7 +527,7 @@ def test_null_is_what_a_missing_field_is(body: bytes) -> None:
 def test_errors_survive_pickling() -> None:
     import pickle
 
-    error = pickle.loads(pickle.dumps(ApiError(429, "full", "n", "code", 3)))  # noqa: S301 # made here
+    error = pickle.loads(pickle.dumps(ApiError(429, "full", "n", "code", 3)))  # made here
     assert (error.status, error.message, error.param, error.code, error.retry_after) == (429, "full", "n", "code", 3)
 
 

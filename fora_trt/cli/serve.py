@@ -50,7 +50,12 @@ RAY = grouped(
         help="GPUs of a replica.  [default: 1, or 0 on a CPU]",
         show_default=False,
     ),
-    click.option("--num-cpus", type=click.FloatRange(min=0), default=1.0, help="CPUs that Ray reserves for a replica."),
+    click.option(
+        "--num-cpus",
+        type=click.FloatRange(min=0),
+        help="CPUs of a replica, and its threads.  [default: 1 with a GPU, else its share of the cores]",
+        show_default=False,
+    ),
 )
 BATCHING = grouped(
     "batching",

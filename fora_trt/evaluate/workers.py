@@ -197,7 +197,7 @@ class Workers:
         """CPUs and GPUs of each machine of the cluster."""
         import ray
 
-        nodes: Sequence[Any] = ray.nodes()  # type: ignore[no-untyped-call] # Ray does not say
+        nodes: Sequence[Any] = ray.nodes()
         found = [node["Resources"] for node in nodes if node["Alive"]]
         sizes = [(int(one.get("CPU", 0)), int(one.get("GPU", 0))) for one in found]
         return [one for one in sizes if one[0]]

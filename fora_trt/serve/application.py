@@ -6,6 +6,7 @@ serve run fora_trt.serve.application:application bundles='["export/digits"]'
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ class ServeConfig(BaseModel):
     """All settings of a server. Names are those of the options of `fora-trt serve`.
 
     `pipeline` has further fields of `PipelineConfig` for all bundles. `api_keys` are SHA-256 digests in hexadecimal;
-    without one, every client is served. `num_gpus` None means 1 for each replica on a GPU.
+    without one, every client is served. `num_gpus` None means 1 for each replica on a GPU, `num_cpus` None 1 with a GPU
+    and else a share of this machine's cores; a replica computes with so many threads.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,7 +46,7 @@ class ServeConfig(BaseModel):
     device: str = AUTO
     pipeline: dict[str, Any] = {}
     replicas: int = Field(1, ge=1)
-    num_cpus: float = Field(1.0, ge=0)
+    num_cpus: float | None = Field(None, ge=0)
     num_gpus: float | None = Field(None, ge=0)
     max_batch_size: int = Field(8, ge=1)
     max_wait_ms: float = Field(0.0, ge=0)
@@ -83,7 +85,7 @@ def application(config: ServeConfig | dict[str, Any]) -> Any:
             Replica,
             name=name,
             num_replicas=config.replicas,
-            ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": gpus},
+            ray_actor_options={"num_cpus": cpus_of(config, gpus), "num_gpus": gpus},
             max_ongoing_requests=config.ongoing,
             max_queued_requests=config.limits.queue,
             health_check_period_s=HEALTH_PERIOD,
@@ -153,6 +155,13 @@ def gpus_of(config: ServeConfig) -> float:
         return config.num_gpus
     backend = backend_from_name(config.backend, Bundle.read(config.bundles[0]).manifest, config.device)
     return float(device_from_name(config.device, backend).type == "cuda")
+
+
+def cpus_of(config: ServeConfig, gpus: float) -> float:
+    """CPUs of a replica that has so many GPUs."""
+    if config.num_cpus is not None:
+        return config.num_cpus
+    return 1.0 if gpus else float(max(1, len(os.sched_getaffinity(0)) // (config.replicas * len(config.bundles))))
 
 
 def digests_of(file: Path) -> tuple[str, ...]:

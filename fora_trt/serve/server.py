@@ -20,6 +20,7 @@ from fora_trt.serve.application import (
     ServeConfig,
     application,
     check_installed,
+    cpus_of,
     gpus_of,
     models_of,
     pipeline_config,
@@ -182,7 +183,8 @@ def _silence() -> None:
 def check_room(config: ServeConfig, there: dict[str, float]) -> None:
     """Raise `InputError` if the replicas need more than this machine has: they would wait for ever."""
     many = config.replicas * len(config.bundles)
-    for what, each, option in (("CPU", config.num_cpus, "--num-cpus"), ("GPU", gpus_of(config), "--num-gpus")):
+    gpus = gpus_of(config)
+    for what, each, option in (("CPU", cpus_of(config, gpus), "--num-cpus"), ("GPU", gpus, "--num-gpus")):
         if many * each > there.get(what, 0.0):
             raise InputError(
                 f"{many} replicas with {each:g} {what}s each need {many * each:g}; this machine has "
