@@ -42,6 +42,7 @@ STAGES = [
     "diffusers_pipeline",
     "metrics",
     "report",
+    "ray_cluster",
     "evaluate",
     "exporting",
     "serve",

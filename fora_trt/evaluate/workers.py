@@ -1,47 +1,23 @@
 """Workers: processes of Ray that compute the parts of a long computation, each with its own engines and device.
 
-Only this module knows Ray, which starts the processes, gives each a part at a time, and starts a worker that was killed
-again, with its part. The command writes the results. This module does not know what is computed.
+Ray starts the processes, gives each a part at a time, and starts a worker that was killed again, with its part. The
+command writes the results. This module does not know what is computed.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import pickle
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, TypeVar
-from uuid import uuid4
 
-import psutil
 import torch
 
-from fora_trt.engines.backends import how_to_install, installed_version
 from fora_trt.errors import BackendError, ForaError, InputError, first_line
-from fora_trt.interruption import caught
+from fora_trt.ray_cluster import check_ray, cores, ray_started
 from fora_trt.report.environment import versions
-
-CONNECTS = 25.0
-"""Seconds in which a cluster has to answer."""
-
-LONGEST_FOLDER = 40
-"""Characters of a folder for temporary files in which Ray's sockets have valid names (at most 107 characters)."""
-
-SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",  # other users of the machine cannot use the workers
-}
-"""Environment variables of a local Ray, where they are not set."""
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -77,46 +53,21 @@ class Workers:
     address: str | None
     device: torch.device
     report: Callable[[str], None] = lambda stage: None
-    # In the main thread, Ray would replace handlers of signals. Its processes end with the thread that starts them.
-    _starter: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    _starting: Future[object] | None = None
-    _not_ours: set[psutil.Process] = field(default_factory=set)
-    _folder: Path | None = None
+    _ray: Any = None
+    _running: ExitStack = field(default_factory=ExitStack)
     _actors: list[Any] = field(default_factory=list)
 
     def __enter__(self) -> Workers:
         """Check what can be checked before Ray starts. Raises `InputError` or `BackendError`."""
-        if installed_version("ray") is None:
-            raise BackendError(f"workers need Ray, which is not installed: {how_to_install('serve')}")
+        check_ray("--workers" if self.address is None else "--ray-address", self.address)
         if self.address is None:
             assert self.count is not None
             if self._takes_gpu and self.count > (gpus := torch.cuda.device_count()):
                 raise InputError(f"each worker takes a GPU, and this machine has {gpus}; give --workers {gpus} or less")
-        elif "://" in self.address:
-            raise InputError(
-                f"{self.address!r} is not an address of a Ray cluster; give HOST:PORT of its head, or auto"
-            )
-        else:
-            _check_answers(self.address)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._starting is None:
-            return
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            caught()  # ending Ray takes seconds
-        import ray
-
-        wait([self._starting])  # a Ray that is half started cannot end
-        processes = _children() - self._not_ours
-        ray.shutdown()
-        self._starter.shutdown()
-        if self.address is None:
-            for one in psutil.wait_procs([*processes], timeout=1)[1]:  # on a busy machine, Ray forgets its agents
-                with suppress(psutil.NoSuchProcess):
-                    one.kill()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+    def __exit__(self, *error: Any) -> None:
+        self._running.__exit__(*error)
 
     def crew(self, work: object) -> Crew:
         """Workers that call methods of `work`, which is pickled; they take the place of those before them.
@@ -155,43 +106,15 @@ class Workers:
         return self.device.type == "cuda"
 
     def _start(self) -> Any:
-        """Ray, which has started with this process as its owner, or joined the cluster. Raises `BackendError`."""
-        if self.address is None:  # Ray reads them when it is imported
-            for name, value in {**SETTINGS, "RAY_AUTH_TOKEN": uuid4().hex}.items():
-                os.environ.setdefault(name, value)
-        import ray
-
-        if self._starting is not None:
-            return ray
-        quiet = logging.root.manager.disable >= logging.CRITICAL
-        given: dict[str, Any] = {"log_to_driver": not quiet, "configure_logging": not quiet}
-        if self.address is not None:
-            given |= {"address": self.address}
-        else:
-            assert self.count is not None
-            place = tempfile.gettempdir()
-            self._folder = Path(tempfile.mkdtemp(prefix="fora-", dir=place if len(place) < LONGEST_FOLDER else "/tmp"))  # noqa: S108 # a random name in it
-            cpus = threads_each([(_cores(), 0)], self.count, takes_gpu=False) or 1
-            given |= {
-                "address": "local",
-                "num_cpus": cpus * self.count,
-                "num_gpus": self.count if self._takes_gpu else 0,
-                "include_dashboard": False,
-                "_temp_dir": str(self._folder / "ray"),  # Ray lets all users write into it
-                "_node_ip_address": "127.0.0.1",
-            }
-        self._not_ours = _children()
-        self.report("starting Ray" if self.address is None else f"joining the Ray cluster at {self.address}")
-        try:
-            with _temporary_files_in(self._folder):
-                if quiet:  # else Ray prints that a worker was killed to standard output
-                    ray._private.worker._worker_logs_enabled = False
-                self._starting = self._starter.submit(ray.init, **given)
-                self._starting.result()
-        except (OSError, RuntimeError, ValueError) as error:
-            where = "on this machine" if self.address is None else f"at {self.address}"
-            raise BackendError(f"Ray cannot be used {where}: {first_line(error)}; see it with --verbose") from error
-        return ray
+        """Ray, which has started, or joined the cluster. Raises `BackendError`."""
+        if self._ray is None:
+            self.report("starting Ray" if self.address is None else f"joining the Ray cluster at {self.address}")
+            count = self.count or 1
+            cpus, gpus = threads_each([(cores(), 0)], count, takes_gpu=False) or 1, int(self._takes_gpu)
+            verbose = logging.root.manager.disable < logging.CRITICAL
+            started = ray_started(self.address, cpus * count, gpus * count, verbose)
+            self._ray = self._running.enter_context(started)
+        return self._ray
 
     def _machines(self) -> list[tuple[int, int]]:
         """CPUs and GPUs of each machine of the cluster."""
@@ -270,14 +193,6 @@ def threads_each(machines: Sequence[tuple[int, int]], count: int, takes_gpu: boo
     return 0
 
 
-def _children() -> set[psutil.Process]:
-    return {*psutil.Process().children(recursive=True)}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _check_versions(wanted: dict[str, str], found: dict[str, str]) -> None:
     for name in sorted({*wanted, *found}):
         if wanted.get(name) != found.get(name):
@@ -285,30 +200,3 @@ def _check_versions(wanted: dict[str, str], found: dict[str, str]) -> None:
                 f"a worker has {name} {found.get(name, 'not installed')}, and the command {wanted.get(name)}; install "
                 "the same versions on all machines of the cluster"
             )
-
-
-def _check_answers(address: str) -> None:
-    """Raise `BackendError` unless a cluster answers: in a process of its own, as Ray would try for two minutes."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-    ask = partial(subprocess.run, capture_output=True, timeout=CONNECTS, stdin=subprocess.DEVNULL)
-    with suppress(subprocess.TimeoutExpired):
-        if not ask(command).returncode:
-            return
-    raise BackendError(
-        f"no Ray cluster answers at {address}; start one with 'ray start --head', and give its HOST:PORT, or auto on a "
-        "machine of the cluster"
-    )
-
-
-@contextmanager
-def _temporary_files_in(folder: Path | None) -> Iterator[None]:
-    """Processes that are started in the block write temporary files into a folder: those that are killed leave them."""
-    before = os.environ.get("TMPDIR")
-    if folder is not None:
-        os.environ["TMPDIR"] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ.pop("TMPDIR", None)
-        if before is not None:
-            os.environ["TMPDIR"] = before

@@ -6,7 +6,6 @@ serve run fora_trt.serve.application:application bundles='["export/digits"]'
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from fora_trt.bundle import Bundle
 from fora_trt.engines.backends import AUTO, how_to_install, installed_version
 from fora_trt.errors import BackendError, InputError, first_line
+from fora_trt.ray_cluster import cores
 from fora_trt.serve.api import Limits
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def cpus_of(config: ServeConfig, gpus: float) -> float:
     """CPUs of a replica that has so many GPUs."""
     if config.num_cpus is not None:
         return config.num_cpus
-    return 1.0 if gpus else float(max(1, len(os.sched_getaffinity(0)) // (config.replicas * len(config.bundles))))
+    return 1.0 if gpus else float(max(1, cores() // (config.replicas * len(config.bundles))))
 
 
 def digests_of(file: Path) -> tuple[str, ...]:

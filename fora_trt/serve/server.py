@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import signal
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fora_trt.errors import BackendError, InputError, first_line
+from fora_trt.ray_cluster import check_ray, cores, ray_started
 from fora_trt.serve.application import (
     NAME,
     ServeConfig,
@@ -29,14 +27,6 @@ from fora_trt.serve.guard import environment_of
 
 LINGER = 1.0
 """Seconds between the last answer and the end of the proxy, in which answers reach their clients."""
-
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
-}
-"""Variables of the environment for Ray: no statistics to its makers, no notes on changes to come."""
 
 POLL = 0.2
 
@@ -82,14 +72,15 @@ def served(
 
     Raises `InputError` for a port that is taken, `BackendError` if Ray or a model does not start.
     """
+    check_ray("fora-trt serve", ray_address)
     check_installed()
     names = check(config)
     port = free_port(host, port)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with cluster(config, ray_address, verbose):
-        for number, handler in before.items():  # Ray puts its own there
-            signal.signal(number, handler)
+    with ray_started(ray_address, cores(), torch.cuda.device_count(), verbose) as ray:
         from ray import serve
+
+        if ray_address is None:
+            check_room(config, ray.cluster_resources())
 
         if serve.status().proxies:
             raise InputError(
@@ -140,44 +131,6 @@ def free_port(host: str, port: int) -> int:
         raise InputError(
             f"{host} port {port} cannot be bound: {first_line(error)}; give another --port or --host"
         ) from error
-
-
-@contextmanager
-def cluster(config: ServeConfig, address: str | None, verbose: bool) -> Iterator[None]:
-    """A local Ray cluster that ends with the block, or a connection to the one at `address`."""
-    import ray
-
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
-    level = logging.INFO if verbose else logging.CRITICAL
-    quiet: dict[str, Any] = {"logging_level": level, "log_to_driver": verbose, "configure_logging": verbose}
-    if not verbose:
-        _silence()
-    folder = tempfile.mkdtemp(prefix="fora-ray-")
-    local = {"include_dashboard": False, "_temp_dir": folder}
-    try:
-        try:
-            ray.init(**quiet, **({"address": address} if address else {"address": "local", **local}))
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            where = f"the cluster at {address}" if address else "a local Ray cluster"
-            raise BackendError(f"{where} cannot be used: {first_line(error)}") from error
-        if not address:
-            check_room(config, ray.cluster_resources())
-        yield
-    finally:
-        ray.shutdown()
-        if not verbose:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _silence() -> None:
-    """Keep Ray from printing to standard output what its daemons report, such as a worker that died.
-
-    It does so even with `log_to_driver=False`, and there is no option for it.
-    """
-    from ray._private import worker
-
-    if hasattr(worker, "print_to_stdstream"):
-        worker.print_to_stdstream = lambda *_, **__: None
 
 
 def check_room(config: ServeConfig, there: dict[str, float]) -> None:
