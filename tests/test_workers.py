@@ -25,10 +25,10 @@ import psutil
 import pytest
 import torch
 
+from fora_trt import ray_cluster
 from fora_trt.bundle import Bundle
 from fora_trt.cli.options import workers_of as cli_workers
 from fora_trt.errors import BackendError, BundleError, InputError, RoomError
-from fora_trt.evaluate import workers as workers_module
 from fora_trt.evaluate.candidates import candidates_of
 from fora_trt.evaluate.features import Digits
 from fora_trt.evaluate.rounds import Rounds
@@ -131,10 +131,10 @@ def commands(exported: Bundle, tmp_path: Path) -> dict[str, list[object]]:
 def test_without_ray_a_sentence_says_how_to_install_it(
     commands: dict[str, list[object]], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(workers_module, "installed_version", lambda name: None)
+    monkeypatch.setattr(ray_cluster, "installed_version", lambda name: None)
     shown = fora(*commands[name], "--workers", 2)
     assert shown.exit_code == 1
-    assert "workers need Ray, which is not installed: pip install 'fora-trt[serve]'" in shown.output
+    assert "--workers needs Ray, which is not installed: pip install 'fora-trt[serve]'" in shown.output
     assert not [*tmp_path.glob("set")]
 
 
