@@ -206,6 +206,26 @@ def test_a_failure_reaches_all_that_it_concerns_and_nobody_else(
     assert batches.counts().running == 0
 
 
+def test_a_process_whose_images_all_fail_does_not_work(
+    pipeline: Pipeline, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("device-side assert")
+
+    images = some(settings(pipeline), 4)
+    with monkeypatch.context() as broken:
+        broken.setattr(Sampler, "__call__", failing)
+        broken.setattr(JoinedSampler, "window", failing)
+        for k in range(3):
+            assert batches.works
+            wait([batches.submit(images[k])], LONG)
+    assert not batches.works
+    pictures([batches.submit(images[3])])
+    assert batches.works
+    batches.stop()
+    assert not batches.works
+
+
 def test_an_image_that_is_not_finite_fails_alone(
     pipeline: Pipeline, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

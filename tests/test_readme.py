@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 import fora_trt
-from benchmarks import diffusers_tests, pipeline_steps, pipelines
+from benchmarks import diffusers_tests, pipeline_steps, pipelines, serving
 from benchmarks.equal_evaluations import newest_ways, table_of
 from benchmarks.readme_picture import LABELS, PICTURE, measured_rows, pictures_of, rows_of
 from benchmarks.readme_tables import OF_THE_CPU, measurement_lines, newest_content, newest_result, readme_lines
@@ -172,6 +172,15 @@ def test_the_table_of_the_tests_of_diffusers_is_the_measured_one() -> None:
     assert rest.partition("\n<!-- end")[0].splitlines() == [*diffusers_tests.table_of(groups)]
     assert not [one for one in groups if one["kind"] == "broken"]
     assert all(one["reason"] for one in groups if one["kind"] == "not applicable")
+
+
+def test_batches_of_the_server_have_the_measured_throughput_and_latency() -> None:
+    _, _, rest = TEXT["docs/serving.md"].partition("<!-- table of benchmarks/serving.py -->\n")
+    result = newest_content("serving")
+    assert rest.partition("\n<!-- end")[0].splitlines() == [*serving.table_of(result)]
+    assert re.fullmatch(r"[0-9a-f]{40}", result["environment"]["commit"]), "measured on a clean checkout"
+    for way in result["ways"].values():
+        assert all(run["lost"] == run["differing"] == 0 for run in way.values())
 
 
 def test_reuse_steps_of_pipelines_take_the_measured_share_of_a_full_one() -> None:

@@ -18,13 +18,16 @@ import numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fora_trt.errors import BackendError, BusyError, InputError, RoomError
+from fora_trt.errors import BackendError, BusyError, ForaError, InputError, RoomError
 from fora_trt.pipeline import GUIDED, Pipeline, Sampling
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.joined import JoinedSampler, Member, check_finite
 from fora_trt.sampling.loop import Watch
+
+MOST_FAILURES = 3
+"""Failures in a row, without a reason that is known, after which a process had better be replaced."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Batches:
         self._waiting: list[_Asked] = []
         self._running: list[_Asked] = []
         self._changed = threading.Condition()
-        self._stopped = False
+        self._stopped, self._failures = False, 0
         self._counts = Counts()
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
@@ -119,6 +122,11 @@ class Batches:
         """What was computed so far."""
         with self._changed:
             return replace(self._counts, waiting=len(self._waiting), running=len(self._running))
+
+    @property
+    def works(self) -> bool:
+        """Whether the thread lives and its latest images did not all fail without a reason that is known."""
+        return self._thread.is_alive() and self._failures < MOST_FAILURES
 
     def stop(self) -> None:
         """Make all images that were asked for, then end the thread."""
@@ -143,12 +151,19 @@ class Batches:
         return self._sampler.member(scheduler_step, image.sampling.schedule, image.given, image.seed, image.guidance)
 
     def _work(self) -> None:
-        while self._wait():
-            begins = not self._running and self._waiting
-            if self._sampler is None or (begins and self._waiting[0].member is None):
-                self._make_together(self._together(), self._most)
-            else:
-                self._make_window(self._sampler)
+        try:
+            while self._wait():
+                begins = not self._running and self._waiting
+                if self._sampler is None or (begins and self._waiting[0].member is None):
+                    self._make_together(self._together(), self._most)
+                else:
+                    self._make_window(self._sampler)
+        finally:
+            with self._changed:
+                self._stopped = True
+                left = [*self._waiting, *self._running]
+                self._waiting = []
+            self._fail(left, BusyError("this model is being stopped; ask again"))
 
     def _wait(self) -> bool:
         """Wait for work; False when all is done after `stop`."""
@@ -247,12 +262,14 @@ class Batches:
             self._fail([asked], error)
             return
         with self._changed:
+            self._failures = 0
             self._counts = replace(self._counts, pictures=self._counts.pictures + 1)
         self._ended([asked])
         with suppress(InvalidStateError):  # cancelled
             asked.made.set_result(Made(levels[0].numpy(), full_steps))
 
     def _fail(self, failed: Sequence[_Asked], error: Exception) -> None:
+        self._failures = 0 if isinstance(error, ForaError) else self._failures + 1
         self._ended(failed)
         for asked in failed:
             with suppress(InvalidStateError):  # cancelled

@@ -209,6 +209,11 @@ class Replica:
         self._versions = versions()
         self.pipeline.sampling(self.requests.default_steps)  # imports what the first request needs
 
+    def check_health(self) -> None:
+        """Raise if this process had better be replaced; Ray Serve asks."""
+        if not self.batches.works:
+            raise RuntimeError(f"the images of {self.served.name} fail one after the other")
+
     async def generate(self, fields: dict[str, Any], seed: int) -> Reply:
         """Make the images of a request. If the caller goes away, their places are freed."""
         wanted = Wanted.model_construct(**fields)
