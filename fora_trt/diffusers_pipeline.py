@@ -32,6 +32,7 @@ from fora_trt.models.parts import folder_of, read_config
 from fora_trt.presets import usual_text
 from fora_trt.runtime.denoiser import load
 from fora_trt.runtime.transformer import DenoiserTransformer
+from fora_trt.schedule import Schedule
 from fora_trt.untrusted import shown
 
 FILES = ("*.json", "*/*")
@@ -200,6 +201,17 @@ class DiffusersPipeline:
         seconds = time.perf_counter() - began
         full, reuse = (after - one for after, one in zip(self._counts(), before, strict=True))
         return _result(made, decoded, seconds, full, reuse)
+
+    def use_schedule(self, schedule: Schedule | str) -> None:
+        """Run the next calls with another schedule; the engines must have started."""
+        for transformer in self.transformers.values():
+            transformer.use_schedule(schedule)
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """The names of the arguments of the pipeline's call."""
+        kind = pipeline_class(self.bundle.manifest.name, self.spec.name)
+        return frozenset(inspect.signature(kind.__call__).parameters)
 
     @property
     def decodes(self) -> bool:

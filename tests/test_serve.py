@@ -40,7 +40,8 @@ from fora_trt.serve import application, server
 from fora_trt.serve.api import ApiError, Limits, wanted_from
 from fora_trt.serve.application import ServeConfig, digests_of, models_of
 from fora_trt.serve.guard import Guard
-from fora_trt.serve.replica import Replica, Served, checked_schedules
+from fora_trt.serve.replica import InBatches, Replica
+from fora_trt.serve.requests import Served, checked_schedules
 from tests.test_cli import fora
 
 pytest.importorskip("prometheus_client")
@@ -238,7 +239,8 @@ def test_pictures_are_those_of_the_pipeline(client: TestClient, pixels: Bundle) 
 
 def test_defaults_are_those_of_run(client: TestClient, replica: Replica) -> None:
     content = client.post(GENERATIONS, json={"model": "pixels", "prompt": "", "class_label": 1}).json()
-    made = replica.pipeline(class_labels=[1])
+    assert isinstance(replica.maker, InBatches)
+    made = replica.maker.pipeline(class_labels=[1])
     assert (content["steps"], content["schedule"]) == (made.sampling.steps, made.sampling.schedule.text)
     assert content["guidance_scale"] == made.guidance.scale
     assert 0 <= content["data"][0]["seed"] < 2**31

@@ -31,7 +31,6 @@ class Follower:
     def __init__(self, denoiser: StepByStep, scheduler: Callable[[], Any], time: TimeMap) -> None:
         self.denoiser = denoiser
         self._scheduler, self._time = scheduler, time
-        self._rule = denoiser.rule
         self._last = float("inf")
         self._step = -2  # no step yet; -1 would make step 0 its successor
         self._jumped = False
@@ -56,7 +55,8 @@ class Follower:
             if times is not timestep and bool((times == times.flatten()[0]).all()):
                 times = located.timesteps[located.step].expand(times.shape)  # without the rounding of the map
         elif self._last == float("inf") or now > self._last or self.denoiser.finished:
-            self.denoiser.reset(self._rule if isinstance(self._rule, Schedule) else Schedule.open(self._rule))
+            rule = self.denoiser.rule
+            self.denoiser.reset(rule if isinstance(rule, Schedule) else Schedule.open(rule))
         self._last = now
         return times
 
@@ -103,14 +103,15 @@ class Follower:
 
     def _schedule_of(self, steps: int) -> Schedule:
         """The denoiser's schedule for a trajectory of `steps` steps."""
-        if isinstance(self._rule, str):
-            return Schedule.open(self._rule, steps)
-        if steps != self._rule.steps:
+        rule = self.denoiser.rule
+        if isinstance(rule, str):
+            return Schedule.open(rule, steps)
+        if steps != rule.steps:
             raise ScheduleError(
-                f"the pipeline takes {steps} steps, but the schedule has {self._rule.steps}; call the pipeline with "
-                f"{self._rule.steps} steps, or load the bundle with cache_interval=N"
+                f"the pipeline takes {steps} steps, but the schedule has {rule.steps}; call the pipeline with "
+                f"{rule.steps} steps, or load the bundle with cache_interval=N"
             )
-        return self._rule
+        return rule
 
 
 def are_now(timesteps: Tensor, timestep: Tensor, time: TimeMap) -> Tensor:

@@ -22,6 +22,7 @@ from fora_trt.runtime.follow import Follower, are_now, step_of_view
 from fora_trt.runtime.inputs import check_latents, checked_timestep, inputs_of
 from fora_trt.runtime.interface import overflow_remedy
 from fora_trt.runtime.step_by_step import StepByStep
+from fora_trt.schedule import Schedule
 
 NESTED = "added_cond_kwargs"
 """A transformer argument that is a dictionary of further inputs (PixArt: resolution and aspect ratio)."""
@@ -97,6 +98,11 @@ class DenoiserTransformer(nn.Module):
         """Read timesteps from another pipeline or scheduler. Raises `InputError` for another object."""
         self._scheduler = _scheduler_of(scheduler)
         self._slots.clear()
+
+    def use_schedule(self, schedule: Schedule | str) -> None:
+        """Run the trajectories from the next on with another schedule or text form."""
+        for denoiser in (self.denoiser, *(slot.denoiser for slot in self._slots.values())):
+            denoiser.rule = schedule
 
     @property
     def full_steps(self) -> int:

@@ -19,6 +19,7 @@ from fora_trt.serve.api import Limits
 
 if TYPE_CHECKING:
     from fora_trt.pipeline import PipelineConfig
+    from fora_trt.serve.requests import Served
 
 NAME = "fora-trt"
 """Name of the application."""
@@ -73,14 +74,14 @@ def application(config: ServeConfig | dict[str, Any]) -> Any:
     from ray import serve
 
     from fora_trt.serve.front import Front
-    from fora_trt.serve.replica import Replica, Served, checked_schedules
+    from fora_trt.serve.replica import Replica
+    from fora_trt.serve.requests import checked_schedules
 
     schedules = checked_schedules(config.schedules)
     gpus = gpus_of(config)
     handles = {}
     for name, folder in models_of(config).items():
-        pipeline = pipeline_config(config, folder)
-        served = Served(name, pipeline, schedules, config.max_batch_size, config.max_wait_ms / 1000, config.join)
+        served = served_of(config, name, folder, schedules)
         deployment = serve.deployment(
             Replica,
             name=name,
@@ -125,12 +126,7 @@ def models_of(config: ServeConfig) -> dict[str, Path]:
     for given in config.bundles:
         folder = given.resolve()
         name = folder.name
-        bundle = Bundle.read(given)
-        if bundle.manifest.pipeline is not None:
-            raise InputError(
-                f"{given} was exported from a diffusers pipeline, which cannot be served yet; serve a bundle of a "
-                "transformer, or make images with fora-trt run"
-            )
+        Bundle.read(given)  # raises for what is no bundle
         if name in found:
             raise InputError(f"two bundles are named {name}: {found[name]} and {folder}; rename one of the folders")
         if name == FRONT or "#" in name or "/" in name:
@@ -145,6 +141,14 @@ def pipeline_config(config: ServeConfig, folder: Path) -> PipelineConfig:
 
     settings = {"backend": config.backend, "device": config.device, "batch_size": config.max_batch_size}
     return PipelineConfig(folder, **{**settings, **config.pipeline})
+
+
+def served_of(config: ServeConfig, name: str, folder: Path, schedules: tuple[Path, ...]) -> Served:
+    """A model as its replicas serve it."""
+    from fora_trt.serve.requests import Served
+
+    pipeline = pipeline_config(config, folder)
+    return Served(name, pipeline, schedules, config.max_batch_size, config.max_wait_ms / 1000, config.join)
 
 
 def gpus_of(config: ServeConfig) -> float:

@@ -1,4 +1,4 @@
-"""The deployment of a model: checks the values of a request, makes its images in batches, and encodes them."""
+"""The deployment of a model: makes the images of requests and encodes them."""
 
 from __future__ import annotations
 
@@ -6,42 +6,26 @@ import asyncio
 import base64
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, Protocol
 
-from fora_trt.bundle import SCHEDULE
-from fora_trt.contract import CLASS_LABELS
-from fora_trt.errors import ForaError, InputError, ScheduleError
+from fora_trt.bundle import Bundle
+from fora_trt.diffusers_pipeline import DiffusersPipeline
+from fora_trt.errors import BusyError
 from fora_trt.images.save import about_image, png_bytes
-from fora_trt.pipeline import GUIDED, Pipeline, PipelineConfig, Sampling
+from fora_trt.pipeline import GUIDED, Pipeline
 from fora_trt.report.environment import versions
-from fora_trt.sampling.conditioning import Conditioning
-from fora_trt.sampling.guidance import Guidance
-from fora_trt.sampling.prompts import PromptEncoder
-from fora_trt.schedule import KINDS, Schedule, is_file
-from fora_trt.serve.api import INTERNAL, ApiError, Wanted, unprocessable
-from fora_trt.serve.batches import Batches, Counts, Image, Made
+from fora_trt.serve.api import INTERNAL, ApiError, Wanted, away
+from fora_trt.serve.batches import Batches, Counts, Made
+from fora_trt.serve.requests import Requests, Served
+from fora_trt.serve.whole import WholePipeline
 
 LOG = logging.getLogger("ray.serve")
-
-KEPT_PROMPTS = 16
-"""Encoded prompts that a replica keeps."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """A model as a replica serves it; `schedules` are files whose stems a request can name."""
-
-    name: str
-    pipeline: PipelineConfig
-    schedules: tuple[Path, ...] = ()
-    max_batch_size: int = 8
-    max_wait: float = 0.0
-    join: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,147 +39,39 @@ class Reply:
     error: ApiError | None = None
 
 
-class Requests:
-    """Turns requests into images to make. Raises `ApiError` with the name of a value that the model does not take.
+@dataclass(frozen=True)
+class Done:
+    """The images of a request and what they were made with."""
 
-    The only place where values are checked that need the model. Messages with a path are replaced.
-    """
-
-    def __init__(self, served: Served, pipeline: Pipeline) -> None:
-        self.name, self.pipeline = served.name, pipeline
-        self.schedules = schedules_of(served, pipeline)
-        text = pipeline.manifest.text is not None
-        self.encoder = PromptEncoder(pipeline.manifest, pipeline.device) if text else None
-        self._known: dict[tuple[str, str], Conditioning] = {}
-        self.default_steps = pipeline.bundle.scheduled_steps or pipeline.config.steps
-
-    def images(self, wanted: Wanted, seed: int) -> list[Image]:
-        """One image for each of `n`, the first with this seed."""
-        self._check_size(wanted)
-        sampling = self._sampling(wanted)
-        given = self._conditioning(wanted)
-        guidance = self._guidance(wanted, given, sampling)
-        return [Image(sampling, given.at([k]), seed + k, guidance) for k in range(wanted.images)]
-
-    def _check_size(self, wanted: Wanted) -> None:
-        made = self.pipeline.manifest.model.image_size
-        if wanted.sides is not None and made is not None and wanted.sides != tuple(made):
-            raise unprocessable("size", f"{self.name} makes images of {made[1]}x{made[0]}, not {wanted.size}")
-
-    def _sampling(self, wanted: Wanted) -> Sampling:
-        schedule = None if wanted.schedule is None else self._schedule(wanted.schedule)
-        own = schedule is None
-        steps = wanted.num_inference_steps or (self.default_steps if own else self.pipeline.config.steps)
-        try:
-            uncached = self.pipeline.sampling(steps, "none")
-        except ForaError as error:
-            raise unprocessable(
-                "num_inference_steps", public(error, f"{self.name} cannot take {steps} steps")
-            ) from error
-        if own:
-            return self.pipeline.sampling(steps)
-        try:
-            made = uncached.with_schedule(schedule or "none")
-            self.pipeline.check_model(made.schedule)
-        except (InputError, ScheduleError) as error:
-            what = f"this schedule does not fit {self.name} with its scheduler at {steps} steps"
-            raise unprocessable("schedule", public(error, what)) from error
-        return made
-
-    def _schedule(self, text: str) -> Schedule | str:
-        """A text form, or the schedule of this name; never a path."""
-        if text in self.schedules:
-            return self.schedules[text]
-        if KINDS.get(text.partition(":")[0]) is not None:
-            return text
-        forms = ", ".join(one.usage for one in KINDS.values())
-        names = ", ".join(self.schedules)
-        known = f"{forms}{', or ' + names if names else ''}"
-        raise unprocessable("schedule", f"there is no such schedule; give {known}")
-
-    def _conditioning(self, wanted: Wanted) -> Conditioning:
-        param, make = self._inputs(wanted)
-        try:
-            return make()
-        except InputError as error:
-            raise unprocessable(param, public(error, f"{self.name} does not take this {param}")) from error
-
-    def _inputs(self, wanted: Wanted) -> tuple[str, Callable[[], Conditioning]]:
-        """The field that conditions the images, and a function that makes their conditioning."""
-        manifest, n = self.pipeline.manifest, wanted.images
-        classes, label, prompt = CLASS_LABELS in manifest.conditioning, wanted.class_label, wanted.prompt
-        if label is not None:
-            if not classes:
-                raise unprocessable("class_label", f"{self.name} has no classes; leave class_label out")
-            return "class_label", lambda: self.pipeline.conditioning(class_labels=[label] * n)
-        if prompt:
-            if self.encoder is None:
-                remedy = "give class_label" if classes else "leave prompt out"
-                raise unprocessable("prompt", f"{self.name} takes no prompt; {remedy}")
-            return "prompt", lambda: self._encoded(prompt, wanted.negative_prompt or "").at([0] * n)
-        needed = "class_label" if self.encoder is None else "prompt"
-        if self.encoder is not None or classes:
-            raise unprocessable(needed, f"{self.name} needs {needed}")
-        return needed, lambda: self.pipeline.conditioning(num_images=n)
-
-    def _encoded(self, prompt: str, negative_prompt: str) -> Conditioning:
-        """The conditioning of one image of a prompt; those of the latest prompts are kept."""
-        assert self.encoder is not None
-        key = (prompt, negative_prompt)
-        given = self._known.pop(key, None) or self.encoder.conditioning([prompt], negative_prompt)
-        self._known[key] = given  # the latest comes last
-        if len(self._known) > KEPT_PROMPTS:
-            self._known.pop(next(iter(self._known)))
-        return given
-
-    def _guidance(self, wanted: Wanted, given: Conditioning, sampling: Sampling) -> Guidance:
-        if wanted.guidance_scale is None:
-            return self.pipeline.guidance(given, sampling)
-        if wanted.guidance_scale > 1 and given.unconditional is None:
-            raise unprocessable("guidance_scale", f"{self.name} has no unconditional inputs; give a scale of at most 1")
-        return Guidance(float(wanted.guidance_scale))
+    made: Sequence[Made]
+    settings: Mapping[str, Any]
 
 
-def public(error: ForaError, otherwise: str) -> str:
-    """The message of an error if it holds no path, else this sentence."""
-    message = str(error)
-    return otherwise if any(mark in message for mark in "/\\~") or ".json" in message else message
+class Maker(Protocol):
+    """Makes the images of requests."""
+
+    @property
+    def works(self) -> bool:
+        """Whether this process need not be replaced."""
+
+    @property
+    def about(self) -> Mapping[str, str]:
+        """What the PNG files say about the model: the digest of its weights and the backend."""
+
+    async def make(self, wanted: Wanted, seed: int) -> Done:
+        """The images of a request. If the caller goes away, their places are freed. Raises `ApiError`."""
+
+    def counts(self) -> Counts:
+        """What was computed so far."""
+
+    def stop(self) -> None:
+        """Make what was asked for, then end."""
 
 
-def schedules_of(served: Served, pipeline: Pipeline) -> dict[str, Schedule]:
-    """The schedules that a request can name: the one in the bundle and the files for this model.
-
-    They are known by their names, so that no message has a path.
-    """
-    bundle, found = pipeline.bundle, {}
-    own = [bundle.folder / SCHEDULE] if bundle.manifest.schedule == SCHEDULE else []
-    for path in (*own, *served.schedules):
-        made = replace(Schedule.from_file(path), text=path.stem)
-        try:
-            pipeline.check_model(made)
-        except ScheduleError:
-            continue  # of another model
-        found[path.stem] = made
-    return found
-
-
-def checked_schedules(paths: tuple[Path, ...]) -> tuple[Path, ...]:
-    """Absolute paths of schedule files. Raises `InputError` for two of one name, `ScheduleError` for an invalid one."""
-    stems = [path.stem for path in paths]
-    for path in paths:
-        if not is_file(str(path)):
-            raise InputError(f"--schedule {path} is not a .json file; requests give text forms themselves")
-        Schedule.from_file(path)
-        if stems.count(path.stem) > 1:
-            raise InputError(f"two schedule files are named {path.stem}; requests name them so; rename one")
-    return tuple(path.resolve() for path in paths)
-
-
-class Replica:
-    """One process with the engines of a model."""
+class InBatches:
+    """Makes images of many requests together, with `fora_trt.Pipeline`."""
 
     def __init__(self, served: Served) -> None:
-        self.served = served
         self.pipeline = Pipeline(served.pipeline)
         self.pipeline.decoder  # noqa: B018 # raises for a missing VAE before the replica is ready
         self.pipeline.start(served.max_batch_size, GUIDED)
@@ -203,74 +79,132 @@ class Replica:
         if self.requests.encoder is not None:
             self.requests.encoder.load()
         self.batches = Batches(self.pipeline, served.max_batch_size, served.max_wait, served.join)
-        self._id = uuid.uuid4().hex
-        self._numbers = count(1)
-        self._checks = ThreadPoolExecutor(1)  # schedulers are shared; text encoders take long
-        self._versions = versions()
+        self._checks = ThreadPoolExecutor(1)  # text encoders take long
         self.pipeline.sampling(self.requests.default_steps)  # imports what the first request needs
+        self.about = _about(self.pipeline)
 
-    def check_health(self) -> None:
-        """Raise if this process had better be replaced; Ray Serve asks."""
-        if not self.batches.works:
-            raise RuntimeError(f"the images of {self.served.name} fail one after the other")
+    @property
+    def works(self) -> bool:
+        return self.batches.works
 
-    async def generate(self, fields: dict[str, Any], seed: int) -> Reply:
-        """Make the images of a request. If the caller goes away, their places are freed."""
-        wanted = Wanted.model_construct(**fields)
+    async def make(self, wanted: Wanted, seed: int) -> Done:
+        """See `Maker`."""
         loop = asyncio.get_running_loop()
-        try:
-            images = await loop.run_in_executor(self._checks, self.requests.images, wanted, seed)
-            made = await self._made(images)
-            answer = await loop.run_in_executor(None, self._answer, wanted, seed, images, made)
-        except ApiError as error:
-            return self._reply(error=error)
-        except Exception:
-            LOG.exception("a request failed")
-            return self._reply(error=ApiError(500, INTERNAL))
-        return self._reply(answer=answer)
-
-    async def _made(self, images: list[Image]) -> list[Made]:
+        images = await loop.run_in_executor(self._checks, self.requests.images, wanted, seed)
         futures = [self.batches.submit(image) for image in images]
         try:
-            return await asyncio.gather(*map(asyncio.wrap_future, futures))
+            made = await asyncio.gather(*map(asyncio.wrap_future, futures))
         finally:
             for future in futures:
                 future.cancel()
-
-    def _answer(self, wanted: Wanted, seed: int, images: list[Image], made: list[Made]) -> dict[str, Any]:
         sampling = images[0].sampling
         settings = {
-            "model": self.served.name,
             "scheduler": sampling.name,
             "steps": sampling.schedule.steps,
             "schedule": sampling.schedule.text,
             "guidance_scale": images[0].guidance.scale,
         }
+        return Done(made, settings)
+
+    def counts(self) -> Counts:
+        return self.batches.counts()
+
+    def stop(self) -> None:
+        self.batches.stop()
+
+
+class OneByOne:
+    """Makes the images of one request after the other, with the diffusers pipeline of a bundle."""
+
+    def __init__(self, served: Served) -> None:
+        self.whole = WholePipeline(served)
+        self._thread = ThreadPoolExecutor(1)
+        self.about = _about(self.whole.pipeline)
+        self.works = True
+
+    async def make(self, wanted: Wanted, seed: int) -> Done:
+        """See `Maker`."""
+        gone = Event()
+        try:
+            work = partial(self.whole.make, wanted, seed, gone)
+            return Done(*await asyncio.get_running_loop().run_in_executor(self._thread, work))
+        finally:
+            gone.set()
+
+    def counts(self) -> Counts:
+        return self.whole.counts
+
+    def stop(self) -> None:
+        self._thread.shutdown()
+
+
+def _about(pipeline: Pipeline | DiffusersPipeline) -> dict[str, str]:
+    weights = pipeline.bundle.manifest.model.weights_sha256
+    return {"weights_sha256": weights, "backend": pipeline.backend.name}
+
+
+def maker_of(served: Served) -> Maker:
+    """Starts the engines of a model."""
+    of_pipeline = Bundle.read(served.pipeline.bundle).manifest.pipeline is not None
+    return OneByOne(served) if of_pipeline else InBatches(served)
+
+
+class Replica:
+    """One process with the engines of a model."""
+
+    def __init__(self, served: Served) -> None:
+        self.served, self.maker = served, maker_of(served)
+        self._id = uuid.uuid4().hex
+        self._numbers = count(1)
+        self._versions = versions()
+
+    def check_health(self) -> None:
+        """Raise if this process had better be replaced; Ray Serve asks."""
+        if not self.maker.works:
+            raise RuntimeError(f"the images of {self.served.name} fail one after the other")
+
+    async def generate(self, fields: dict[str, Any], seed: int) -> Reply:
+        """Make the images of a request. If the caller goes away, their places are freed."""
+        wanted = Wanted.model_construct(**fields)
+        try:
+            done = await self.maker.make(wanted, seed)
+            answer = await asyncio.get_running_loop().run_in_executor(None, self._answer, wanted, seed, done)
+        except ApiError as error:
+            return self._reply(error=error)
+        except BusyError:
+            return self._reply(error=away())
+        except Exception:
+            LOG.exception("a request failed")
+            return self._reply(error=ApiError(500, INTERNAL))
+        return self._reply(answer=answer)
+
+    def _answer(self, wanted: Wanted, seed: int, done: Done) -> dict[str, Any]:
+        settings = {"model": self.served.name, **done.settings}
         written = {
             **settings,
-            "weights_sha256": self.pipeline.manifest.model.weights_sha256,
-            "backend": self.pipeline.backend.name,
-            "images": len(made),
+            **self.maker.about,
+            "images": len(done.made),
             "seed": seed,
             "negative_prompt": wanted.negative_prompt,
             "versions": self._versions,
         }
         prompt = wanted.prompt or None
-        each = [about_image(k, seed, wanted.class_label, prompt) for k in range(len(made))]
         data = [
             {
-                "b64_json": base64.b64encode(png_bytes(one.picture, {**written, **about})).decode(),
-                "seed": image.seed,
+                "b64_json": base64.b64encode(
+                    png_bytes(one.picture, {**written, **about_image(k, seed, wanted.class_label, prompt)})
+                ).decode(),
+                "seed": seed + k,
                 "full_steps": one.full_steps,
             }
-            for image, one, about in zip(images, made, each, strict=True)
+            for k, one in enumerate(done.made)
         ]
-        height, width = made[0].picture.shape[:2]
+        height, width = done.made[0].picture.shape[:2]
         return {"data": data, "output_format": "png", "size": f"{width}x{height}", **settings}
 
     def _reply(self, answer: dict[str, Any] | None = None, error: ApiError | None = None) -> Reply:
-        return Reply(self._id, next(self._numbers), self.batches.counts(), answer, error)
+        return Reply(self._id, next(self._numbers), self.maker.counts(), answer, error)
 
     def __del__(self) -> None:
-        if hasattr(self, "batches"):
-            self.batches.stop()
+        if hasattr(self, "maker"):
+            self.maker.stop()

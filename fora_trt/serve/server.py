@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fora_trt.bundle import Bundle
 from fora_trt.errors import BackendError, InputError, first_line
 from fora_trt.ray_cluster import check_ray, cores, ray_started
 from fora_trt.serve.application import (
@@ -21,7 +22,7 @@ from fora_trt.serve.application import (
     cpus_of,
     gpus_of,
     models_of,
-    pipeline_config,
+    served_of,
 )
 from fora_trt.serve.guard import environment_of
 
@@ -106,12 +107,17 @@ def check(config: ServeConfig) -> tuple[str, ...]:
     """The names of the models. Raises `ForaError` for what would end the replicas, before Ray starts."""
     from fora_trt.pipeline import Pipeline
     from fora_trt.sampling.prompts import PromptEncoder
-    from fora_trt.serve.replica import checked_schedules
+    from fora_trt.serve.requests import checked_schedules
+    from fora_trt.serve.whole import pipeline_of
 
-    checked_schedules(config.schedules)
+    schedules = checked_schedules(config.schedules)
     models = models_of(config)
-    for served_model in models.values():
-        pipeline = Pipeline(pipeline_config(config, served_model))
+    for name, folder in models.items():
+        served = served_of(config, name, folder, schedules)
+        if Bundle.read(folder).manifest.pipeline is not None:
+            pipeline_of(served)
+            continue
+        pipeline = Pipeline(served.pipeline)
         pipeline.decoder  # noqa: B018 # raises for a missing VAE
         if pipeline.manifest.text is not None:
             PromptEncoder(pipeline.manifest, pipeline.device).check()
