@@ -117,17 +117,22 @@ def models_of(config: ServeConfig) -> dict[str, Path]:
         folder = given.resolve()
         name = folder.name
         bundle = Bundle.read(given)
-        if bundle.manifest.pipeline is not None:
-            raise InputError(
-                f"{given} was exported from a diffusers pipeline, which cannot be served yet; serve a bundle of a "
-                "transformer, or make images with fora-trt run"
-            )
+        refuse_pipeline(given, bundle)
         if name in found:
             raise InputError(f"two bundles are named {name}: {found[name]} and {folder}; rename one of the folders")
         if name == FRONT or "#" in name or "/" in name:
             raise InputError(f"a bundle cannot be served under the name {name}; rename its folder")
         found[name] = folder
     return found
+
+
+def refuse_pipeline(given: Path, bundle: Bundle) -> None:
+    """Raise `InputError` for a bundle of a diffusers pipeline."""
+    if bundle.manifest.pipeline is not None:
+        raise InputError(
+            f"{given} was exported from a diffusers pipeline, which cannot be served yet; serve a bundle of a "
+            "transformer, or make images with fora-trt run"
+        )
 
 
 def pipeline_config(config: ServeConfig, folder: Path) -> PipelineConfig:

@@ -34,7 +34,10 @@ KEPT_PROMPTS = 16
 
 @dataclass(frozen=True)
 class Served:
-    """A model as a replica serves it; `schedules` are files whose stems a request can name."""
+    """A model as a replica serves it; `schedules` are files whose stems a request can name.
+
+    `steps` are those of a request that gives neither steps nor a schedule; None means those of `run`.
+    """
 
     name: str
     pipeline: PipelineConfig
@@ -42,6 +45,7 @@ class Served:
     max_batch_size: int = 8
     max_wait: float = 0.0
     join: bool = True
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Requests:
         text = pipeline.manifest.text is not None
         self.encoder = PromptEncoder(pipeline.manifest, pipeline.device) if text else None
         self._known: dict[tuple[str, str], Conditioning] = {}
-        self.default_steps = pipeline.bundle.scheduled_steps or pipeline.config.steps
+        own = None if pipeline.config.schedule else pipeline.bundle.scheduled_steps
+        self.default_steps = served.steps or own or pipeline.config.steps
 
     def images(self, wanted: Wanted, seed: int) -> list[Image]:
         """One image for each of `n`, the first with this seed."""
@@ -191,23 +196,30 @@ def checked_schedules(paths: tuple[Path, ...]) -> tuple[Path, ...]:
     return tuple(path.resolve() for path in paths)
 
 
+def started(served: Served) -> tuple[Requests, Batches]:
+    """A model that is ready for its first request. Raises `ForaError` if it cannot be served here."""
+    pipeline = Pipeline(served.pipeline)
+    pipeline.decoder  # noqa: B018 # raises for a missing VAE before the engines start
+    pipeline.start(served.max_batch_size, GUIDED)
+    requests = Requests(served, pipeline)
+    if requests.encoder is not None:
+        requests.encoder.load()
+    batches = Batches(pipeline, served.max_batch_size, served.max_wait, served.join)
+    pipeline.sampling(requests.default_steps)  # imports what the first request needs
+    return requests, batches
+
+
 class Replica:
     """One process with the engines of a model."""
 
     def __init__(self, served: Served) -> None:
         self.served = served
-        self.pipeline = Pipeline(served.pipeline)
-        self.pipeline.decoder  # noqa: B018 # raises for a missing VAE before the replica is ready
-        self.pipeline.start(served.max_batch_size, GUIDED)
-        self.requests = Requests(served, self.pipeline)
-        if self.requests.encoder is not None:
-            self.requests.encoder.load()
-        self.batches = Batches(self.pipeline, served.max_batch_size, served.max_wait, served.join)
+        self.requests, self.batches = started(served)
+        self.pipeline = self.requests.pipeline
         self._id = uuid.uuid4().hex
         self._numbers = count(1)
         self._checks = ThreadPoolExecutor(1)  # schedulers are shared; text encoders take long
         self._versions = versions()
-        self.pipeline.sampling(self.requests.default_steps)  # imports what the first request needs
 
     async def generate(self, fields: dict[str, Any], seed: int) -> Reply:
         """Make the images of a request. If the caller goes away, their places are freed."""
