@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +20,8 @@ from fora_trt.bundle import Bundle
 from fora_trt.contract import TextSpec
 from fora_trt.errors import InputError
 from fora_trt.schedule import Schedule
-from fora_trt.serve.triton import inputs_of
-from fora_trt.serve.triton_model import ModelSettings
+from fora_trt.serve.triton import inputs_of, instance_group
+from fora_trt.serve.triton_model import ModelSettings, device_of
 from tests.conftest import BundleAt
 from tests.test_cli import fora
 
@@ -347,6 +349,28 @@ def test_a_schedule_and_a_vae_of_the_repository(
     assert not np.array_equal(pictures_of(other)[0], wanted[0])
 
 
+def test_the_schedule_in_the_bundle_is_the_default(
+    pixels: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels.copy(tmp_path / "own", Schedule.fora(6, 2))
+    assert fora("triton", tmp_path / "own", "-o", tmp_path / "models", "--backend", "onnxruntime").exit_code == 0
+    folder = tmp_path / "models" / "own"
+    assert Bundle.open(folder / "bundle").manifest == Bundle.open(tmp_path / "own").manifest
+    with loaded(folder, config_in(folder), monkeypatch) as one:
+        (response,) = executed(one, InferenceRequest(class_label=3, seed=1))
+    assert np.array_equal(pictures_of(response), wanted_of(pixels, [3], 1, 6, schedule="fora:2"))
+
+
+def test_an_instance_takes_the_device_that_triton_gives_it() -> None:
+    assert [device_of(*one) for one in (("GPU", "2"), ("CPU", "0"))] == ["cuda:2", "cpu"]
+    assert [instance_group(one, 1) for one in ("auto", "cpu", "cuda", "cuda:3")] == [
+        "{ count: 1 kind: KIND_AUTO }",
+        "{ count: 1 kind: KIND_CPU }",
+        "{ count: 1 kind: KIND_GPU }",
+        "{ count: 1 kind: KIND_GPU gpus: [ 3 ] }",
+    ]
+
+
 def test_wrong_parameters_end_the_start(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_in(repository / "pixels")
     config.parameters["max_steps"].string_value = "many"
@@ -356,6 +380,13 @@ def test_wrong_parameters_end_the_start(repository: Path, monkeypatch: pytest.Mo
 
 
 # --- writing
+
+
+def test_neither_ray_nor_the_client_of_triton_is_needed() -> None:
+    code = "import sys, fora_trt.serve.triton, fora_trt.serve.triton_model; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "fora_trt.serve.batches" in loaded
+    assert not {"ray", "tritonclient", "google.protobuf", "triton_python_backend_utils"} & {*loaded}
 
 
 def test_an_existing_model_is_replaced_only_with_force(pixels: Bundle, tmp_path: Path) -> None:
