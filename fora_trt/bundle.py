@@ -289,23 +289,27 @@ class Bundle:
         """The number of steps of the schedule file in the bundle; None without one: text forms fit any number."""
         return Schedule.from_file(self.folder / SCHEDULE).steps if self.manifest.schedule == SCHEDULE else None
 
-    def copy(self, target: Path, schedule: Schedule | str, config: Mapping[str, Any]) -> None:
+    def copy(
+        self, target: Path, schedule: Schedule | str | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the bundle to another folder, with another schedule and the `config.json` of a transformer beside it.
 
-        Raises `InputError` if the folder holds anything but a bundle.
+        Without a schedule all files stay as they are. Raises `InputError` if the folder holds anything but a bundle.
         """
         if target.exists() and not _has_manifest(target):
             raise InputError(f"{target} exists and is not a bundle, so it is not replaced; choose a new folder")
         with staging(target, True, "bundle", InputError) as folder:
-            files = {name: record for name, record in self.manifest.files.items() if name != SCHEDULE}
+            files = {name: one for name, one in self.manifest.files.items() if schedule is None or name != SCHEDULE}
             for name in files:
                 shutil.copyfile(self.folder / name, folder / name)
-            if isinstance(schedule, Schedule) or is_file(schedule):
+            named = self.manifest.schedule if schedule is None else schedule
+            if schedule is not None and (isinstance(schedule, Schedule) or is_file(schedule)):
                 read = schedule if isinstance(schedule, Schedule) else Schedule.from_file(schedule)
                 read.to_file(folder / SCHEDULE)
-                files[SCHEDULE], schedule = record_of(folder / SCHEDULE), SCHEDULE
-            (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-            write_manifest(folder, self.manifest.model_copy(update={"schedule": schedule, "files": files}))
+                files[SCHEDULE], named = record_of(folder / SCHEDULE), SCHEDULE
+            if config is not None:
+                (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+            write_manifest(folder, self.manifest.model_copy(update={"schedule": named, "files": files}))
 
     @property
     def _mend(self) -> str:

@@ -269,14 +269,18 @@ def test_every_command_and_option_of_a_page_exists(page: str) -> None:
             assert rest[0] == "-m"
             assert importlib.util.find_spec(rest[1]) is not None
         else:
-            assert name in ("", "python3", "curl", "serve"), name
+            assert name in ("", "python3", "curl", "serve", "docker", "ray"), name
+
+
+OF_OTHERS = {"--build-arg", "--shm-size", "--stop-timeout", "--now"}
+"""Options of Docker and systemd."""
 
 
 def test_every_command_is_named_and_every_option_of_the_text_exists() -> None:
     assert {f"fora-trt {name}" for name in main.commands} <= set(re.findall(r"fora-trt [a-z]+", README))
     parameters = [each for one in main.commands.values() for each in one.params]
     known = {option for each in parameters for option in (*each.opts, *each.secondary_opts)}
-    others = {"--minutes", "--resume", "--list", "--device", "--help", "--out"}  # of scripts
+    others = {"--minutes", "--resume", "--list", "--device", "--help", "--out", *OF_OTHERS}  # of scripts
     for page in PAGES:
         for code in re.findall(r"`([^`\n]+)`", TEXT[page]):
             assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)) <= known | others, code

@@ -30,6 +30,7 @@ from fora_trt.cli.run import run
 from fora_trt.cli.sample import sample
 from fora_trt.cli.serve import serve
 from fora_trt.cli.terminal import DISPLAY, VERBOSITY
+from fora_trt.cli.triton import triton
 from fora_trt.cli.verify import verify
 from fora_trt.errors import LONGEST_MESSAGE, ForaError, ForaWarning
 from fora_trt.interruption import INTERRUPTED, caught, interruptible
@@ -157,5 +158,5 @@ def main() -> None:
     """
 
 
-for command in (export, build, verify, run, sample, bench, quality, calibrate, inspect, doctor, demo, serve):
+for command in (export, build, verify, run, sample, bench, quality, calibrate, inspect, doctor, demo, serve, triton):
     main.add_command(command)

@@ -174,6 +174,11 @@ def wanted_from(body: bytes, limits: Limits) -> Wanted:
         ) from None
     if not isinstance(values, dict):
         raise ApiError(400, "the body is not a JSON object; send fields and values in braces", None, "invalid_json")
+    return wanted_of(values, limits)
+
+
+def wanted_of(values: Mapping[str, Any], limits: Limits) -> Wanted:
+    """The request of these fields. Raises `ApiError` 422 for a value that no model takes."""
     try:
         wanted = Wanted.model_validate(values)
     except ValidationError as error:

@@ -68,19 +68,26 @@ class Maker(Protocol):
         """Make what was asked for, then end."""
 
 
+def started(served: Served) -> tuple[Requests, Batches]:
+    """A model that is ready for its first request. Raises `ForaError` if it cannot be served here."""
+    pipeline = Pipeline(served.pipeline)
+    pipeline.decoder  # noqa: B018 # raises for a missing VAE before the engines start
+    pipeline.start(served.max_batch_size, GUIDED)
+    requests = Requests(served, pipeline)
+    if requests.encoder is not None:
+        requests.encoder.load()
+    batches = Batches(pipeline, served.max_batch_size, served.max_wait, served.join)
+    pipeline.sampling(requests.default_steps)  # imports what the first request needs
+    return requests, batches
+
+
 class InBatches:
     """Makes images of many requests together, with `fora_trt.Pipeline`."""
 
     def __init__(self, served: Served) -> None:
-        self.pipeline = Pipeline(served.pipeline)
-        self.pipeline.decoder  # noqa: B018 # raises for a missing VAE before the replica is ready
-        self.pipeline.start(served.max_batch_size, GUIDED)
-        self.requests = Requests(served, self.pipeline)
-        if self.requests.encoder is not None:
-            self.requests.encoder.load()
-        self.batches = Batches(self.pipeline, served.max_batch_size, served.max_wait, served.join)
+        self.requests, self.batches = started(served)
+        self.pipeline = self.requests.pipeline
         self._checks = ThreadPoolExecutor(1)  # text encoders take long
-        self.pipeline.sampling(self.requests.default_steps)  # imports what the first request needs
         self.about = _about(self.pipeline)
 
     @property

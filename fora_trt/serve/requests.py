@@ -23,7 +23,10 @@ KEPT_PROMPTS = 16
 
 @dataclass(frozen=True)
 class Served:
-    """A model as a replica serves it; `schedules` are files whose stems a request can name."""
+    """A model as a replica serves it; `schedules` are files whose stems a request can name.
+
+    `steps` are those of a request that gives neither steps nor a schedule; None means those of `run`.
+    """
 
     name: str
     pipeline: PipelineConfig
@@ -31,6 +34,7 @@ class Served:
     max_batch_size: int = 8
     max_wait: float = 0.0
     join: bool = True
+    steps: int | None = None
 
 
 class Requests:
@@ -45,7 +49,8 @@ class Requests:
         text = pipeline.manifest.text is not None
         self.encoder = PromptEncoder(pipeline.manifest, pipeline.device) if text else None
         self._known: dict[tuple[str, str], Conditioning] = {}
-        self.default_steps = pipeline.bundle.scheduled_steps or pipeline.config.steps
+        own = None if pipeline.config.schedule else pipeline.bundle.scheduled_steps
+        self.default_steps = served.steps or own or pipeline.config.steps
 
     def images(self, wanted: Wanted, seed: int) -> list[Image]:
         """One image for each of `n`, the first with this seed."""

@@ -121,10 +121,13 @@ class WholePipeline:
         if wanted.schedule is not None:
             asked = named_schedule(wanted.schedule, self.schedules)
             try:
-                return asked.checked(steps) if isinstance(asked, Schedule) else Schedule.from_text(asked, steps) and asked
+                return (
+                    asked.checked(steps) if isinstance(asked, Schedule) else Schedule.from_text(asked, steps) and asked
+                )
             except ScheduleError as error:
                 what = f"this schedule does not fit {self.name} at {steps} steps"
                 raise unprocessable("schedule", public(error, what)) from error
+            return asked
         own = next(iter(self.schedules.values()), None) if self.pipeline.bundle.scheduled_steps == steps else None
         text = self.pipeline.bundle.schedule
         return own or (text if text is not None and not text.endswith(".json") else usual_text())
