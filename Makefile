@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Extras of the developers' environment; `make demo` installs only cpu.
-EXTRAS ?= cpu,rtx,text,report,dev
+EXTRAS ?= cpu,rtx,text,report,serve,dev
 DEMO_EXTRAS := $(if $(filter command line,$(origin EXTRAS)),$(EXTRAS),cpu)
 
 .PHONY: demo test test-slow gpu-check lint format docs wheelhouse clean
@@ -19,7 +19,7 @@ test: $(VENV)/with-$(EXTRAS)
 
 # The timed tests of test_figures.py run alone, because other processes would disturb the timings; the others in two
 # processes, one test at a time, the longest first.
-LONGEST := tests/test_wheelhouse.py tests/test_trajectories.py tests/test_quality.py tests/test_gpu_check.py
+LONGEST := tests/test_wheelhouse.py tests/test_workers.py tests/test_serve.py tests/test_trajectories.py tests/test_quality.py tests/test_gpu_check.py
 test-slow: $(VENV)/with-$(EXTRAS)
 	$(BIN)/python -m pytest -m slow --durations=0 tests/test_figures.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --maxschedchunk=1 --durations=12 $(LONGEST) \

@@ -1,6 +1,7 @@
 """The figures that the project promises, timed; each takes minutes and has the machine to itself."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from fora_trt.pipeline import Pipeline
 from fora_trt.sampling.conditioning import example_conditioning
 from fora_trt.sampling.loop import Sampler, Trajectory
 from tests.test_cli import fora
+from tests.test_workers import digits_of, ran
 
 pytestmark = pytest.mark.slow
 
@@ -173,3 +176,19 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
             break
     print(f"found again: {fastest:.2f} s")
     assert fastest < building / 8
+
+
+def test_two_workers_are_faster_than_one_process(digits: Bundle, tmp_path: Path) -> None:
+    """Images per second from the third to the last tenth, each with one thread."""
+    if (os.cpu_count() or 1) < 2 or psutil.cpu_percent(3) > 30:
+        pytest.skip("two workers need two cores that do nothing else")
+    rates = {}
+    for way in ([], ["--workers", 2]):
+        folder = tmp_path / f"set{len(way)}"
+        command = digits_of(digits, "--num-images", 300, "--format", "png", "--out", folder)
+        ran(*command, *way, tmp=tmp_path / "t", OMP_NUM_THREADS="1")
+        times = sorted(one.stat().st_mtime for one in folder.glob("*.png"))
+        first, last = len(times) * 3 // 10, len(times) * 9 // 10
+        rates[bool(way)] = (last - first) / (times[last] - times[first])
+    print(f"one process {rates[False]:.1f} images/s, two workers {rates[True]:.1f}: {rates[True] / rates[False]:.2f}x")
+    assert rates[True] / rates[False] >= 1.5
