@@ -19,7 +19,8 @@ COPY fora_trt fora_trt
 ARG EXTRAS=gpu,serve
 RUN pip install --no-cache-dir --constraint constraints.txt ".[${EXTRAS}]"
 
-# Bundles and plans: export/ and engines/ in this folder.
+# Bundles, plans and downloads: export/, engines/ and huggingface/ in this folder.
+ENV HF_HOME=/work/huggingface
 USER 10001
 WORKDIR /work
 EXPOSE 8000
