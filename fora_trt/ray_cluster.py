@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -91,6 +93,7 @@ def ray_started(address: str | None, cpus: int, gpus: int, verbose: bool) -> Ite
         except (OSError, RuntimeError, ValueError) as error:
             where = "on this machine" if address is None else f"at {address}"
             raise BackendError(f"Ray cannot be used {where}: {first_line(error)}; see it with --verbose") from error
+        _take_signals_back()
         yield ray
     except KeyboardInterrupt:
         caught()  # ending Ray takes seconds
@@ -105,6 +108,14 @@ def ray_started(address: str | None, cpus: int, gpus: int, verbose: bool) -> Ite
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_signals_back() -> None:
+    """Install the handlers of Python again: Ray's libraries print a stack at SIGTERM, whatever thread starts them."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)
 
 
 def cores() -> int:

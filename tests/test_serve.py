@@ -569,6 +569,7 @@ def serving(bundle: Path, folder: Path, *options: object) -> Iterator[Running]:
     finally:
         process.terminate()
         assert process.wait(90) == 0, output.read_text()
+        assert "***" not in output.read_text(), "Ray's libraries print a stack at SIGTERM"
         assert not [one for one in psutil.process_iter(["environ"]) if is_of(one, process.pid)]
 
 

@@ -268,6 +268,7 @@ def test_what_is_begun_with_workers_is_resumed_without_and_the_other_way_round(
         assert process.returncode == 130, said
         assert said.count("interrupted; what is finished is kept") == 1
         assert "Traceback" not in said
+        assert "SIGTERM" not in said
         assert not orphans_of(mark)
         assert not [*(tmp_path / "t").glob("fora-*")]
     assert len([*tmp_path.glob(parts)]) >= 2
