@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fora_trt.bundle import Manifest
 from fora_trt.errors import BackendError
+from fora_trt.plan import Step
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.interface import overflow_remedy
 from fora_trt.runtime.joined import Joined, Track
@@ -71,6 +72,9 @@ class Member:
         return (self.rows.shape[1] - NUMBERS) // 2
 
 
+KEPT_LAYOUTS = 64
+"""Layouts of schedules that are kept."""
+
 NUMBERS = 4
 """Columns of `Coefficients.rows` before the weights."""
 
@@ -88,6 +92,7 @@ class JoinedSampler:
     def __init__(self, denoiser: Denoiser, most: int) -> None:
         self.members: list[Member] = []
         self._denoiser, self._joined = denoiser, Joined(denoiser, most)
+        self._layouts: dict[tuple[Step, ...], Layout] = {}
         self._shape = denoiser.manifest.latents.shape
         self._state = _State(0, 1, self._shape, denoiser.device)
 
@@ -109,7 +114,7 @@ class JoinedSampler:
         assert isinstance(scheduler_step, TabulatedStep) and self.takes(scheduler_step, guidance) and given.images == 1
         coefficients, scale = scheduler_step.coefficients, guidance.scale
         return Member(
-            Track(self._denoiser.layout_of(schedule.plan)),
+            Track(self._layout_of(schedule)),
             coefficients.rows(),
             coefficients.draws.tolist(),
             coefficients.first_scale,
@@ -119,12 +124,20 @@ class JoinedSampler:
             torch.Generator().manual_seed(seed),
         )
 
+    def _layout_of(self, schedule: Schedule) -> Layout:
+        plan = tuple(schedule.plan)
+        if plan not in self._layouts:
+            if len(self._layouts) >= KEPT_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[plan] = self._denoiser.layout_of(plan)
+        return self._layouts[plan]
+
     def make_room(self, schedules: Sequence[Schedule]) -> None:
         """Allocate memory for images with these schedules, while there is no image; others then need not wait for it.
 
         Raises `RoomError` if the batch does not fit the device's memory.
         """
-        self._joined.make_room([self._denoiser.layout_of(one.plan) for one in schedules])
+        self._joined.make_room([*map(self._layout_of, schedules)])
 
     def fits(
         self, member: Member, leaving: Sequence[Member | None] = (), joining: Sequence[Member | None] = ()

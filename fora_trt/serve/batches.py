@@ -24,10 +24,14 @@ from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.joined import JoinedSampler, Member, check_finite
-from fora_trt.sampling.loop import Watch
+from fora_trt.sampling.loop import Sampler, Watch
 
 MOST_FAILURES = 3
 """Failures in a row, without a reason that is known, after which a process had better be replaced."""
+
+
+KEPT_SAMPLERS = 8
+"""Loops of batches that begin and end together that are kept."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class Batches:
         self._running: list[_Asked] = []
         self._changed = threading.Condition()
         self._stopped, self._failures = False, 0
+        self._samplers: dict[tuple[object, ...], Sampler] = {}
         self._counts = Counts()
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
@@ -217,10 +222,18 @@ class Batches:
         first = batch[0].image
         given = Conditioning.joined([one.image.given for one in batch])
         seeds = [one.image.seed for one in batch]
-        done = self._pipeline.sampler(first.sampling)(given, seeds, first.guidance, _while_wanted(batch))
+        done = self._sampler_of(first)(given, seeds, first.guidance, _while_wanted(batch))
         self._count(len(batch), len(done.full_seconds), sum(done.full_seconds), sum(done.reuse_seconds))
         for asked, latents in zip(batch, done.latents, strict=True):
             self._answer(asked, latents, len(done.full_seconds))
+
+    def _sampler_of(self, image: Image) -> Sampler:
+        """The loop for images like this one; the latest are kept, because on a GPU they have CUDA graphs."""
+        sampler = self._samplers.pop(image.key, None) or self._pipeline.sampler(image.sampling)
+        self._samplers[image.key] = sampler  # the latest comes last
+        if len(self._samplers) > KEPT_SAMPLERS:
+            self._samplers.pop(next(iter(self._samplers)))
+        return sampler
 
     def _make_window(self, sampler: JoinedSampler) -> None:
         """Compute one window of the images that run; before it, some leave and others join."""

@@ -17,8 +17,8 @@ from fora_trt.schedule import KINDS, Schedule, is_file
 from fora_trt.serve.api import Wanted, unprocessable
 from fora_trt.serve.batches import Image
 
-KEPT_PROMPTS = 16
-"""Encoded prompts that are kept."""
+KEPT_PROMPTS, KEPT_SAMPLINGS = 16, 64
+"""Numbers of encoded prompts, and of schedulers with schedules, that are kept."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Requests:
         self.schedules = schedules_of(served, pipeline.bundle)
         text = pipeline.manifest.text is not None
         self.encoder = PromptEncoder(pipeline.manifest, pipeline.device) if text else None
+        self._samplings: dict[tuple[int | None, str | None], Sampling] = {}
         self._known: dict[tuple[str, str], Conditioning] = {}
         own = None if pipeline.config.schedule else pipeline.bundle.scheduled_steps
         self.default_steps = served.steps or own or pipeline.config.steps
@@ -66,6 +67,15 @@ class Requests:
             raise unprocessable("size", f"{self.name} makes images of {made[1]}x{made[0]}, not {wanted.size}")
 
     def _sampling(self, wanted: Wanted) -> Sampling:
+        """The sampling of a request; the latest are kept, because tabulating a scheduler takes long."""
+        key = (wanted.num_inference_steps, wanted.schedule)
+        made = self._samplings.pop(key, None) or self._new_sampling(wanted)
+        self._samplings[key] = made  # the latest comes last
+        if len(self._samplings) > KEPT_SAMPLINGS:
+            self._samplings.pop(next(iter(self._samplings)))
+        return made
+
+    def _new_sampling(self, wanted: Wanted) -> Sampling:
         schedule = None if wanted.schedule is None else named_schedule(wanted.schedule, self.schedules)
         own = schedule is None
         steps = wanted.num_inference_steps or (self.default_steps if own else self.pipeline.config.steps)
