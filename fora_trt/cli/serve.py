@@ -17,7 +17,10 @@ from fora_trt.cli.options import (
     SCHEDULER,
     TIMESTEP_SPACING,
     VAE,
+    WITHOUT_PLANS,
     grouped,
+    is_given,
+    refuse_given,
 )
 from fora_trt.cli.terminal import DISPLAY, VERBOSITY, print_json, say
 from fora_trt.errors import BackendError
@@ -115,8 +118,10 @@ def serve(host: str, port: int, ray_address: str | None, drain_seconds: float, a
     from fora_trt.serve.server import served
 
     verbose = click.get_current_context().meta.get(VERBOSITY) == "verbose"
+    config = _config(**settings)
+    refuse_without_effect(config.join, None if ray_address else (config.bundles, config.backend, config.device))
     say("starting")
-    with served(_config(**settings), host, port, ray_address, verbose) as server:
+    with served(config, host, port, ray_address, verbose) as server:
         DISPLAY.end()
         about = {"url": server.url, "models": server.models, "pid": os.getpid()}
         print_json(about) if as_json else click.echo(f"{', '.join(server.models)} at {server.url}")
@@ -129,6 +134,21 @@ def serve(host: str, port: int, ray_address: str | None, drain_seconds: float, a
         left = server.drain(drain_seconds)
     if left:
         raise BackendError(f"{left} requests were not answered within {drain_seconds:g} s; give more --drain-seconds")
+
+
+def refuse_without_effect(join: bool, here: tuple[tuple[Path, ...], str, str] | None = None) -> None:
+    """Refuse options that do nothing: exit code 2. `here` are bundles, backend and device of this machine."""
+    if join:
+        refuse_given("images join a batch at once; give --join none", "max_wait_ms")
+    if here is None or not is_given("engines"):
+        return
+    from fora_trt.bundle import Bundle
+    from fora_trt.engines.backends import backend_from_name
+
+    bundles, backend, device = here
+    chosen = [backend_from_name(backend, Bundle.read(bundle).manifest, device) for bundle in bundles]
+    if not any(one.builds for one in chosen):
+        refuse_given(WITHOUT_PLANS.format(chosen[0].name), "engines")
 
 
 def _config(

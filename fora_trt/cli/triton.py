@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fora_trt.cli.options import AS_JSON, BACKEND, BUNDLE, SCHEDULE_FORMS, SCHEDULER, TIMESTEP_SPACING, VAE, grouped
-from fora_trt.cli.serve import BATCHING
+from fora_trt.cli.serve import BATCHING, refuse_without_effect
 from fora_trt.cli.terminal import print_json
 
 LIMITS = grouped(
@@ -81,6 +81,7 @@ def triton(
     from fora_trt.serve.triton import TritonConfig, write_model
 
     batching["join"] = batching["join"] == "windows"
+    refuse_without_effect(batching["join"])
     config = TritonConfig(bundle, name, instances=instances, **batching, **limits, **model)
     written = write_model(config, output, force)
     if as_json:
