@@ -334,7 +334,7 @@ class TabulatedStep(SchedulerStep):
         self._remembered = torch.empty(coefficients.memory, 2, images, *shape, device=device)
         self._last_latents, self._last_prediction = self._remembered[0]
         self._terms, self._result = self._remembered.flatten(0, 1).flatten(1), self.latents.view(1, -1)
-        self._order = torch.arange(len(self._terms), device=device)[None]
+        self._order = torch.arange(len(self._terms))[None].to(device)
         self._noise = torch.empty(int(draws.sum()), images, *shape, device=device)
         self._call = torch.zeros(1, dtype=torch.int64, device=device)
         self._draw = (draws.cumsum(0) - 1).clamp_(min=0).to(device)
