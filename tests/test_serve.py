@@ -799,24 +799,29 @@ def test_sigterm_answers_what_was_accepted(digits: Bundle, tmp_path: Path) -> No
     httpx = pytest.importorskip("httpx2")
     with serving(digits.folder, tmp_path, "--queue", 5, "--max-batch-size", 2) as running:
         statuses: Counter[object] = Counter()
+        told: list[float] = []
 
         def ask(request: dict[str, Any]) -> None:
+            began = 0.0
             try:
                 while True:
+                    began = time.monotonic()
                     answer = httpx.post(f"{running.url}{GENERATIONS}", json=request, timeout=120)
                     assert answer.status_code == 200 or int(answer.headers["retry-after"]) >= 1
                     statuses[answer.status_code] += 1
                     if answer.status_code != 429:
                         break
                     time.sleep(0.2)
-            except httpx.ConnectError:
-                statuses["refused"] += 1  # after the end
+            except (httpx.ConnectError, httpx.RemoteProtocolError):
+                assert told and began > told[0], "it was sent before the signal"
+                statuses["refused"] += 1  # at the end
 
         with ThreadPoolExecutor(24) as pool:
             work = [pool.submit(ask, one) for one in mixed(150)]
             until = time.monotonic() + 120
             while statuses[200] < 30 and time.monotonic() < until:
                 time.sleep(0.05)
+            told.append(time.monotonic())
             os.kill(running.process.pid, signal.SIGTERM)
             for one in work:
                 one.result()
