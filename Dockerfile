@@ -9,7 +9,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/fora-trt \
     && useradd --create-home --uid 10001 fora \
-    && install --directory --owner fora --group fora /work
+    && install --directory --owner fora --group fora /data
 ENV PATH=/opt/fora-trt/bin:$PATH PYTHONUNBUFFERED=1
 
 WORKDIR /opt/source
@@ -20,9 +20,9 @@ ARG EXTRAS=gpu,serve
 RUN pip install --no-cache-dir --constraint constraints.txt ".[${EXTRAS}]"
 
 # Bundles, plans and downloads: export/, engines/ and huggingface/ in this folder.
-ENV HF_HOME=/work/huggingface
+ENV HF_HOME=/data/huggingface
 USER 10001
-WORKDIR /work
+WORKDIR /data
 EXPOSE 8000
 # Of `serve` at its default port. Until a model is ready, which takes minutes if plans are built, failures do not count.
 HEALTHCHECK --start-period=60m --interval=10s --timeout=5s \

@@ -208,10 +208,10 @@ class DiffusersPipeline:
             transformer.use_schedule(schedule)
 
     @cached_property
-    def parameters(self) -> frozenset[str]:
+    def parameters(self) -> tuple[str, ...]:
         """The names of the arguments of the pipeline's call."""
         kind = pipeline_class(self.bundle.manifest.name, self.spec.name)
-        return frozenset(inspect.signature(kind.__call__).parameters)
+        return tuple(name for name in inspect.signature(kind.__call__).parameters if name != "self")
 
     @property
     def decodes(self) -> bool:
@@ -274,7 +274,7 @@ class DiffusersPipeline:
 
     def _arguments(self, prompts: Sequence[str], num_images: int, extra: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the pipeline's call. Raises `InputError` for one that it does not take."""
-        known = inspect.signature(pipeline_class(self.bundle.manifest.name, self.spec.name).__call__).parameters
+        known = self.parameters
         given: dict[str, Any] = {name: one for name, one in self.spec.arguments.items() if name in known}
         if prompts:
             given["prompt"] = prompts[0] if len(prompts) == 1 else list(prompts)
@@ -283,11 +283,8 @@ class DiffusersPipeline:
         if taken := next((name for name in extra if name in RESERVED), None):
             raise InputError(f"{taken!r} is no further argument of the pipeline; give {RESERVED[taken]} instead")
         given |= extra
-        if unknown := given.keys() - known.keys():
-            raise InputError(
-                f"{self.spec.name} has no argument {min(unknown)!r}; its arguments are "
-                f"{', '.join(name for name in known if name != 'self')}"
-            )
+        if unknown := given.keys() - {*known}:
+            raise InputError(f"{self.spec.name} has no argument {min(unknown)!r}; its arguments are {', '.join(known)}")
         if "prompt" in known and not any(name.startswith("prompt") for name in given):
             raise InputError(f"{self.spec.name} needs a prompt; give --prompt, or --prompt-embeds FILE")
         return given

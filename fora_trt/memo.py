@@ -1,14 +1,15 @@
-"""Remembers what was computed from tensors, for callers who give the same tensors at every step."""
+"""Remembers what was computed: from a tensor that is given at every step, or for the latest of several keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Result = TypeVar("Result")
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Memo(Generic[Result]):
@@ -31,3 +32,19 @@ class Memo(Generic[Result]):
             found = self._compute(value)
             self._known[value] = value._version, found
         return found  # type: ignore[no-any-return]
+
+
+class Kept(Generic[Key, Result]):
+    """What was made for the latest `most` different keys."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._made: dict[Key, Result] = {}
+
+    def get(self, key: Key, make: Callable[[], Result]) -> Result:
+        """What was made for a key; it is made now if it is not kept."""
+        made = self._made.pop(key) if key in self._made else make()
+        self._made[key] = made  # the latest comes last
+        if len(self._made) > self._most:
+            self._made.pop(next(iter(self._made)))
+        return made

@@ -321,7 +321,7 @@ def test_a_full_queue_and_a_dead_replica(front: Front, client: TestClient) -> No
     from ray.exceptions import RayActorError
     from ray.serve.exceptions import BackPressureError
 
-    raised: list[Exception] = [BackPressureError(64, 64), RayActorError(), RuntimeError("/root/secret")]
+    raised: list[Exception] = [BackPressureError(64, 64), RayActorError(), RuntimeError("/srv/secret")]
 
     async def fails(*_: object) -> None:
         raise raised.pop(0)
@@ -381,7 +381,7 @@ def test_the_guard_turns_texts_of_ray_into_errors_of_the_api() -> None:
     def app(status: int) -> Any:
         async def answers(scope: object, receive: object, send: Any) -> None:
             await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"Traceback in /root/x.py"})
+            await send({"type": "http.response.body", "body": b"Traceback in /srv/x.py"})
 
         return answers
 
@@ -397,7 +397,7 @@ def test_a_front_that_died_is_answered_for() -> None:
         pass
 
     async def raises(*_: object) -> None:
-        raise RuntimeError("/root/secret")
+        raise RuntimeError("/srv/secret")
 
     for app in (dies, raises):
         start, body = guarded(app, [part(0, more=False)], Limits())

@@ -273,7 +273,7 @@ def test_a_defect_is_told_to_the_log_alone(model: Any, monkeypatch: pytest.Monke
     Logger.errors.clear()
 
     def fails(*_: object) -> None:
-        raise RuntimeError("/root/secret")
+        raise RuntimeError("/srv/secret")
 
     with monkeypatch.context() as patched:
         patched.setattr(model.requests, "images", fails)
@@ -281,7 +281,7 @@ def test_a_defect_is_told_to_the_log_alone(model: Any, monkeypatch: pytest.Monke
     assert response.error().code() == TritonError.INTERNAL
     assert response.error().message() == "the server failed to answer this request; its log has the reason"
     (logged,) = Logger.errors
-    assert "RuntimeError: /root/secret" in logged
+    assert "RuntimeError: /srv/secret" in logged
     pictures_of(*executed(model, InferenceRequest(**GOOD)))
 
 

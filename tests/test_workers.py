@@ -1,4 +1,4 @@
-"""Workers: what is computed in processes of Ray is what one process computes, whatever is killed."""
+"""Workers of Ray compute the same as one process, also if they are killed."""
 
 from __future__ import annotations
 

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from fora_trt.bundle import Bundle, Manifest
 from fora_trt.contract import (
-    CONDITIONING,
     FULL,
-    FULL_CONDITIONING,
     LATENTS,
     NOISE_PREDICTION,
     REUSE,
@@ -37,7 +35,7 @@ from fora_trt.plan import Plan, depth_of, rows_of
 from fora_trt.presets import usual_text
 from fora_trt.runtime.access import Access
 from fora_trt.runtime.layout import Layout, within
-from fora_trt.runtime.precomputed import PrecomputedConditioning
+from fora_trt.runtime.precomputed import PrecomputedConditioning, precomputed_of
 from fora_trt.runtime.step_by_step import StepByStep
 from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.runtime.window import Window, folded_of
@@ -94,8 +92,7 @@ class Denoiser(StepByStep):
         if isinstance(schedule, Schedule):
             self._checked(schedule)
         self.device = engines[FULL].device
-        conditioning, of_full_steps = (engines.get(name) for name in (CONDITIONING, FULL_CONDITIONING))
-        self.precomputed = None if conditioning is None else PrecomputedConditioning(conditioning, of_full_steps)
+        self.precomputed = precomputed_of(engines)
         self.run: EngineRun | None = None
         self.bundle: Bundle | None = None
         self._windows = Windows(engines[FULL], engines[REUSE])

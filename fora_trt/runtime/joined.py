@@ -16,13 +16,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fora_trt.contract import BATCH, CONDITIONING, FULL, FULL_CONDITIONING, REUSE
+from fora_trt.contract import BATCH, FULL, REUSE
 from fora_trt.plan import FULL_STEP, REUSE_STEP
 from fora_trt.runtime.buffers import Memory
 from fora_trt.runtime.denoiser import Denoiser, EngineRun
 from fora_trt.runtime.forecast import ForecastWindow
 from fora_trt.runtime.layout import Layout
-from fora_trt.runtime.precomputed import PrecomputedConditioning
+from fora_trt.runtime.precomputed import precomputed_of
 from fora_trt.runtime.sums import add_rows
 
 
@@ -85,8 +85,7 @@ class Joined:
         self.denoiser, self.most, self.sizes, self.samples = denoiser, most, Sizes(), 0
         engines = denoiser.engines
         self._full, self._reuse = engines[FULL], engines[REUSE]
-        conditioning, of_full_steps = (engines.get(name) for name in (CONDITIONING, FULL_CONDITIONING))
-        self._precomputed = None if conditioning is None else PrecomputedConditioning(conditioning, of_full_steps)
+        self._precomputed = precomputed_of(engines)
         self._memory = Memory(denoiser.device, self._drop)
         self._window: JoinedWindow | None = None
         self._count = 0  # windows

@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fora_trt.contract import TIMESTEP, TensorSpec, of_window
+from fora_trt.contract import CONDITIONING, FULL_CONDITIONING, TIMESTEP, TensorSpec, of_window
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.memory import bytes_of, content_of
 from fora_trt.runtime.layout import Layout
@@ -135,6 +135,12 @@ class PrecomputedConditioning:
             _allocate(self.rows, engine.outputs.values(), rows, engine.device)
         if _shortest(kept, engine.inputs) < rows:
             _allocate(kept, engine.inputs.values(), rows, engine.device)
+
+
+def precomputed_of(engines: Mapping[str, Engine]) -> PrecomputedConditioning | None:
+    """The precomputed conditioning of a bundle's engines by graph; None if the path was not hoisted."""
+    engine = engines.get(CONDITIONING)
+    return None if engine is None else PrecomputedConditioning(engine, engines.get(FULL_CONDITIONING))
 
 
 class _Selection:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fora_trt.bundle import Manifest
 from fora_trt.errors import InputError
 
 
@@ -29,6 +30,12 @@ class Guidance:
     def guides(self, step: int) -> bool:
         """Whether this step is guided, so that its batch has an unconditional half."""
         return self.scale > 1 and self.first <= step and (self.last is None or step < self.last)
+
+
+def guided_channels(manifest: Manifest) -> int:
+    """The number of channels that are guided, the first ones."""
+    own = manifest.guidance.channels if manifest.guidance is not None else None
+    return own or manifest.latents.channels
 
 
 def mix_guidance(prediction: Tensor, scale: Tensor, channels: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fora_trt.bundle import Manifest
 from fora_trt.errors import BackendError
+from fora_trt.memo import Kept
 from fora_trt.plan import Step
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.interface import overflow_remedy
@@ -27,7 +28,7 @@ from fora_trt.runtime.joined import Joined, Track
 from fora_trt.runtime.layout import Layout
 from fora_trt.runtime.sums import add_rows
 from fora_trt.sampling.conditioning import Conditioning
-from fora_trt.sampling.guidance import Guidance
+from fora_trt.sampling.guidance import Guidance, guided_channels, mix_guidance
 from fora_trt.sampling.loop import both_halves
 from fora_trt.sampling.scheduler_step import SchedulerStep, TabulatedStep, drawn
 from fora_trt.schedule import Schedule
@@ -48,7 +49,6 @@ class Member:
     scale: float
     generator: torch.Generator
     number: int = field(default_factory=_NUMBERS.__next__)
-    call: int = 0
     latents: Tensor | None = None
 
     @property
@@ -92,7 +92,7 @@ class JoinedSampler:
     def __init__(self, denoiser: Denoiser, most: int) -> None:
         self.members: list[Member] = []
         self._denoiser, self._joined = denoiser, Joined(denoiser, most)
-        self._layouts: dict[tuple[Step, ...], Layout] = {}
+        self._layouts: Kept[tuple[Step, ...], Layout] = Kept(KEPT_LAYOUTS)
         self._shape = denoiser.manifest.latents.shape
         self._state = _State(0, 1, self._shape, denoiser.device)
 
@@ -126,11 +126,7 @@ class JoinedSampler:
 
     def _layout_of(self, schedule: Schedule) -> Layout:
         plan = tuple(schedule.plan)
-        if plan not in self._layouts:
-            if len(self._layouts) >= KEPT_LAYOUTS:
-                self._layouts.clear()
-            self._layouts[plan] = self._denoiser.layout_of(plan)
-        return self._layouts[plan]
+        return self._layouts.get(plan, lambda: self._denoiser.layout_of(plan))
 
     def make_room(self, schedules: Sequence[Schedule]) -> None:
         """Allocate memory for images with these schedules, while there is no image; others then need not wait for it.
@@ -196,13 +192,11 @@ class JoinedSampler:
         for offset in range(max(lengths)):
             active = [k for k, length in enumerate(lengths) if offset < length]
             numbers = rows[offset]
-            latents, timestep = (
-                self._halved(self._state.latents * _beside(numbers[:, 1], self._state.latents)),
-                numbers[:, 0],
-            )
+            latents = self._halved(self._state.latents * _beside(numbers[:, 1], self._state.latents))
+            timesteps = self._halved(numbers[:, 0])
             ready = run.at(offset, len(self._halves))
-            prediction = ready.predict(offset, latents, self._halved(timestep), **self._on_device).float()
-            self._advance(self._mixed(prediction), numbers, active)
+            prediction = ready.predict(offset, latents, timesteps, **self._on_device).float()
+            self._advance(self._mixed(prediction), numbers, active, offset)
             if offset == 0:
                 _wait_for(device)
                 marks.append(time.perf_counter())
@@ -228,33 +222,26 @@ class JoinedSampler:
         return torch.cat([tensor, tensor[self._guided]]) if len(self._guided) else tensor
 
     def _mixed(self, prediction: Tensor) -> Tensor:
-        """(B + G, ...) -> (B, ...): guides as `mix_guidance` does."""
-        images = len(self.members)
+        """(B + G, ...) -> (B, ...)."""
         if not len(self._guided):
             return prediction
-        manifest = self._denoiser.manifest
-        guided = manifest.guidance.channels if manifest.guidance is not None else None
-        channels = guided or manifest.latents.channels
-        mixed = prediction[:images].clone()
-        conditional, unconditional = mixed[self._guided, :channels], prediction[images:, :channels]
-        scales = _beside(self._scales[self._guided], prediction)
-        mixed[self._guided, :channels] = torch.lerp(unconditional, conditional, scales)
+        mixed, unconditional = prediction[: len(self.members)].clone(), prediction[len(self.members) :]
+        halves, scales = torch.cat([mixed[self._guided], unconditional]), _beside(self._scales[self._guided], mixed)
+        mixed[self._guided] = mix_guidance(halves, scales, guided_channels(self._denoiser.manifest))
         return mixed
 
-    def _advance(self, prediction: Tensor, numbers: Tensor, active: Sequence[int]) -> None:
-        """The scheduler step of the active images."""
+    def _advance(self, prediction: Tensor, numbers: Tensor, active: Sequence[int], offset: int) -> None:
+        """The scheduler step of the active images, at this offset in their windows."""
         channels = self._denoiser.manifest.latents.channels
-        noise = self._noise(active)
+        noise = self._noise(active, offset)
         growth = None
         if any(self.members[k].takes_variance for k in active):
             growth = torch.exp(_beside(numbers[:, 3], prediction) * prediction[:, channels:])
         self._state.advance(prediction[:, :channels], numbers, active, noise, growth)
-        for k in active:
-            self.members[k].call += 1
 
-    def _noise(self, active: Sequence[int]) -> Tensor | None:
+    def _noise(self, active: Sequence[int], offset: int) -> Tensor | None:
         """New noise of the images whose scheduler draws it at this call, (B, ...); None if none does."""
-        drawing = [k for k in active if self.members[k].draws[self.members[k].call]]
+        drawing = [k for k in active if self.members[k].draws[self.members[k].track.step + offset]]
         if not drawing:
             return None
         noise = torch.zeros(len(self.members), *self._shape)

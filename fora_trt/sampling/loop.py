@@ -22,7 +22,7 @@ from fora_trt.errors import BackendError, InputError
 from fora_trt.plan import adapted
 from fora_trt.runtime.interface import Predictor, ReadyStep, Run, overflow_remedy
 from fora_trt.sampling.conditioning import Conditioning
-from fora_trt.sampling.guidance import Guidance, mix_guidance
+from fora_trt.sampling.guidance import Guidance, guided_channels, mix_guidance
 from fora_trt.sampling.scheduler_step import SchedulerStep
 from fora_trt.schedule import Schedule
 
@@ -197,8 +197,7 @@ class Sampler:
         if not scheduler_step.takes_variance:
             prediction = prediction[:, : manifest.latents.channels]
         if step.guided:
-            channels = manifest.guidance.channels if manifest.guidance is not None else None
-            prediction = mix_guidance(prediction, self._scale, channels or manifest.latents.channels)
+            prediction = mix_guidance(prediction, self._scale, guided_channels(manifest))
         scheduler_step.advance(prediction)
 
     def _is_capturable(self) -> bool:

@@ -65,9 +65,10 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
-        super().__init__(status, message, param, code, retry_after)
-        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        super().__init__(status, message, param, code, retry_after, allow)
+        self.status, self.param, self.code, self.retry_after, self.allow = status, param, code, retry_after, allow
         self.message = one_line(message, 1000)
 
     def content(self) -> dict[str, Any]:
@@ -78,7 +79,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """The headers of the answer."""
         retry = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
-        return {**retry, **({"www-authenticate": "Bearer"} if self.status == 401 else {})}
+        allow = {} if self.allow is None else {"allow": self.allow}
+        return {**retry, **allow, **({"www-authenticate": "Bearer"} if self.status == 401 else {})}
 
 
 def unprocessable(param: str, message: str) -> ApiError:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fora_trt.errors import BackendError, BusyError, ForaError, InputError, RoomError
+from fora_trt.memo import Kept
 from fora_trt.pipeline import GUIDED, Pipeline, Sampling
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.sampling.conditioning import Conditioning
@@ -73,6 +74,15 @@ class Counts:
     waiting: int = 0
     running: int = 0
 
+    def with_batch(self, images: int, full_steps: int, full_seconds: float = 0.0, reuse_seconds: float = 0.0) -> Counts:
+        """These counts after so many full steps of a batch."""
+        return replace(
+            self,
+            batches={**self.batches, images: self.batches.get(images, 0) + full_steps},
+            full_seconds=self.full_seconds + full_seconds,
+            reuse_seconds=self.reuse_seconds + reuse_seconds,
+        )
+
 
 @dataclass(eq=False)
 class _Asked:
@@ -104,7 +114,7 @@ class Batches:
         self._running: list[_Asked] = []
         self._changed = threading.Condition()
         self._stopped, self._failures = False, 0
-        self._samplers: dict[tuple[object, ...], Sampler] = {}
+        self._samplers: Kept[tuple[object, ...], Sampler] = Kept(KEPT_SAMPLERS)
         self._counts = Counts()
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
@@ -223,17 +233,16 @@ class Batches:
         given = Conditioning.joined([one.image.given for one in batch])
         seeds = [one.image.seed for one in batch]
         done = self._sampler_of(first)(given, seeds, first.guidance, _while_wanted(batch))
-        self._count(len(batch), len(done.full_seconds), sum(done.full_seconds), sum(done.reuse_seconds))
+        with self._changed:
+            self._counts = self._counts.with_batch(
+                len(batch), len(done.full_seconds), sum(done.full_seconds), sum(done.reuse_seconds)
+            )
         for asked, latents in zip(batch, done.latents, strict=True):
             self._answer(asked, latents, len(done.full_seconds))
 
     def _sampler_of(self, image: Image) -> Sampler:
         """The loop for images like this one; the latest are kept, because on a GPU they have CUDA graphs."""
-        sampler = self._samplers.pop(image.key, None) or self._pipeline.sampler(image.sampling)
-        self._samplers[image.key] = sampler  # the latest comes last
-        if len(self._samplers) > KEPT_SAMPLERS:
-            self._samplers.pop(next(iter(self._samplers)))
-        return sampler
+        return self._samplers.get(image.key, lambda: self._pipeline.sampler(image.sampling))
 
     def _make_window(self, sampler: JoinedSampler) -> None:
         """Compute one window of the images that run; before it, some leave and others join."""
@@ -246,7 +255,8 @@ class Batches:
                 return
             images = len(sampler.members)
             times, done = sampler.window()
-            self._count(images, 1, times.full_seconds, times.reuse_seconds)
+            with self._changed:
+                self._counts = self._counts.with_batch(images, 1, *times)
             for asked in [one for one in self._running if one.member in done]:
                 assert asked.member is not None and asked.member.latents is not None
                 self._answer(asked, asked.member.latents, asked.member.full_steps)
@@ -291,17 +301,6 @@ class Batches:
     def _ended(self, ended: Sequence[_Asked]) -> None:
         with self._changed:
             self._running = [one for one in self._running if one not in ended]
-
-    def _count(self, images: int, full_steps: int, full_seconds: float, reuse_seconds: float) -> None:
-        with self._changed:
-            batches = dict(self._counts.batches)
-            batches[images] = batches.get(images, 0) + full_steps
-            self._counts = replace(
-                self._counts,
-                batches=batches,
-                full_seconds=self._counts.full_seconds + full_seconds,
-                reuse_seconds=self._counts.reuse_seconds + reuse_seconds,
-            )
 
 
 def _while_wanted(batch: Sequence[_Asked]) -> Watch:

@@ -107,9 +107,8 @@ class Front:
         if not routes:
             raise ApiError(404, "there is no such path; see the API of this server", None, "not_found")
         if method not in routes:
-            error = ApiError(405, f"this path takes {', '.join(routes)}", None, "method_not_allowed")
-            error.headers = lambda: {"allow": ", ".join(routes)}  # type: ignore[method-assign]
-            raise error
+            allowed = ", ".join(routes)
+            raise ApiError(405, f"this path takes {allowed}", None, "method_not_allowed", allow=allowed)
         if refused := request.headers.get(REFUSED.decode()):
             raise self._refusal(refused)
         return await routes[method](request)

@@ -9,6 +9,7 @@ from pathlib import Path
 from fora_trt.bundle import SCHEDULE, Bundle
 from fora_trt.contract import CLASS_LABELS
 from fora_trt.errors import ForaError, InputError, ScheduleError
+from fora_trt.memo import Kept
 from fora_trt.pipeline import Pipeline, PipelineConfig, Sampling
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
@@ -48,8 +49,8 @@ class Requests:
         self.schedules = schedules_of(served, pipeline.bundle)
         text = pipeline.manifest.text is not None
         self.encoder = PromptEncoder(pipeline.manifest, pipeline.device) if text else None
-        self._samplings: dict[tuple[int | None, str | None], Sampling] = {}
-        self._known: dict[tuple[str, str], Conditioning] = {}
+        self._samplings: Kept[tuple[int | None, str | None], Sampling] = Kept(KEPT_SAMPLINGS)
+        self._known: Kept[tuple[str, str], Conditioning] = Kept(KEPT_PROMPTS)
         own = None if pipeline.config.schedule else pipeline.bundle.scheduled_steps
         self.default_steps = served.steps or own or pipeline.config.steps
 
@@ -68,12 +69,7 @@ class Requests:
 
     def _sampling(self, wanted: Wanted) -> Sampling:
         """The sampling of a request; the latest are kept, because tabulating a scheduler takes long."""
-        key = (wanted.num_inference_steps, wanted.schedule)
-        made = self._samplings.pop(key, None) or self._new_sampling(wanted)
-        self._samplings[key] = made  # the latest comes last
-        if len(self._samplings) > KEPT_SAMPLINGS:
-            self._samplings.pop(next(iter(self._samplings)))
-        return made
+        return self._samplings.get((wanted.num_inference_steps, wanted.schedule), lambda: self._new_sampling(wanted))
 
     def _new_sampling(self, wanted: Wanted) -> Sampling:
         schedule = None if wanted.schedule is None else named_schedule(wanted.schedule, self.schedules)
@@ -123,12 +119,8 @@ class Requests:
     def _encoded(self, prompt: str, negative_prompt: str) -> Conditioning:
         """The conditioning of one image of a prompt; those of the latest prompts are kept."""
         assert self.encoder is not None
-        key = (prompt, negative_prompt)
-        given = self._known.pop(key, None) or self.encoder.conditioning([prompt], negative_prompt)
-        self._known[key] = given  # the latest comes last
-        if len(self._known) > KEPT_PROMPTS:
-            self._known.pop(next(iter(self._known)))
-        return given
+        encoder = self.encoder
+        return self._known.get((prompt, negative_prompt), lambda: encoder.conditioning([prompt], negative_prompt))
 
     def _guidance(self, wanted: Wanted, given: Conditioning, sampling: Sampling) -> Guidance:
         if wanted.guidance_scale is None:

@@ -50,7 +50,7 @@ class Server:
     def drain(self, seconds: float) -> int:
         """Refuse new requests and wait until all accepted ones are answered; return how many are not after `seconds`.
 
-        A front that dies meanwhile is told again.
+        If the front dies meanwhile, its replacement is told too.
         """
         until, left = time.monotonic() + seconds, 1
         while left and time.monotonic() < until:

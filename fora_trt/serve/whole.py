@@ -15,20 +15,11 @@ from fora_trt.diffusers_pipeline import DiffusersPipeline
 from fora_trt.errors import BusyError, InputError, ScheduleError
 from fora_trt.presets import usual_text
 from fora_trt.schedule import Schedule
-from fora_trt.serve.api import Wanted, unprocessable
+from fora_trt.serve.api import ApiError, Wanted, unprocessable
 from fora_trt.serve.batches import Counts, Made
 from fora_trt.serve.requests import Served, named_schedule, public, schedules_of
 
 USUAL_STEPS = 50
-
-
-def check_images(pipeline: DiffusersPipeline) -> None:
-    """Raise `InputError` for a pipeline that makes no images."""
-    name = pipeline.bundle.manifest.name
-    if not pipeline.decodes:
-        raise InputError(f"{name} has no VAE, so it makes no images that could be served")
-    if "num_frames" in pipeline.spec.arguments:
-        raise InputError(f"{name} makes videos; only images are served: give it to fora-trt run")
 
 
 def pipeline_of(served: Served) -> DiffusersPipeline:
@@ -43,7 +34,10 @@ def pipeline_of(served: Served) -> DiffusersPipeline:
     pipeline = DiffusersPipeline(
         Bundle.open(config.bundle), backend=config.backend, device=config.device, engines=Path(config.engines)
     )
-    check_images(pipeline)
+    if not pipeline.decodes:
+        raise InputError(f"{served.name} has no VAE, so it makes no images that could be served")
+    if "num_frames" in pipeline.spec.arguments:
+        raise InputError(f"{served.name} makes videos; only images are served: give it to fora-trt run")
     return pipeline
 
 
@@ -79,15 +73,14 @@ class WholePipeline:
                     watch=_while_wanted(gone),
                 )
             except ScheduleError as error:
-                what = f"this schedule does not fit {self.name} at {steps} steps"
-                raise unprocessable("schedule", public(error, what)) from error
+                raise self._does_not_fit(error, steps) from error
             except InputError as error:
                 raise unprocessable(
                     "prompt", public(error, f"{self.name} cannot be called with these values")
                 ) from error
             made += [Made(numpy.asarray(one[0].convert("RGB")), result.full_steps) for one in result.pictures]
-            batches = {**self.counts.batches, many: self.counts.batches.get(many, 0) + result.full_steps}
-            self.counts = replace(self.counts, batches=batches, pictures=self.counts.pictures + many)
+            counts = self.counts.with_batch(many, result.full_steps)
+            self.counts = replace(counts, pictures=counts.pictures + many)
         settings = {
             "pipeline": self.pipeline.spec.name,
             "steps": steps,
@@ -121,16 +114,16 @@ class WholePipeline:
         if wanted.schedule is not None:
             asked = named_schedule(wanted.schedule, self.schedules)
             try:
-                return (
-                    asked.checked(steps) if isinstance(asked, Schedule) else Schedule.from_text(asked, steps) and asked
-                )
+                (asked if isinstance(asked, Schedule) else Schedule.from_text(asked, steps)).checked(steps)
             except ScheduleError as error:
-                what = f"this schedule does not fit {self.name} at {steps} steps"
-                raise unprocessable("schedule", public(error, what)) from error
+                raise self._does_not_fit(error, steps) from error
             return asked
         own = next(iter(self.schedules.values()), None) if self.pipeline.bundle.scheduled_steps == steps else None
         text = self.pipeline.bundle.schedule
         return own or (text if text is not None and not text.endswith(".json") else usual_text())
+
+    def _does_not_fit(self, error: ScheduleError, steps: int) -> ApiError:
+        return unprocessable("schedule", public(error, f"this schedule does not fit {self.name} at {steps} steps"))
 
 
 def _while_wanted(gone: Event) -> Callable[[Iterable[Any]], Iterator[Any]]:
