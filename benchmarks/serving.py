@@ -3,8 +3,9 @@
     python -m benchmarks.serving cpu-2-cores
 
 A client with 32 requests at once measures the throughput, once with equal and once with mixed numbers of steps and
-schedules. A second client sends the mixed requests at random times (a Poisson process), the same for every way to
-batch, and measures latency. Every picture is compared with that of `Pipeline` with the same seed. The command writes
+schedules. A second client sends the same requests at random times (a Poisson process), the same for every way to batch,
+and measures latency; the ways take turns in several rounds, so that whatever else the machine does meets all of them.
+Every picture is compared with that of `Pipeline` with the same seed. The command writes
 benchmarks/results/serving_<hardware>_<date>.json and prints the table of docs/serving.md.
 """
 
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,10 @@ WAYS = {
 AT_ONCE = 32
 STEPS, SCHEDULES = (12, 20, 30), ("none", "fora:3", "fora:5,forecast=1", "dense:8,0.3,forecast=2")
 LOAD = 0.6
-"""Rate of the random requests, as a share of the throughput of batches with mixed requests."""
+"""Rate of the random requests, as a share of the throughput of batches with the same requests at once."""
+
+ROUNDS = 3
+"""Turns of each way with the random requests; each sends its part of them."""
 
 Request = dict[str, Any]
 
@@ -63,9 +67,13 @@ def mixed(count: int, seed: int) -> list[Request]:
     ]
 
 
-def alike(count: int, seed: int) -> list[Request]:
+def equal(count: int, seed: int) -> list[Request]:
     """Requests of all classes with the same steps and schedule."""
     return [{**one, "num_inference_steps": 20, "schedule": "fora:3"} for one in mixed(count, seed)]
+
+
+KINDS = {"equal": equal, "mixed": mixed}
+"""Makes requests, by kind."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,10 @@ class Outcome:
     def throughput(self) -> float:
         """Requests per second."""
         return self.requests / self.seconds
+
+    def __add__(self, other: Outcome) -> Outcome:
+        """Both runs, one after the other."""
+        return Outcome(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
     def latency(self, share: float) -> float:
         """The latency that this share of the requests does not exceed."""
@@ -190,12 +202,13 @@ def expected(request: str) -> NDArray[Any]:
 
 def table_of(result: Mapping[str, Any]) -> Iterator[str]:
     """The lines of the table."""
-    yield f"| | equal requests | mixed requests | mixed, {result['rate']:.1f} per second at random: p50 | p95 |"
-    yield "| --- | --: | --: | --: | --: |"
+    latencies = [f"{kind}, {result['rates'][kind]:.1f} per second at random: p50 | p95" for kind in KINDS]
+    yield f"| | {' | '.join([*(f'{kind}, {AT_ONCE} at once' for kind in KINDS), *latencies])} |"
+    yield f"| --- {'| --: ' * 3 * len(KINDS)}|"
     for way, one in result["ways"].items():
-        latencies = " | ".join(f"{one['random'][f'{share}_seconds']:.2f} s" for share in ("p50", "p95"))
-        throughputs = " | ".join(f"{one[kind]['per_second']:.1f} per second" for kind in ("equal", "mixed"))
-        yield f"| {way} | {throughputs} | {latencies} |"
+        throughputs = [f"{one['at_once'][kind]['per_second']:.1f} per second" for kind in KINDS]
+        latencies = [f"{one['random'][kind][f'{share}_seconds']:.2f} s" for kind in KINDS for share in ("p50", "p95")]
+        yield f"| {way} | {' | '.join([*throughputs, *latencies])} |"
 
 
 @click.command()
@@ -203,20 +216,26 @@ def table_of(result: Mapping[str, Any]) -> Iterator[str]:
 @click.option("--requests", type=click.IntRange(min=10), default=500, show_default=True, help="Requests of each run.")
 def main(hardware: str, requests: int) -> None:
     """Measure all ways to batch; HARDWARE names the machine in the file name."""
-    found: dict[str, dict[str, Any]] = {}
-    rate = 0.0
-    for way in ("batches", "one at a time", "joining"):  # the first determines the rate
-        with server(Path("export/digits"), WAYS[way]) as url:
-            measured(url, mixed(3 * AT_ONCE, 9), at_once)  # all shapes of batches have been seen
-            runs = {
-                "equal": measured(url, alike(requests, 1), at_once),
-                "mixed": measured(url, mixed(requests, 2), at_once),
-            }
-            rate = rate or round(LOAD * runs["mixed"].throughput, 1)
-            runs["random"] = measured(url, mixed(requests, 2), at_random(rate, 3))
-        found[way] = {kind: one.figures() for kind, one in runs.items()}
-        click.echo(f"{way}: {json.dumps(found[way])}", err=True)
-    result = {"at_once": AT_ONCE, "rate": rate, "options": WAYS, "ways": {way: found[way] for way in WAYS}}
+    given = {kind: make(requests, 1 + number) for number, (kind, make) in enumerate(KINDS.items())}
+    found: dict[str, dict[str, dict[str, Outcome]]] = {way: {"at_once": {}, "random": {}} for way in WAYS}
+    rates: dict[str, float] = {}
+    for turn in range(ROUNDS):
+        for way in ("batches", "one at a time", "joining"):  # the first determines the rates
+            with server(Path("export/digits"), WAYS[way]) as url:
+                measured(url, mixed(3 * AT_ONCE, 9), at_once)  # all shapes of batches have been seen
+                for kind, some in given.items():
+                    if turn == 0:
+                        found[way]["at_once"][kind] = measured(url, some, at_once)
+                        rates.setdefault(kind, round(LOAD * found[way]["at_once"][kind].throughput, 1))
+                    outcome = measured(url, some[turn::ROUNDS], at_random(rates[kind], turn))
+                    before = found[way]["random"].get(kind)
+                    found[way]["random"][kind] = outcome if before is None else before + outcome
+                    click.echo(f"{way}, {kind}, at random: {json.dumps(outcome.figures())}", err=True)
+    ways = {
+        way: {run: {kind: one.figures() for kind, one in kinds.items()} for run, kinds in runs.items()}
+        for way, runs in found.items()
+    }
+    result = {"at_once": AT_ONCE, "load": LOAD, "rounds": ROUNDS, "rates": rates, "options": WAYS, "ways": ways}
     write_content(f"serving_{hardware}", result)
     click.echo("\n".join(table_of(result)))
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
+from typing import Any
 
 import numpy
 import pytest
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from fora_trt import Pipeline
+from fora_trt.contract import FULL
+from fora_trt.engines.threads import torch_threads
 from fora_trt.errors import BackendError, BusyError, RoomError
 from fora_trt.pipeline import PipelineOutput
+from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.sampling.joined import JoinedSampler
 from fora_trt.sampling.loop import Sampler
 from fora_trt.sampling.scheduler_step import drawn
@@ -176,6 +180,34 @@ def test_images_join_and_leave_while_others_run(pipeline: Pipeline, monkeypatch:
     assert numpy.array_equal(pictures([second])[0], levels(short(class_labels=[2], seed=2)))
     batches.stop()
     assert set(batches.counts().batches) == {1, 2}
+
+
+def test_torch_computes_in_one_thread_beside_an_engine_with_threads_of_its_own(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, denoiser = {}, pipeline.denoiser
+    assert isinstance(denoiser, Denoiser)
+    levels = pipeline.decoder.levels
+    window = JoinedSampler.window
+
+    def counted(self: JoinedSampler) -> Any:
+        seen["window"] = torch.get_num_threads()
+        return window(self)
+
+    def decoded(latents: Tensor, device: torch.device) -> Tensor:
+        seen["decoder"] = torch.get_num_threads()
+        return levels(latents, device)
+
+    monkeypatch.setattr(JoinedSampler, "window", counted)
+    monkeypatch.setattr(pipeline.decoder, "levels", decoded)
+    with torch_threads(2):
+        for has_threads in (False, True):
+            monkeypatch.setattr(denoiser.engines[FULL], "has_threads", has_threads)
+            batches = Batches(pipeline, 2, 0.0, join=True)
+            batches.submit(image(pipeline, 0, 0)).result(LONG)
+            batches.stop()
+            assert seen == {"window": 1 if has_threads else 2, "decoder": 2}
+        assert torch.get_num_threads() == 2
 
 
 def test_stop_answers_what_was_asked_for(pipeline: Pipeline, batches: Batches) -> None:

@@ -148,7 +148,7 @@ def test_a_smaller_batch_uses_the_first_rows_of_the_same_memory(denoiser: Denois
 
 def test_only_the_first_channels_are_guided() -> None:
     prediction = torch.arange(2 * 6.0).view(2, 6, 1, 1)  # conditional 0 to 5, unconditional 6 to 11
-    mixed = mix_guidance(prediction, torch.tensor(2.0), 3)
+    mixed = mix_guidance(prediction[:1], prediction[1:], torch.tensor(2.0), 3)
     assert mixed.flatten().tolist() == [-6, -5, -4, 3, 4, 5]
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from fora_trt import Pipeline
 from fora_trt.bundle import Bundle
 from fora_trt.contract import OPTIMIZATIONS, Optimization
 from fora_trt.errors import BackendError
+from fora_trt.runtime import joined_conditioning
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.joined import Sizes, Track
+from fora_trt.runtime.joined_conditioning import JoinedConditioning
 from fora_trt.runtime.layout import Layout
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.joined import JoinedSampler, Member, check_finite
@@ -100,6 +103,34 @@ def test_images_that_join_are_those_made_alone_bit_for_bit_on_onnx_runtime(
         assert most >= 3
         for one, latents in zip(asked, found, strict=True):
             assert torch.equal(latents, one.alone("onnxruntime")), (one.schedule, one.steps, one.scheduler, one.scale)
+
+
+def test_rows_of_conditioning_move_along_and_are_computed_when_they_are_needed(
+    bundle_at: BundleAt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundle_at("fold", "fp32")
+    computed: list[tuple[str, int]] = []
+    compute = JoinedConditioning._compute
+
+    def counted(self: JoinedConditioning, engine: Any, inputs: Any, wanted: Any) -> Any:
+        computed.append(("full" if engine is self._full_engine else "all", len(wanted)))
+        return compute(self, engine, inputs, wanted)
+
+    monkeypatch.setattr(JoinedConditioning, "_compute", counted)
+    asked = [Asked(bundle, schedule, 9, "ddim", 2.0, 3) for schedule in ("fora:3", "fora:3,forecast=1", "none")]
+    alone = [one.alone("onnxruntime") for one in asked]
+    found = joined(bundle, asked, "onnxruntime")[0]
+    assert all(map(torch.equal, alone, found))
+    samples, full_steps = 2 * 3, sum(sum(Schedule.from_text(one.schedule, 9).full) for one in asked)
+    rows = {which: sum(count for kind, count in computed if kind == which) for which in ("all", "full")}
+    assert rows == {"all": samples * 9, "full": 2 * full_steps}
+    assert len(computed) <= 2 * 3, "once for each image that joins"
+
+    computed.clear()
+    monkeypatch.setattr(joined_conditioning, "MOST_BYTES", 1)
+    found = joined(bundle, asked, "onnxruntime")[0]
+    assert all(map(torch.equal, alone, found))
+    assert len(computed) > 2 * 3 and max(count for _, count in computed) < samples * 9 / 2, "a window at a time"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

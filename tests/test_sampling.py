@@ -205,7 +205,7 @@ def test_guidance_without_an_unconditional_half_is_refused(denoiser: Denoiser, e
 
 def test_guidance_mixes_the_noise_and_keeps_the_variance() -> None:
     conditional, unconditional = torch.full((1, 4, 2, 2), 3.0), torch.full((1, 4, 2, 2), 1.0)
-    mixed = mix_guidance(torch.cat([conditional, unconditional]), torch.tensor(2.5), channels=2)
+    mixed = mix_guidance(conditional, unconditional, torch.tensor(2.5), channels=2)
     assert mixed.shape == (1, 4, 2, 2)
     assert (mixed[:, :2] == 6.0).all()
     assert (mixed[:, 2:] == 3.0).all()

@@ -40,6 +40,10 @@ class Engine(ABC):
     """Whether window outputs can be added to what is in memory: `bind` then takes for an output X also `base.X`, the
     initial values of its first rows, and `weights.X` (rows), which its sums are multiplied by before that."""
 
+    has_threads: bool = False
+    """Whether it computes on a CPU with threads of its own. Those of torch, which spin after their work, would then
+    compete with them: small tensors around the launches are better computed in one thread."""
+
     most_rows: int | None = None
     """Largest batch of a conditioning engine; None for no limit."""
 

@@ -35,7 +35,7 @@ from fora_trt.plan import Plan, depth_of, rows_of
 from fora_trt.presets import usual_text
 from fora_trt.runtime.access import Access
 from fora_trt.runtime.layout import Layout, within
-from fora_trt.runtime.precomputed import PrecomputedConditioning, precomputed_of
+from fora_trt.runtime.precomputed import ConditioningRows, precomputed_of
 from fora_trt.runtime.step_by_step import StepByStep
 from fora_trt.runtime.transformer import DenoiserTransformer
 from fora_trt.runtime.window import Window, folded_of
@@ -223,7 +223,7 @@ class EngineRun:
     """
 
     window: Window
-    precomputed: PrecomputedConditioning | None
+    precomputed: ConditioningRows | None
     layout: Layout
     plan: Plan
     whole: Layout

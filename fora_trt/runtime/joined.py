@@ -16,14 +16,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fora_trt.contract import BATCH, FULL, REUSE
+from fora_trt.contract import BATCH, CONDITIONING, FULL, REUSE
+from fora_trt.engines.base import Engine, Launch
+from fora_trt.memo import Kept
 from fora_trt.plan import FULL_STEP, REUSE_STEP
 from fora_trt.runtime.buffers import Memory
 from fora_trt.runtime.denoiser import Denoiser, EngineRun
 from fora_trt.runtime.forecast import ForecastWindow
+from fora_trt.runtime.joined_conditioning import JoinedConditioning
 from fora_trt.runtime.layout import Layout
-from fora_trt.runtime.precomputed import precomputed_of
 from fora_trt.runtime.sums import add_rows
+from fora_trt.runtime.window import Binding
 
 
 @dataclass
@@ -85,7 +88,7 @@ class Joined:
         self.denoiser, self.most, self.sizes, self.samples = denoiser, most, Sizes(), 0
         engines = denoiser.engines
         self._full, self._reuse = engines[FULL], engines[REUSE]
-        self._precomputed = precomputed_of(engines)
+        self._conditioning = JoinedConditioning(engines, most) if CONDITIONING in engines else None
         self._memory = Memory(denoiser.device, self._drop)
         self._window: JoinedWindow | None = None
         self._count = 0  # windows
@@ -134,31 +137,30 @@ class Joined:
         self.samples = 0
         window = self._window if fits and self._window is not None else self.make_room(layouts)
         with torch.inference_mode(False), torch.no_grad():
-            window.arrange(sources)
+            if self._conditioning is not None:
+                self._conditioning.arrange(sources)
+            window.arrange([one if layout.depth > 1 else None for one, layout in zip(sources, layouts, strict=True)])
         self.samples = len(sources)
 
-    def window(self, tracks: Sequence[Track], timesteps: Sequence[Tensor], given: Mapping[str, Tensor]) -> EngineRun:
+    def window(self, tracks: Sequence[Track], timesteps: Tensor, given: Mapping[str, Tensor]) -> EngineRun:
         """Announce the next window of all samples.
 
-        `timesteps` has those of the whole trajectory of each sample, (S,); `given` are the conditioning inputs (B, ...)
-        on the CPU. Step k of the run is the k-th of each window; what it computes for samples whose window is shorter
-        has no meaning.
+        `timesteps` has those of the whole trajectory of each sample, (B, S); `given` are the conditioning inputs
+        (B, ...); both are on the CPU. Step k of the run is the k-th of each window; what it computes for samples whose
+        window is shorter has no meaning.
         """
         assert self._window is not None and len(tracks) == self.samples
         steps = [track.steps if self.denoiser.folds else track.steps[: track.length] for track in tracks]
         count = max(map(len, steps))
-        times = [
-            time[torch.tensor(one + one[:1] * (count - len(one)))] for time, one in zip(timesteps, steps, strict=True)
-        ]
         layout = _layout(count, self._count)
         with self.denoiser.access.alone(), torch.inference_mode(False), torch.no_grad():
-            if self._precomputed is not None:
-                rows = self._window.rows
-                self._precomputed.begin(torch.stack(times, 1), layout, given, self.samples, rows)
+            if self._conditioning is not None:
+                steps = [one + one[:1] * (count - len(one)) for one in steps]
+                self._conditioning.begin(steps, [track.layout for track in tracks], timesteps, given)
             self._window.read(self._count, tracks)
         self._count += 1
         plan = [FULL_STEP, *[REUSE_STEP] * (count - 1)]
-        return EngineRun(self._window, self._precomputed, layout, plan, layout, self.denoiser.access)
+        return EngineRun(self._window, self._conditioning, layout, plan, layout, self.denoiser.access)
 
     def _drop(self) -> None:
         if self._window is not None:
@@ -175,8 +177,19 @@ def _layout(count: int, number: int) -> Layout:
     return replace(_window_layout(count), windows=[number] * count)
 
 
+KEPT_BATCHES = 16
+"""Batch sizes for which a window keeps the launches of its engines."""
+
+
 class JoinedWindow(ForecastWindow):
-    """Engines bound for windows in which each sample reads full steps of its own, with weights of its own."""
+    """Engines bound for windows in which each sample reads full steps of its own, with weights of its own.
+
+    A sample reads only what was computed for it, so what is kept for a new sample has no meaning.
+    """
+
+    def __init__(self, full: Engine, reuse: Engine, memory: Memory, rows: int, depth: int, longest: int) -> None:
+        super().__init__(full, reuse, memory, rows, depth, longest)
+        self._of_batch: Kept[int, dict[Binding, Launch]] = Kept(KEPT_BATCHES)
 
     def begin(self, layout: Layout) -> None:
         """Do nothing: `read` says what the samples read."""
@@ -185,24 +198,30 @@ class JoinedWindow(ForecastWindow):
         """Do nothing: `read` says what the samples read."""
 
     def arrange(self, sources: Sequence[int | None]) -> None:
-        """Keep what has been computed for the samples that stay, in their new order; for new samples nothing."""
-        there = torch.tensor([one or 0 for one in sources], dtype=torch.int64, device=self.full.device)
-        new = torch.tensor([k for k, one in enumerate(sources) if one is None], dtype=torch.int64).to(self.full.device)
-        stay = any(one is not None for one in sources)
-        before = {name: one.index_select(self._axis(name), there) for name, one in self.kept.tensors.items() if stay}
+        """Take so many samples; what was kept for those that have a source moves along."""
+        moved = {k: one for k, one in enumerate(sources) if one is not None}
+        if len(sources) == self.batch:
+            moved = {k: one for k, one in moved.items() if k != one}
+        here, there = (
+            torch.tensor([*one], dtype=torch.int64, device=self.full.device) for one in (moved, moved.values())
+        )
+        before = {name: one.index_select(self._axis(name), there) for name, one in self.kept.tensors.items() if moved}
         self.prepare(len(sources))
-        for name, kept in self.kept.tensors.items():
-            if stay:
-                kept.copy_(before[name])
-            kept.index_fill_(self._axis(name), new, 0)  # else a weight of 0 could meet a number that is not finite
+        for name, one in before.items():
+            self.kept.tensors[name].index_copy_(self._axis(name), here, one)
+
+    def free(self) -> None:
+        self._of_batch = Kept(KEPT_BATCHES)
+        super().free()
 
     def read(self, number: int, tracks: Sequence[Track]) -> None:
         """Select what the samples read in a window, whose `number` counts all windows."""
         depth, row_count, batch = self.turns, self.rows, len(tracks)
-        terms = []
-        for offset in range(1, max(track.length for track in tracks)):
-            for track in tracks:
-                reads = track.layout.reads[track.step + offset] if offset < track.length else []
+        terms = []  # of the full step itself, with a weight of 0, where there are fewer
+        lengths = [track.length for track in tracks]
+        for offset in range(1, max(lengths)):
+            for track, length in zip(tracks, lengths, strict=True):
+                reads = track.layout.reads[track.step + offset] if offset < length else []
                 some = [((number - track.window + one.window) % depth, one.row, one.weight) for one in reversed(reads)]
                 terms.append([*[(number % depth, 0, 0.0)] * (depth - len(some)), *some])
         if not terms:
@@ -222,6 +241,15 @@ class JoinedWindow(ForecastWindow):
             table = kept.flatten(0, 2 if in_window else 1).flatten(1)  # (D * R * B, N) or (D * B, N)
             index = (self._of_rows if in_window else self._of_turns)[offset - 1]
             add_rows(table, index, self._weights[offset - 1], self.buffers.tensors[name].flatten(1))
+
+    def _bind(self) -> None:
+        """Do nothing: batches change often, and not all bindings are used."""
+
+    def _resize(self, batch: int, before: int) -> None:
+        """As for other windows; `arrange` moves what was kept."""
+        self.buffers.resize(batch)
+        self.kept.resize(batch)
+        self._launches = self._of_batch.get(batch, dict)
 
     def _axis(self, name: str) -> int:
         """The dimension of the samples in a tensor that is kept."""

@@ -7,6 +7,7 @@ Shapes: S steps, B samples of a batch (twice the images under guidance), U disti
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import numpy
 import torch
@@ -62,8 +63,8 @@ class PrecomputedConditioning:
         self._conditions = {name: one.cpu()[distinct] for name, one in samples.items()}
         self._distinct, self._timesteps, self._full = len(distinct), times[:, distinct], torch.tensor(full)
         engines = [self.engine, *([self.full_engine] if self.full_engine is not None else [])]
-        row = sum(bytes_of((*engine.inputs.values(), *engine.outputs.values()), 1) for engine in engines)
-        self._steps = min(len(timesteps), max(layout.reach + 1, MOST_BYTES // (row * self._distinct)))
+        most = MOST_BYTES // (row_bytes(engines) * self._distinct)
+        self._steps = min(len(timesteps), max(layout.reach + 1, most))
         self.launches = []  # dropped before the tensors that they are bound to are freed
         self._make_room(self.engine, self._steps)
         if self.full_engine is not None:
@@ -120,12 +121,7 @@ class PrecomputedConditioning:
         count = len(next(iter(inputs.values())))
         kept = self._inputs[engine]
         placed = {name: kept[name][:count].copy_(inputs[name]) for name in engine.inputs}
-        most = engine.most_rows or max(count, 1)
-        for start in range(0, count, most):
-            part = slice(start, min(start + most, count))
-            launch = engine.bind({name: one[part] for name, one in {**self.rows, **placed}.items()})
-            launch()
-            self.launches.append((engine, launch))
+        self.launches += [(engine, launch) for launch in launched(engine, {**self.rows, **placed}, count)]
 
     def _make_room(self, engine: Engine, steps: int) -> None:
         """Allocate inputs and outputs of an engine for `steps` steps, unless those of an earlier trajectory suffice."""
@@ -141,6 +137,34 @@ def precomputed_of(engines: Mapping[str, Engine]) -> PrecomputedConditioning | N
     """The precomputed conditioning of a bundle's engines by graph; None if the path was not hoisted."""
     engine = engines.get(CONDITIONING)
     return None if engine is None else PrecomputedConditioning(engine, engines.get(FULL_CONDITIONING))
+
+
+class ConditioningRows(Protocol):
+    """What a run asks of precomputed conditioning; see `PrecomputedConditioning`."""
+
+    @property
+    def generation(self) -> object:
+        """Changes when captured steps become invalid."""
+
+    def select(self, step: int) -> None:
+        """Select what step number `step` of the run and the rest of its window read."""
+
+    def copy(self, engine: Engine, offset: int, tensors: Mapping[str, Tensor], batch: int, ahead_rows: int) -> None:
+        """Copy what an engine reads at an offset in the window to its input `tensors`."""
+
+
+def launched(engine: Engine, tensors: Mapping[str, Tensor], count: int) -> list[Launch]:
+    """Run a conditioning engine on `count` rows, in several launches if it supports fewer; return the launches."""
+    launches, most = [], engine.most_rows or max(count, 1)
+    for start in range(0, count, most):
+        launches.append(engine.bind({name: one[start : min(start + most, count)] for name, one in tensors.items()}))
+        launches[-1]()
+    return launches
+
+
+def row_bytes(engines: Iterable[Engine]) -> int:
+    """Bytes of the inputs and outputs of one row of conditioning engines."""
+    return sum(bytes_of((*engine.inputs.values(), *engine.outputs.values()), 1) for engine in engines)
 
 
 class _Selection:

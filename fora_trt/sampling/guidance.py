@@ -38,10 +38,9 @@ def guided_channels(manifest: Manifest) -> int:
     return own or manifest.latents.channels
 
 
-def mix_guidance(prediction: Tensor, scale: Tensor, channels: int) -> Tensor:
-    """(2B, ...) -> (B, ...): guides the first `channels` channels; the others are those of the conditional half."""
-    conditional, unconditional = prediction.chunk(2)
-    if channels == prediction.shape[1]:
+def mix_guidance(conditional: Tensor, unconditional: Tensor, scale: Tensor, channels: int) -> Tensor:
+    """Guide the first `channels` channels of a prediction (B, ...); the others are those of the conditional half."""
+    if channels == conditional.shape[1]:
         return torch.lerp(unconditional, conditional, scale)
     noise = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
     return torch.cat([noise, conditional[:, channels:]], dim=1)

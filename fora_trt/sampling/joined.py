@@ -158,23 +158,15 @@ class JoinedSampler:
         before, now = self.members, [*stay, *joining]
         self.members = []
         self._joined.arrange(*_arranged(before, now))
-        memory = max((one.memory for one in now), default=1)
+        if not now:
+            return
+        memory = max(one.memory for one in now)
         state = _State(len(now), memory, self._shape, self._denoiser.device)
         state.keep(self._state, [before.index(one) for one in stay])
         for k, member in enumerate(joining, len(stay)):
             state.latents[k] = drawn(self._shape, [member.generator])[0] * member.first_scale
         self._state, self.members = state, now
-        guided = [k for k, one in enumerate(now) if one.guided]
-        halves = [*now, *(now[k] for k in guided)]
-        device = self._denoiser.device
-        self._guided = torch.tensor(guided, dtype=torch.int64, device=device)
-        self._scales = torch.tensor([one.scale for one in now], device=device)
-        self._halves = halves
-        self._given = {
-            name: torch.cat([one.given[name][int(k >= len(now))][None] for k, one in enumerate(halves)])
-            for name in (now[0].given if now else ())
-        }
-        self._on_device = {name: one.to(device) for name, one in self._given.items()}
+        self._batch = _Batch(now, memory, self._denoiser.device)
 
     @torch.inference_mode()
     def window(self) -> tuple[WindowTimes, list[Member]]:
@@ -182,21 +174,21 @@ class JoinedSampler:
 
         Their latents may not be finite; see `check_finite`.
         """
-        members, device = self.members, self._denoiser.device
+        members, device, batch = self.members, self._denoiser.device, self._batch
         lengths = [one.track.length for one in members]
-        rows = self._rows(lengths)  # (steps, B, 4 + 2K)
-        tracks, times = [one.track for one in self._halves], [one.rows[:, 0] for one in self._halves]
+        rows = batch.rows([one.track.step for one in members], max(lengths))
+        channels = guided_channels(self._denoiser.manifest)
         began = time.perf_counter()
-        run = self._joined.window(tracks, times, self._given)
+        run = self._joined.window(batch.tracks, batch.timesteps, batch.given)
         marks = []
-        for offset in range(max(lengths)):
+        for offset, numbers in enumerate(rows):
             active = [k for k, length in enumerate(lengths) if offset < length]
-            numbers = rows[offset]
-            latents = self._halved(self._state.latents * _beside(numbers[:, 1], self._state.latents))
-            timesteps = self._halved(numbers[:, 0])
-            ready = run.at(offset, len(self._halves))
-            prediction = ready.predict(offset, latents, timesteps, **self._on_device).float()
-            self._advance(self._mixed(prediction), numbers, active, offset)
+            latents = self._state.latents * _beside(numbers[:, 1], self._state.latents)
+            ready = run.at(offset, batch.samples)
+            prediction = ready.predict(
+                offset, batch.sampled(latents), batch.sampled(numbers[:, 0]), **batch.on_device
+            ).float()
+            self._advance(batch.mixed(prediction, channels), numbers, active, offset)
             if offset == 0:
                 _wait_for(device)
                 marks.append(time.perf_counter())
@@ -208,27 +200,6 @@ class JoinedSampler:
         for one in done:
             one.latents = self._state.latents[members.index(one)].cpu()
         return WindowTimes(marks[0] - began, marks[1] - marks[0]), done
-
-    def _rows(self, lengths: Sequence[int]) -> Tensor:
-        """The scheduler's numbers for each step of the window, (steps, B, 4 + 2K); weights of calls before are 0."""
-        table = torch.zeros(max(lengths), len(lengths), NUMBERS + 2 * self._state.memory)
-        for k, (member, length) in enumerate(zip(self.members, lengths, strict=True)):
-            step, rows = member.track.step, member.rows
-            table[:length, k, : rows.shape[1]] = rows[step : step + length]
-        return table.to(self._denoiser.device)
-
-    def _halved(self, tensor: Tensor) -> Tensor:
-        """(B, ...) -> (B + G, ...): those of guided images again."""
-        return torch.cat([tensor, tensor[self._guided]]) if len(self._guided) else tensor
-
-    def _mixed(self, prediction: Tensor) -> Tensor:
-        """(B + G, ...) -> (B, ...)."""
-        if not len(self._guided):
-            return prediction
-        mixed, unconditional = prediction[: len(self.members)].clone(), prediction[len(self.members) :]
-        halves, scales = torch.cat([mixed[self._guided], unconditional]), _beside(self._scales[self._guided], mixed)
-        mixed[self._guided] = mix_guidance(halves, scales, guided_channels(self._denoiser.manifest))
-        return mixed
 
     def _advance(self, prediction: Tensor, numbers: Tensor, active: Sequence[int], offset: int) -> None:
         """The scheduler step of the active images, at this offset in their windows."""
@@ -250,35 +221,75 @@ class JoinedSampler:
         return noise.to(self._denoiser.device)
 
 
+class _Batch:
+    """What does not change in a batch of B images, of which G are guided, until another joins or leaves."""
+
+    def __init__(self, members: Sequence[Member], memory: int, device: torch.device) -> None:
+        guided = [k for k, one in enumerate(members) if one.guided]
+        halves = [*members, *(members[k] for k in guided)]
+        self.samples = len(halves)
+        self.tracks = [one.track for one in halves]
+        self.given = {
+            name: torch.stack([one.given[name][int(k >= len(members))] for k, one in enumerate(halves)])
+            for name in members[0].given
+        }
+        self.on_device = {name: one.to(device) for name, one in self.given.items()}
+        numbers = torch.zeros(len(members), max(len(one.rows) for one in members), NUMBERS + 2 * memory)
+        for table, one in zip(numbers, members, strict=True):
+            table[: len(one.rows), : one.rows.shape[1]] = one.rows
+        images = torch.tensor([*range(len(members)), *guided])
+        self.timesteps = numbers[images, :, 0]  # (B + G, S), on the CPU
+        self._numbers, self._images = numbers.to(device), images.to(device)
+        own = {k: len(members) + number for number, k in enumerate(guided)}
+        self._unconditional = torch.tensor([own.get(k, k) for k in range(len(members))], device=device)
+        self._scales = torch.tensor([one.scale if one.guided else 1.0 for one in members], device=device)
+
+    def rows(self, steps: Sequence[int], longest: int) -> Tensor:
+        """The scheduler's numbers from a step of each image on, (longest, B, 4 + 2K); later ones have no meaning."""
+        index = (torch.tensor(steps) + torch.arange(longest)[:, None]).clamp_(max=self._numbers.shape[1] - 1)
+        return self._numbers[torch.arange(len(steps)), index.to(self._numbers.device)]
+
+    def sampled(self, tensor: Tensor) -> Tensor:
+        """(B, ...) -> (B + G, ...): those of guided images again."""
+        return tensor[self._images]
+
+    def mixed(self, prediction: Tensor, channels: int) -> Tensor:
+        """(B + G, ...) -> (B, ...); where an image is not guided, its prediction is mixed with itself."""
+        if self.samples == len(self._scales):
+            return prediction
+        unconditional, scales = prediction[self._unconditional], _beside(self._scales, prediction)
+        return mix_guidance(prediction[: len(self._scales)], unconditional, scales, channels)
+
+
 class _State:
-    """What the scheduler steps of B images read and write: latents (B, ...), and what they remember (B, K, 2, N)."""
+    """What scheduler steps of B images read and write: latents (B, ...), and the calls before, (B, K - 1, 2, N)."""
 
     def __init__(self, images: int, memory: int, shape: tuple[int, ...], device: torch.device) -> None:
         self.memory = memory
         self.latents = torch.zeros(images, *shape, device=device)
-        self._remembered = torch.zeros(images, memory, 2, math.prod(shape), device=device)
+        self._before = torch.zeros(images, memory - 1, 2, math.prod(shape), device=device)
 
     def keep(self, before: _State, images: Sequence[int]) -> None:
         """Take over these images of another state, as the first ones."""
         if not images:
             return
-        here, memory = torch.tensor(images, device=self.latents.device), min(self.memory, before.memory)
+        here, calls = torch.tensor(images, device=self.latents.device), min(self.memory, before.memory) - 1
         self.latents[: len(images)] = before.latents[here]
-        self._remembered[: len(images), :memory] = before._remembered[here, :memory]
+        self._before[: len(images), :calls] = before._before[here, :calls]
 
     def advance(
         self, prediction: Tensor, numbers: Tensor, active: Sequence[int], noise: Tensor | None, growth: Tensor | None
     ) -> None:
         """Update the active images; `numbers` is (B, 4 + 2K)."""
         here = torch.tensor(active, device=self.latents.device)
-        now = torch.stack([self.latents[here].flatten(1), prediction[here].flatten(1)], 1)  # (A, 2, N)
-        past = torch.cat([now[:, None], self._remembered[here, :-1]], 1)  # (A, K, 2, N)
-        self._remembered[here] = past
-        terms = past.shape[1] * 2
-        latents = torch.empty_like(now[:, 0])
-        index = torch.arange(len(active) * terms, device=here.device).view(-1, terms)
-        add_rows(past.view(-1, past.shape[-1]), index, numbers[here, NUMBERS:], latents)
-        latents = latents.view(-1, *self.latents.shape[1:])
+        now = torch.stack([self.latents.flatten(1), prediction.flatten(1)], 1)  # (B, 2, N)
+        calls = torch.cat([now[:, None], self._before], 1) if self.memory > 1 else now[:, None]  # (B, K, 2, N)
+        terms = 2 * self.memory
+        latents = torch.empty(len(active), *self.latents.shape[1:], device=here.device)
+        index = here[:, None] * terms + torch.arange(terms, device=here.device)
+        add_rows(calls.view(-1, calls.shape[-1]), index, numbers[here, NUMBERS:], latents.view(len(active), -1))
+        if self.memory > 1:
+            self._before[here] = calls[here, :-1]
         if noise is not None:
             scale = _beside(numbers[here, 2], latents) * (1.0 if growth is None else growth[here])
             latents.addcmul_(scale, noise[here])

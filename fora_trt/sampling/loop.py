@@ -197,7 +197,8 @@ class Sampler:
         if not scheduler_step.takes_variance:
             prediction = prediction[:, : manifest.latents.channels]
         if step.guided:
-            prediction = mix_guidance(prediction, self._scale, guided_channels(manifest))
+            conditional, unconditional = prediction.chunk(2)
+            prediction = mix_guidance(conditional, unconditional, self._scale, guided_channels(manifest))
         scheduler_step.advance(prediction)
 
     def _is_capturable(self) -> bool:

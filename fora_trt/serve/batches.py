@@ -15,9 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fora_trt.contract import FULL
+from fora_trt.engines.threads import torch_threads
 from fora_trt.errors import BackendError, BusyError, ForaError, InputError, RoomError
 from fora_trt.memo import Kept
 from fora_trt.pipeline import GUIDED, Pipeline, Sampling
@@ -108,6 +111,7 @@ class Batches:
         fit the device's memory.
         """
         self._pipeline, self._most, self._max_wait = pipeline, most, max_wait
+        self._threads = torch.get_num_threads()
         pipeline.start(most, GUIDED)
         self._sampler = self._joined_sampler() if join else None
         self._waiting: list[_Asked] = []
@@ -150,10 +154,14 @@ class Batches:
             self._changed.notify_all()
         self._thread.join()
 
-    def _joined_sampler(self) -> JoinedSampler:
+    @property
+    def _denoiser(self) -> Denoiser:
         denoiser = self._pipeline.denoiser
         assert isinstance(denoiser, Denoiser)
-        sampler = JoinedSampler(denoiser, 2 * self._most)
+        return denoiser
+
+    def _joined_sampler(self) -> JoinedSampler:
+        sampler = JoinedSampler(self._denoiser, 2 * self._most)
         if sampler.problem is not None:
             raise InputError(f"{sampler.problem}; serve it without --join windows")
         sampler.make_room([self._pipeline.sampling().schedule])
@@ -166,6 +174,10 @@ class Batches:
         return self._sampler.member(scheduler_step, image.sampling.schedule, image.given, image.seed, image.guidance)
 
     def _work(self) -> None:
+        with torch_threads(1 if self._denoiser.engines[FULL].has_threads else self._threads):
+            self._make_all()
+
+    def _make_all(self) -> None:
         try:
             while self._wait():
                 begins = not self._running and self._waiting
@@ -280,7 +292,8 @@ class Batches:
         """Decode the latents of one image (C, H, W), alone, so that it does not depend on the others."""
         try:
             check_finite(self._pipeline.manifest, latents)
-            levels = self._pipeline.decoder.levels(latents[None], self._pipeline.device)
+            with torch_threads(self._threads):
+                levels = self._pipeline.decoder.levels(latents[None], self._pipeline.device)
         except Exception as error:  # whoever asked gets it
             self._fail([asked], error)
             return

@@ -14,6 +14,8 @@ from itertools import count
 from threading import Event
 from typing import Any, Protocol
 
+import torch
+
 from fora_trt.bundle import Bundle
 from fora_trt.diffusers_pipeline import DiffusersPipeline
 from fora_trt.errors import BusyError
@@ -85,9 +87,11 @@ class InBatches:
     """Makes images of many requests together, with `fora_trt.Pipeline`."""
 
     def __init__(self, served: Served) -> None:
+        threads = torch.get_num_threads()
         self.requests, self.batches = started(served)
         self.pipeline = self.requests.pipeline
-        self._checks = ThreadPoolExecutor(1)  # text encoders take long
+        # Text encoders take long, and need all threads of torch. Those of `Batches` are fewer.
+        self._checks = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
         self.about = _about(self.pipeline)
 
     @property
