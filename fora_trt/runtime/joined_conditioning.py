@@ -56,32 +56,35 @@ class JoinedConditioning:
         `timesteps` is (B, S), `given` the inputs (B, ...); both are on the CPU.
         """
         self._steps = steps
-        name = next(iter(self._engine.outputs))
-        missing = [
-            k
-            for k, (one, rows) in enumerate(zip(steps, self._samples, strict=True))
-            if not rows.keys() or any(step not in rows[name] for step in one)
-        ]
-        if not missing:
-            return
-        ranges = {
-            k: range(
-                min(steps[k]), max(max(steps[k]) + 1, min(min(steps[k]) + self._most_steps, len(layouts[k].offsets)))
-            )
-            for k in missing
-        }
-        wanted = [(k, step) for k, one in ranges.items() for step in one]
-        of_samples = torch.tensor([k for k, _ in wanted])
-        inputs = {TIMESTEP: timesteps[of_samples, torch.tensor([step for _, step in wanted])]}
-        inputs |= {name: given[name][of_samples] for name in self._names}
-        for k in missing:
+        missing = [k for k, one in enumerate(steps) if not self._has(k, one)]
+        if missing:
+            self._fill({k: self._ahead(steps[k], layouts[k]) for k in missing}, layouts, timesteps, given)
+
+    def _has(self, sample: int, steps: Sequence[int]) -> bool:
+        """Whether a sample has the rows of these steps."""
+        rows = self._samples[sample]
+        return bool(rows) and rows[next(iter(self._engine.outputs))].keys() >= {*steps}
+
+    def _ahead(self, steps: Sequence[int], layout: Layout) -> range:
+        """The steps to compute for a sample that lacks those of its next window: with later ones, if there is room."""
+        first, last = min(steps), max(steps)
+        return range(first, max(last + 1, min(first + self._most_steps, len(layout.offsets))))
+
+    def _fill(
+        self, ranges: Mapping[int, range], layouts: Sequence[Layout], timesteps: Tensor, given: Mapping[str, Tensor]
+    ) -> None:
+        """Replace the rows of these samples by those of these steps."""
+        for k in ranges:
             self._samples[k] = {}
+        wanted = [(k, step) for k, one in ranges.items() for step in one]
+        samples = torch.tensor([k for k, _ in wanted])
+        inputs = {TIMESTEP: timesteps[samples, torch.tensor([step for _, step in wanted])]}
+        inputs |= {name: given[name][samples] for name in self._names}
         inputs |= self._compute(self._engine, inputs, wanted)
         if self._full_engine is not None:
             full = [number for number, (k, step) in enumerate(wanted) if layouts[k].offsets[step] == 0]
-            here = torch.tensor(full)
             read = {name: inputs[name] for name in self._full_engine.inputs}
-            read = {name: one[here.to(one.device)] for name, one in read.items()}
+            read = {name: one[torch.tensor(full, device=one.device)] for name, one in read.items()}
             self._compute(self._full_engine, read, [wanted[number] for number in full])
 
     def _compute(
