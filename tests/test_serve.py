@@ -49,8 +49,9 @@ pytest.importorskip("ray")
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from fora_trt.serve import front as front_module
 from fora_trt.serve.batches import Counts
-from fora_trt.serve.front import GENERATIONS, UNCOUNTED, Front
+from fora_trt.serve.front import GENERATIONS, UNCOUNTED, Front, _check_content
 from fora_trt.serve.metrics import Latest, Metrics
 
 KEY = "a key of the tests"
@@ -92,6 +93,7 @@ WRONG_VALUES: dict[str, list[object]] = {
         "../../secret.json", "secret.json", "secret", "file:///etc/passwd", "fora:../../x.json",
         "~/.ssh/id", "\\\\host\\x.json",
         "C:\\x.json", "%2e%2e/secret.json", 3, ["fora:3"], {"fora": 3}, True, "x" * 257, "fora:" + "9" * 200,
+        "full:" + ",".join(map(str, range(5000))),
     ],
     "prompt": ["a cat", 3, ["a"], {}, True, "x" * 4001, "\ud800", "a\x00b"],
     "negative_prompt": ["dogs", 3, ["a"], "x" * 4001],
@@ -120,6 +122,7 @@ def bad_requests() -> dict[str, Bad]:
     found |= {
         f"model {name}": bad_value("model", name, 404) for name in ("other", "DIGITS", "../digits", "/etc", "", "front")
     }
+    found["half of a pair as a field"] = Bad(422, "\\ud800", b'{"\\ud800": 1, "class_label": 3}')
     found["infinite"] = Bad(422, "guidance_scale", b'{"class_label": 3, "guidance_scale": 1e999}')
     found["nothing given"] = Bad(422, "class_label", b"{}")
     found["prompt and label"] = bad_value("prompt", "a cat", seed=1)
@@ -519,6 +522,46 @@ def test_a_body_of_a_million_pieces_takes_little_time() -> None:
     began = time.monotonic()
     guarded(app, [part(1) for _ in range(200_000)] + [part(1, more=False)], limits)
     assert time.monotonic() - began < 20
+
+
+def test_a_schedule_may_list_all_steps() -> None:
+    schedule = "full:" + ",".join(map(str, range(250)))
+    assert wanted_from(json.dumps({"schedule": schedule}).encode(), Limits()).schedule == schedule
+    with pytest.raises(ApiError, match="schedule: String should have at most 4096 characters"):
+        wanted_from(json.dumps({"schedule": "x" * 4097}).encode(), Limits())
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json", 'Application/JSON; charset="UTF-8"; x=y', "application/json;charset=utf8"]
+)
+def test_json_in_utf_8_is_taken_however_it_is_said(kind: str) -> None:
+    _check_content({"content-type": kind})
+    with pytest.raises(ApiError, match="the body must be JSON in UTF-8"):
+        _check_content({"content-type": kind.lower().replace("json", "xml")})
+
+
+def test_a_request_does_not_wait_for_ever_for_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "ABSENCE_PERIOD", 0.01)
+    monkeypatch.setattr(front_module, "LONGEST_ABSENCE", 0.1)
+    running = {"pixels": 1}
+
+    async def waits(seconds: float) -> str:
+        made = Front("app", {}, Limits(), ())
+        monkeypatch.setattr(made, "_ask", lambda: dict(running))
+        made._state = float("inf"), running
+        asked: asyncio.Future[Any] = asyncio.ensure_future(asyncio.sleep(seconds, "made"))
+        try:
+            return str(await made._while_there("pixels", asked))
+        finally:
+            await asyncio.sleep(0)
+            assert asked.done()
+
+    assert asyncio.run(waits(0.5)) == "made", "it may take long"
+    running["pixels"] = 0
+    assert asyncio.run(waits(0.02)) == "made"
+    with pytest.raises(ApiError, match="no replica of pixels runs") as raised:
+        asyncio.run(waits(5))
+    assert raised.value.status == 503 and raised.value.retry_after is not None
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"model": null, "n": null}'])

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fora_trt import Pipeline
 from fora_trt.bundle import Bundle
 from fora_trt.contract import TextSpec
 from fora_trt.errors import InputError
+from fora_trt.sampling.joined import JoinedSampler
 from fora_trt.schedule import Schedule
 from fora_trt.serve.triton import inputs_of, instance_group
 from fora_trt.serve.triton_model import ModelSettings, device_of
@@ -279,13 +281,20 @@ def test_a_defect_is_told_to_the_log_alone(model: Any, monkeypatch: pytest.Monke
         patched.setattr(model.requests, "images", fails)
         (response,) = executed(model, InferenceRequest(**GOOD))
     assert response.error().code() == TritonError.INTERNAL
-    assert response.error().message() == "the server failed to answer this request; its log has the reason"
+    assert response.error().message() == "the server failed to answer this request; its operator finds the reason"
     (logged,) = Logger.errors
     assert "RuntimeError: /srv/secret" in logged
     pictures_of(*executed(model, InferenceRequest(**GOOD)))
 
 
-def test_a_client_that_goes_away_frees_its_place(model: Any) -> None:
+def test_a_client_that_goes_away_frees_its_place(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = JoinedSampler.window
+
+    def slowly(self: JoinedSampler) -> Any:
+        time.sleep(0.02)  # else the images are done before the model looks
+        return window(self)
+
+    monkeypatch.setattr(JoinedSampler, "window", slowly)
     request = InferenceRequest(class_label=[1] * 4, num_inference_steps=[100] * 4, schedule=["none"] * 4)
     model.execute([request])
     request.sender.cancelled = True

@@ -29,7 +29,7 @@ from fora_trt.interruption import caught
 LIMITS = grouped(
     "limits",
     click.option(
-        "--queue", type=click.IntRange(min=0), default=64, help="Requests that wait for a model; more get 429."
+        "--queue", type=click.IntRange(min=1), default=64, help="Requests that wait for a model; more get 429."
     ),
     click.option("--max-body", "body_bytes", type=click.IntRange(min=1), default=262144, help="Bytes of a request."),
     click.option(

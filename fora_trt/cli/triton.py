@@ -55,7 +55,7 @@ MODEL = grouped(
 @BATCHING
 @LIMITS
 @MODEL
-@click.option("--force", is_flag=True, help="Replace a model that this command wrote.")
+@click.option("--force", is_flag=True, help="Replace a model that this command wrote, and all that its folder has.")
 @AS_JSON
 def triton(
     bundle: Path,

@@ -19,6 +19,9 @@ from fora_trt.errors import BackendError, ForaError, InputError, first_line
 from fora_trt.ray_cluster import check_ray, cores, ray_started
 from fora_trt.report.environment import versions
 
+MOST_ON_CORES = 4
+"""Most workers for each core of a machine: each has engines of its own, and more are not faster."""
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -64,6 +67,10 @@ class Workers:
             assert self.count is not None
             if self._takes_gpu and self.count > (gpus := torch.cuda.device_count()):
                 raise InputError(f"each worker takes a GPU, and this machine has {gpus}; give --workers {gpus} or less")
+            if not self._takes_gpu and self.count > max(MOST_ON_CORES * cores(), 2):
+                raise InputError(
+                    f"{self.count} workers share the {cores()} cores of this machine; give --workers {cores()}"
+                )
         return self
 
     def __exit__(self, *error: Any) -> None:

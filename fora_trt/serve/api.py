@@ -19,12 +19,12 @@ LARGEST_SEED = 2**63 - 1
 LARGEST_SCALE = 100.0
 """Largest guidance scale: latents overflow far beyond it."""
 
-LONGEST_NAME = 256
-"""Most characters of a name or a schedule."""
+LONGEST_NAME, LONGEST_SCHEDULE = 256, 4096
+"""Most characters of a name, and of a schedule, which may list steps."""
 
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
-INTERNAL = "the server failed to answer this request; its log has the reason"
+INTERNAL = "the server failed to answer this request; its operator finds the reason"
 AWAY = "the server is not available at the moment; send the request again"
 
 TYPES = {
@@ -104,7 +104,8 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-Name = Annotated[Text, Field(max_length=LONGEST_NAME)]
+Name = Annotated[str, Field(max_length=LONGEST_NAME), AfterValidator(_encodable)]
+Rule = Annotated[str, Field(max_length=LONGEST_SCHEDULE), AfterValidator(_encodable)]
 
 
 class Wanted(BaseModel):
@@ -121,7 +122,7 @@ class Wanted(BaseModel):
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=LARGEST_SCALE, allow_inf_nan=False)
-    schedule: Name | None = None
+    schedule: Rule | None = None
     response_format: Name | None = None
     # fields of OpenAI's models; each is taken only with the value that this server has anyway
     background: Name | None = None
@@ -181,14 +182,15 @@ def wanted_from(body: bytes, limits: Limits) -> Wanted:
 
 def wanted_of(values: Mapping[str, Any], limits: Limits) -> Wanted:
     """The request of these fields. Raises `ApiError` 422 for a value that no model takes."""
+    for name in values:
+        if name not in Wanted.model_fields:  # pydantic could not quote half of a surrogate pair
+            raise unprocessable(one_line(name, 64), f"{one_line(name, 64)}: there is no field of this name")
     try:
         wanted = Wanted.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = one_line(str(first["loc"][0]), 64)
-        unknown = first["type"] == "extra_forbidden"
-        said = "there is no field of this name" if unknown else first["msg"].removeprefix("Value error, ")
-        raise unprocessable(name, f"{name}: {said}") from None
+        name = str(first["loc"][0])
+        raise unprocessable(name, f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
     _check(wanted, limits)
     return wanted
 

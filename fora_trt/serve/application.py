@@ -173,7 +173,10 @@ def digests_of(file: Path) -> tuple[str, ...]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the file of API keys {file} cannot be read ({first_line(error)})") from error
+        raise InputError(
+            f"the file of API keys {file} cannot be read ({first_line(error)}); "
+            "give a text file in UTF-8 with one key a line"
+        ) from error
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
         raise InputError(f"{file} contains no API key; write one per line")

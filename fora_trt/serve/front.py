@@ -13,10 +13,11 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from email.message import Message
 from typing import TYPE_CHECKING, Any
 
 from fora_trt.serve.api import INTERNAL, LARGEST_SEED, ApiError, Limits, Wanted, away, unprocessable, wanted_from
-from fora_trt.serve.guard import REFUSED, Guard, Message, Receive, Send
+from fora_trt.serve.guard import REFUSED, Guard, Receive, Send
 from fora_trt.serve.metrics import Latest, Metrics
 from fora_trt.serve.replica import Reply
 
@@ -34,6 +35,12 @@ UNCOUNTED = ("/health", "/metrics")
 DRAINED = "the server is about to end and takes no new requests; send this one elsewhere or later"
 LARGEST_DRAWN = 2**31
 """Seeds that the server draws are below: JavaScript reads them without loss."""
+
+LONGEST_ABSENCE = 90.0
+"""Seconds that a request waits while no replica of its model runs; a replica starts in less."""
+
+ABSENCE_PERIOD = 10.0
+"""Seconds between two looks whether one runs."""
 
 HEALTH_LASTS = 1.0
 """Seconds in which the state of the deployments is not asked for again."""
@@ -183,10 +190,12 @@ class Front:
         from ray.serve.exceptions import BackPressureError, RayServeException
 
         try:
-            reply: Reply = await self.handles[model].generate.remote(wanted.model_dump(exclude_none=True), seed)
+            fields = wanted.model_dump(exclude_none=True)
+            asked = asyncio.ensure_future(_awaited(self.handles[model].generate.remote(fields, seed)))
+            reply = await self._while_there(model, asked)
         except BackPressureError as error:
             after = max(1, min(60, math.ceil(self.lasted.get(model, 1.0))))
-            many = f"{self.limits.queue} requests wait for {model} already; send this one later"
+            many = f"the queue of {model} is full, with {self.limits.queue} requests; send this one later"
             raise ApiError(429, many, None, "queue_full", after) from error
         except RayTaskError:
             raise
@@ -194,6 +203,18 @@ class Front:
             LOG.warning("a replica of %s did not answer: %s", model, type(error).__name__)
             raise away(f"the replica of {model} that worked on this request ended; send it again") from error
         return reply
+
+    async def _while_there(self, model: str, asked: asyncio.Future[Reply]) -> Reply:
+        """The reply, unless no replica of the model runs for `LONGEST_ABSENCE`; then `ApiError` 503."""
+        try:
+            absent = 0.0
+            while not (await asyncio.wait({asked}, timeout=ABSENCE_PERIOD))[0]:
+                absent = 0.0 if (await self._running())[model] else absent + ABSENCE_PERIOD
+                if absent >= LONGEST_ABSENCE:
+                    raise away(f"no replica of {model} runs; send this request later", int(ABSENCE_PERIOD))
+            return asked.result()
+        finally:
+            asked.cancel()
 
     # --- models, health and metrics
 
@@ -241,11 +262,16 @@ class Front:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
+async def _awaited(response: Awaitable[Reply]) -> Reply:
+    """What a deployment returns, as a coroutine: a response of Ray Serve is none."""
+    return await response
+
+
 def _check_content(headers: Mapping[str, str]) -> None:
     """Raise `ApiError` unless the body is said to be JSON in UTF-8; forms of foreign pages cannot say so."""
-    kind, _, more = headers.get("content-type", "").lower().partition(";")
-    charset = more.partition("charset=")[2].strip(' "')
-    if kind.strip() != "application/json" or charset not in ("", "utf-8", "utf8"):
+    given = Message()
+    given["content-type"] = headers.get("content-type", "")
+    if given.get_content_type() != "application/json" or given.get_content_charset("utf-8") not in ("utf-8", "utf8"):
         raise ApiError(415, "the body must be JSON in UTF-8: Content-Type: application/json", None, "unsupported_type")
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "the body is compressed; send it as it is", None, "unsupported_encoding")
@@ -254,7 +280,7 @@ def _check_content(headers: Mapping[str, str]) -> None:
 async def _lifespan(receive: Receive, send: Send) -> None:
     """Start and end, of which nothing depends."""
     while True:
-        message: Message = await receive()
+        message = await receive()
         await send({"type": f"{message['type']}.complete"})
         if message["type"] == "lifespan.shutdown":
             return

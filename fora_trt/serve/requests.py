@@ -130,6 +130,15 @@ class Requests:
         return Guidance(float(wanted.guidance_scale))
 
 
+def check_steps(name: str, steps: int, most: int) -> None:
+    """Raise `InputError` if a request that names no steps takes more than requests may."""
+    if steps > most:
+        raise InputError(
+            f"a request to {name} that names no steps takes {steps}, more than --max-steps {most}; "
+            f"give --max-steps {steps} or more"
+        )
+
+
 def named_schedule(text: str, schedules: Mapping[str, Schedule]) -> Schedule | str:
     """A text form, or the schedule of this name; never a path."""
     if text in schedules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from fora_trt.serve.application import (
     served_of,
 )
 from fora_trt.serve.guard import environment_of
+from fora_trt.serve.requests import check_steps
 
 LINGER = 1.0
 """Seconds between the last answer and the end of the proxy, in which answers reach their clients."""
@@ -73,6 +75,8 @@ def served(
 
     Raises `InputError` for a port that is taken, `BackendError` if Ray or a model does not start.
     """
+    if verbose:
+        os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "1")
     check_ray("fora-trt serve", ray_address)
     check_installed()
     names = check(config)
@@ -88,8 +92,8 @@ def served(
                 "Ray Serve runs in this cluster already; deploy there with: "
                 "serve run fora_trt.serve.application:application"
             )
-        built = application(config)
         try:
+            built = application(config)
             serve.start(
                 http_options={"host": host, "port": port},
                 logging_config={"log_level": "INFO" if verbose else "ERROR", "enable_access_log": verbose},
@@ -97,7 +101,7 @@ def served(
             )
             handle = serve.run(built, name=NAME, route_prefix="/")
             yield Server(host, port, names, handle)
-        except (RuntimeError, TimeoutError) as error:
+        except (RuntimeError, TimeoutError, ValueError) as error:
             raise BackendError(f"the server did not start: {first_line(error)}; -v shows what Ray says") from error
         finally:
             serve.shutdown()
@@ -108,20 +112,20 @@ def check(config: ServeConfig) -> tuple[str, ...]:
     from fora_trt.pipeline import Pipeline
     from fora_trt.sampling.prompts import PromptEncoder
     from fora_trt.serve.requests import checked_schedules
-    from fora_trt.serve.whole import pipeline_of
+    from fora_trt.serve.whole import USUAL_STEPS, pipeline_of
 
     schedules = checked_schedules(config.schedules)
     models = models_of(config)
     for name, folder in models.items():
         served = served_of(config, name, folder, schedules)
         if Bundle.read(folder).manifest.pipeline is not None:
-            pipeline_of(served)
+            check_steps(name, pipeline_of(served).bundle.scheduled_steps or USUAL_STEPS, config.limits.steps)
             continue
         pipeline = Pipeline(served.pipeline)
         pipeline.decoder  # noqa: B018 # raises for a missing VAE
         if pipeline.manifest.text is not None:
             PromptEncoder(pipeline.manifest, pipeline.device).check()
-        pipeline.sampling(pipeline.bundle.scheduled_steps)
+        check_steps(name, pipeline.sampling(pipeline.bundle.scheduled_steps).schedule.steps, config.limits.steps)
     return tuple(models)
 
 

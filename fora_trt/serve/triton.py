@@ -20,6 +20,7 @@ from fora_trt.errors import InputError, ModelError
 from fora_trt.files import MANIFEST, Record, staging, write_manifest
 from fora_trt.models.parts import vae_at, weights_of_vae
 from fora_trt.schedule import is_file
+from fora_trt.serve.requests import check_steps
 from fora_trt.serve.triton_model import BUNDLE, ENGINES, VAE, ModelSettings
 from fora_trt.untrusted import name_problem, shown
 
@@ -120,7 +121,9 @@ def write_model(config: TritonConfig, repository: Path, force: bool = False) -> 
     settings = {one: getattr(config, one) for one in ("schedule", "scheduler", "timestep_spacing", "vae")}
     pipeline = Pipeline(PipelineConfig(bundle.folder, **settings), opened=bundle)
     pipeline.decoder  # noqa: B018 # raises for a missing VAE
-    pipeline.sampling(_steps(config, bundle))
+    check_steps(name, pipeline.sampling(_steps(config, bundle)).schedule.steps, config.max_steps)
+    if (repository / name).resolve().is_relative_to(bundle.folder.resolve()):
+        raise InputError(f"{repository / name} is in the bundle {config.bundle}; give a folder elsewhere with -o")
     with staging(repository / name, force, "model that fora-trt triton wrote", InputError) as folder:
         _copy_engines(config.engines, bundle.manifest, folder)
         bundle.copy(folder / BUNDLE)
