@@ -67,7 +67,7 @@ class Workers:
             assert self.count is not None
             if self._takes_gpu and self.count > (gpus := torch.cuda.device_count()):
                 raise InputError(f"each worker takes a GPU, and this machine has {gpus}; give --workers {gpus} or less")
-            if not self._takes_gpu and self.count > max(MOST_ON_CORES * cores(), 2):
+            if not self._takes_gpu and self.count > MOST_ON_CORES * cores():
                 raise InputError(
                     f"{self.count} workers share the {cores()} cores of this machine; give --workers {cores()}"
                 )

@@ -52,7 +52,7 @@ class Server:
     def drain(self, seconds: float) -> int:
         """Refuse new requests and wait until all accepted ones are answered; return how many are not after `seconds`.
 
-        If the front dies meanwhile, its replacement is told too.
+        If the front dies meanwhile, `drain` tells its replacement too.
         """
         until, left = time.monotonic() + seconds, 1
         while left and time.monotonic() < until:
@@ -112,14 +112,14 @@ def check(config: ServeConfig) -> tuple[str, ...]:
     from fora_trt.pipeline import Pipeline
     from fora_trt.sampling.prompts import PromptEncoder
     from fora_trt.serve.requests import checked_schedules
-    from fora_trt.serve.whole import USUAL_STEPS, pipeline_of
+    from fora_trt.serve.whole import default_steps, pipeline_of
 
     schedules = checked_schedules(config.schedules)
     models = models_of(config)
     for name, folder in models.items():
         served = served_of(config, name, folder, schedules)
         if Bundle.read(folder).manifest.pipeline is not None:
-            check_steps(name, pipeline_of(served).bundle.scheduled_steps or USUAL_STEPS, config.limits.steps)
+            check_steps(name, default_steps(pipeline_of(served)), config.limits.steps)
             continue
         pipeline = Pipeline(served.pipeline)
         pipeline.decoder  # noqa: B018 # raises for a missing VAE

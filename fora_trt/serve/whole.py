@@ -41,6 +41,11 @@ def pipeline_of(served: Served) -> DiffusersPipeline:
     return pipeline
 
 
+def default_steps(pipeline: DiffusersPipeline) -> int:
+    """The steps of a request that names none."""
+    return pipeline.bundle.scheduled_steps or USUAL_STEPS
+
+
 class WholePipeline:
     """Makes the images of a request with the pipeline, `max_batch_size` at once. One thread at a time may use it."""
 
@@ -49,7 +54,7 @@ class WholePipeline:
         self.name, self._most, self.pipeline = served.name, served.max_batch_size, pipeline_of(served)
         self.pipeline.start(self._most)
         self.schedules = schedules_of(served, self.pipeline.bundle)
-        self.default_steps = self.pipeline.bundle.scheduled_steps or USUAL_STEPS
+        self.default_steps = default_steps(self.pipeline)
         self.counts = Counts()
 
     def make(self, wanted: Wanted, seed: int, gone: Event) -> tuple[list[Made], dict[str, Any]]:
