@@ -2,9 +2,10 @@
 
     python -m benchmarks.serving cpu-2-cores
 
-A client with 32 requests at once measures the throughput, once with equal and once with mixed numbers of steps and
-schedules. A second client sends the same requests at random times (a Poisson process), the same for every way to batch,
-and measures latency; the ways take turns in several rounds, so that whatever else the machine does meets all of them.
+A client with 32 requests at once measures the throughput, for each kind of requests: equal ones, mixed ones with twelve
+settings, and varied ones that hardly ever share a setting. A second client sends the same requests at random times (a
+Poisson process), the same for every way to batch, and measures latency; the ways take turns in several rounds, so that
+whatever else the machine does meets all of them.
 Every picture is compared with that of `Pipeline` with the same seed. The command writes
 benchmarks/results/serving_<hardware>_<date>.json and prints the table of docs/serving.md.
 """
@@ -44,8 +45,9 @@ WAYS = {
 
 AT_ONCE = 32
 STEPS, SCHEDULES = (12, 20, 30), ("none", "fora:3", "fora:5,forecast=1", "dense:8,0.3,forecast=2")
+VARIED_STEPS, GUIDANCE_SCALES = range(12, 31), (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 LOAD = 0.6
-"""Rate of the random requests, as a share of the throughput of batches with the same requests at once."""
+"""Rate of the random requests, as a share of the highest throughput of any way with the same requests at once."""
 
 ROUNDS = 3
 """Turns of each way with the random requests; each sends its part of them."""
@@ -72,7 +74,20 @@ def equal(count: int, seed: int) -> list[Request]:
     return [{**one, "num_inference_steps": 20, "schedule": "fora:3"} for one in mixed(count, seed)]
 
 
-KINDS = {"equal": equal, "mixed": mixed}
+def varied(count: int, seed: int) -> list[Request]:
+    """Requests of all classes, each with one of 608 settings."""
+    chosen = random.Random(seed)
+    return [
+        {
+            **one,
+            "num_inference_steps": chosen.choice(VARIED_STEPS),
+            "guidance_scale": chosen.choice(GUIDANCE_SCALES),
+        }
+        for one in mixed(count, seed)
+    ]
+
+
+KINDS = {"equal": equal, "mixed": mixed, "varied": varied}
 """Makes requests, by kind."""
 
 
@@ -114,9 +129,11 @@ def server(bundle: Path, options: Sequence[str]) -> Iterator[str]:
     """The address of a server for the time of a block."""
     command = [sys.executable, "-m", "fora_trt", "serve", str(bundle), "--port", "0", "--json", "--queue", "100000"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
-        yield str(json.loads(next(iter(process.stdout or ())))["url"])
-        process.terminate()
-        process.wait(120)
+        try:
+            yield str(json.loads(next(iter(process.stdout or ())))["url"])
+        finally:
+            process.terminate()
+            process.wait(120)
 
 
 Send = Callable[[int], Coroutine[Any, Any, None]]
@@ -188,27 +205,29 @@ def _picture(text: str) -> NDArray[Any]:
 
 
 @cache
-def _pipeline(steps: int, schedule: str) -> Pipeline:
-    return Pipeline("export/digits", steps=steps, schedule=schedule)
+def _pipeline(schedule: str, scale: float | None) -> Pipeline:
+    return Pipeline("export/digits", schedule=schedule, guidance_scale=scale)
 
 
 @cache
 def expected(request: str) -> NDArray[Any]:
     """The picture of a request, as JSON, that `Pipeline` makes."""
     wanted = json.loads(request)
-    pipeline = _pipeline(wanted["num_inference_steps"], wanted["schedule"])
-    return numpy.asarray(pipeline(class_labels=[wanted["class_label"]], seed=wanted["seed"]).images[0])
+    pipeline = _pipeline(wanted["schedule"], wanted.get("guidance_scale"))
+    made = pipeline(class_labels=[wanted["class_label"]], seed=wanted["seed"], steps=wanted["num_inference_steps"])
+    return numpy.asarray(made.images[0])
 
 
 def table_of(result: Mapping[str, Any]) -> Iterator[str]:
     """The lines of the table."""
-    latencies = [f"{kind}, {result['rates'][kind]:.1f} per second at random: p50 | p95" for kind in KINDS]
-    yield f"| | {' | '.join([*(f'{kind}, {AT_ONCE} at once' for kind in KINDS), *latencies])} |"
-    yield f"| --- {'| --: ' * 3 * len(KINDS)}|"
-    for way, one in result["ways"].items():
-        throughputs = [f"{one['at_once'][kind]['per_second']:.1f} per second" for kind in KINDS]
-        latencies = [f"{one['random'][kind][f'{share}_seconds']:.2f} s" for kind in KINDS for share in ("p50", "p95")]
-        yield f"| {way} | {' | '.join([*throughputs, *latencies])} |"
+    yield f"| requests | way | {AT_ONCE} at once | at random | p50 | p95 |"
+    yield "| --- | --- | --: | --: | --: | --: |"
+    for kind in KINDS:
+        for way, runs in result["ways"].items():
+            found = runs["random"][kind]
+            latencies = (f"{found[f'{share}_seconds']:.2f} s" for share in ("p50", "p95"))
+            rates = (runs["at_once"][kind]["per_second"], result["rates"][kind])
+            yield f"| {kind} | {way} | {' | '.join([*(f'{rate:.1f} per second' for rate in rates), *latencies])} |"
 
 
 @click.command()
@@ -218,21 +237,26 @@ def main(hardware: str, requests: int) -> None:
     """Measure all ways to batch; HARDWARE names the machine in the file name."""
     given = {kind: make(requests, 1 + number) for number, (kind, make) in enumerate(KINDS.items())}
     found: dict[str, dict[str, dict[str, Outcome]]] = {way: {"at_once": {}, "random": {}} for way in WAYS}
-    rates: dict[str, float] = {}
+
+    def run(way: str, plan: Mapping[str, tuple[Run, Sequence[Request]]], name: str) -> None:
+        with server(Path("export/digits"), WAYS[way]) as url:
+            measured(url, mixed(3 * AT_ONCE, 9), at_once)  # all shapes of batches have been seen
+            for kind, (when, some) in plan.items():
+                outcome = measured(url, some, when)
+                before = found[way][name].get(kind)
+                found[way][name][kind] = outcome if before is None else before + outcome
+                click.echo(f"{way}, {kind}, {name}: {json.dumps(outcome.figures())}", err=True)
+
+    for way in WAYS:
+        run(way, {kind: (at_once, some) for kind, some in given.items()}, "at_once")
+    best = {kind: max(runs["at_once"][kind].throughput for runs in found.values()) for kind in KINDS}
+    rates = {kind: round(LOAD * one, 1) for kind, one in best.items()}
     for turn in range(ROUNDS):
-        for way in ("batches", "one at a time", "joining"):  # the first determines the rates
-            with server(Path("export/digits"), WAYS[way]) as url:
-                measured(url, mixed(3 * AT_ONCE, 9), at_once)  # all shapes of batches have been seen
-                for kind, some in given.items():
-                    if turn == 0:
-                        found[way]["at_once"][kind] = measured(url, some, at_once)
-                        rates.setdefault(kind, round(LOAD * found[way]["at_once"][kind].throughput, 1))
-                    outcome = measured(url, some[turn::ROUNDS], at_random(rates[kind], turn))
-                    before = found[way]["random"].get(kind)
-                    found[way]["random"][kind] = outcome if before is None else before + outcome
-                    click.echo(f"{way}, {kind}, at random: {json.dumps(outcome.figures())}", err=True)
+        for way in WAYS:
+            parts = {kind: (at_random(rates[kind], turn), some[turn::ROUNDS]) for kind, some in given.items()}
+            run(way, parts, "random")
     ways = {
-        way: {run: {kind: one.figures() for kind, one in kinds.items()} for run, kinds in runs.items()}
+        way: {name: {kind: one.figures() for kind, one in kinds.items()} for name, kinds in runs.items()}
         for way, runs in found.items()
     }
     result = {"at_once": AT_ONCE, "load": LOAD, "rounds": ROUNDS, "rates": rates, "options": WAYS, "ways": ways}

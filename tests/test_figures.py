@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -178,17 +180,36 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
     assert fastest < building / 8
 
 
+def images_per_second(commands: Sequence[Sequence[object]], folder: Path) -> float:
+    """Images per second of `sample` commands that run at once, from the third to the last tenth of all their images."""
+
+    def sampled(number: int) -> list[float]:
+        out = folder / str(number)
+        ran(*commands[number], "--out", out, tmp=folder / f"t{number}", OMP_NUM_THREADS="1")
+        return [image.stat().st_mtime for image in out.glob("*.png")]
+
+    folder.mkdir()
+    with ThreadPoolExecutor() as pool:
+        times = sorted(chain.from_iterable(pool.map(sampled, range(len(commands)))))
+    first, last = len(times) * 3 // 10, len(times) * 9 // 10
+    return (last - first) / (times[last] - times[first])
+
+
 def test_two_workers_are_faster_than_one_process(digits: Bundle, tmp_path: Path) -> None:
-    """Images per second from the third to the last tenth, each with one thread."""
+    """The fastest of at most three rounds each, with one thread: other work on the machine only slows them down."""
     if (os.cpu_count() or 1) < 2 or psutil.cpu_percent(3) > 30:
         pytest.skip("two workers need two cores that do nothing else")
-    rates = {}
-    for way in ([], ["--workers", 2]):
-        folder = tmp_path / f"set{len(way)}"
-        command = digits_of(digits, "--num-images", 300, "--format", "png", "--out", folder)
-        ran(*command, *way, tmp=tmp_path / "t", OMP_NUM_THREADS="1")
-        times = sorted(one.stat().st_mtime for one in folder.glob("*.png"))
-        first, last = len(times) * 3 // 10, len(times) * 9 // 10
-        rates[bool(way)] = (last - first) / (times[last] - times[first])
-    print(f"one process {rates[False]:.1f} images/s, two workers {rates[True]:.1f}: {rates[True] / rates[False]:.2f}x")
-    assert rates[True] / rates[False] >= 1.5
+    sample = digits_of(digits, "--num-images", 300, "--format", "png")
+    ways = {"one process": [sample], "two workers": [[*sample, "--workers", 2]]}
+    fastest = dict.fromkeys(ways, 0.0)
+    for number in range(3):
+        for way, commands in ways.items():
+            fastest[way] = max(fastest[way], images_per_second(commands, tmp_path / f"{way[:3]}{number}"))
+        speedup = fastest["two workers"] / fastest["one process"]
+        print(", ".join(f"{way} {rate:.1f} images/s" for way, rate in fastest.items()), f"{speedup:.2f}x")
+        if speedup >= 1.5:
+            return
+    both = images_per_second([sample, sample], tmp_path / "both") / fastest["one process"]
+    if both < 1.6:
+        pytest.skip(f"two processes that know nothing of each other are only {both:.2f} times as fast as one here")
+    pytest.fail(f"two workers are {speedup:.2f} times as fast as one process, two processes {both:.2f} times")
