@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -455,9 +456,9 @@ def test_bundles_are_served_under_their_names(pixels: Bundle, tmp_path: Path) ->
 
 def test_keys_are_read_as_digests(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text(f"\n one \n{KEY}\n")
+    file.write_text(f"# of the shop\n\n one \n{KEY}\n")
     assert digests_of(file) == digest_of("one", KEY)
-    file.write_text("\n")
+    file.write_text("\n# none\n")
     with pytest.raises(InputError, match="contains no API key"):
         digests_of(file)
     with pytest.raises(InputError, match="cannot be read"):
@@ -833,6 +834,28 @@ def test_a_process_that_is_killed_is_replaced(deployment: str, running: Running,
     assert http.get("/health").status_code == 200
     (other,) = running.replicas(deployment)
     assert other.pid != victim.pid
+
+
+@pytest.mark.slow
+def test_the_operator_is_told_when_no_replica_runs(digits: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("ray.serve")
+    folder, away = tmp_path / "digits", tmp_path / "away"
+    shutil.copytree(digits.folder, folder)
+    with serving(folder, tmp_path) as running:
+        (victim,) = running.replicas("digits")
+        folder.rename(away)
+        victim.kill()
+        wait_for(running, r"no replica of digits runs, and its requests wait: \S+")
+        away.rename(folder)
+        wait_for(running, "a replica of digits runs again")
+
+
+def wait_for(running: Running, pattern: str) -> None:
+    """Wait until the command has printed a line."""
+    until = time.monotonic() + 90
+    while not re.search(f"^{pattern}", running.output.read_text(), re.MULTILINE):
+        assert time.monotonic() < until, running.output.read_text()
+        time.sleep(0.5)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,9 @@ from fora_trt.cli.options import (
 from fora_trt.cli.terminal import DISPLAY, VERBOSITY, print_json, say
 from fora_trt.errors import BackendError
 from fora_trt.interruption import caught
+
+if TYPE_CHECKING:
+    from fora_trt.serve.server import Server
 
 LIMITS = grouped(
     "limits",
@@ -79,6 +82,10 @@ BATCHING = grouped(
 MODEL = grouped("model", BACKEND, DEVICE, ENGINES, VAE, SCHEDULER, TIMESTEP_SPACING)
 
 
+LOOK_PERIOD = 5.0
+"""Seconds between two looks whether every model has a replica."""
+
+
 @click.command()
 @click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="BUNDLE...")
 @click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for all.")
@@ -126,14 +133,27 @@ def serve(host: str, port: int, ray_address: str | None, drain_seconds: float, a
         about = {"url": server.url, "models": server.models, "pid": os.getpid()}
         print_json(about) if as_json else click.echo(f"{', '.join(server.models)} at {server.url}")
         try:
-            while True:
-                time.sleep(3600)
+            _watch(server)
         except KeyboardInterrupt:
             caught()
         say("answering the accepted requests")
         left = server.drain(drain_seconds)
     if left:
         raise BackendError(f"{left} requests were not answered within {drain_seconds:g} s; give more --drain-seconds")
+
+
+def _watch(server: Server) -> None:
+    """Say which models have no running replica, and when they have one again, until a signal comes."""
+    absent: dict[str, str] = {}
+    while True:
+        time.sleep(LOOK_PERIOD)
+        before = absent
+        if (found := server.absent()) is not None:
+            absent = found
+        for name in absent.keys() - before.keys():
+            click.echo(f"no replica of {name} runs, and its requests wait: {absent[name]}", err=True)
+        for name in before.keys() - absent.keys():
+            click.echo(f"a replica of {name} runs again", err=True)
 
 
 def refuse_without_effect(join: bool, here: tuple[tuple[Path, ...], str, str] | None = None) -> None:

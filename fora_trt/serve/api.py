@@ -223,6 +223,6 @@ def _check(wanted: Wanted, limits: Limits) -> None:
     if wanted.prompt and wanted.class_label is not None:
         raise unprocessable("prompt", "prompt and class_label exclude each other; give one of them")
     if wanted.negative_prompt and not wanted.prompt:
-        raise unprocessable("negative_prompt", "negative_prompt needs prompt")
+        raise unprocessable("negative_prompt", "negative_prompt needs prompt; give both, or leave it out")
     if wanted.size not in (None, "auto") and wanted.sides is None:
         raise unprocessable("size", "size is not of the form WIDTHxHEIGHT such as 256x256; or give auto")

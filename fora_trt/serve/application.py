@@ -31,6 +31,13 @@ HEALTH_PERIOD = 2.0
 """Seconds between two checks whether a replica lives."""
 
 
+ROUTING_PERIOD = 0.02
+"""Seconds between two looks whether a replica can take one of the requests that wait.
+
+Ray Serve's own are up to 0.5 seconds, in which replicas of small models would have nothing to do.
+"""
+
+
 class ServeConfig(BaseModel):
     """All settings of a server. Names are those of the options of `fora-trt serve`.
 
@@ -72,6 +79,7 @@ def application(config: ServeConfig | dict[str, Any]) -> Any:
     config = ServeConfig.model_validate(config)
     check_installed()
     from ray import serve
+    from ray.serve.config import RequestRouterConfig
 
     from fora_trt.serve.front import Front
     from fora_trt.serve.replica import Replica
@@ -89,6 +97,7 @@ def application(config: ServeConfig | dict[str, Any]) -> Any:
             ray_actor_options={"num_cpus": cpus_of(config, gpus), "num_gpus": gpus},
             max_ongoing_requests=config.ongoing,
             max_queued_requests=config.limits.queue,
+            request_router_config=RequestRouterConfig(initial_backoff_s=ROUTING_PERIOD, max_backoff_s=ROUTING_PERIOD),
             health_check_period_s=HEALTH_PERIOD,
             health_check_timeout_s=60.0,
         )
@@ -169,7 +178,7 @@ def cpus_of(config: ServeConfig, gpus: float) -> float:
 
 
 def digests_of(file: Path) -> tuple[str, ...]:
-    """SHA-256 digests of the keys in a file, one a line. Raises `InputError`."""
+    """SHA-256 digests of the keys in a file, one a line; lines that begin with `#` are none. Raises `InputError`."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -177,7 +186,7 @@ def digests_of(file: Path) -> tuple[str, ...]:
             f"the file of API keys {file} cannot be read ({first_line(error)}); "
             "give a text file in UTF-8 with one key a line"
         ) from error
-    keys = [line.strip() for line in lines if line.strip()]
+    keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
     if not keys:
         raise InputError(f"{file} contains no API key; write one per line")
     return tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys)

@@ -27,6 +27,7 @@ from fora_trt.serve.application import (
 )
 from fora_trt.serve.guard import environment_of
 from fora_trt.serve.requests import check_steps
+from fora_trt.untrusted import one_line
 
 LINGER = 1.0
 """Seconds between the last answer and the end of the proxy, in which answers reach their clients."""
@@ -48,6 +49,22 @@ class Server:
         """The address."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
+
+    def absent(self) -> dict[str, str] | None:
+        """The models without a running replica, each with what Ray says of it; None if Ray does not answer."""
+        from ray import serve
+        from ray.exceptions import RayError
+
+        try:
+            about = serve.status().applications[NAME].deployments
+            found = {name: about[name] for name in self.models}
+        except (RayError, KeyError, TimeoutError):
+            return None
+        return {
+            name: one_line(one.message.strip().rpartition("\n")[2]) or "it is being started"
+            for name, one in found.items()
+            if not one.replica_states.get("RUNNING")
+        }
 
     def drain(self, seconds: float) -> int:
         """Refuse new requests and wait until all accepted ones are answered; return how many are not after `seconds`.
