@@ -182,6 +182,12 @@ def test_batches_of_the_server_have_the_measured_throughput_and_latency() -> Non
     for way in result["ways"].values():
         runs = [one for kinds in way.values() for one in kinds.values()]
         assert len(runs) == 2 * len(serving.KINDS) and all(run["lost"] == run["differing"] == 0 for run in runs)
+    ways = result["ways"]
+    batches, alone = (ways[way]["at_once"]["equal"]["per_second"] for way in ("batches", "one at a time"))
+    assert batches > 1.5 * alone
+    for kind in serving.KINDS:
+        slowest = {way: runs["random"][kind]["p95_seconds"] for way, runs in ways.items()}
+        assert min(slowest, key=lambda way: slowest[way]) == "joining"
 
 
 def test_reuse_steps_of_pipelines_take_the_measured_share_of_a_full_one() -> None:
