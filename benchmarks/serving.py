@@ -5,9 +5,8 @@
 A client with 32 requests at once measures the throughput, for each kind of requests: equal ones, mixed ones with twelve
 settings, and varied ones that hardly ever share a setting. A second client sends the same requests at random times (a
 Poisson process), the same for every way to batch, and measures latency; the ways take turns in several rounds, so that
-whatever else the machine does meets all of them.
-Every picture is compared with that of `Pipeline` with the same seed. The command writes
-benchmarks/results/serving_<hardware>_<date>.json and prints the table of docs/serving.md.
+whatever else the machine does meets all of them. Every picture is compared with that of `Pipeline` with the same seed.
+The command writes benchmarks/results/serving_<hardware>_<date>.json and prints the table of docs/serving.md.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
     attentions = {name: len(plan["attentions"]) for name, plan in plans.items()}
     assert attentions == {"conditioning": 0, "full_conditioning": 0, "full": 28, "reuse": 0}
     assert all(attention["fused"] for attention in plans["full"]["attentions"])
-    assert building < 2 * exporter
+    assert building < exporter
     assert done.gigabytes < 6
     content = Path(tmp_path / json.loads(done.printed)["folder"] / "full.plan").read_bytes()
     assert content.count(b"function={ name=_gemm_mha_v2 ") == 28, "another look at it: kernels listed in the plan"
@@ -178,7 +178,7 @@ def test_dit_xl_2_exports_and_builds_in_time_and_in_six_gigabytes(tmp_path: Path
         if fastest < building / 8:
             break
     print(f"found again: {fastest:.2f} s")
-    assert fastest < building / 4
+    assert fastest < building / 8
 
 
 def images_per_second(commands: Sequence[Sequence[object]], folder: Path) -> float:
@@ -209,8 +209,9 @@ def test_two_workers_are_faster_than_one_process(digits: Bundle, tmp_path: Path)
         speedup = fastest["two workers"] / fastest["one process"]
         print(", ".join(f"{way} {rate:.1f} images/s" for way, rate in fastest.items()), f"{speedup:.2f}x")
         if speedup >= 1.5:
-            return
-    both = images_per_second([sample, sample], tmp_path / "both") / fastest["one process"]
-    if both < 1.6:
-        pytest.skip(f"two processes that know nothing of each other are only {both:.2f} times as fast as one here")
-    pytest.fail(f"two workers are {speedup:.2f} times as fast as one process, two processes {both:.2f} times")
+            break
+    else:
+        both = images_per_second([sample, sample], tmp_path / "both") / fastest["one process"]
+        if both < 1.6:
+            pytest.skip(f"two processes that know nothing of each other are only {both:.2f} times as fast as one here")
+    assert fastest["two workers"] / fastest["one process"] >= 1.5

@@ -602,10 +602,7 @@ def serving(bundle: Path, folder: Path, *options: object) -> Iterator[Running]:
     with output.open("w") as file:
         process = subprocess.Popen([*map(str, command)], stdout=file, stderr=subprocess.STDOUT, text=True, cwd=folder)
     try:
-        until = time.monotonic() + 180
-        while '"url"' not in output.read_text():
-            assert process.poll() is None and time.monotonic() < until, output.read_text()
-            time.sleep(0.5)
+        wait_for(process, output, '"url"', 180)
         text = output.read_text()
         about = json.JSONDecoder().raw_decode(text[text.index("{") :])[0]
         yield Running(process, about["url"], output)
@@ -614,6 +611,14 @@ def serving(bundle: Path, folder: Path, *options: object) -> Iterator[Running]:
         assert process.wait(90) == 0, output.read_text()
         assert "***" not in output.read_text(), "Ray's libraries print a stack at SIGTERM"
         assert not [one for one in psutil.process_iter(["environ"]) if is_of(one, process.pid)]
+
+
+def wait_for(process: subprocess.Popen[str], output: Path, pattern: str, seconds: float) -> None:
+    """Wait until a process that goes on has printed this."""
+    until = time.monotonic() + seconds
+    while not re.search(pattern, output.read_text(), re.MULTILINE):
+        assert process.poll() is None and time.monotonic() < until, output.read_text()
+        time.sleep(0.5)
 
 
 def is_of(process: psutil.Process, parent: int) -> bool:
@@ -845,17 +850,9 @@ def test_the_operator_is_told_when_no_replica_runs(digits: Bundle, tmp_path: Pat
         (victim,) = running.replicas("digits")
         folder.rename(away)
         victim.kill()
-        wait_for(running, r"no replica of digits runs, and its requests wait: \S+")
+        wait_for(running.process, running.output, r"^no replica of digits runs, and its requests wait: \S+", 90)
         away.rename(folder)
-        wait_for(running, "a replica of digits runs again")
-
-
-def wait_for(running: Running, pattern: str) -> None:
-    """Wait until the command has printed a line."""
-    until = time.monotonic() + 90
-    while not re.search(f"^{pattern}", running.output.read_text(), re.MULTILINE):
-        assert time.monotonic() < until, running.output.read_text()
-        time.sleep(0.5)
+        wait_for(running.process, running.output, "^a replica of digits runs again", 90)
 
 
 @pytest.mark.slow

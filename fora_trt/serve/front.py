@@ -17,6 +17,7 @@ from email.message import Message
 from typing import TYPE_CHECKING, Any
 
 from fora_trt.serve.api import INTERNAL, LARGEST_SEED, ApiError, Limits, Wanted, away, unprocessable, wanted_from
+from fora_trt.serve.deployments import deployments_of, running_replicas
 from fora_trt.serve.guard import REFUSED, Guard, Receive, Send
 from fora_trt.serve.metrics import Latest, Metrics
 from fora_trt.serve.replica import Reply
@@ -250,10 +251,8 @@ class Front:
         return self._state[1]
 
     def _ask(self) -> dict[str, int]:
-        from ray import serve
-
-        about = serve.status().applications[self.application].deployments
-        return {name: int(about[name].replica_states.get("RUNNING", 0)) for name in self.handles}
+        found = deployments_of(self.application, self.handles)
+        return {name: running_replicas(one) for name, one in found.items()}
 
     async def _metrics(self, request: Request) -> Response:
         from prometheus_client import CONTENT_TYPE_LATEST

@@ -25,6 +25,7 @@ from fora_trt.serve.application import (
     models_of,
     served_of,
 )
+from fora_trt.serve.deployments import deployments_of, running_replicas
 from fora_trt.serve.guard import environment_of
 from fora_trt.serve.requests import check_steps
 from fora_trt.untrusted import one_line
@@ -52,18 +53,16 @@ class Server:
 
     def absent(self) -> dict[str, str] | None:
         """The models without a running replica, each with what Ray says of it; None if Ray does not answer."""
-        from ray import serve
         from ray.exceptions import RayError
 
         try:
-            about = serve.status().applications[NAME].deployments
-            found = {name: about[name] for name in self.models}
+            found = deployments_of(NAME, self.models)
         except (RayError, KeyError, TimeoutError):
             return None
         return {
             name: one_line(one.message.strip().rpartition("\n")[2]) or "it is being started"
             for name, one in found.items()
-            if not one.replica_states.get("RUNNING")
+            if not running_replicas(one)
         }
 
     def drain(self, seconds: float) -> int:
