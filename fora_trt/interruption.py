@@ -56,6 +56,21 @@ def interruptible(ends: bool = False) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if ends else old)
 
 
+@contextmanager
+def unmasked() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` for any exception of a block that comes after one that nobody has caught.
+
+    A library may make another exception of it: an extension that is interrupted while it is imported raises
+    `ImportError: initialization failed`.
+    """
+    try:
+        yield
+    except Exception:
+        if signal.getitimer(signal.ITIMER_REAL)[0]:
+            raise KeyboardInterrupt from None
+        raise
+
+
 def caught() -> None:
     """Say that an interruption has arrived where a command handles it."""
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -5,10 +5,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from fora_trt import interruption
+from fora_trt.bundle import Bundle
 from fora_trt.interruption import interruptible
 
 BOTH = [signal.SIGINT, signal.SIGTERM]
@@ -17,11 +19,18 @@ WHILE_IMPORTING = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 from fora_trt.__main__ import main
+first, second, extension = sys.argv[1:4]
+del sys.argv[1:4]
 class Finder:
     def find_spec(self, name, *_):
         if name == "fora_trt.cli.bench":
-            os.kill(os.getpid(), int(sys.argv[1]))
-            os.kill(os.getpid(), int(sys.argv[2]))
+            os.kill(os.getpid(), int(first))
+            os.kill(os.getpid(), int(second))
+        if name == extension:  # as an extension that is interrupted while it is imported
+            try:
+                os.kill(os.getpid(), int(first))
+            except KeyboardInterrupt as error:
+                raise ImportError("initialization failed") from error
 sys.meta_path.insert(0, Finder())
 main()
 """
@@ -101,7 +110,20 @@ def test_at_the_end_of_a_program_signals_come_too_late() -> None:
 @pytest.mark.parametrize("second", BOTH)
 @pytest.mark.parametrize("first", BOTH)
 def test_a_signal_during_the_imports_is_a_word_and_130(first: signal.Signals, second: signal.Signals) -> None:
-    command = [sys.executable, "-c", WHILE_IMPORTING, str(int(first)), str(int(second))]
+    command = [sys.executable, "-c", WHILE_IMPORTING, str(int(first)), str(int(second)), "none"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("number", BOTH)
+@pytest.mark.parametrize("module", ["fora_trt.cli.verify", "tensorrt_rtx_bindings"])
+def test_an_extension_that_is_interrupted_is_not_said_to_be_damaged(
+    module: str, number: signal.Signals, digits: Bundle, tmp_path: Path
+) -> None:
+    if module != "fora_trt.cli.verify":
+        pytest.importorskip("tensorrt_rtx")
+    command = [sys.executable, "-c", WHILE_IMPORTING.replace("bench", "none"), str(int(number)), "0", module]
+    command += ["build", str(digits.folder), "--backend", "tensorrt-rtx", "--out", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 

@@ -33,7 +33,7 @@ from fora_trt.cli.terminal import DISPLAY, VERBOSITY
 from fora_trt.cli.triton import triton
 from fora_trt.cli.verify import verify
 from fora_trt.errors import LONGEST_MESSAGE, ForaError, ForaWarning
-from fora_trt.interruption import INTERRUPTED, caught, interruptible
+from fora_trt.interruption import INTERRUPTED, caught, interruptible, unmasked
 from fora_trt.quiet import let_libraries_speak, libraries_are_quiet
 from fora_trt.untrusted import one_line
 
@@ -111,7 +111,8 @@ QUIET = click.Option(
 def _endings(command: click.Command | None) -> Iterator[None]:
     """Exit as the class above describes. `command` is the command that is running, if it is known."""
     try:
-        yield
+        with unmasked():
+            yield
     except ForaError as error:
         context = click.get_current_context(silent=True)
         if context is not None and context.meta.get(VERBOSITY) == "verbose":

@@ -12,6 +12,7 @@ from typing import Any
 
 from fora_trt.engines.backends import how_to_install
 from fora_trt.errors import BackendError, first_line
+from fora_trt.interruption import unmasked
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 _MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
@@ -113,7 +114,8 @@ def installation_problem(backend: str) -> str | None:
     if find_spec(_MODULES[backend]) is None:
         return f"{backend} is not installed; {remedy}"
     try:
-        import_module(_MODULES[backend])
+        with unmasked():
+            import_module(_MODULES[backend])
     except (ImportError, OSError) as error:  # a shared library is missing
         return f"{backend} is installed but cannot be loaded ({first_line(error)}); {remedy} again"
     return None
