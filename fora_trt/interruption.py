@@ -24,6 +24,9 @@ TOGETHER = 1.0
 LOST = 4.0
 """Seconds after which an interruption that nobody has caught is raised again: libraries swallow exceptions at times."""
 
+_pending = False
+"""Whether an interruption was raised that nobody has caught. The timer does not say it: others may use that too."""
+
 
 @contextmanager
 def interruptible(ends: bool = False) -> Iterator[None]:
@@ -34,10 +37,12 @@ def interruptible(ends: bool = False) -> Iterator[None]:
     last = float("-inf")
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        global _pending
         nonlocal last
         before, last = last, time.monotonic()
         if last - before > TOGETHER:
             signal.setitimer(signal.ITIMER_REAL, LOST)
+            _pending = True
             raise KeyboardInterrupt
 
     if current_thread() is not main_thread():
@@ -58,7 +63,7 @@ def interruptible(ends: bool = False) -> Iterator[None]:
 
 @contextmanager
 def unmasked() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` for any exception of a block that comes after one that nobody has caught.
+    """Raise `KeyboardInterrupt` for any exception of a block while an interruption is pending that nobody has caught.
 
     A library may make another exception of it: an extension that is interrupted while it is imported raises
     `ImportError: initialization failed`.
@@ -66,11 +71,13 @@ def unmasked() -> Iterator[None]:
     try:
         yield
     except Exception:
-        if signal.getitimer(signal.ITIMER_REAL)[0]:
+        if _pending:
             raise KeyboardInterrupt from None
         raise
 
 
 def caught() -> None:
     """Say that an interruption has arrived where a command handles it."""
+    global _pending
+    _pending = False
     signal.setitimer(signal.ITIMER_REAL, 0)

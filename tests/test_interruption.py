@@ -19,18 +19,17 @@ WHILE_IMPORTING = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 from fora_trt.__main__ import main
-first, second, extension = sys.argv[1:4]
-del sys.argv[1:4]
+_, module, signals, raises, *sys.argv[1:] = sys.argv
 class Finder:
     def find_spec(self, name, *_):
-        if name == "fora_trt.cli.bench":
-            os.kill(os.getpid(), int(first))
-            os.kill(os.getpid(), int(second))
-        if name == extension:  # as an extension that is interrupted while it is imported
+        if name == module:
             try:
-                os.kill(os.getpid(), int(first))
+                for number in signals.split(","):
+                    os.kill(os.getpid(), int(number))
             except KeyboardInterrupt as error:
-                raise ImportError("initialization failed") from error
+                if raises == "KeyboardInterrupt":
+                    raise
+                raise ImportError("initialization failed") from error  # as extensions do
 sys.meta_path.insert(0, Finder())
 main()
 """
@@ -110,9 +109,7 @@ def test_at_the_end_of_a_program_signals_come_too_late() -> None:
 @pytest.mark.parametrize("second", BOTH)
 @pytest.mark.parametrize("first", BOTH)
 def test_a_signal_during_the_imports_is_a_word_and_130(first: signal.Signals, second: signal.Signals) -> None:
-    command = [sys.executable, "-c", WHILE_IMPORTING, str(int(first)), str(int(second)), "none"]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+    check_interrupted("fora_trt.cli.bench", f"{first:d},{second:d}", "KeyboardInterrupt")
 
 
 @pytest.mark.parametrize("number", BOTH)
@@ -122,10 +119,24 @@ def test_an_extension_that_is_interrupted_is_not_said_to_be_damaged(
 ) -> None:
     if module != "fora_trt.cli.verify":
         pytest.importorskip("tensorrt_rtx")
-    command = [sys.executable, "-c", WHILE_IMPORTING.replace("bench", "none"), str(int(number)), "0", module]
-    command += ["build", str(digits.folder), "--backend", "tensorrt-rtx", "--out", str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    build = ["build", digits.folder, "--backend", "tensorrt-rtx", "--out", tmp_path]
+    check_interrupted(module, f"{number:d}", "ImportError", *build)
+
+
+def check_interrupted(module: str, signals: str, raises: str, *command: object) -> None:
+    """Run a command that gets signals while it imports a module, whose import then raises this."""
+    run = [sys.executable, "-c", WHILE_IMPORTING, module, signals, raises, *map(str, command)]
+    ended = subprocess.run(run, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+
+
+def test_the_timer_of_another_program_is_no_interruption() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 600)  # as pytest-timeout does
+    try:
+        with pytest.raises(ImportError, match="is missing"), interruption.unmasked():
+            raise ImportError("libnvinfer.so is missing")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def test_the_package_imports_nothing_before_it_is_asked() -> None:
