@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from fora_trt.contract import (
     has_fewer_channels,
     in_window,
     out_of_window,
+    partial_name,
 )
 from fora_trt.errors import BundleError, InputError, ScheduleError, first_line
 from fora_trt.files import (
@@ -51,7 +52,7 @@ from fora_trt.files import (
 )
 from fora_trt.graph_check import check_graph, dtype_of, edge_problem
 from fora_trt.models.options import SourceOptions
-from fora_trt.schedule import OPEN_STEPS, Schedule, is_file
+from fora_trt.schedule import OPEN_STEPS, Schedule, reads_file
 from fora_trt.untrusted import checked, in_command, name_problem, read_json, shown
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class Manifest(Record):
     inputs: tuple[TensorSpec, ...]
     graphs: dict[str, GraphRecord]
     cache_sites: tuple[CacheSite, ...]
+    partial_graphs: dict[str, tuple[str, ...]] = {}
     latents: LatentSpec
     conditioning: dict[str, InputSpec]
     guidance: GuidanceSpec | None
@@ -185,10 +187,24 @@ class Manifest(Record):
         """Whether the prediction has the channels of the latents; if it has fewer, some of the input are no noise."""
         return not has_fewer_channels(self.graphs[FULL].outputs[0].shape[1:], self.latents.shape)
 
+    def graph_of(self, computed: Collection[str]) -> str:
+        """Name of the graph that computes the cache sites with these module paths: full, reuse or a partial one."""
+        if not computed:
+            return REUSE
+        return FULL if {*computed} >= {site.module for site in self.cache_sites} else partial_name(computed)
+
+    def check_graphs(self, names: Collection[str]) -> None:
+        """Raise `ScheduleError` unless the bundle has these graphs."""
+        if lacking := sorted({*names} - self.graphs.keys()):
+            raise ScheduleError(
+                f"{len(lacking)} kinds of partial steps in the schedule have no graph in {self.name}; give the schedule "
+                f"when it is exported: {self.export_command()} --schedule SCHEDULE"
+            )
+
     def unfed(self) -> list[str]:
         """Names of graph inputs that neither the model's inputs nor the outputs of an earlier graph provide."""
         provided, unfed = {*self.inputs}, []
-        for name in (CONDITIONING, FULL_CONDITIONING, FULL, REUSE):
+        for name in (CONDITIONING, FULL_CONDITIONING, FULL, *self.partial_graphs, REUSE):
             graph = self.graphs.get(name)
             if graph is None:
                 continue
@@ -270,12 +286,12 @@ class Bundle:
             except ValueError as error:
                 raise BundleError(f"{path} {error}; {mend}") from error
         if manifest.schedule is not None:
-            _check_schedule(folder, manifest.schedule, mend)
+            _check_schedule(folder, manifest, mend)
         self._check_constants()
         self.scheduler_config  # noqa: B018 # raises for a file that is no configuration
 
     def graph_path(self, name: str) -> Path:
-        """The ONNX file of a graph: `full`, `reuse`, or `conditioning` and `full_conditioning` if present."""
+        """The ONNX file of a graph, by the name that the manifest gives it."""
         return self.folder / self.manifest.graphs[name].file
 
     @property
@@ -303,8 +319,10 @@ class Bundle:
             for name in files:
                 shutil.copyfile(self.folder / name, folder / name)
             named = self.manifest.schedule if schedule is None else schedule
-            if schedule is not None and (isinstance(schedule, Schedule) or is_file(schedule)):
-                read = schedule if isinstance(schedule, Schedule) else Schedule.from_file(schedule)
+            if schedule is not None and (isinstance(schedule, Schedule) or reads_file(schedule)):
+                sites = self.manifest.cache_sites
+                read = schedule if isinstance(schedule, Schedule) else Schedule.of_any_length(schedule, sites)
+                self.manifest.check_graphs(read.masks)
                 read.to_file(folder / SCHEDULE)
                 files[SCHEDULE], named = record_of(folder / SCHEDULE), SCHEDULE
             if config is not None:
@@ -390,23 +408,26 @@ def _odd_numbers(value: object) -> Iterator[float]:
         yield value
 
 
-def _check_schedule(folder: Path, schedule: str, mend: str) -> None:
+def _check_schedule(folder: Path, manifest: Manifest, mend: str) -> None:
     """Raise `BundleError` unless the schedule is a text form, or the file of the bundle, and valid."""
+    schedule, sites = manifest.schedule or "", manifest.cache_sites
     try:
         if schedule == SCHEDULE:
-            Schedule.from_file(folder / SCHEDULE)
-        elif is_file(schedule):
+            made = Schedule.from_file(folder / SCHEDULE, sites)
+        elif reads_file(schedule):
             raise ScheduleError(f"'{shown(schedule)}' is a file; only {SCHEDULE} of the bundle is read")
         else:
-            Schedule.from_text(schedule, OPEN_STEPS)
+            made = Schedule.from_text(schedule, OPEN_STEPS, sites)
+        manifest.check_graphs(made.masks)
     except ScheduleError as error:
         raise BundleError(f"the schedule in the manifest of {folder} is not valid: {error}; {mend}") from error
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
     """The values of a manifest that do not fit together, or exceed a limit, as sentences."""
-    if unknown := manifest.graphs.keys() - GRAPHS:
+    if unknown := manifest.graphs.keys() - GRAPHS - manifest.partial_graphs.keys():
         yield f"there is a graph '{shown(min(unknown))}'; the graphs are {', '.join(sorted(GRAPHS))}"
+    yield from _problems_of_partial_graphs(manifest)
     edges: list[tuple[str, Sequence[TensorSpec], Sequence[TensorSpec]]] = [("the model", manifest.inputs, ())]
     edges += [(f"the {name} graph", graph.inputs, graph.outputs) for name, graph in manifest.graphs.items()]
     edges.append(("the cache sites", (), manifest.features()))
@@ -443,13 +464,27 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield "the source begins with a dash"
 
 
+def _problems_of_partial_graphs(manifest: Manifest) -> Iterator[str]:
+    sites = {site.module: site for site in manifest.cache_sites}
+    for name, computed in manifest.partial_graphs.items():
+        if name not in manifest.graphs or name != partial_name(computed):
+            yield f"the partial graph '{shown(name)}' does not exist, or has not the name of its cache sites"
+        elif not {*computed} < sites.keys() or not computed:
+            yield f"the partial graph {name} does not compute some of the cache sites"
+        else:
+            own = {feature for path in computed for feature in sites[path].features}
+            graph = manifest.graphs[name]
+            if own & {*graph.inputs} or {one for one in graph.outputs if one.role == "feature"} - own:
+                yield f"the features of the partial graph {name} are not those of the cache sites that it computes"
+
+
 def _problems_of_latents(manifest: Manifest, shapes: dict[str, tuple[int | str, ...]]) -> Iterator[str]:
     latents = manifest.latents
     if not latents.shape or shapes.get(LATENTS) != latents.shape:
         yield f"the latents have the shape {shown(list(latents.shape))}, the input {LATENTS!r} another or none"
     if not all(map(math.isfinite, (latents.scale, latents.shift))) or latents.scale == 0:
         yield f"the latents have the scale {latents.scale} and the shift {latents.shift}; finite numbers are needed"
-    for name in {FULL, REUSE} & manifest.graphs.keys():
+    for name in {FULL, REUSE, *manifest.partial_graphs} & manifest.graphs.keys():
         first = next(iter(manifest.graphs[name].outputs), None)
         wanted = [(many * latents.channels, *latents.shape[1:]) for many in (1, 2) if latents.shape]
         if (

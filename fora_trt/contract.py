@@ -5,7 +5,8 @@ This module depends on no model, engine or file format.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -21,6 +22,19 @@ PROMPT, PROMPT_MASK = "encoder_hidden_states", "encoder_attention_mask"
 FULL, REUSE, CONDITIONING, FULL_CONDITIONING = "full", "reuse", "conditioning", "full_conditioning"
 """Names of the graphs, of their engines and of their files. A bundle with `optimization` none has the first two. The
 two conditioning graphs run once before the loop; only full steps read the outputs of the last one."""
+
+CONDITIONING_GRAPHS = (CONDITIONING, FULL_CONDITIONING)
+"""The graphs that run before the loop; all others are graphs of a step."""
+
+PARTIAL = "partial-"
+"""Prefix of the name of a partial graph, before a digest of the cache sites that it computes."""
+
+
+def partial_name(computed: Iterable[str]) -> str:
+    """Name of the graph that computes the cache sites with these module paths and reads the features of all others."""
+    paths = "\n".join(sorted(computed))
+    return f"{PARTIAL}{hashlib.sha256(paths.encode()).hexdigest()[:10]}"
+
 
 FEATURE = "feature."
 """Prefix of a feature's name, before the module path of its cache site; both graphs use the same name.

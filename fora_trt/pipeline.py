@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from fora_trt.bundle import Bundle, Manifest
+from fora_trt.contract import CacheSite
 from fora_trt.engines.backends import AUTO, Backend, backend_from_name, device_from_name
 from fora_trt.engines.options import EngineOptions, Progress
 from fora_trt.errors import BundleError, InputError, ScheduleError
@@ -131,17 +132,25 @@ class Sampling:
     scheduler_step: SchedulerStep
     schedule: Schedule
     name: str
+    sites: Sequence[CacheSite] | None = None
 
     @classmethod
-    def of(cls, scheduler: SchedulerMixin, steps: int, schedule: Schedule | str = NONE, name: str = "") -> Sampling:
+    def of(
+        cls,
+        scheduler: SchedulerMixin,
+        steps: int,
+        schedule: Schedule | str = NONE,
+        name: str = "",
+        sites: Sequence[CacheSite] | None = None,
+    ) -> Sampling:
         """Create both; the scheduler is copied, because its steps change it.
 
-        Raises `InputError` or `ScheduleError` if one of them does not support the number of steps.
+        `sites` are the cache sites of the model, for per-layer schedules. Raises `InputError` or `ScheduleError` if one of them does not support the number of steps.
         """
         scheduler = copy.deepcopy(scheduler)
         scheduler_step = scheduler_step_from(scheduler, steps)
-        schedule = _schedule_for(scheduler, scheduler_step, schedule)
-        return cls(scheduler, steps, scheduler_step, schedule, name or type(scheduler).__name__)
+        schedule = _schedule_for(scheduler, scheduler_step, schedule, sites)
+        return cls(scheduler, steps, scheduler_step, schedule, name or type(scheduler).__name__, sites)
 
     @property
     def nfe(self) -> int:
@@ -150,16 +159,21 @@ class Sampling:
 
     def with_schedule(self, schedule: Schedule | str) -> Sampling:
         """The same scheduler and steps with another schedule."""
-        return replace(self, schedule=_schedule_for(self.scheduler, self.scheduler_step, schedule))
+        return replace(self, schedule=_schedule_for(self.scheduler, self.scheduler_step, schedule, self.sites))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without the tensors of a trajectory."""
-        return Sampling.of, (self.scheduler, self.steps, self.schedule, self.name)
+        return Sampling.of, (self.scheduler, self.steps, self.schedule, self.name, self.sites)
 
 
-def _schedule_for(scheduler: SchedulerMixin, scheduler_step: SchedulerStep, schedule: Schedule | str) -> Schedule:
+def _schedule_for(
+    scheduler: SchedulerMixin,
+    scheduler_step: SchedulerStep,
+    schedule: Schedule | str,
+    sites: Sequence[CacheSite] | None,
+) -> Schedule:
     nfe = scheduler_step.nfe
-    made = Schedule.from_text(schedule, nfe) if isinstance(schedule, str) else schedule.checked(nfe)
+    made = Schedule.from_text(schedule, nfe, sites) if isinstance(schedule, str) else schedule.checked(nfe)
     made.check_scheduler(type(scheduler).__name__, scheduler_step.timesteps.tolist())
     return made
 
@@ -329,7 +343,7 @@ class Pipeline:
 
     def uncached(self, name: str | None, steps: int) -> Sampling:
         """Any scheduler at any number of steps, without caching. Raises `InputError`."""
-        return Sampling.of(self.scheduler_named(name), steps, name=self.scheduler_text(name))
+        return Sampling.of(self.scheduler_named(name), steps, name=self.scheduler_text(name), sites=self._sites)
 
     def sampling(self, steps: int | None = None, schedule: Schedule | str | None = None) -> Sampling:
         """Scheduler, steps and schedule of the configuration; `steps` and `schedule` replace the configured values.
@@ -339,12 +353,16 @@ class Pipeline:
         config = self.config
         taken = config.steps if steps is None else steps
         asked = config.schedule if schedule is None else schedule
-        uncached = Sampling.of(self.scheduler, taken, name=self.scheduler_text(config.scheduler))
+        uncached = Sampling.of(self.scheduler, taken, name=self.scheduler_text(config.scheduler), sites=self._sites)
         if not asked:
             return uncached.with_schedule(self._default_for(uncached))
         sampling = uncached.with_schedule(asked)
         self.check_model(sampling.schedule)
         return sampling
+
+    @property
+    def _sites(self) -> Sequence[CacheSite]:
+        return self.bundle.manifest.cache_sites
 
     def _default_for(self, uncached: Sampling) -> Schedule:
         """The schedule where none is given: the bundle's if it fits the scheduler and the steps, else the usual one.
@@ -355,7 +373,7 @@ class Pipeline:
         if self.bundle.schedule is None:
             return usual
         try:
-            own = uncached.with_schedule(Schedule.open(self.bundle.schedule, uncached.nfe)).schedule
+            own = uncached.with_schedule(Schedule.open(self.bundle.schedule, uncached.nfe, self._sites)).schedule
             self.check_model(own)
         except ScheduleError as error:
             self.report(f"{usual.text} is used instead of the bundle's schedule: {error}")

@@ -24,9 +24,11 @@ HIGHEST_ORDER = 3
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the graph that runs and, for a reuse step, the weights of the full steps that it reads.
+    """One step: the graph that runs and, for a reuse step, the weights of the steps that it reads.
 
-    `weights[j]` is the weight of the j-th full step before it, the latest first. A full step has no weights.
+    A full step computes every cache site, a partial step some of them, a reuse step none. A partial step reads the
+    other features where the last step that computed them has left them. `weights[j]` is the weight of the j-th full or
+    partial step before a reuse step, the latest first; other steps have no weights.
     """
 
     graph: str = FULL
@@ -36,6 +38,11 @@ class Step:
     def is_full(self) -> bool:
         """Whether the step computes every layer."""
         return self.graph == FULL
+
+    @property
+    def computes(self) -> bool:
+        """Whether the step computes cache sites, all or some: it begins a window, and reuse steps read it."""
+        return self.graph != REUSE
 
 
 FULL_STEP = Step()
@@ -68,14 +75,14 @@ def forecast(plan: Plan, order: int) -> tuple[Step, ...]:
     """
     if not 0 <= order <= HIGHEST_ORDER:
         raise ScheduleError(f"the forecast order is {order}; give 0 (FORA), 1 (linear), 2 (quadratic) or 3 (cubic)")
-    full_steps: list[int] = []
+    computing: list[int] = []
     steps = []
     for number, step in enumerate(plan):
-        if step.is_full:
-            full_steps.append(number)
+        if step.computes:
+            computing.append(number)
             steps.append(step)
         else:
-            steps.append(Step(REUSE, lagrange_weights(full_steps[-1 - order :], number)))
+            steps.append(Step(REUSE, lagrange_weights(computing[-1 - order :], number)))
     return tuple(steps)
 
 
@@ -94,11 +101,11 @@ def adapted(
     for number, step in enumerate(plan):
         if number in forgotten:
             now = []
-        if step.is_full:
+        if step.computes:
             before.append(number)
-        if step.is_full or number in full:
+        if step.computes or number in full:
             now.append(number)
-            steps.append(FULL_STEP)
+            steps.append(FULL_STEP if number in full else step)
             continue
         count = min(len(step.weights), order + 1)
         kept = count == len(step.weights) and before[-count:] == now[-count:]
@@ -107,26 +114,26 @@ def adapted(
 
 
 def readers_of(plan: Plan) -> dict[int, list[int]]:
-    """For each full step, the reuse steps that read it: a full step folds one sum for each of them."""
+    """For each full or partial step, the reuse steps that read it: it folds one sum for each of them."""
     readers: dict[int, list[int]] = {}
     for number, step in enumerate(plan):
-        if step.is_full:
+        if step.computes:
             readers[number] = []
-        for full in [*readers][-len(step.weights) :] if step.weights else ():
-            readers[full].append(number)
+        for read in [*readers][-len(step.weights) :] if step.weights else ():
+            readers[read].append(number)
     return readers
 
 
 def rows_of(plan: Plan) -> int:
-    """The largest number of reuse steps that read one full step: the rows of a window tensor."""
+    """The largest number of reuse steps that read one step: the rows of a window tensor."""
     return max(map(len, readers_of(plan).values()))
 
 
 def offsets_of(plan: Plan) -> list[int]:
-    """The offset of each step in its window: 0 is the full step, k the k-th reuse step after it."""
+    """The offset of each step in its window: 0 is the full or partial step, k the k-th reuse step after it."""
     offsets: list[int] = []
     for step in plan:
-        offsets.append(0 if step.is_full else (offsets[-1] if offsets else 0) + 1)
+        offsets.append(0 if step.computes else (offsets[-1] if offsets else 0) + 1)
     return offsets
 
 

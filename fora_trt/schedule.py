@@ -1,7 +1,8 @@
 """The schedule of a trajectory: a plan, and the text or file that it was made from. No tensors.
 
 A schedule has a text form, `KIND:ARGUMENTS` (`none`, `fora:3`, `dense:18,0.3,forecast=2`), and a file form in JSON;
-only this module parses them. Other kinds can be registered in `KINDS`.
+only this module parses them. Other kinds can be registered in `KINDS`. A per-layer schedule says for some steps which
+cache sites they compute: `attention:2,feed-forward:3` gives kinds of cache sites intervals of their own.
 
 FORA's rule (arXiv 2407.01425): number the S steps from S-1 (first) down to 0 (last); step i is full when it is the
 first or when N divides i.
@@ -12,13 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
-from fora_trt.contract import FULL, REUSE
+from fora_trt.contract import FULL, REUSE, CacheSite, partial_name
 from fora_trt.errors import ScheduleError
+from fora_trt.masks import Masks, by_kind, by_router, plan_of
 from fora_trt.plan import (
     FULL_STEP,
     LATEST,
@@ -52,27 +55,28 @@ FORECAST = "forecast"
 class Schedule:
     """One `Step` per model evaluation, in the order of execution.
 
-    `text` is the text form or the file name that the schedule was made from. `made_from` is the record of its origin in
+    `masks` has for each partial graph of the plan the cache sites that it computes. `text` is the text form or the file name that the schedule was made from. `made_from` is the record of its origin in
     a file. Raises `ScheduleError` if the plan begins with a reuse step, or a step reads more full steps than precede
     it.
     """
 
     plan: tuple[Step, ...]
     text: str = field(default="steps", compare=False)
+    masks: Masks = field(default_factory=dict, compare=False)
     made_from: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.plan or not self.plan[0].is_full:
             raise ScheduleError("a schedule must begin with a full step: there are no features to reuse before it")
-        full_steps = 0
+        computing = 0
         for number, step in enumerate(self.plan):
-            full_steps += step.is_full
-            if len(step.weights) > full_steps:
+            computing += step.computes
+            if len(step.weights) > computing:
                 raise ScheduleError(
                     f"step {number} has {len(step.weights)} weights; the number of full steps before it is "
-                    f"{full_steps}; give at most one weight per full step"
+                    f"{computing}; give at most one weight per full step"
                 )
-            if not step.is_full and not (step.weights and all(map(math.isfinite, step.weights))):
+            if not step.computes and not (step.weights and all(map(math.isfinite, step.weights))):
                 raise ScheduleError(f"step {number} has the weights {list(step.weights)}; give finite numbers")
 
     @classmethod
@@ -144,27 +148,49 @@ class Schedule:
         return cls.from_flags((number in numbers for number in range(steps)), text)
 
     @classmethod
+    def of_masks(cls, computed: Sequence[Collection[str]], sites: Sequence[CacheSite], text: str = "steps") -> Schedule:
+        """A schedule whose steps each compute these cache sites, given by module path. Raises `ScheduleError`."""
+        plan, masks = plan_of(computed, sites)
+        return cls(plan, text, masks)
+
+    @classmethod
     def from_flags(cls, full: Iterable[bool], text: str = "steps") -> Schedule:
         """From one flag per step: True for a full step, False for a reuse step of FORA."""
         return cls(tuple(FULL_STEP if flag else REUSE_STEP for flag in full), text)
 
     @classmethod
-    def from_text(cls, text: str, steps: int) -> Schedule:
+    def from_text(cls, text: str, steps: int, sites: Sequence[CacheSite] | None = None) -> Schedule:
         """The schedule of a text form (`none`, `fora:3`) or a .json file, for `steps` model evaluations.
 
-        Raises `ScheduleError` for an unknown kind, invalid arguments, or a file for another number of steps.
+        `sites` are the cache sites of the model, which a per-layer schedule needs. Raises `ScheduleError` for an
+        unknown kind, invalid arguments, or a file for another number of steps.
         """
         kind, arguments, order = _parts_of(text)
-        if (entry := KINDS.get(kind)) is not None:
-            made = entry.make(steps, arguments)
+        entry = _kind_of(text)
+        if entry is not None and not (entry is BY_KIND and sites is None):
+            made = entry.made(steps, f"{kind}:{arguments}" if entry is BY_KIND else arguments, sites).checked(steps)
             return made if order is None else made.with_forecast(order)
         if Path(text).suffix == ".json":
-            return cls.from_file(text).checked(steps)
-        known = ", ".join(one.usage for one in KINDS.values())
+            return cls.from_file(text, sites).checked(steps)
+        known = ", ".join(one.usage for one in (*KINDS.values(), BY_KIND))
         raise ScheduleError(f"there is no schedule {text!r}; give {known}, or a .json file")
 
     @classmethod
-    def open(cls, text: str, steps: int | None = None) -> Schedule:
+    def of_any_length(cls, text: str, sites: Sequence[CacheSite]) -> Schedule:
+        """The schedule of a text form for `OPEN_STEPS` steps, or of a file for as many as it has.
+
+        Raises `ScheduleError` as `from_text`.
+        """
+        if is_file(text):
+            return cls.from_file(text, sites)
+        kind, arguments, order = _parts_of(text)
+        if kind != ROUTER_KIND:
+            return cls.from_text(text, OPEN_STEPS, sites)
+        made = KINDS[kind].made(OPEN_STEPS, arguments, sites)
+        return made if order is None else made.with_forecast(order)
+
+    @classmethod
+    def open(cls, text: str, steps: int | None = None, sites: Sequence[CacheSite] | None = None) -> Schedule:
         """The schedule of a text form for any number of steps, known (`steps`) or unknown (None).
 
         A cache interval longer than the trajectory is allowed here. With an unknown number, the schedule has
@@ -172,14 +198,14 @@ class Schedule:
         `ScheduleError` for a kind that needs the number of steps.
         """
         kind, arguments, order = _parts_of(text)
-        entry = KINDS.get(kind)
+        entry = _kind_of(text)
         if entry is not None and entry.open is not None:
             made = entry.open(steps, arguments)
             return made if order is None else made.with_forecast(order)
         if steps is not None:
-            return cls.from_text(text, steps)
+            return cls.from_text(text, steps, sites)
         if entry is None and Path(text).suffix == ".json":
-            return cls.from_file(text)
+            return cls.from_file(text, sites)
         if entry is None:
             return cls.from_text(text, OPEN_STEPS)  # raises
         raise ScheduleError(
@@ -199,8 +225,11 @@ class Schedule:
         return replace(self, plan=plan, text=text_with_forecast(self.text, order), made_from={})
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Schedule:
-        """Read a schedule that `to_file` wrote. Raises `ScheduleError` for an unreadable or invalid file."""
+    def from_file(cls, path: str | Path, sites: Sequence[CacheSite] | None = None) -> Schedule:
+        """Read a schedule that `to_file` wrote. Raises `ScheduleError` for an unreadable or invalid file.
+
+        With `sites`, the cache sites of a model, it is also invalid if its masks name others.
+        """
         try:
             _, content = read_json(Path(path), follow=True)
         except OSError as error:
@@ -208,18 +237,26 @@ class Schedule:
         except ValueError as error:
             raise ScheduleError(f"the schedule {path} {error}") from error
         try:
-            return cls(_plan_from(content), str(path), content.get("made_from", {}))
+            plan, masks = _plan_from(content)
+            if sites is not None and masks:
+                computed = [
+                    masks.get(step.graph, [site.module for site in sites] if step.is_full else ()) for step in plan
+                ]
+                again, masks = plan_of(computed, sites)
+                plan = tuple(new if old.computes else old for old, new in zip(plan, again, strict=True))
+            return cls(plan, str(path), masks, content.get("made_from", {}))
         except ScheduleError as error:
             raise ScheduleError(f"the schedule {path} is invalid: {error}") from error
 
     def to_file(self, path: str | Path) -> None:
-        """Write the schedule as JSON: for each step `full` or a list of weights."""
+        """Write the schedule as JSON: for each step `full`, a list of weights, or the name of a mask."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
         """The content of the schedule's file."""
-        steps = [FULL if step.is_full else list(step.weights) for step in self.plan]
-        content = {"format_version": FORMAT_VERSION, "steps": steps, "made_from": dict(self.made_from)}
+        steps = [step.graph if step.computes else list(step.weights) for step in self.plan]
+        masks = {"masks": {name: [*paths] for name, paths in self.masks.items()}} if self.masks else {}
+        content = {"format_version": FORMAT_VERSION, "steps": steps, **masks, "made_from": dict(self.made_from)}
         return json.dumps(content, indent=2) + "\n"
 
     def checked(self, steps: int) -> Schedule:
@@ -329,10 +366,10 @@ def fora_text(cache_interval: int) -> str:
     return NONE if cache_interval == 1 else f"fora:{cache_interval}"
 
 
-def _plan_from(content: Any) -> tuple[Step, ...]:
-    """The steps of a schedule file."""
-    if not isinstance(content, dict) or content.keys() - {"format_version", "steps", "made_from"}:
-        raise ScheduleError("expected an object with the keys format_version, steps and made_from")
+def _plan_from(content: Any) -> tuple[tuple[Step, ...], Masks]:
+    """The steps and the masks of a schedule file."""
+    if not isinstance(content, dict) or content.keys() - {"format_version", "steps", "masks", "made_from"}:
+        raise ScheduleError("expected an object with the keys format_version, steps, masks and made_from")
     if content.get("format_version") != FORMAT_VERSION:
         raise ScheduleError(
             f"format_version is {shown(content.get('format_version'))}; this version of fora-trt reads {FORMAT_VERSION}"
@@ -340,18 +377,36 @@ def _plan_from(content: Any) -> tuple[Step, ...]:
     if not isinstance(content.get("made_from", {}), dict) or not isinstance(content.get("steps"), list):
         raise ScheduleError("'steps' must be a list and 'made_from' an object")
     _counted(max(1, len(content["steps"])))  # `Schedule` refuses an empty plan
-    return tuple(_step_from(number, one) for number, one in enumerate(content["steps"]))
+    names = _names_of(content.get("masks", {}))
+    steps = tuple(_step_from(number, one, names) for number, one in enumerate(content["steps"]))
+    used = {step.graph for step in steps}
+    return steps, {name: mask for name, mask in names.values() if name in used}
 
 
-def _step_from(number: int, content: Any) -> Step:
+def _names_of(masks: Any) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """For each mask of a schedule file the name of its graph, and the cache sites that it computes."""
+    if (
+        not isinstance(masks, dict)
+        or FULL in masks
+        or not all(
+            isinstance(mask, list) and mask and all(isinstance(one, str) for one in mask) for mask in masks.values()
+        )
+    ):
+        raise ScheduleError(f"'masks' must be an object with lists of module paths, and none of them named {FULL!r}")
+    return {name: (partial_name(mask), tuple(mask)) for name, mask in masks.items()}
+
+
+def _step_from(number: int, content: Any, masks: Mapping[str, tuple[str, tuple[str, ...]]]) -> Step:
     if content == FULL:
         return FULL_STEP
+    if isinstance(content, str) and content in masks:
+        return Step(masks[content][0])
     if isinstance(content, list) and all(
         isinstance(one, (int, float)) and not isinstance(one, bool) for one in content
     ):
         return Step(REUSE, tuple(map(_as_float, content)))
     raise ScheduleError(
-        f"step {number} is {shown(repr(content))}; expected {FULL!r} or a list of weights such as {list(LATEST)}"
+        f"step {number} is {shown(repr(content))}; expected {FULL!r}, a list of weights such as {list(LATEST)}, or the name of a mask"
     )
 
 
@@ -368,13 +423,25 @@ class ScheduleKind:
     """A kind of schedule in the text form: `make(steps, arguments)` parses what follows the colon.
 
     `open` does the same for any number of steps, smaller than the arguments need or unknown (None); see
-    `Schedule.open`. A kind without it needs the number of steps.
+    `Schedule.open`. A kind without it needs the number of steps. A per-layer kind has `make_for(steps, arguments,
+    sites)` instead, which takes the cache sites of the model.
     """
 
     name: str
     usage: str
-    make: Callable[[int, str], Schedule]
+    make: Callable[[int, str], Schedule] | None = None
     open: Callable[[int | None, str], Schedule] | None = None
+    make_for: Callable[[int, str, Sequence[CacheSite]], Schedule] | None = None
+
+    def made(self, steps: int, arguments: str, sites: Sequence[CacheSite] | None = None) -> Schedule:
+        """The schedule of what follows the colon. Raises `ScheduleError`, also for a per-layer kind without sites."""
+        if self.make_for is not None and sites is not None:
+            return self.make_for(steps, arguments, sites)
+        if self.make is not None:
+            return self.make(steps, arguments)
+        raise ScheduleError(
+            f"the schedule {self.name}:{arguments} says which layers of a model are computed; give it with a bundle"
+        )
 
 
 KINDS: Registry[ScheduleKind] = Registry("kind of schedule", ScheduleError)
@@ -382,7 +449,17 @@ KINDS: Registry[ScheduleKind] = Registry("kind of schedule", ScheduleError)
 
 def is_file(text: str) -> bool:
     """Whether a schedule is given as a file, and not in a text form."""
-    return KINDS.get(text.partition(":")[0]) is None and Path(text).suffix == ".json"
+    return _kind_of(text) is None and Path(text).suffix == ".json"
+
+
+def reads_file(text: str) -> bool:
+    """Whether a schedule is given as a file, or made from another file, such as a router."""
+    return is_file(text) or text.startswith(f"{ROUTER_KIND}:")
+
+
+def _kind_of(text: str) -> ScheduleKind | None:
+    """The kind of a text form; None for a file, and for a kind that there is not."""
+    return KINDS.get(text.partition(":")[0]) or (BY_KIND if INTERVALS.fullmatch(text) else None)
 
 
 def text_with_forecast(text: str, order: int) -> str:
@@ -577,6 +654,32 @@ def _dense_from(steps: int, arguments: str) -> Schedule:
     return Schedule.dense(steps, full_steps, exponent, 1 if first is None else first, last)
 
 
+def _by_kind_from(steps: int, arguments: str, sites: Sequence[CacheSite]) -> Schedule:
+    """From the whole text `KIND:N,KIND:N`."""
+    intervals: dict[str, int] = {}
+    for word in arguments.split(","):
+        kind, _, number = word.partition(":")
+        interval = _whole(number, f"{word!r} in the schedule {arguments!r}", "a cache interval")
+        if kind in intervals or not 1 <= interval <= steps:
+            raise ScheduleError(
+                f"{word!r} in the schedule {arguments!r} gives an interval a second time, or none from 1 to {steps}"
+            )
+        intervals[kind] = interval
+    return Schedule.of_masks(by_kind(steps, intervals, sites), sites, arguments)
+
+
+def _router_from(steps: int, arguments: str, sites: Sequence[CacheSite]) -> Schedule:
+    from fora_trt.learning_to_cache import THRESHOLD, active_layers
+
+    path, comma, option = arguments.rpartition(",threshold=")
+    try:
+        threshold = float(option) if comma else THRESHOLD
+    except ValueError:
+        raise ScheduleError(f"{option!r} in the schedule 'l2c:{arguments}' is not a number; give {ROUTER}") from None
+    active = active_layers(Path(path if comma else arguments), threshold, len(sites))
+    return Schedule.of_masks(by_router(active, sites), sites, f"l2c:{arguments}")
+
+
 def _full_from(steps: int, arguments: str) -> Schedule:
     given = Arguments("full", arguments)
     numbers = given.integers("the number of a full step")
@@ -588,6 +691,8 @@ EVERY = "every"
 """Name of the option of `even` and `dense` that gives the number of full steps by a cache interval."""
 
 FULL_STEPS = "the number of full steps, or every=N for as many as fora:N has"
+INTERVALS = re.compile(r"[a-z-]+:-?\d+(,[a-z-]+:-?\d+)*(,forecast=.*)?")
+ROUTER_KIND, ROUTER = "l2c", "l2c:FILE[,threshold=T]"
 EVEN, DENSE = "even:F[,first=K][,last=K]", "dense:F[,EXPONENT][,first=K][,last=K]"
 
 KINDS.register(ScheduleKind(NONE, NONE, _none_from, _none_from))
@@ -595,3 +700,6 @@ KINDS.register(ScheduleKind("fora", "fora:N", _fora_from, _open_fora_from))
 KINDS.register(ScheduleKind("even", EVEN, _even_from))
 KINDS.register(ScheduleKind("dense", DENSE, _dense_from))
 KINDS.register(ScheduleKind("full", "full:0,K,...", _full_from))
+KINDS.register(ScheduleKind(ROUTER_KIND, ROUTER, make_for=_router_from))
+BY_KIND = ScheduleKind("by-kind", "KIND:N,KIND:N,...", make_for=_by_kind_from)
+"""The text form without a name of its own: intervals for kinds of cache sites, such as `attention:2,feed-forward:3`."""

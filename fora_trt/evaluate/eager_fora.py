@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,11 @@ class PlainRun:
     offsets: Sequence[int]
     generation: object = None
 
+    @property
+    def graphs(self) -> Sequence[str]:
+        """The graph of each step."""
+        return [step.graph for step in self.plan]
+
     def at(self, step: int, batch: int) -> PlainStep:
         """Step number `step` of the run."""
         return PlainStep(self, step)
@@ -79,7 +85,7 @@ class PlainStep:
 
     run: PlainRun
     step: int
-    turn: int = 0
+    variant: object = None
 
     def predict(self, offset: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
         """Run the step at an offset in the window."""
@@ -130,26 +136,30 @@ class EagerFora(PlainPredictor):
         self._step, self._batch, self._full_batch = FULL_STEP, 0, 0
         for site in bundle.manifest.cache_sites:
             module = self.module.get_submodule(site.module)
-            module.forward = self._cached(module.forward)
+            module.forward = self._cached(site.module, module.forward)
 
     @torch.no_grad()
     def compute(self, step: Step, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
         self._step, self._batch = step, len(latents)
-        if step.is_full:
-            self._full_batch = self._batch
         times = torch.as_tensor(timestep, device=self.device).to(self._dtypes[TIMESTEP]).expand(len(latents))
         given = with_unread_inputs({LATENTS: latents, TIMESTEP: times, **conditioning}, self._spec)
         cast: dict[str, Tensor] = cast_all(given, self._dtype) | {TIMESTEP: times}
         with without_tf32(self.device):
-            return self.call(self.module, {tensor.name: cast[tensor.name] for tensor in self._spec.inputs}).float()
+            result = self.call(self.module, {tensor.name: cast[tensor.name] for tensor in self._spec.inputs}).float()
+        if step.computes:
+            self._full_batch = self._batch
+        return result
 
-    def _cached(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _cached(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         kept: list[Any] = []
 
         def cached(*args: Any, **kwargs: Any) -> Any:
-            if self._step.is_full:
-                kept[:] = [forward(*args, **kwargs), *kept[: self.depth - 1]]
-                return kept[0]
-            return forecast_of(kept, self._step.weights, self._batch, self._full_batch)
+            read = partial(forecast_of, batch=self._batch, full_batch=self._full_batch)
+            if not self._step.computes:
+                return read(kept, self._step.weights)
+            computed = self.manifest.partial_graphs.get(self._step.graph)
+            latest = forward(*args, **kwargs) if computed is None or path in computed else read(kept[:1], LATEST)
+            kept[:] = [latest, *kept[: self.depth - 1]]
+            return latest
 
         return cached

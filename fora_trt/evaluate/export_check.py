@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle, GraphError
-from fora_trt.contract import FULL, LATENTS, PRECISIONS, REUSE, TIMESTEP
+from fora_trt.contract import FULL, LATENTS, PRECISIONS, TIMESTEP
 from fora_trt.engines.backends import AUTO, BACKENDS, backend_from_name
 from fora_trt.engines.base import Engine
 from fora_trt.engines.memory import free_bytes
@@ -24,11 +24,11 @@ from fora_trt.evaluate.eager_fora import forecast_of
 from fora_trt.evaluate.first_difference import first_difference, first_not_finite
 from fora_trt.evaluate.rate import flops_per_second
 from fora_trt.export.check import Measured
-from fora_trt.export.split import steps_of_module
+from fora_trt.export.split import PartialStep, steps_of_module
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.models.examples import example_inputs
 from fora_trt.models.spec import Model
-from fora_trt.plan import FULL_STEP, REUSE_STEP, Plan, forecast
+from fora_trt.plan import FULL_STEP, REUSE_STEP, Plan, Step, forecast
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.interface import overflow_remedy
 
@@ -66,17 +66,19 @@ class GraphCheck:
         """Errors of the full and the reuse graph, over two trajectories with batches of 3 and of 1.
 
         In the first, samples have different timesteps, and a window has two reuse steps; the second forecasts if the
-        bundle can. Neither batch is that of the trace, so that a batch that was traced as a constant is detected.
+        bundle can. A third runs all partial steps, if there are any. Neither batch is that of the trace, so that a batch that was traced as a constant is detected.
         A model whose steps would take longer than `LONGEST_CHECK` on this CPU is not measured; the result says why.
         Raises `ExportError` if the graphs cannot be run.
         """
         if (why := _too_large(bundle)) is not None:
             return Measured({}, f"not measured: {why}")
         cases = [(FORA, 3), (FORECAST if bundle.manifest.can_forecast else FORA[:2], 1)]
+        if partial := [Step(graph) for graph in bundle.manifest.partial_graphs]:
+            cases.append(((FULL_STEP, *partial, REUSE_STEP), 3))
         given = [_inputs(model, plan, batch) for plan, batch in cases]
         with model.in_fp32():
             expected = [_expected(model, bundle, plan, steps) for (plan, _), steps in zip(cases, given, strict=True)]
-        full_samples = sum(batch * sum(step.is_full for step in plan) for plan, batch in cases)
+        full_samples = sum(batch * sum(step.computes for step in plan) for plan, batch in cases)
         errors: dict[str, GraphError] = {}
         names = []
         for name, engines in _runners(bundle, full_samples):
@@ -84,8 +86,7 @@ class GraphCheck:
                 denoiser = Denoiser(engines(bundle), bundle.manifest, name)
                 for (plan, batch), steps, wanted in zip(cases, given, expected, strict=True):
                     for step, got, want in zip(plan, _predictions(denoiser, plan, batch, steps), wanted, strict=True):
-                        graph = FULL if step.is_full else REUSE
-                        errors[graph] = _worse(GraphError.between(got, want), errors.get(graph))
+                        errors[step.graph] = _worse(GraphError.between(got, want), errors.get(step.graph))
             except BackendError as error:
                 raise ExportError(f"{bundle.manifest.name} is not written: {error}") from error
             names.append(name)
@@ -159,17 +160,21 @@ def _expected(model: Model, bundle: Bundle, plan: Plan, steps: Sequence[Mapping[
     """The predictions of the module along a plan."""
     paths = [site.module for site in bundle.manifest.cache_sites]
     full, reuse = steps_of_module(model.module, model.spec, paths)
-    kept: list[list[Tensor]] = []
+    kept: list[dict[str, Tensor]] = []
     predictions = []
     with torch.no_grad():
         for step, inputs in zip(plan, steps, strict=True):
             if step.is_full:
                 prediction, *features = full(*inputs.values())
-                kept.insert(0, features)
+                kept.insert(0, dict(zip(full.features, features, strict=True)))
+            elif step.computes:
+                some = PartialStep(full, bundle.manifest.partial_graphs[step.graph])
+                prediction, *features = some(*inputs.values(), *(kept[0][name] for name in some.given))
+                kept.insert(0, kept[0] | dict(zip(some.full.features, features, strict=True)))
             else:
                 reuse.features = full.features
                 batch = len(inputs[LATENTS])
-                read = [forecast_of(one, step.weights, batch) for one in zip(*kept, strict=True)]
+                read = [forecast_of([one[name] for one in kept], step.weights, batch) for name in full.features]
                 (prediction,) = reuse(*inputs.values(), *read)
             predictions.append(prediction.clone())
     for inputs, prediction in zip(steps, predictions, strict=True):

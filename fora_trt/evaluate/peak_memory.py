@@ -141,7 +141,7 @@ def measure(config: PipelineConfig, given: Conditioning) -> int:
         pipeline = Pipeline(config, opened=bundle, predictor=predictor_of(bundle, config.backend, device, plans))
         asked = config.schedule
         if asked and isinstance(asked, str):
-            asked = Schedule.open(asked, pipeline.sampling(schedule=NONE).nfe)
+            asked = Schedule.open(asked, pipeline.sampling(schedule=NONE).nfe, bundle.manifest.cache_sites)
         sampling = pipeline.sampling(schedule=asked)
         few = steps_until_full(sampling.schedule)
         guidance = pipeline.guidance(given, sampling)

@@ -98,10 +98,10 @@ class Target:
         if not isinstance(denoiser, Denoiser) or denoiser.window is None:
             return None
         window, precomputed = denoiser.window, denoiser.precomputed
-        engines, launches = {True: window.full, False: window.reuse}, window.launches()
-        times = {full: _seconds_of(launches[full], engines[full]) for full in {*schedule.full}}
+        launches, graphs = window.launches(), {step.graph for step in schedule.plan}
+        times = {graph: _seconds_of(launches[graph], window.engines[graph]) for graph in graphs}
         before = [_seconds_of(launch, engine) for engine, launch in (precomputed.launches if precomputed else ())]
-        return sum(before) + sum(times[full] for full in schedule.full)
+        return sum(before) + sum(times[step.graph] for step in schedule.plan)
 
 
 def device_of(name: str, device: str) -> torch.device:

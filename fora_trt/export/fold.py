@@ -11,7 +11,7 @@ in the features, and a forecast can add up sums. Folded values that are not line
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import zip_longest
 
 import onnx_ir as ir
@@ -40,10 +40,10 @@ ALONG_AN_AXIS = {"Concat", "Unsqueeze", "ReduceSum"}
 operators do so too; others may not read a value that differs between steps."""
 
 
-def fold(full: ir.Model, reuse: ir.Model) -> bool:
+def fold(full: ir.Model, reuse: ir.Model, kept: Collection[str] = ()) -> bool:
     """Move all nodes of `reuse` that do not depend on the latents to `full`; return False if that is not possible.
 
-    `full` outputs the features that `reuse` reads. The hoisted inputs of `reuse` differ between steps. Nodes that do
+    `full` outputs the features that `reuse` reads; afterwards those that it still reads, and those named in `kept`. The hoisted inputs of `reuse` differ between steps. Nodes that do
     not depend on a feature stay. Folding is impossible if an operator that does not accept an additional leading
     dimension reads a value that differs between steps. Then no node moves; only the order of the sums in `reuse`
     changes.
@@ -61,7 +61,7 @@ def fold(full: ir.Model, reuse: ir.Model) -> bool:
     roles: dict[ir.Value, Role] = {value: "sum" if value in linear else "function" for value in part.boundary}
     folded = _append(full.graph, part, differing, roles)
     replace_reads(reuse, {value: edge(name, value, roles[value]) for name, value in folded.items()})
-    _drop_features(full, {value.name for value in reuse.graph.inputs})
+    _drop_features(full, {*kept, *(value.name for value in reuse.graph.inputs)})
     return True
 
 

@@ -39,9 +39,11 @@ def pooled_inputs(inputs: Sequence[TensorSpec]) -> list[str]:
 
 
 def optimized(
-    graphs: dict[str, ir.Model], inputs: Sequence[TensorSpec], level: Optimization
+    graphs: dict[str, ir.Model], inputs: Sequence[TensorSpec], level: Optimization, kept: Collection[str] = ()
 ) -> tuple[dict[str, ir.Model], Optimization]:
     """Optimize the full and the reuse graph of a model in place, up to `level`; `inputs` are the model's inputs.
+
+    The full graph outputs the features named in `kept` even if no reuse step reads them.
 
     Returns all graphs, including new conditioning graphs, and the level that was reached. It is lower than `level` if
     no value depends on timestep and class alone, or if the sums cannot be folded.
@@ -67,7 +69,7 @@ def optimized(
         replace_reads(model, reads)
     if not values:
         return graphs, "none"
-    folded = level == "fold" and fold(full, reuse)
+    folded = level == "fold" and fold(full, reuse, kept)
     read = {name: _readers(name, graphs) for name in values}
     outputs = [value for name, value in values.items() if read[name]]
     conditioning = ir.Model(writer.graph(CONDITIONING, outputs, like=full.graph), ir_version=full.ir_version)

@@ -7,7 +7,7 @@ architecture. The ONNX reuse graph is not traced from the reuse step; `export.tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -162,6 +162,32 @@ class ReuseStep(Split):
 
         with _forwards_replaced(self.module, self.sites, replay):
             return (self.predict(tensors[:count]),)
+
+
+class PartialStep(Split):
+    """(inputs, the features of the sites that it does not compute) -> (prediction, the features of the others).
+
+    The full step must run first. `given` and `features` name the features, in order.
+    """
+
+    def __init__(self, step: Split, computed: Collection[str]) -> None:
+        super().__init__(step.module, step.spec, step.sites, step.outputs)
+        self.full = FullStep(step.module, step.spec, [path for path in step.sites if path in computed], step.outputs)
+        self.given = [name for path in step.sites if path not in computed for name in step.outputs[path].features]
+
+    @property
+    def names(self) -> list[str]:
+        return [*super().names, *self.given]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(self.spec.inputs)
+        given = dict(zip(self.given, tensors[count:], strict=True))
+
+        def replay(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self.outputs[path].of(given, tensors[0])
+
+        with _forwards_replaced(self.module, [path for path in self.sites if path not in self.full.sites], replay):
+            return self.full(*tensors[:count])
 
 
 def steps_of_module(

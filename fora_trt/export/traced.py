@@ -11,6 +11,7 @@ import ast
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import onnx_ir as ir
 import torch
@@ -34,7 +35,7 @@ from fora_trt.export.complex_pairs import rewrite_complex
 from fora_trt.export.crop_constants import CropConstantsPass
 from fora_trt.export.drop_squeezes import DropSqueezesPass
 from fora_trt.export.expand_masks import ExpandMasksPass
-from fora_trt.export.graphs import Graphs, graph_from_onnx
+from fora_trt.export.graphs import Graphs, graph_from_onnx, partial_from_full
 from fora_trt.export.hoist import drop_unread, replace_reads
 from fora_trt.export.join_projections import JoinProjectionsPass
 from fora_trt.export.logical_wheres import LogicalWheresPass
@@ -68,14 +69,22 @@ class TracedModel:
     full: ir.Model
     reuse: ir.Model
 
-    def graphs(self, level: Optimization) -> Graphs:
+    def graphs(self, level: Optimization, partial: Mapping[str, Collection[str]] | None = None) -> Graphs:
         """The graphs at the given optimization level, or at the highest lower level that the model supports.
 
-        May be called several times, with any level.
+        `partial` names further graphs, each with the module paths of the cache sites that it computes. May be called
+        several times, with any level.
         """
         traced = {FULL: self.full.clone(), REUSE: self.reuse.clone()}
-        graphs, reached = optimized(traced, self.model.spec.inputs, level)
-        return Graphs({name: graph_from_onnx(one) for name, one in graphs.items()}, reached)
+        read = {name: self._features_of_others(computed) for name, computed in (partial or {}).items()}
+        models, reached = optimized(traced, self.model.spec.inputs, level, {*chain.from_iterable(read.values())})
+        graphs = {name: graph_from_onnx(one) for name, one in models.items()}
+        graphs |= {name: partial_from_full(graphs[FULL], name, features) for name, features in read.items()}
+        return Graphs(graphs, reached)
+
+    def _features_of_others(self, computed: Collection[str]) -> set[str]:
+        """Names of the features of all cache sites but these."""
+        return {one.name for site in self.sites if site.module not in computed for one in site.features}
 
 
 def traced_from_model(model: Model, opset: int, report: Callable[[str], None]) -> TracedModel:

@@ -26,14 +26,15 @@ from fora_trt.bundle import (
     ModelRecord,
     TrajectoryError,
 )
-from fora_trt.contract import OPTIMIZATIONS, Optimization
+from fora_trt.contract import OPTIMIZATIONS, CacheSite, Optimization
 from fora_trt.errors import BundleError, ExportError, ScheduleError
 from fora_trt.export.check import GRAPH_TOLERANCE, Check, Measured
-from fora_trt.export.graphs import save_graph
+from fora_trt.export.graphs import Writer
 from fora_trt.export.traced import TracedModel, check_opset, traced_from_model
 from fora_trt.files import record_of, staging, write_manifest
+from fora_trt.masks import Masks
 from fora_trt.models.spec import Model
-from fora_trt.schedule import OPEN_STEPS, Schedule, is_file
+from fora_trt.schedule import Schedule, reads_file
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class WrittenGraphs:
     """Graphs that were written to a bundle's folder: optimization level, records and files."""
 
     optimization: Optimization
+    masks: Masks
     records: dict[str, GraphRecord]
     files: list[Path]
 
@@ -68,21 +70,24 @@ def bundle_from_model(
     `measure`; then `target` is unchanged.
     """
     check_opset(opset)
-    usual = None if schedule is None else _read(schedule)
+    if schedule is not None:  # raises early
+        Schedule.of_any_length(schedule, [CacheSite(path, kind, ()) for path, kind in model.sites])
     with staging(target, force, "bundle", ExportError) as folder:
         traced = traced_from_model(model, opset, report)
+        usual = None if schedule is None else Schedule.of_any_length(schedule, traced.sites)
+        masks = {} if usual is None else usual.masks
         try:
             plain = _manifest(target.name, traced)
         except ValidationError as error:  # a name, a size or a value beyond a limit of the format
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ExportError(f"the bundle {target} cannot be described: {reason}; correct the source") from error
-        written, measured = _graphs_that_equal_pytorch(traced, plain, optimization, folder, report, check)
+        written, measured = _graphs_that_equal_pytorch(traced, plain, optimization, masks, folder, report, check)
         (folder / SCHEDULER).write_text(json.dumps(model.scheduler, indent=2) + "\n", encoding="utf-8")
         files = [*written.files, folder / SCHEDULER]
         if model.spec.constants:
             save_file({name: one.contiguous() for name, one in model.spec.constants.items()}, folder / CONSTANTS)
             files.append(folder / CONSTANTS)
-        if usual is not None and schedule is not None and is_file(schedule):
+        if usual is not None and schedule is not None and reads_file(schedule):
             usual.to_file(folder / SCHEDULE)
             files.append(folder / SCHEDULE)
         manifest = _with_graphs(plain, traced, written).model_copy(
@@ -104,11 +109,6 @@ def bundle_from_model(
     return Bundle(target, manifest, trust_source=True)  # a factory has just run, as the user asked
 
 
-def _read(schedule: str) -> Schedule:
-    """The schedule of a file, or of a text form for any large number of steps. Raises `ScheduleError`."""
-    return Schedule.from_file(schedule) if is_file(schedule) else Schedule.from_text(schedule, OPEN_STEPS)
-
-
 def _check_schedule(schedule: Schedule, manifest: Manifest) -> None:
     schedule.check_model(manifest.model.weights_sha256, manifest.model.options.source)
     if schedule.depth > 1 and not manifest.can_forecast:
@@ -128,14 +128,20 @@ def _check_that_it_opens(folder: Path, target: Path) -> None:
 
 
 def _graphs_that_equal_pytorch(
-    traced: TracedModel, plain: Manifest, level: Optimization, folder: Path, report: Callable[[str], None], check: Check
+    traced: TracedModel,
+    plain: Manifest,
+    level: Optimization,
+    masks: Masks,
+    folder: Path,
+    report: Callable[[str], None],
+    check: Check,
 ) -> tuple[WrittenGraphs, Measured]:
     """Write the graphs at a level, or at the next lower level while the error exceeds the tolerance.
 
     Raises `ExportError` if it exceeds the tolerance at the lowest level too.
     """
     model = traced.model
-    written = _written(traced, level, folder, report)
+    written = _written(traced, level, masks, folder, report)
     staged = Bundle(folder, _with_graphs(plain, traced, written), trust_source=True)
     report("measuring the graphs against PyTorch")
     measured = check.measure(model, staged)
@@ -152,24 +158,27 @@ def _graphs_that_equal_pytorch(
     report(f"the optimized graphs differ from PyTorch by {error:.1e}; trying {lower} instead")
     for file in written.files:
         file.unlink()
-    return _graphs_that_equal_pytorch(traced, plain, lower, folder, report, check)
+    return _graphs_that_equal_pytorch(traced, plain, lower, masks, folder, report, check)
 
 
-def _written(traced: TracedModel, level: Optimization, folder: Path, report: Callable[[str], None]) -> WrittenGraphs:
+def _written(
+    traced: TracedModel, level: Optimization, masks: Masks, folder: Path, report: Callable[[str], None]
+) -> WrittenGraphs:
     if level != "none":
         report(f"optimizing the graphs to level {level}")
-    made = traced.graphs(level)
+    made = traced.graphs(level, masks)
     if made.optimization != level:
         report(f"{traced.model.spec.architecture} supports --optimize {made.optimization} at most")
     report("writing the graphs")
-    files = [file for name, graph in made.graphs.items() for file in save_graph(graph, folder / f"{name}.onnx")]
+    writer = Writer(folder)
+    files = [file for name, graph in made.graphs.items() for file in writer.save(graph, f"{name}.onnx")]
     records = {
         name: GraphRecord(file=f"{name}.onnx", inputs=graph.inputs, outputs=graph.outputs)
         for name, graph in made.graphs.items()
     }
     made.graphs.clear()
     gc.collect()  # reference cycles of the exporter keep weights in memory
-    return WrittenGraphs(made.optimization, records, files)
+    return WrittenGraphs(made.optimization, masks, records, files)
 
 
 def _manifest(name: str, traced: TracedModel) -> Manifest:
@@ -207,7 +216,8 @@ def _manifest(name: str, traced: TracedModel) -> Manifest:
 def _with_graphs(plain: Manifest, traced: TracedModel, written: WrittenGraphs) -> Manifest:
     read = {tensor.name for record in written.records.values() for tensor in record.inputs}
     inputs = tuple(tensor for tensor in traced.model.spec.inputs if tensor.name in read)
-    return plain.model_copy(update={"optimization": written.optimization, "graphs": written.records, "inputs": inputs})
+    graphs = {"optimization": written.optimization, "graphs": written.records, "partial_graphs": dict(written.masks)}
+    return plain.model_copy(update={**graphs, "inputs": inputs})
 
 
 def weights_digest(module: torch.nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> str:

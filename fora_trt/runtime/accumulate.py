@@ -7,10 +7,12 @@ accumulates and one sum for each reuse step of the plan.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from fora_trt.contract import TensorSpec, of_window
+from fora_trt.contract import FULL, REUSE, TensorSpec, of_window
 from fora_trt.engines.base import BASE, WEIGHTS, Engine
 from fora_trt.runtime.buffers import Buffers, Memory
 from fora_trt.runtime.layout import Fold, Layout
@@ -24,22 +26,24 @@ class AccumulatingWindow(KeepingWindow):
     run once and in order: what it adds stays.
     """
 
-    def __init__(self, full: Engine, reuse: Engine, memory: Memory, rows: int, total: int) -> None:
+    def __init__(self, engines: Mapping[str, Engine], memory: Memory, rows: int, total: int) -> None:
+        full, reuse = engines[FULL], engines[REUSE]
         outputs = [full.outputs[of_window(name)] for name in folded_of(full, reuse)]
         self.kept = Buffers(outputs, total, memory, lambda batch: 0, prefix="sums.")
         self._folds: list[Fold] = []
         self._fold = self._number = 0
-        super().__init__(full, reuse, memory, rows)
+        super().__init__(engines, memory, rows)
 
     def begin(self, layout: Layout) -> None:
         """Start a trajectory; bindings of another plan's folds are dropped."""
-        self._layout = layout
+        super().begin(layout)
         folds = [*dict.fromkeys(fold for fold in layout.folds if fold is not None)]
         if not {*folds} <= {*self._folds}:
             self._folds = folds
-            self._launches = {binding: one for binding, one in self._launches.items() if not binding.is_full}
+            self._launches = {binding: one for binding, one in self._launches.items() if binding.graph == REUSE}
 
     def select(self, step: int) -> None:
+        super().select(step)
         offset, fold = self._layout.offsets[step], self._layout.folds[step]
         self._number = self._layout.numbers[step] - max(offset - 1, 0)
         if fold is not None:
@@ -55,11 +59,11 @@ class AccumulatingWindow(KeepingWindow):
         return [one for one in super()._buffered() if of_window(one.name) not in self.full.outputs]
 
     def _binding(self, offset: int, turn: int, rows: int) -> Binding:
-        return Binding(True, self._fold) if offset == 0 else Binding(False, self._number + offset - 1)
+        return Binding(self.graph, self._fold) if offset == 0 else Binding(REUSE, self._number + offset - 1)
 
     def _bound(self, binding: Binding) -> dict[str, Tensor]:
         tensors, sums = self.buffers.tensors, self.kept.tensors
-        if not binding.is_full:
+        if binding.graph == REUSE:
             return {**tensors, **{name: sums[of_window(name)][binding.number] for name in self._folded}}
         fold = self._folds[binding.number]
         rows = len(fold.weights)

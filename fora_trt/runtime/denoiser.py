@@ -1,4 +1,4 @@
-"""The denoiser: it alternates a full and a reuse engine over a trajectory, on buffers that stay on the device.
+"""The denoiser: it alternates full, partial and reuse engines over a trajectory, on buffers that stay on the device.
 
 `begin` announces a trajectory: it computes the conditioning and allocates memory. After that, a step copies its inputs
 and launches one engine. Shapes: B is the batch of one call (twice the images under guidance); C, H, W are channels,
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fora_trt.bundle import Bundle, Manifest
 from fora_trt.contract import (
+    CONDITIONING_GRAPHS,
     FULL,
     LATENTS,
     NOISE_PREDICTION,
@@ -95,7 +96,7 @@ class Denoiser(StepByStep):
         self.precomputed = precomputed_of(engines)
         self.run: EngineRun | None = None
         self.bundle: Bundle | None = None
-        self._windows = Windows(engines[FULL], engines[REUSE])
+        self._windows = Windows({graph: one for graph, one in engines.items() if graph not in CONDITIONING_GRAPHS})
 
     def another(self) -> Denoiser:
         """A second denoiser on the same engines, for another trajectory: it has buffers and a schedule of its own."""
@@ -151,13 +152,19 @@ class Denoiser(StepByStep):
     def layout_of(self, plan: Plan) -> Layout:
         """The layout of a plan, changed if the engines support fewer rows in window tensors than it needs.
 
-        Raises `ScheduleError` for a forecast with a bundle that cannot.
+        Raises `ScheduleError` for a forecast with a bundle that cannot, and for a graph that the bundle lacks.
         """
+        self.manifest.check_graphs({step.graph for step in plan})
         layout = Layout.of(self._supported(plan))
         if layout.weighted and not self.manifest.can_forecast:
             raise ScheduleError(
                 f"{self.manifest.name} cannot forecast: its full graph folds values that are not linear in the "
                 "features; export it with --optimize conditioning, or leave the forecast out"
+            )
+        if layout.weighted and not self.folds and any(step.computes and not step.is_full for step in plan):
+            raise ScheduleError(
+                f"{self.manifest.name} cannot forecast between partial steps: it does not fold sums; export it with "
+                "--optimize fold, or leave the forecast out"
             )
         return layout
 
@@ -236,6 +243,12 @@ class EngineRun:
         return self.layout.offsets
 
     @property
+    def graphs(self) -> Sequence[str]:
+        """The graph of each step."""
+        layout = self.layout
+        return [REUSE if offset else graph for offset, graph in zip(layout.offsets, layout.graphs, strict=True)]
+
+    @property
     def generation(self) -> object:
         """Changes when captured steps become invalid."""
         return self.window.generation, None if self.precomputed is None else self.precomputed.generation
@@ -265,8 +278,12 @@ class EngineStep:
     step: int
 
     @property
-    def turn(self) -> int:
-        """Which of the window's bindings the step uses; steps that are captured at one turn cannot run at another."""
+    def variant(self) -> tuple[str, int]:
+        """The graph that begins the step's window, and which of the window's bindings it uses."""
+        return self.run.layout.graphs[self.step], self._turn
+
+    @property
+    def _turn(self) -> int:
         return self.run.layout.windows[self.step] % self.run.window.turns
 
     def predict(self, offset: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
@@ -287,8 +304,8 @@ class EngineStep:
                 buffers[name].copy_(value)
         rows = self._rows()
         if precomputed is not None:
-            precomputed.copy(window.reuse if offset else window.full, offset, buffers, window.batch, rows)
-        window.run(offset, self.turn, rows)
+            precomputed.copy(window.engine_at(offset), offset, buffers, window.batch, rows)
+        window.run(offset, self._turn, rows)
         return buffers[NOISE_PREDICTION]
 
     def _rows(self) -> int:
@@ -302,4 +319,4 @@ class EngineStep:
         """Whether the steps from this one to the end of its window can be captured in a CUDA graph."""
         rest = self.run.offsets[self.step :]
         offsets = [rest[0], *takewhile(lambda offset: offset > 0, rest[1:])]
-        return self.run.window.can_capture(offsets, self.turn)
+        return self.run.window.can_capture(offsets, self._turn)

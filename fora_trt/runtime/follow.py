@@ -56,7 +56,8 @@ class Follower:
                 times = located.timesteps[located.step].expand(times.shape)  # without the rounding of the map
         elif self._last == float("inf") or now > self._last or self.denoiser.finished:
             rule = self.denoiser.rule
-            self.denoiser.reset(rule if isinstance(rule, Schedule) else Schedule.open(rule))
+            sites = self.denoiser.manifest.cache_sites
+            self.denoiser.reset(rule if isinstance(rule, Schedule) else Schedule.open(rule, sites=sites))
         self._last = now
         return times
 
@@ -105,7 +106,7 @@ class Follower:
         """The denoiser's schedule for a trajectory of `steps` steps."""
         rule = self.denoiser.rule
         if isinstance(rule, str):
-            return Schedule.open(rule, steps)
+            return Schedule.open(rule, steps, self.denoiser.manifest.cache_sites)
         if steps != rule.steps:
             raise ScheduleError(
                 f"the pipeline takes {steps} steps, but the schedule has {rule.steps}; call the pipeline with "

@@ -8,12 +8,13 @@ Shapes: D full steps, R rows of window tensors, B is the batch, N the elements o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fora_trt.contract import TensorSpec, of_window
+from fora_trt.contract import FULL, REUSE, TensorSpec, of_window
 from fora_trt.engines.base import Engine
 from fora_trt.runtime.buffers import Buffers, Memory
 from fora_trt.runtime.layout import Layout, Read
@@ -30,7 +31,8 @@ class ForecastWindow(KeepingWindow):
     window.
     """
 
-    def __init__(self, full: Engine, reuse: Engine, memory: Memory, rows: int, depth: int, longest: int) -> None:
+    def __init__(self, engines: Mapping[str, Engine], memory: Memory, rows: int, depth: int, longest: int) -> None:
+        full, reuse = engines[FULL], engines[REUSE]
         self.turns = depth
         sources = {name: _source_of(name, full) for name in reuse.inputs}
         self._sources = {name: source for name, source in sources.items() if source in full.outputs}
@@ -38,12 +40,14 @@ class ForecastWindow(KeepingWindow):
         kept = [replace(one, shape=(depth, *one.shape)) for one in outputs]
         self.kept = Buffers(kept, rows, memory, lambda batch: 0, prefix="kept.")
         self._terms = _Terms(longest, depth, rows, full.device)
-        super().__init__(full, reuse, memory, rows)
+        super().__init__(engines, memory, rows)
 
     def begin(self, layout: Layout) -> None:
+        super().begin(layout)
         self._terms.begin(layout)
 
     def select(self, step: int) -> None:
+        super().select(step)
         self._terms.select(step)
 
     def run(self, offset: int, turn: int = 0, rows: int | None = None) -> None:
@@ -61,16 +65,16 @@ class ForecastWindow(KeepingWindow):
             add_rows(rows, index[None], self._terms.weights[offset][None], self.buffers.tensors[name].view(1, -1))
 
     def _buffered(self) -> list[TensorSpec]:
-        edges = (self.full.inputs, self.full.outputs, self.reuse.inputs, self.reuse.outputs)
+        edges = (edge for engine in self.engines.values() for edge in (engine.inputs, engine.outputs))
         specs = {name: one for tensors in edges for name, one in tensors.items()}
         return [one for name, one in specs.items() if name in self._sources or name not in self._sources.values()]
 
     def _binding(self, offset: int, turn: int, rows: int) -> Binding:
-        return Binding(True, turn, rows) if offset == 0 else Binding(False, 1)
+        return Binding(self.graph, turn, rows) if offset == 0 else Binding(REUSE, 1)
 
     def _bound(self, binding: Binding) -> dict[str, Tensor]:
         tensors = self.buffers.tensors
-        if not binding.is_full:
+        if binding.graph == REUSE:
             return tensors
         tensors = {**tensors, **{name: one[binding.number] for name, one in self.kept.tensors.items()}}
         return {name: one[: binding.rows] if name in self._of_window else one for name, one in tensors.items()}

@@ -7,7 +7,7 @@ latents; S is the number of steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,15 +21,15 @@ class ReadyStep(Protocol):
     """A prepared step, and the steps after it in its window: they need only the arguments of `predict`."""
 
     def predict(self, offset: int, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
-        """Run the step at an `offset` in the window on the current stream; 0 is the full step.
+        """Run the step at an `offset` in the window on the current stream; 0 is the full or partial step.
 
         `latents` is (B, C, H, W), `timestep` a scalar or (B,), `conditioning` the other inputs by name. The prediction
         (B, out_channels, H, W) is valid until the next call.
         """
 
     @property
-    def turn(self) -> int:
-        """Number of the set of addresses that the step uses; captured steps of another turn cannot replace it."""
+    def variant(self) -> Hashable:
+        """Differs if the window begins with another graph or uses other addresses: then captures cannot replace it."""
 
     def is_capturable(self) -> bool:
         """Whether the steps from this one to the end of its window can be captured in a CUDA graph."""
@@ -40,7 +40,11 @@ class Run(Protocol):
 
     @property
     def offsets(self) -> Sequence[int]:
-        """The offset of each step in its window. More steps may be full (offset 0) than the plan has."""
+        """The offset of each step in its window. More steps may be full than the plan has."""
+
+    @property
+    def graphs(self) -> Sequence[str]:
+        """The graph of each step: those at offset 0 are full or partial, the others reuse steps."""
 
     @property
     def generation(self) -> object:

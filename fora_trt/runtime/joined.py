@@ -87,7 +87,7 @@ class Joined:
         """`most` is the largest number of samples; memory is allocated for so many."""
         self.denoiser, self.most, self.sizes, self.samples = denoiser, most, Sizes(), 0
         engines = denoiser.engines
-        self._full, self._reuse = engines[FULL], engines[REUSE]
+        self._engines, self._full = {name: engines[name] for name in (FULL, REUSE)}, engines[FULL]
         self._conditioning = JoinedConditioning(engines, most) if CONDITIONING in engines else None
         self._memory = Memory(denoiser.device, self._drop)
         self._window: JoinedWindow | None = None
@@ -120,7 +120,7 @@ class Joined:
             self.sizes = self.sizes.joined(self.sizes_of(layout))
         self._drop()
         sizes = self.sizes.rows, self.sizes.depth, self.sizes.longest
-        self._window = JoinedWindow(self._full, self._reuse, self._memory, *sizes)
+        self._window = JoinedWindow(self._engines, self._memory, *sizes)
         self._window.prepare(self.most)  # later the memory does not move
         return self._window
 
@@ -187,8 +187,8 @@ class JoinedWindow(ForecastWindow):
     A sample reads only what was computed for it, so what is kept for a new sample has no meaning.
     """
 
-    def __init__(self, full: Engine, reuse: Engine, memory: Memory, rows: int, depth: int, longest: int) -> None:
-        super().__init__(full, reuse, memory, rows, depth, longest)
+    def __init__(self, engines: Mapping[str, Engine], memory: Memory, rows: int, depth: int, longest: int) -> None:
+        super().__init__(engines, memory, rows, depth, longest)
         self._of_batch: Kept[int, dict[Binding, Launch]] = Kept(KEPT_BATCHES)
 
     def begin(self, layout: Layout) -> None:

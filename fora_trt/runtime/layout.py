@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fora_trt.contract import FULL
 from fora_trt.plan import HIGHEST_ORDER, LATEST, Plan, Step, adapted, depth_of, offsets_of, readers_of, rows_of
 
 
@@ -42,16 +43,18 @@ class Fold:
 class Layout:
     """One entry per step of the plan, or of a part of it; `readers` counts steps from the first of the part.
 
-    `offsets` are counted within a window (0 is the full step), `windows` from the first window of the plan. `readers`
-    has for a full step the reuse steps that read it, in the order of their rows. `reads` has for a reuse step what it
-    reads, the latest full step first. `numbers` counts the reuse steps of the plan before a step; `folds` has for each
-    full step what it adds to sums, or is empty where readers are not consecutive reuse steps. `rows` is the largest
-    number of readers of a full step, `depth` the largest number of full steps that a reuse step reads, and `weighted`
-    says whether one reads anything but the last full step with weight 1.
+    A window begins with a full or a partial step. `offsets` are counted within a window (0 is its first step),
+    `windows` from the first window of the plan; `graphs` names for each step the graph of the first step of its window.
+    `readers` has for a first step the reuse steps that read it, in the order of their rows. `reads` has for a reuse
+    step what it reads, the latest window first. `numbers` counts the reuse steps of the plan before a step; `folds` has
+    for each first step what it adds to sums, or is empty where readers are not consecutive reuse steps. `rows` is the
+    largest number of readers of a step, `depth` the largest number of windows that a reuse step reads, and `weighted`
+    says whether one reads anything but its own window with weight 1.
     """
 
     offsets: Sequence[int]
     windows: Sequence[int]
+    graphs: Sequence[str]
     readers: Sequence[Sequence[int]]
     reads: Sequence[Sequence[Read]]
     numbers: Sequence[int]
@@ -67,16 +70,18 @@ class Layout:
         row_of = [{step: row for row, step in enumerate(steps)} for steps in readers.values()]
         windows: list[int] = []
         for step in plan:
-            windows.append((windows[-1] if windows else -1) + step.is_full)
+            windows.append((windows[-1] if windows else -1) + step.computes)
+        firsts = [step.graph for step in plan if step.computes]
         reads = [
             [Read(window - back, row_of[window - back][number], weight) for back, weight in enumerate(step.weights)]
             for number, (step, window) in enumerate(zip(plan, windows, strict=True))
         ]
-        full_before = [window + (not step.is_full) for step, window in zip(plan, windows, strict=True)]
-        numbers = [number - full for number, full in enumerate(full_before)]
+        computing_before = [window + (not step.computes) for step, window in zip(plan, windows, strict=True)]
+        numbers = [number - computing for number, computing in enumerate(computing_before)]
         return cls(
             offsets_of(plan),
             windows,
+            [firsts[window] for window in windows],
             [readers.get(number, []) for number in range(len(plan))],
             reads,
             numbers,
@@ -92,7 +97,9 @@ class Layout:
         readers = [range(step, min(step + distance + 1, steps)) for step in range(steps)]
         nothing: list[list[Read]] = [[]] * steps
         numbers = [0] * steps
-        return cls(numbers, range(steps), readers, nothing, numbers, [None] * steps, distance + 1, 1, False)
+        return cls(
+            numbers, range(steps), [FULL] * steps, readers, nothing, numbers, [None] * steps, distance + 1, 1, False
+        )
 
     def part(self, first: int, count: int) -> Layout:
         """The layout of `count` steps from step `first` on; readers after them are left out."""
@@ -102,6 +109,7 @@ class Layout:
         return Layout(
             self.offsets[taken],
             self.windows[taken],
+            self.graphs[taken],
             readers,
             self.reads[taken],
             self.numbers[taken],
@@ -153,8 +161,8 @@ def within(plan: Plan, most_rows: int) -> tuple[Step, ...]:
     """
     full, offset = [], 0
     for number, step in enumerate(plan):
-        offset = 0 if step.is_full or offset == most_rows else offset + 1
-        if offset == 0:
+        offset = 0 if step.computes or offset == most_rows else offset + 1
+        if offset == 0 and not step.computes:
             full.append(number)
     for order in range(HIGHEST_ORDER, -1, -1):
         fitting = adapted(plan, full, order=order)

@@ -104,7 +104,7 @@ class StepByStep(ABC):
         """The schedule of the trajectory at hand. Raises `ScheduleError` for a text that needs the number of steps."""
         if self._schedule is None:
             assert isinstance(self.rule, str)
-            self._schedule = self._checked(Schedule.open(self.rule))
+            self._schedule = self._checked(Schedule.open(self.rule, sites=self.manifest.cache_sites))
         return self._schedule
 
     def _checked(self, schedule: Schedule) -> Schedule:

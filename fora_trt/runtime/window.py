@@ -1,6 +1,6 @@
-"""A window: one full step and the reuse steps after it, as launches of the two engines on shared buffers.
+"""A window: a full or partial step and the reuse steps after it, as launches of engines on shared buffers.
 
-A step is identified by its offset in the window: 0 is the full step, k the k-th reuse step after it.
+A step is identified by its offset in the window: 0 is the full or partial step, k the k-th reuse step after it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fora_trt.contract import LATENTS, TensorSpec, of_window
+from fora_trt.contract import FULL, LATENTS, REUSE, TensorSpec, of_window
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.errors import InputError
 from fora_trt.runtime.buffers import Buffers, Memory
@@ -22,42 +22,50 @@ _GENERATIONS = count(1)
 
 
 class Binding(NamedTuple):
-    """A set of tensors that an engine is bound to, by its number; `rows` is the number of rows of window tensors."""
+    """A set of tensors that the engine of a graph is bound to, by its number; `rows` are those of window tensors."""
 
-    is_full: bool
+    graph: str
     number: int
     rows: int = 0
 
 
 class Window:
-    """Engines bound for windows of up to `rows` reuse steps that read the last full step, at one batch size at a time.
+    """Engines bound for windows of up to `rows` reuse steps that read the step before, at one batch size at a time.
 
     The reuse engine reads the memory that the full engine writes: a tensor has the same name in both graphs. The full
     engine writes the folded sums of all reuse steps of the window into one tensor, and each reuse step reads its own
-    slice of it. So the reuse engine has one binding per offset.
+    slice of it. So the reuse engine has one binding per offset. The engine of a partial step reads features where the
+    full engine, or that of another partial step, has written them, and takes the place of the full engine in a window.
     """
 
     turns = 1
     """Number of bindings of the full engine; consecutive windows use them in turn."""
 
-    def __init__(self, full: Engine, reuse: Engine, memory: Memory, rows: int) -> None:
-        """`memory` is that of other windows too, of which one is used at a time."""
-        self.full, self.reuse, self.rows = full, reuse, rows
+    def __init__(self, engines: Mapping[str, Engine], memory: Memory, rows: int) -> None:
+        """`engines` has those of the steps, by graph. `memory` is that of other windows too; one is used at a time."""
+        self.engines, self.rows = engines, rows
+        self.full, self.reuse, self.graph = engines[FULL], engines[REUSE], FULL
         self.batch = 0
         self.generation = next(_GENERATIONS)
-        self._folded = folded_of(full, reuse)
-        self._of_window = {name for name, one in {**full.inputs, **full.outputs}.items() if one.is_of_window}
+        self._folded = folded_of(self.full, self.reuse)
+        self._of_window = {name for name, one in {**self.full.inputs, **self.full.outputs}.items() if one.is_of_window}
         self.buffers = Buffers(self._buffered(), rows, memory, self._scratch_bytes, beside=self._kept())
         self._launches: dict[Binding, Launch] = {}
         self._sums: dict[str, Tensor] = {}
         self._summed_batch = 0
-        self._scratch: tuple[int, int] | None = None
+        self._scratch: tuple[int, ...] | None = None
 
     def begin(self, layout: Layout) -> None:
         """Start a trajectory with this layout."""
+        self._layout = layout
 
     def select(self, step: int) -> None:
-        """Select what step number `step` of the layout and the rest of its window read."""
+        """Select the graph that begins the window of step number `step`, and what the rest of the window reads."""
+        self.graph = self._layout.graphs[step]
+
+    def engine_at(self, offset: int) -> Engine:
+        """The engine of the step at an offset in the selected window."""
+        return self.reuse if offset else self.engines[self.graph]
 
     def prepare(self, batch: int) -> None:
         """Bind the engines to tensors of this batch size; `generation` changes if captured steps become invalid.
@@ -73,7 +81,8 @@ class Window:
             self._renew()
             self._bind()
             self.batch = batch
-        if (scratch := (self.full.scratch_address(), self.reuse.scratch_address())) != self._scratch:
+        scratch = tuple(engine.scratch_address() for engine in self.engines.values())
+        if scratch != self._scratch:
             self._scratch = scratch
             self._renew()
 
@@ -97,17 +106,22 @@ class Window:
         """All tensors that the engines are bound to, by name."""
         return self.buffers.tensors
 
-    def launches(self) -> dict[bool, Launch]:
-        """The current launches: of the full engine under True, of the reuse engine (if there is room) under False."""
-        full = self._launch(0, 0, self.rows)
-        return {True: full, False: self._launch(1)} if self._has_reuse else {True: full}
+    def launches(self) -> dict[str, Launch]:
+        """The current launches by graph; without room for a sum not that of the reuse graph."""
+        launches = {}
+        for graph in self.engines:
+            if graph != REUSE:
+                self.graph = graph
+                launches[graph] = self._launch(0, 0, self.rows)
+        self.graph = FULL
+        return {**launches, REUSE: self._launch(1)} if self._has_reuse else launches
 
     def can_capture(self, offsets: Sequence[int], turn: int = 0) -> bool:
         """Whether the steps at these offsets have run once and can be captured in a CUDA graph."""
         bindings = {self._binding(offset, turn, self.rows) for offset in offsets}
         launches = {binding: self._launches.get(binding) for binding in bindings}
         return bool(launches) and all(
-            launch is not None and (self.full if binding.is_full else self.reuse).can_capture(launch)
+            launch is not None and self.engines[binding.graph].can_capture(launch)
             for binding, launch in launches.items()
         )
 
@@ -118,7 +132,7 @@ class Window:
 
     def _buffered(self) -> list[TensorSpec]:
         """The tensors that the engines share, without the sums of single steps: those are slices."""
-        edges = (self.full.inputs, self.full.outputs, self.reuse.inputs, self.reuse.outputs)
+        edges = (edge for engine in self.engines.values() for edge in (engine.inputs, engine.outputs))
         specs = {name: one for tensors in edges for name, one in tensors.items() if name not in self._folded}
         return [*specs.values()]
 
@@ -144,19 +158,18 @@ class Window:
 
     def _binding(self, offset: int, turn: int, rows: int) -> Binding:
         """The binding that an offset uses; without folded sums all reuse steps share one."""
-        return Binding(True, turn, rows) if offset == 0 else Binding(False, min(offset, self.rows) or 1)
+        return Binding(self.graph, turn, rows) if offset == 0 else Binding(REUSE, min(offset, self.rows) or 1)
 
     def _launch(self, offset: int, turn: int = 0, rows: int = 0) -> Launch:
         binding = self._binding(offset, turn, rows)
         if binding not in self._launches:
-            engine = self.full if offset == 0 else self.reuse
-            self._launches[binding] = engine.bind(self._bound(binding))
+            self._launches[binding] = self.engines[binding.graph].bind(self._bound(binding))
         return self._launches[binding]
 
     def _bound(self, binding: Binding) -> dict[str, Tensor]:
         """The tensors of a binding, by name."""
         tensors = self.buffers.tensors
-        if binding.is_full:
+        if binding.graph != REUSE:
             return {name: one[: binding.rows] if name in self._of_window else one for name, one in tensors.items()}
         here = slice(len(tensors[LATENTS]))
         return {**tensors, **{name: one[binding.number - 1, here] for name, one in self._sums.items()}}
@@ -165,14 +178,14 @@ class Window:
         """Point reuse steps to the sums that the full engine writes at this batch; smaller batches read first rows."""
         self._sums = {name: self.buffers.tensors[of_window(name)] for name in self._folded}
         self._summed_batch = batch
-        self._launches = {binding: launch for binding, launch in self._launches.items() if binding.is_full}
+        self._launches = {binding: launch for binding, launch in self._launches.items() if binding.graph != REUSE}
         self._renew()
 
     def _renew(self) -> None:
         self.generation = next(_GENERATIONS)
 
     def _scratch_bytes(self, batch: int) -> int:
-        return max(engine.scratch_bytes(batch, self.rows) for engine in (self.full, self.reuse))
+        return max(engine.scratch_bytes(batch, self.rows) for engine in self.engines.values())
 
 
 class KeepingWindow(Window):

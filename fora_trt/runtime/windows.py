@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from fora_trt.contract import FULL, REUSE
 from fora_trt.engines.base import Engine
 from fora_trt.errors import RoomError
 from fora_trt.runtime.accumulate import AccumulatingWindow
@@ -24,10 +25,11 @@ Shape = tuple[int, ...]
 class Windows:
     """Makes and keeps windows, so that schedules can alternate without rebinding engines."""
 
-    def __init__(self, full: Engine, reuse: Engine) -> None:
-        self._full, self._reuse = full, reuse
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        """`engines` has those of the steps, by graph."""
+        self._engines = engines
         self._made: dict[Shape, Window] = {}
-        self._memory = Memory(full.device, self._free)
+        self._memory = Memory(engines[FULL].device, self._free)
 
     def prepared(self, whole: Layout, rows: int, batches: Sequence[int]) -> Window:
         """The window of a plan, prepared for each batch size; if memory is short, that of the others is freed.
@@ -38,7 +40,7 @@ class Windows:
         window = self._made.pop(shape, None)
         if window is None:
             kind, *sizes = shape
-            window = KINDS[kind](self._full, self._reuse, self._memory, *sizes)
+            window = KINDS[kind](self._engines, self._memory, *sizes)
         self._made[shape] = window  # the latest comes last
         if len(self._made) > MOST_WINDOWS:
             self._made.pop(next(iter(self._made))).free()
@@ -57,7 +59,8 @@ class Windows:
         if not whole.weighted:
             return KINDS.index(Window), rows
         few = whole.reuse_steps <= 2 * whole.depth * whole.rows
-        if folded_of(self._full, self._reuse) and self._full.accumulates and whole.folds and few:
+        full, reuse = self._engines[FULL], self._engines[REUSE]
+        if folded_of(full, reuse) and full.accumulates and whole.folds and few:
             return KINDS.index(AccumulatingWindow), rows, whole.reuse_steps
         return KINDS.index(ForecastWindow), rows, whole.depth, whole.longest_window
 

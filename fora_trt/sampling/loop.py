@@ -34,35 +34,44 @@ Watch = Callable[[Iterable[Any]], Iterator[Any]]
 class Trajectory:
     """Latents (B, C, H, W) in fp32 on the CPU, and their times.
 
-    `seconds` is the time of the whole loop; `full_seconds` and `reuse_seconds` have one time per step. On a GPU, a
-    window is launched as one CUDA graph; windows of the same length share timing events, so each reports the times of
-    the last of them.
+    `seconds` is the time of the whole loop; `of_graphs` has one time per step, by graph. On a GPU, a window is launched
+    as one CUDA graph; windows of the same length share timing events, so each reports the times of the last of them.
     """
 
     latents: Tensor
     seconds: float
-    full_seconds: list[float] = field(default_factory=list)
-    reuse_seconds: list[float] = field(default_factory=list)
+    of_graphs: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def full_seconds(self) -> list[float]:
+        """Times of the full steps."""
+        return self.of_graphs.get(FULL, [])
+
+    @property
+    def reuse_seconds(self) -> list[float]:
+        """Times of the reuse steps."""
+        return self.of_graphs.get(REUSE, [])
 
     @staticmethod
     def joined(parts: Sequence[Trajectory]) -> Trajectory:
         """Several batches as one: latents concatenated, times added or concatenated."""
+        graphs = dict.fromkeys(graph for part in parts for graph in part.of_graphs)
         return Trajectory(
             torch.cat([part.latents for part in parts]),
             sum(part.seconds for part in parts),
-            [seconds for part in parts for seconds in part.full_seconds],
-            [seconds for part in parts for seconds in part.reuse_seconds],
+            {graph: [seconds for part in parts for seconds in part.of_graphs.get(graph, ())] for graph in graphs},
         )
 
     def median_milliseconds(self) -> dict[str, float | None]:
-        """Median time of a full and of a reuse step; None if there was no such step."""
-        kinds = {"full_step_ms": self.full_seconds, "reuse_step_ms": self.reuse_seconds}
+        """Median time of a full, of a reuse and of each kind of partial step; None if there was no such step."""
+        kinds = {f"{graph}_step_ms": self.of_graphs.get(graph, []) for graph in (FULL, REUSE, *self.of_graphs)}
         return {name: statistics.median(times) * 1e3 if times else None for name, times in kinds.items()}
 
 
 class GuidedStep(NamedTuple):
-    """A step of a trajectory: its offset in its window (0 for a full step), and whether it is guided."""
+    """A step of a trajectory: its graph, its offset in its window (0 begins one), and whether it is guided."""
 
+    graph: str
     offset: int
     guided: bool
 
@@ -112,8 +121,10 @@ class Sampler:
         if not latents.isfinite().all():
             raise BackendError(self.begin(conditioning, seeds, guidance).blame())
         seconds = time.perf_counter() - began
-        full, reuse = ([one.seconds() for one in taken if (one.offset == 0) == first] for first in (True, False))
-        return Trajectory(latents.clone(), seconds, full, reuse)
+        of_graphs: dict[str, list[float]] = {}
+        for one in taken:
+            of_graphs.setdefault(one.graph, []).append(one.seconds())
+        return Trajectory(latents.clone(), seconds, of_graphs)
 
     def in_batches(
         self,
@@ -151,7 +162,7 @@ class Sampler:
             run = self.denoiser.begin(plan, self.scheduler_step.timesteps, given, batches)
             memory = self.scheduler_step.begin(self.denoiser.manifest.latents.shape, seeds, self.denoiser.device)
             self._fill(conditioning.images, given, guidance.scale, frozenset(kinds), (memory, run.generation))
-        return BegunTrajectory(self, run, [GuidedStep(*step) for step in zip(run.offsets, guided, strict=True)])
+        return BegunTrajectory(self, run, [*map(GuidedStep, run.graphs, run.offsets, guided)])
 
     def _fill(
         self, images: int, given: Mapping[str, Tensor], scale: float, guided: frozenset[bool], memory: object
@@ -163,28 +174,29 @@ class Sampler:
             self._key, self._images, self._guided = key, images, guided
             self._scale = torch.empty((), device=device)
             self._given = {name: tensor.to(device, copy=True) for name, tensor in given.items()}
-            self._launches: dict[tuple[int, int, bool, int], tuple[StepClock, Replay]] = {}
+            self._launches: dict[object, tuple[StepClock, Replay]] = {}
         for name, tensor in given.items():
             self._given[name].copy_(tensor)
         self._scale.fill_(scale)
 
     def _launch(self, ready: ReadyStep, first: GuidedStep, count: int) -> list[TimedStep]:
         """Run `count` steps of a window from a prepared one on; as a CUDA graph if they could be captured."""
-        key = (first.offset, count, first.guided, ready.turn)
+        key = (first.offset, count, first.guided, ready.variant)
         self._ready = ready
         if key not in self._launches:
-            clock = StepClock(range(first.offset, first.offset + count), self.denoiser.device)
-            work = partial(self._stretch, clock, first.guided)
+            steps = [first._replace(graph=REUSE, offset=first.offset + k) if k else first for k in range(count)]
+            clock = StepClock([step.graph for step in steps], self.denoiser.device)
+            work = partial(self._stretch, clock, steps)
             self._launches[key] = clock, Replay(work, self.denoiser.device, self._is_capturable)
         clock, replay = self._launches[key]
         replay()
         return clock.steps()
 
-    def _stretch(self, clock: StepClock, guided: bool) -> None:
-        for k, offset in enumerate(clock.offsets):
+    def _stretch(self, clock: StepClock, steps: Sequence[GuidedStep]) -> None:
+        for k, step in enumerate(steps):
             clock.mark(k)
-            self._step(GuidedStep(offset, guided))
-        clock.mark(len(clock.offsets))
+            self._step(step)
+        clock.mark(len(steps))
 
     def _step(self, step: GuidedStep) -> None:
         """One step of the loop: scaled latents -> prediction -> guidance -> scheduler step."""
@@ -232,8 +244,7 @@ class BegunTrajectory:
             sampler._step(step)
             name = sampler.denoiser.first_not_finite()
             if name is not None or not sampler.scheduler_step.latents.isfinite().all():
-                kind = REUSE if step.offset else FULL
-                culprit = f"{name or culprit}, at step {number} of {len(self.steps)}, a {kind} step"
+                culprit = f"{name or culprit}, at step {number} of {len(self.steps)}, a {step.graph} step"
                 break
         return (
             f"the latents of {manifest.name} are not finite in {manifest.precision}; the first tensor with such values "
@@ -266,9 +277,9 @@ def stretches_of(steps: Sequence[GuidedStep]) -> dict[int, int]:
 
 
 class TimedStep(NamedTuple):
-    """A launched step: its offset in the window, and time stamps or CUDA events before and after it."""
+    """A launched step: its graph, and time stamps or CUDA events before and after it."""
 
-    offset: int
+    graph: str
     began: Any
     ended: Any
 
@@ -286,9 +297,10 @@ class StepClock:
     of the last replay.
     """
 
-    def __init__(self, offsets: Sequence[int], device: torch.device) -> None:
-        self.offsets = offsets
-        self._marks: list[Any] = [0.0] * (len(offsets) + 1)
+    def __init__(self, graphs: Sequence[str], device: torch.device) -> None:
+        """`graphs` names the graph of each step."""
+        self._graphs = graphs
+        self._marks: list[Any] = [0.0] * (len(graphs) + 1)
         self._events = device.type == "cuda"
         if self._events:
             self._marks = [torch.cuda.Event(enable_timing=True, external=True) for _ in self._marks]  # type: ignore[no-untyped-call]
@@ -302,4 +314,4 @@ class StepClock:
 
     def steps(self) -> list[TimedStep]:
         """The steps with their current marks."""
-        return list(map(TimedStep, self.offsets, self._marks, self._marks[1:]))
+        return list(map(TimedStep, self._graphs, self._marks, self._marks[1:]))

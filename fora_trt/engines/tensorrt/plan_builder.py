@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fora_trt.contract import CONDITIONING, FULL_CONDITIONING, TensorSpec
+from fora_trt.contract import CONDITIONING_GRAPHS, TensorSpec
 from fora_trt.engines.options import Progress
 from fora_trt.engines.tensorrt.library import Library
 from fora_trt.errors import PlanError
@@ -50,7 +50,7 @@ class PlanOptions(Record):
 
     def of_graph(self, name: str) -> PlanOptions:
         """The options for one graph: `profiles` apply to the graphs of a step, `CONDITIONING_ROWS` to the others."""
-        of_step = name not in (CONDITIONING, FULL_CONDITIONING)
+        of_step = name not in CONDITIONING_GRAPHS
         return self if of_step else self.model_copy(update={"profiles": (CONDITIONING_ROWS,)})
 
 

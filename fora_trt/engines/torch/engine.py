@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle, GraphRecord
-from fora_trt.contract import FULL, REUSE
+from fora_trt.contract import CONDITIONING_GRAPHS
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.engines.tf32 import without_tf32
@@ -143,7 +143,7 @@ def engines_from_bundle(bundle: Bundle, device: torch.device, compiled: bool) ->
     """An engine for each graph. Raises `BackendError` for a graph with an unsupported operator."""
     engines: dict[str, Engine] = {}
     for name, record in bundle.manifest.graphs.items():
-        path, of_a_step = bundle.graph_path(name), name in (FULL, REUSE)
+        path, of_a_step = bundle.graph_path(name), name not in CONDITIONING_GRAPHS
         if compiled and of_a_step:
             engines[name] = TorchCompileEngine(path, record, device)
         else:
