@@ -218,7 +218,7 @@ def _time_expectations(
     expected = [Expected("latents/*", 0, latents[precision], fixed=True)]
     if target != EAGER and SCHEDULE_OF_ERRORS in schedules:
         expected.append(Expected("error/*", 0, graph[precision], fixed=True))
-    ideal = {text: Schedule.from_text(text, steps).ideal_speedup for text in schedules if text != NONE}
+    ideal = {text: Schedule.from_text(text, steps).ideal_speedup() for text in schedules if text != NONE}
     expected += [Expected(f"speed-up/{text}", 1, best * MARGIN) for text, best in ideal.items()]
     if on_gpu:
         expected += _on_the_device(target, steps, schedules)

@@ -321,7 +321,7 @@ def _note_times(row: Row, timed: Mapping[str, Sequence[Trajectory]], found: Foun
             if steps:
                 found.values[f"{kind} ms/{text}"] = statistics.median(steps) * 1e3
         if text != NONE:
-            found.values[f"ideal/{text}"] = Schedule.from_text(text, row.steps).ideal_speedup
+            found.values[f"ideal/{text}"] = Schedule.from_text(text, row.steps).ideal_speedup()
             found.values[f"speed-up/{text}"] = medians[NONE] / medians[text]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import onnx_ir as ir
-from pydantic import AfterValidator, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from safetensors import safe_open
 
 from fora_trt.call import PipelineSpec, problems_of
@@ -139,7 +139,6 @@ class Manifest(Record):
     inputs: tuple[TensorSpec, ...]
     graphs: dict[str, GraphRecord]
     cache_sites: tuple[CacheSite, ...]
-    partial_graphs: dict[str, tuple[str, ...]] = {}
     latents: LatentSpec
     conditioning: dict[str, InputSpec]
     guidance: GuidanceSpec | None
@@ -147,6 +146,7 @@ class Manifest(Record):
     text: TextSpec | None
     pipeline: PipelineSpec | None = None
     schedule: str | None = None
+    partial_graphs: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     files: dict[str, FileRecord]
     measured_error: dict[str, GraphError] | None
     measured_on: str | None = None
@@ -197,8 +197,8 @@ class Manifest(Record):
         """Raise `ScheduleError` unless the bundle has these graphs."""
         if lacking := sorted({*names} - self.graphs.keys()):
             raise ScheduleError(
-                f"{len(lacking)} kinds of partial steps in the schedule have no graph in {self.name}; give the schedule "
-                f"when it is exported: {self.export_command()} --schedule SCHEDULE"
+                f"{len(lacking)} of the schedule's kinds of partial steps have no graph in {self.name}; export it with "
+                f"the schedule: {self.export_command()} --schedule SCHEDULE"
             )
 
     def unfed(self) -> list[str]:

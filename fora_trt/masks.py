@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fora_trt.contract import CacheSite, partial_name
 from fora_trt.errors import ScheduleError
 from fora_trt.plan import FULL_STEP, REUSE_STEP, Step
+from fora_trt.untrusted import shown
 
 ATTENTION, FEED_FORWARD = "attention", "feed-forward"
 """Kinds of cache sites that published routers speak of."""
@@ -27,7 +28,8 @@ def plan_of(computed: Sequence[Collection[str]], sites: Sequence[CacheSite]) -> 
     order = [site.module for site in sites]
     if unknown := sorted({path for one in computed for path in one} - {*order}):
         raise ScheduleError(
-            f"the schedule computes {unknown[0]}, which is no cache site of this model; its sites are {', '.join(order[:3])}, ..."
+            f"the schedule computes {shown(unknown[0])}, which is no cache site of this model; its sites are "
+            f"{', '.join(order[:3])}, ..."
         )
     steps, masks = [], {}
     for one in computed:

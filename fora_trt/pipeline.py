@@ -145,7 +145,8 @@ class Sampling:
     ) -> Sampling:
         """Create both; the scheduler is copied, because its steps change it.
 
-        `sites` are the cache sites of the model, for per-layer schedules. Raises `InputError` or `ScheduleError` if one of them does not support the number of steps.
+        `sites` are the cache sites of the model, for per-layer schedules. Raises `InputError` or `ScheduleError` if one
+        of them does not support the number of steps.
         """
         scheduler = copy.deepcopy(scheduler)
         scheduler_step = scheduler_step_from(scheduler, steps)
@@ -357,7 +358,7 @@ class Pipeline:
         if not asked:
             return uncached.with_schedule(self._default_for(uncached))
         sampling = uncached.with_schedule(asked)
-        self.check_model(sampling.schedule)
+        self.check_schedule(sampling.schedule)
         return sampling
 
     @property
@@ -374,7 +375,7 @@ class Pipeline:
             return usual
         try:
             own = uncached.with_schedule(Schedule.open(self.bundle.schedule, uncached.nfe, self._sites)).schedule
-            self.check_model(own)
+            self.check_schedule(own)
         except ScheduleError as error:
             self.report(f"{usual.text} is used instead of the bundle's schedule: {error}")
             return usual
@@ -411,10 +412,12 @@ class Pipeline:
             )
         return guidance
 
-    def check_model(self, schedule: Schedule) -> None:
-        """Raise `ScheduleError` for a schedule that was calibrated for another model."""
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Raise `ScheduleError` for a schedule that was calibrated for another model, or whose graphs there are not."""
         model = self.manifest.model
         schedule.check_model(model.weights_sha256, model.options.source)
+        if self._predictor is None or isinstance(self._predictor, Denoiser):  # others need no graphs
+            self.manifest.check_graphs(schedule.masks)
 
     def over(self, predictor: Predictor) -> Pipeline:
         """A pipeline with the same settings that runs its steps with another predictor."""
@@ -440,5 +443,5 @@ class Pipeline:
 
         Raises `ScheduleError` for a schedule that was calibrated for another model.
         """
-        self.check_model(sampling.schedule)
+        self.check_schedule(sampling.schedule)
         return Sampler(self.denoiser, sampling.scheduler_step, sampling.schedule)

@@ -44,6 +44,11 @@ class Step:
         """Whether the step computes cache sites, all or some: it begins a window, and reuse steps read it."""
         return self.graph != REUSE
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether the step computes some cache sites and not all."""
+        return self.computes and not self.is_full
+
 
 FULL_STEP = Step()
 REUSE_STEP = Step(REUSE, LATEST)

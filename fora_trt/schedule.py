@@ -47,6 +47,9 @@ DEFAULT_EXPONENT = 0.3
 OPEN_STEPS = 1000
 """Length of a schedule of unknown length: the number of timesteps that diffusion models are trained with."""
 
+NO_SHARES: Mapping[str, float] = {}
+"""The shares of a schedule without partial steps."""
+
 FORECAST = "forecast"
 """Name of the option of a text form that gives the forecast order; every kind takes it."""
 
@@ -55,9 +58,9 @@ FORECAST = "forecast"
 class Schedule:
     """One `Step` per model evaluation, in the order of execution.
 
-    `masks` has for each partial graph of the plan the cache sites that it computes. `text` is the text form or the file name that the schedule was made from. `made_from` is the record of its origin in
-    a file. Raises `ScheduleError` if the plan begins with a reuse step, or a step reads more full steps than precede
-    it.
+    `masks` has for each partial graph of the plan the cache sites that it computes. `text` is the text form or the file
+    name that the schedule was made from. `made_from` is the record of its origin in a file. Raises `ScheduleError` if
+    the plan does not begin with a full step, or a step reads more steps than precede it.
     """
 
     plan: tuple[Step, ...]
@@ -197,7 +200,7 @@ class Schedule:
         `OPEN_STEPS` steps, and its full steps are counted from the first step instead of the last. Raises
         `ScheduleError` for a kind that needs the number of steps.
         """
-        kind, arguments, order = _parts_of(text)
+        _, arguments, order = _parts_of(text)
         entry = _kind_of(text)
         if entry is not None and entry.open is not None:
             made = entry.open(steps, arguments)
@@ -312,14 +315,25 @@ class Schedule:
         return sum(self.full)
 
     @property
-    def caches(self) -> bool:
-        """Whether the schedule has a reuse step."""
-        return self.full_steps < self.steps
+    def partial_steps(self) -> int:
+        """Number of steps that compute some layers."""
+        return sum(step.is_partial for step in self.plan)
 
     @property
-    def ideal_speedup(self) -> float:
-        """Speed-up over no caching if a reuse step cost nothing."""
-        return self.steps / self.full_steps
+    def caches(self) -> bool:
+        """Whether the schedule has a reuse or a partial step."""
+        return self.full_steps < self.steps
+
+    def work(self, shares: Mapping[str, float] = NO_SHARES) -> float:
+        """The arithmetic of the full and the partial steps, in full steps.
+
+        `shares` has the arithmetic of a step of each partial graph, divided by that of a full step.
+        """
+        return sum(shares[step.graph] if step.is_partial else 1.0 for step in self.plan if step.computes)
+
+    def ideal_speedup(self, shares: Mapping[str, float] = NO_SHARES) -> float:
+        """Speed-up over no caching if a reuse step cost nothing; `shares` as for `work`."""
+        return self.steps / self.work(shares)
 
     def digest(self) -> str:
         """A short digest of the plan, which differs for files of one name and different content."""
@@ -406,7 +420,8 @@ def _step_from(number: int, content: Any, masks: Mapping[str, tuple[str, tuple[s
     ):
         return Step(REUSE, tuple(map(_as_float, content)))
     raise ScheduleError(
-        f"step {number} is {shown(repr(content))}; expected {FULL!r}, a list of weights such as {list(LATEST)}, or the name of a mask"
+        f"step {number} is {shown(repr(content))}; expected {FULL!r}, a list of weights such as {list(LATEST)}, or the "
+        "name of a mask"
     )
 
 
@@ -450,6 +465,24 @@ KINDS: Registry[ScheduleKind] = Registry("kind of schedule", ScheduleError)
 def is_file(text: str) -> bool:
     """Whether a schedule is given as a file, and not in a text form."""
     return _kind_of(text) is None and Path(text).suffix == ".json"
+
+
+def is_text_form(text: str) -> bool:
+    """Whether a schedule is given in a text form that reads no file."""
+    return _kind_of(text) is not None and not reads_file(text)
+
+
+def in_folder(text: str, folder: Path) -> str:
+    """The same schedule with the path of the file that it reads, if any, relative to a folder."""
+    if is_file(text):
+        return str(folder / text)
+    kind, colon, path = text.partition(":")
+    return f"{kind}:{folder / path}" if colon and reads_file(text) else text
+
+
+def text_forms() -> str:
+    """The text forms that read no file, for messages."""
+    return ", ".join(one.usage for one in (*KINDS.values(), BY_KIND) if one.name != ROUTER_KIND)
 
 
 def reads_file(text: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fora_trt.bundle import Bundle
 from fora_trt.contract import TensorSpec
 from fora_trt.errors import BundleError, ExportError
-from fora_trt.export.graphs import save_graph
+from fora_trt.export.graphs import Writer
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.models.dit import share_embedders
 from fora_trt.models.examples import example_inputs
@@ -201,7 +201,7 @@ def test_the_reuse_graph_computes_anew_what_only_looks_like_a_feature(tmp_path: 
     kept = ["feature.passed_on", "feature.around"]
     assert [one.name for one in graphs["full"].outputs] == ["noise_prediction", *kept]
     assert [site.module for site in shared.sites] == ["passed_on", "around"]
-    save_graph(graphs["reuse"], tmp_path / "reuse.onnx")
+    Writer(tmp_path).save(graphs["reuse"], "reuse.onnx")
     latents, passed_on, around = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(4))
     feeds = dict(zip(["latents", *kept], (latents.numpy(), passed_on.numpy(), around.numpy()), strict=True))
     (reused,) = onnxruntime.InferenceSession(tmp_path / "reuse.onnx").run(None, feeds)

@@ -51,7 +51,7 @@ class Asked:
     def member(self, sampler: JoinedSampler, backend: str) -> Member:
         pipeline = self.pipeline(backend)
         sampling, given = pipeline.sampling(), pipeline.conditioning([self.label])
-        assert sampler.takes(sampling.scheduler_step, Guidance(self.scale))
+        assert sampler.takes(sampling.scheduler_step, sampling.schedule, Guidance(self.scale))
         return sampler.member(sampling.scheduler_step, sampling.schedule, given, self.seed, Guidance(self.scale))
 
 
@@ -208,13 +208,17 @@ def test_an_image_that_is_not_finite_leaves_the_others_alone(bundle_at: BundleAt
 
 def test_guidance_on_some_steps_and_schedulers_that_are_called_cannot_join(bundle_at: BundleAt) -> None:
     pipeline = Pipeline(bundle_at("fold", "fp32"), backend="onnxruntime", steps=6)
-    step = pipeline.sampling().scheduler_step
-    assert JoinedSampler.takes(step, Guidance(2.0))
-    assert JoinedSampler.takes(step, Guidance(1.0, 2, 4)), "it guides no step"
-    assert not JoinedSampler.takes(step, Guidance(2.0, 1, None))
-    assert not JoinedSampler.takes(step, Guidance(2.0, 0, 3))
+    step, fora = pipeline.sampling().scheduler_step, Schedule.fora(6, 3)
+    assert JoinedSampler.takes(step, fora, Guidance(2.0))
+    assert JoinedSampler.takes(step, fora, Guidance(1.0, 2, 4)), "it guides no step"
+    assert not JoinedSampler.takes(step, fora, Guidance(2.0, 1, None))
+    assert not JoinedSampler.takes(step, fora, Guidance(2.0, 0, 3))
+    every = {site.module for site in pipeline.manifest.cache_sites}
+    some = {site.module for site in pipeline.manifest.cache_sites[:3]}
+    partial = Schedule.of_masks([every, some], pipeline.manifest.cache_sites)
+    assert not JoinedSampler.takes(step, partial, Guidance(2.0))
     called = Pipeline(bundle_at("fold", "fp32"), backend="onnxruntime", steps=6, scheduler="pndm").sampling()
-    assert not JoinedSampler.takes(called.scheduler_step, Guidance(2.0))
+    assert not JoinedSampler.takes(called.scheduler_step, fora, Guidance(2.0))
 
 
 def test_tracks_go_from_window_to_window() -> None:

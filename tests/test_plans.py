@@ -35,7 +35,7 @@ from fora_trt.engines.tensorrt.plan_store import (
 )
 from fora_trt.errors import BackendError, BundleError, PlanError
 from fora_trt.evaluate.export_check import GraphCheck
-from fora_trt.export.graphs import save_graph
+from fora_trt.export.graphs import Writer
 from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
 from tests.conftest import BundleAt
@@ -465,7 +465,7 @@ def test_a_block_of_dit_is_nine_layers(library: Library, tmp_path: Path) -> None
     graphs = traced_once(model_from_source("random:DiT-S/2", "fp16")).graphs("fold").graphs
     assert not any(node.op_type == "Conv" for graph in graphs.values() for node in graph.onnx.graph)
     full, path = graphs["full"], tmp_path / "full.onnx"
-    save_graph(full, path)
+    Writer(path.parent).save(full, path.name)
     built = plan_from_onnx(library, path, path.with_suffix(".plan"), full.inputs, options((1, 2, 16)), ["8.9"])
     assert [one.fused for one in built.attentions] == [True] * 12
     layers = [name for text in library.log.layers for name in re.findall(r"^Name: (\S+), Layer", text, re.MULTILINE)]

@@ -58,7 +58,7 @@ def test_a_forecast_outside_of_what_was_measured_is_doubted(
     if found is not None and doubt is not None:
         assert doubt in found
         assert "fora-trt calibrate" in found
-    calibrated = Schedule(schedule.plan, "mine.json", {"command": "fora-trt calibrate"})
+    calibrated = Schedule(schedule.plan, "mine.json", made_from={"command": "fora-trt calibrate"})
     assert doubt_of(calibrated, scale, adds_noise=True) is None
     noisy = doubt_of(schedule, scale, adds_noise=True)
     assert (noisy is not None and "cannot foresee" in noisy) == (schedule.depth > 1)

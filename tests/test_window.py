@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fora_trt.contract import TensorSpec
+from fora_trt.contract import FULL, REUSE, TensorSpec
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.errors import InputError
 from fora_trt.runtime.buffers import Buffers, Memory
@@ -39,16 +39,19 @@ class Recorder(Engine):
         return self.scratch
 
 
+def engines_that_fold() -> dict[str, Recorder]:
+    return {FULL: Recorder([LATENTS], [PREDICTION, SUMS]), REUSE: Recorder([LATENTS, SUM], [PREDICTION])}
+
+
 @pytest.fixture
 def folded() -> Window:
-    return Window(Recorder([LATENTS], [PREDICTION, SUMS]), Recorder([LATENTS, SUM], [PREDICTION]), Memory(CPU), 3)
+    return Window(engines_that_fold(), Memory(CPU), 3)
 
 
 @pytest.fixture
 def unfolded() -> Window:
-    return Window(
-        Recorder([LATENTS], [PREDICTION, FEATURE]), Recorder([LATENTS, FEATURE], [PREDICTION]), Memory(CPU), 0
-    )
+    engines = {FULL: Recorder([LATENTS], [PREDICTION, FEATURE]), REUSE: Recorder([LATENTS, FEATURE], [PREDICTION])}
+    return Window(engines, Memory(CPU), 0)
 
 
 def full_of(window: Window) -> Recorder:
@@ -95,10 +98,7 @@ def test_windows_share_memory_that_grows_for_all() -> None:
             window.free()
 
     memory = Memory(CPU, free)
-    made = [
-        Window(Recorder([LATENTS], [PREDICTION, SUMS]), Recorder([LATENTS, SUM], [PREDICTION]), memory, rows)
-        for rows in (3, 1)
-    ]
+    made = [Window(engines_that_fold(), memory, rows) for rows in (3, 1)]
     windows += made
     large, small = made
     small.prepare(2)
@@ -160,7 +160,7 @@ def test_the_generation_changes_where_captured_steps_are_invalid(folded: Window)
     full_of(folded).scratch = 4096
     folded.prepare(2)
     assert folded.generation != before, "the scratch memory of an engine moved"
-    other = Window(folded.full, folded.reuse, Memory(CPU), 3)
+    other = Window(folded.engines, Memory(CPU), 3)
     other.prepare(2)
     assert other.generation != folded.generation, "no two windows have the same"
 

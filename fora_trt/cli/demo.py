@@ -176,7 +176,7 @@ def _table(found: Bench, shown: Sequence[Shown], title: str) -> Table:
         row = one.row
         table.add_row(
             f"{row.backend}, {one.name}",
-            f"{row.setting.full_steps} of {row.setting.steps}",
+            row.setting.computed,
             f"{row.seconds:.2f} ({row.fastest:.2f} to {row.slowest:.2f})",
             f"{row.ideal_speedup:.2f}x",
             f"{row.speedup:.2f}x",

@@ -42,6 +42,12 @@ def inspect(bundle: Path, as_json: bool) -> None:
     click.echo(f"optimization: {found['optimization']}")
     click.echo(f"schedule where none is given: {found['schedule']}")
     click.echo(f"a reuse step does {found['arithmetic_kept']:.2%} of the arithmetic of a full step")
+    if found["partial_graphs"]:
+        sites = sum(found["cache_sites"].values())
+        partial = new_table("partial steps", "graph", "computed cache sites", "arithmetic of a full step")
+        for name, one in found["partial_graphs"].items():
+            partial.add_row(name, f"{len(one['computed'])} of {sites}", f"{one['arithmetic_kept']:.1%}")
+        print_table(partial)
     table = new_table(
         f"{found['steps']} steps",
         "cache interval",

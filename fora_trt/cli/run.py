@@ -182,7 +182,10 @@ def _or_latents(pipeline: Pipeline) -> Iterator[None]:
 
 def _figures(bundle: Path, pipeline: Pipeline, made: PipelineOutput) -> dict[str, Any]:
     """Settings and times, as values for JSON."""
+    from fora_trt.export.statistics import arithmetic_shares
+
     schedule, trajectory, images = made.sampling.schedule, made.trajectory, len(made.latents)
+    shares = arithmetic_shares(pipeline.bundle) if schedule.masks else {}
     return {
         "bundle": str(bundle),
         "weights_sha256": pipeline.manifest.model.weights_sha256,
@@ -197,7 +200,8 @@ def _figures(bundle: Path, pipeline: Pipeline, made: PipelineOutput) -> dict[str
         "steps": schedule.steps,
         "full_steps": made.full_steps,
         "schedule": schedule.text,
-        "ideal_speedup": schedule.ideal_speedup,
+        "partial_steps": schedule.partial_steps,
+        "ideal_speedup": schedule.ideal_speedup(shares),
         "seconds": trajectory.seconds,
         "seconds_per_image": trajectory.seconds / images,
         **trajectory.median_milliseconds(),
@@ -206,5 +210,6 @@ def _figures(bundle: Path, pipeline: Pipeline, made: PipelineOutput) -> dict[str
 
 def _sentence(figures: dict[str, Any], compiles: bool) -> str:
     where = f"{figures['backend']} ({figures['device']}){', compilation included' if compiles else ''}"
-    steps = f"{figures['steps']} steps, {figures['full_steps']} of them full, {figures['scheduler']}"
+    partial = f" and {figures['partial_steps']} partial" if figures["partial_steps"] else ""
+    steps = f"{figures['steps']} steps, {figures['full_steps']} of them full{partial}, {figures['scheduler']}"
     return f"{figures['images']} images in {figures['seconds']:.2f} s on {where}: {steps}"

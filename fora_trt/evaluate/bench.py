@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor
 
+from fora_trt.contract import FULL, REUSE
 from fora_trt.errors import BackendError, ForaError, InputError, first_line
 from fora_trt.evaluate.candidates import Candidate, control_of, steps_at_equal_time
 from fora_trt.evaluate.peak_memory import peak_memory, release
 from fora_trt.evaluate.peaks import Roofline, best_of, measure_peaks
 from fora_trt.evaluate.solvers import closest_solver
 from fora_trt.evaluate.targets import Target
+from fora_trt.export.statistics import arithmetic_shares
 from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.presets import DEFAULT_INTERVAL
-from fora_trt.report.results import EAGER, NO_CACHE, Absent, Bench, BenchRow, PeakRates, Setting
+from fora_trt.report.results import EAGER, NO_CACHE, Absent, Bench, BenchRow, PartialSteps, PeakRates, Setting
 from fora_trt.sampling.conditioning import Conditioning, example_conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.loop import Sampler, Trajectory
@@ -204,6 +208,10 @@ class Benchmark:
         schedule = row.setting.schedule if row.sampler.schedule.depth > 1 else usual
         return row.target.backend, str(row.target.pipeline.device), images, schedule
 
+    @cached_property
+    def _shares(self) -> dict[str, float]:
+        return arithmetic_shares(self.pipeline.bundle)
+
     def begins(self, images: int) -> bool:
         """Whether all rows of a batch size are known and none is timed yet, so that the work left can be counted."""
         return images in self.rows and not any(row.trajectories for row in self.rows[images])
@@ -236,10 +244,9 @@ class Benchmark:
 
     def _row(self, images: int, row: Timing, roofline: Roofline, peaks: PeakRates) -> BenchRow:
         uncached = next(one for one in self.rows[images] if one.target is row.target and one.setting.label == NO_CACHE)
-        full, reuse = (
-            [seconds for done in row.trajectories for seconds in getattr(done, kind)]
-            for kind in ("full_seconds", "reuse_seconds")
-        )
+        times = Trajectory.joined(row.trajectories).of_graphs
+        medians = {graph: statistics.median(seconds) for graph, seconds in times.items()}
+        schedule, shares = row.sampler.schedule, self._shares
         batch = images * (2 if self.guidance.scale > 1 else 1)
         return BenchRow(
             backend=row.target.backend,
@@ -248,11 +255,15 @@ class Benchmark:
             seconds=row.seconds,
             fastest=row.spread[0],
             slowest=row.spread[1],
-            full_step_seconds=statistics.median(full),
-            reuse_step_seconds=statistics.median(reuse) if reuse else None,
+            full_step_seconds=medians[FULL],
+            reuse_step_seconds=medians.get(REUSE),
+            partial_steps=tuple(
+                PartialSteps(graph=graph, steps=number, arithmetic=shares[graph], seconds=medians[graph])
+                for graph, number in Counter(step.graph for step in schedule.plan if step.is_partial).items()
+            ),
             overhead=row.overhead,
             speedup=uncached.seconds / row.seconds,
-            ideal_speedup=uncached.setting.full_steps / row.setting.full_steps,
-            roofline_seconds=roofline.seconds(row.sampler.schedule, batch, peaks),
+            ideal_speedup=uncached.setting.full_steps / schedule.work(shares),
+            roofline_seconds=roofline.seconds(schedule, batch, peaks),
             peak_memory_bytes=self._memory.get(self._memory_key(images, row)),
         )

@@ -10,10 +10,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fora_trt.contract import FULL
 from fora_trt.errors import InputError, ScheduleError
 from fora_trt.pipeline import Pipeline, Sampling
 from fora_trt.plan import HIGHEST_ORDER
-from fora_trt.report.results import CALIBRATED, FORA, FORECAST, NO_CACHE, Setting
+from fora_trt.report.results import CALIBRATED, FORA, FORECAST, NO_CACHE, PER_LAYER, Setting
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.scheduler_step import timesteps_of
@@ -39,6 +40,7 @@ class Candidate:
             steps=sampling.steps,
             nfe=sampling.nfe,
             full_steps=sampling.schedule.full_steps,
+            partial_steps=sampling.schedule.partial_steps,
             schedule=sampling.schedule.text,
             method=method_of(sampling.schedule),
             control_of=control_of,
@@ -57,6 +59,8 @@ def method_of(schedule: Schedule) -> str:
         return NO_CACHE
     if schedule.made_from:
         return CALIBRATED
+    if schedule.masks:
+        return PER_LAYER
     return FORECAST if schedule.depth > 1 else FORA
 
 
@@ -87,7 +91,7 @@ def _fitting(pipeline: Pipeline, text: str, groups: Sequence[Sampling]) -> dict[
     for number, plain in enumerate(groups):
         try:
             found[number] = plain.with_schedule(text)
-            pipeline.check_model(found[number].schedule)
+            pipeline.check_schedule(found[number].schedule)
         except ScheduleError as error:  # noqa: PERF203 # each may be one that the file is not for
             if not is_file(text):
                 raise
@@ -119,11 +123,15 @@ def steps_at_equal_time(candidate: Candidate, full_steps: float) -> int:
 
 
 def paces_of(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """The cached candidates that take about the same time: of one group, with equally many full steps."""
+    """The cached candidates that take about the same time: of one group, with equally many full steps.
+
+    One with partial steps is alone: how long these take depends on what they compute.
+    """
     paces: dict[tuple[object, ...], list[Candidate]] = {}
     for one in candidates:
         if one.setting.caches:
-            paces.setdefault((one.group, one.setting.full_steps), []).append(one)
+            alone = one.setting.schedule if one.setting.partial_steps else None
+            paces.setdefault((one.group, one.setting.full_steps, alone), []).append(one)
     return [*paces.values()]
 
 
@@ -159,20 +167,25 @@ def with_controls(candidates: Sequence[Candidate], controls: Sequence[Sampling])
 
 
 def reuse_share_of(pipeline: Pipeline, candidate: Candidate, conditioning: Conditioning, guidance: Guidance) -> float:
-    """Time of a reuse step divided by the time of a full step, from a few short trajectories after a warm-up.
+    """Time of a step that is not full divided by that of a full step, from a few short trajectories after a warm-up.
 
-    The first reuse step of a window takes longer than the next ones. So the pilot uses windows as long as the
-    candidate's longest (at most `LONGEST_PILOT`) and its forecast order, and takes medians over the windows. A schedule
-    without reuse steps has 1.
+    With partial steps it is the mean over whole trajectories. Else all such steps are reuse steps. The first of a
+    window takes longer than the next ones, so the pilot uses windows as long as the candidate's longest (at most
+    `LONGEST_PILOT`) and its forecast order, and takes medians over the windows. A schedule without caching has 1.
     """
     if not candidate.sampling.schedule.caches:
         return 1.0
+    seeds = range(conditioning.images)
+    if candidate.sampling.schedule.masks:
+        sampler = pipeline.sampler(candidate.sampling)
+        done = [sampler(conditioning, seeds, guidance) for _ in range(1 + PILOT_REPEATS)][1:]
+        others = [seconds for one in done for name, times in one.of_graphs.items() if name != FULL for seconds in times]
+        return min(1.0, statistics.mean(others) / statistics.median(done[0].full_seconds))
     length = min(candidate.sampling.schedule.longest_window + 1, LONGEST_PILOT)
     plain = Sampling.of(candidate.sampling.scheduler, length * PILOT_WINDOWS)
     flags = [number % length == 0 for number in range(plain.nfe)]
     order = min(candidate.sampling.schedule.depth - 1, HIGHEST_ORDER)
     sampler = pipeline.sampler(plain.with_schedule(Schedule.from_flags(flags).with_forecast(order)))
-    seeds = range(conditioning.images)
     done = [sampler(conditioning, seeds, guidance) for _ in range(1 + PILOT_REPEATS)][1:]
     reuse = length - 1
     windows = [

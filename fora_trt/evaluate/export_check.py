@@ -66,7 +66,9 @@ class GraphCheck:
         """Errors of the full and the reuse graph, over two trajectories with batches of 3 and of 1.
 
         In the first, samples have different timesteps, and a window has two reuse steps; the second forecasts if the
-        bundle can. A third runs all partial steps, if there are any. Neither batch is that of the trace, so that a batch that was traced as a constant is detected.
+        bundle can. A third runs all partial steps, if there are any. No batch is that of the trace, so that a batch
+        that was traced as a constant is detected.
+
         A model whose steps would take longer than `LONGEST_CHECK` on this CPU is not measured; the result says why.
         Raises `ExportError` if the graphs cannot be run.
         """

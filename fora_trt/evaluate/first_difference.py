@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from fora_trt.bundle import Bundle, GraphError, GraphRecord, tensor_spec
-from fora_trt.contract import BATCH, FULL, LATENTS, REUSE, TIMESTEP, TensorSpec
+from fora_trt.contract import BATCH, FULL, LATENTS, TIMESTEP, TensorSpec
 from fora_trt.engines.base import Engine
 from fora_trt.engines.torch.graph import HALF
 from fora_trt.export.check import GRAPH_TOLERANCE
@@ -48,8 +48,8 @@ def first_difference(model: Model, bundle: Bundle, graph: str, engines: Engines)
     assert program is not None
     interpreter = _Interpreter(program, step)
     expected = interpreter.values(inputs, {})
-    if graph == REUSE:
-        features = {name: expected[name] for name in step.features}
+    read = {one.name for one in bundle.manifest.graphs[graph].inputs}
+    if features := {name: expected[name] for name in step.features if name in read}:
         expected = interpreter.values(others, features)
         inputs = others | features
     for node, name, got in _results(bundle, graph, engines, inputs):

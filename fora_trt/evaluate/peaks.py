@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fora_trt.bundle import Bundle
-from fora_trt.contract import CONDITIONING, FULL, FULL_CONDITIONING, PRECISIONS, REUSE
+from fora_trt.contract import CONDITIONING, FULL_CONDITIONING, PRECISIONS, REUSE
 from fora_trt.engines.memory import bytes_of, free_bytes
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.report.results import PeakRates
@@ -121,8 +122,11 @@ class Roofline:
             moved = statistics.weight_bytes + step + window * more
             return max(batch * statistics.flops / peaks.flops, moved / peaks.bytes)
 
-        reuse_steps = schedule.steps - schedule.full_steps
-        seconds = schedule.full_steps * of(FULL, batch, reuse_steps / schedule.full_steps)
-        seconds += reuse_steps * of(REUSE, batch)
-        before = {CONDITIONING: schedule.steps, FULL_CONDITIONING: schedule.full_steps}
+        steps = Counter(step.graph for step in schedule.plan)
+        reuse_steps = steps[REUSE]
+        windows = schedule.steps - reuse_steps
+        seconds = sum(
+            number * of(graph, batch, 0 if graph == REUSE else reuse_steps / windows) for graph, number in steps.items()
+        )
+        before = {CONDITIONING: schedule.steps, FULL_CONDITIONING: windows}
         return seconds + sum(of(graph, steps) for graph, steps in before.items() if graph in self._edges)

@@ -51,8 +51,7 @@ class Shown:
     @property
     def detail(self) -> str:
         """The full steps and the PSNR."""
-        setting = self.row.setting
-        steps = f"{setting.full_steps} of {setting.nfe} steps full"
+        steps = f"{self.row.setting.computed} steps full"
         return steps if self.psnr is None else f"{steps}, PSNR {self.psnr:.1f} dB"
 
 

@@ -144,8 +144,12 @@ def targets_of(
 
 
 def _usual(schedules: Sequence[Schedule]) -> list[Schedule]:
-    """The schedule whose longest window is nearest to that of FORA at `DEFAULT_INTERVAL`; empty if there is none."""
-    nearest = min(schedules, key=lambda one: abs(one.longest_window + 1 - DEFAULT_INTERVAL), default=None)
+    """The schedule whose longest window is nearest to that of FORA at `DEFAULT_INTERVAL`; empty if there is none.
+
+    The references have no partial steps: the compiled module has none.
+    """
+    whole = [one for one in schedules if not one.masks]
+    nearest = min(whole, key=lambda one: abs(one.longest_window + 1 - DEFAULT_INTERVAL), default=None)
     return [] if nearest is None else [nearest]
 
 

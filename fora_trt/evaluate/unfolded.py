@@ -1,7 +1,8 @@
 """FORA on the full graph of a bundle: the reference if the module that it was exported from is not available.
 
-Nothing is precomputed or folded, and the reuse graph is not used: a reuse step runs the full graph with the features of
-the last full step, or a forecast from the last ones, as inputs in place of its own. Everything is computed in fp32.
+Nothing is precomputed or folded, and only the full graph is used: a reuse step runs it with the features of the last
+full step, or a forecast from the last ones, as inputs in place of its own, and a partial step with some of these.
+Everything is computed in fp32.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class UnfoldedFora(PlainPredictor):
                 f"the full graph of {bundle.folder} has no tensor {missing[0]!r}, a feature of its manifest; "
                 "export it again"
             )
-        self._kept: list[Sequence[Tensor]] = []
+        self._kept: list[dict[str, Tensor]] = []
 
     @torch.no_grad()
     def compute(self, step: Step, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
@@ -58,19 +59,29 @@ class UnfoldedFora(PlainPredictor):
                 outputs = [one.name for one in self.manifest.graphs[name].outputs]
                 given |= zip(outputs, _computed(graph, given, outputs, self._inputs_of(name)), strict=True)
             read = [one for one in self._inputs_of(FULL) if one in given]  # without inputs of the folded sums
-            if not step.is_full:
-                features = [forecast_of(of_site, step.weights, batch) for of_site in zip(*self._kept, strict=True)]
-                given |= zip(self._features, features, strict=True)
+            if not step.computes:
+                kept = {name: [one[name] for one in self._kept] for name in self._features}
+                given |= {name: forecast_of(of_site, step.weights, batch) for name, of_site in kept.items()}
                 (prediction,) = _computed(self._graph, given, [NOISE_PREDICTION], [*read, *self._features])
                 return prediction
-            prediction, *features = _computed(self._graph, given, [NOISE_PREDICTION, *self._features], read)
-        self._kept = [features, *self._kept[: self.depth - 1]]
+            own = self._features_of(step.graph)
+            others = {} if step.is_full else {name: one for name, one in self._kept[0].items() if name not in own}
+            given |= {name: one[:batch] for name, one in others.items()}
+            prediction, *features = _computed(self._graph, given, [NOISE_PREDICTION, *own], [*read, *others])
+            latest = {**others, **dict(zip(own, features, strict=True))}
+        self._kept = [{name: latest[name] for name in self._features}, *self._kept[: self.depth - 1]]
         return prediction
 
     def first_not_finite(self) -> str | None:
         """Name of the first kept feature that is not finite."""
-        latest = zip(self._features, *self._kept[:1], strict=False)
-        return next((name for name, *one in latest if not one[0].isfinite().all()), None)
+        latest = self._kept[0] if self._kept else {}
+        return next((name for name, one in latest.items() if not one.isfinite().all()), None)
+
+    def _features_of(self, graph: str) -> list[str]:
+        """Names of the features that a full or partial step computes."""
+        computed = self.manifest.partial_graphs.get(graph)
+        sites = self.manifest.cache_sites
+        return [one.name for site in sites if computed is None or site.module in computed for one in site.features]
 
     def _inputs_of(self, graph: str) -> list[str]:
         return [one.name for one in self.manifest.graphs[graph].inputs]

@@ -1,4 +1,4 @@
-"""Compares a bundle on a backend with PyTorch: single steps of both graphs, then whole cached trajectories."""
+"""Compares a bundle on a backend with PyTorch: single steps of all graphs, then whole cached trajectories."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle, GraphError, TrajectoryError
-from fora_trt.contract import FULL, LATENTS, REUSE, TIMESTEP
+from fora_trt.contract import FULL, LATENTS, TIMESTEP
 from fora_trt.evaluate.eager_fora import EagerFora
 from fora_trt.evaluate.rate import flops_per_second
 from fora_trt.evaluate.unfolded import reference_from_bundle
@@ -17,7 +17,7 @@ from fora_trt.export.check import GRAPH_TOLERANCE
 from fora_trt.export.statistics import graph_statistics
 from fora_trt.models.examples import example_inputs
 from fora_trt.pipeline import Pipeline
-from fora_trt.plan import FULL_STEP, REUSE_STEP
+from fora_trt.plan import FULL_STEP, REUSE_STEP, Step
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.interface import Predictor
 from fora_trt.sampling.conditioning import example_conditioning
@@ -51,11 +51,11 @@ class Comparison:
 def compare_with_pytorch(
     pipeline: Pipeline, schedules: Sequence[str], reference: Predictor | None = None
 ) -> Iterator[Comparison]:
-    """Compare a full and a reuse step on seeded inputs, then trajectories of two images, with eager FORA in fp32.
+    """Compare a step of each graph on seeded inputs, then trajectories of two images, with eager FORA in fp32.
 
     Trajectories have the configuration's number of steps and each of the schedules; they are guided if the model has
-    unconditional inputs. As in a trajectory, the reuse step has other latents and another timestep than the full step
-    that computed its features. `reference` defaults to that of `reference_from_bundle`. Raises `BackendError`.
+    unconditional inputs. As in a trajectory, each step has other latents and another timestep than the step that
+    computed the features that it reads. `reference` defaults to that of `reference_from_bundle`. Raises `BackendError`.
     """
     bundle, precision = pipeline.bundle, pipeline.manifest.precision
     denoiser = pipeline.start(2, Guidance(GUIDANCE_SCALE))
@@ -87,23 +87,26 @@ def trajectory_errors(
 
 
 def graph_errors(denoiser: Denoiser, reference: Predictor, batch: int) -> Iterator[tuple[str, GraphError]]:
-    """The error of a full step and of a reuse step after it; both have seeded inputs, the latter different ones."""
+    """The errors of a full step, of all partial steps and of a reuse step, in this order; inputs differ by step."""
     manifest, device = denoiser.manifest, denoiser.device
     latents: list[Tensor] = []
     timesteps: list[Tensor] = []
     conditioning: dict[str, Tensor] = {}
-    for seed in (2, 1):
+    plan = (FULL_STEP, *map(Step, manifest.partial_graphs), REUSE_STEP)
+    for seed in range(len(plan), 0, -1):
         conditioning = example_inputs(manifest.inputs, manifest.conditioning, batch, seed)
         latents.insert(0, conditioning.pop(LATENTS).to(device))
         timesteps.insert(0, conditioning.pop(TIMESTEP, torch.zeros(1))[:1].to(device))
     given = {name: value.to(device) for name, value in conditioning.items()}
-    plan = (FULL_STEP, REUSE_STEP)
     runs = [one.begin(plan, torch.cat(timesteps), given, [batch]) for one in (denoiser, reference)]
-    for step, graph in enumerate((FULL, REUSE)):
+    for number, step in enumerate(plan):
         with torch.inference_mode():
-            predictions = [run.at(step, batch).predict(step, latents[step], timesteps[step], **given) for run in runs]
+            predictions = [
+                run.at(number, batch).predict(run.offsets[number], latents[number], timesteps[number], **given)
+                for run in runs
+            ]
             error = GraphError.between(*predictions)
-        yield graph, error
+        yield step.graph, error
 
 
 def measured_trajectories(

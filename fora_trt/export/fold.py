@@ -43,10 +43,10 @@ operators do so too; others may not read a value that differs between steps."""
 def fold(full: ir.Model, reuse: ir.Model, kept: Collection[str] = ()) -> bool:
     """Move all nodes of `reuse` that do not depend on the latents to `full`; return False if that is not possible.
 
-    `full` outputs the features that `reuse` reads; afterwards those that it still reads, and those named in `kept`. The hoisted inputs of `reuse` differ between steps. Nodes that do
-    not depend on a feature stay. Folding is impossible if an operator that does not accept an additional leading
-    dimension reads a value that differs between steps. Then no node moves; only the order of the sums in `reuse`
-    changes.
+    `full` outputs the features that `reuse` reads; afterwards those that it still reads, and those named in `kept`. The
+    hoisted inputs of `reuse` differ between steps. Nodes that do not depend on a feature stay. Folding is impossible if
+    an operator that does not accept an additional leading dimension reads a value that differs between steps. Then no
+    node moves; only the order of the sums in `reuse` changes.
     """
     _reassociate(reuse.graph)
     drop_unread(reuse)  # the replaced sums

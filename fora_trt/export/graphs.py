@@ -93,14 +93,18 @@ class Writer:
         The weights of `graph` are then those in the files.
         """
         path, data = self._folder / file, self._folder / f"{file}.data"
-        large = [value for value in graph.onnx.graph.initializers.values() if _is_large(value.const_value)]
-        new = {id(value.const_value): value.const_value for value in large if id(value.const_value) not in self._stored}
+        large = {
+            value: value.const_value
+            for value in graph.onnx.graph.initializers.values()
+            if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES
+        }
+        new = {id(tensor): tensor for tensor in large.values() if id(tensor) not in self._stored}
         if new:
             tensors = [*new.values()]
             stored = ir.external_data.convert_tensors_to_external(tensors, self._folder, data.name)
             self._stored.update(zip(new, zip(tensors, stored, strict=True), strict=True))
-        for value in large:
-            _, there = self._stored[id(value.const_value)]
+        for value, tensor in large.items():
+            _, there = self._stored[id(tensor)]
             value.const_value = ir.ExternalTensor(
                 there.location,
                 there.offset,
@@ -113,7 +117,3 @@ class Writer:
         ir.save(graph.onnx, path)
         onnx.checker.check_model(path)
         return [path, data] if new else [path]
-
-
-def _is_large(tensor: ir.TensorProtocol | None) -> bool:
-    return tensor is not None and tensor.nbytes > INLINE_BYTES

@@ -187,7 +187,8 @@ class PartialStep(Split):
             return lambda *args, **kwargs: self.outputs[path].of(given, tensors[0])
 
         with _forwards_replaced(self.module, [path for path in self.sites if path not in self.full.sites], replay):
-            return self.full(*tensors[:count])
+            results: tuple[Tensor, ...] = self.full(*tensors[:count])
+        return results
 
 
 def steps_of_module(

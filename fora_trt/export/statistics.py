@@ -10,7 +10,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from fora_trt.contract import BATCH
+from fora_trt.bundle import Bundle
+from fora_trt.contract import BATCH, FULL, REUSE
 from fora_trt.errors import BundleError
 
 Shape = Sequence[int]
@@ -36,6 +37,16 @@ def graph_statistics(path: Path) -> GraphStatistics:
         return GraphStatistics(graph.num_nodes(), weights, sum(map(_flops, graph)))
     except IndexError as error:
         raise BundleError(f"{path} lacks shapes of tensors that it computes with; export it again") from error
+
+
+def arithmetic_shares(bundle: Bundle) -> dict[str, float]:
+    """The operations of a step of each partial graph and of the reuse graph, divided by those of a full step.
+
+    1 for each if the full graph has no operation that counts. Raises `BundleError` as `graph_statistics`.
+    """
+    names = (FULL, *bundle.manifest.partial_graphs, REUSE)
+    full, *others = (graph_statistics(bundle.graph_path(name)).flops for name in names)
+    return {name: one / full if full else 1.0 for name, one in zip(names[1:], others, strict=True)}
 
 
 def _flops(node: ir.Node) -> int:

@@ -12,7 +12,7 @@ from fora_trt.contract import Optimization
 from fora_trt.downloads import text_of
 from fora_trt.errors import ModelError, first_line
 from fora_trt.models.options import SourceOptions
-from fora_trt.schedule import is_file
+from fora_trt.schedule import in_folder
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,6 +52,6 @@ def read_recipe(path: Path) -> Recipe:
     except (OSError, ValueError, RecursionError) as error:
         reason = first_line(error)
         raise ModelError(f"the recipe {path} cannot be read: {reason}; give the path of a valid TOML file") from error
-    if recipe.schedule is not None and is_file(recipe.schedule):
-        recipe = recipe.model_copy(update={"schedule": str(path.parent / recipe.schedule)})
+    if recipe.schedule is not None:
+        recipe = recipe.model_copy(update={"schedule": in_folder(recipe.schedule, path.parent)})
     return recipe

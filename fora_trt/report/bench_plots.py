@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fora_trt.report.drawing import (
     BLUE,
+    GREEN,
     MARKERS,
     SMALL,
     YELLOW,
@@ -106,10 +107,10 @@ def _each_once(axes: Axes) -> None:
 
 
 def time_split(bench: Bench, images: int, theme: Theme) -> Figure:
-    """Every trajectory of a batch size as a bar: full steps, reuse steps, and the overhead outside the engines.
+    """Every trajectory of a batch size as a bar: full, partial and reuse steps, and the overhead outside the engines.
 
     The length of a bar is the time of the trajectory per image. Its end is the overhead; the rest is divided in
-    proportion to the median times of full and reuse steps, which may themselves contain a part of the overhead.
+    proportion to the median times of the kinds of steps, which may themselves contain a part of the overhead.
     """
     rows = rows_at(bench, images)
     places = _bar_places(rows)
@@ -119,9 +120,12 @@ def time_split(bench: Bench, images: int, theme: Theme) -> Figure:
     figure, axes = new_figure(f"Where the time goes, {at_once(images)}", f"{unit} per image", "", theme, height)
     starts = [0.0] * len(rows)
     parts = [[scale * part / images for part in _parts(row)] for row in rows]
-    colours = (theme.series[BLUE], theme.series[YELLOW], theme.pale)
-    for k, (name, colour) in enumerate(zip(("full steps", "reuse steps", "overhead"), colours, strict=True)):
+    colours = (theme.series[BLUE], theme.series[GREEN], theme.series[YELLOW], theme.pale)
+    names = ("full steps", "partial steps", "reuse steps", "overhead")
+    for k, (name, colour) in enumerate(zip(names, colours, strict=True)):
         lengths = [part[k] for part in parts]
+        if name == "partial steps" and not any(lengths):
+            continue
         axes.barh(places, lengths, left=starts, height=0.74, color=colour, label=name, linewidth=0)
         starts = [start + length for start, length in zip(starts, lengths, strict=True)]
     _named_rows(axes, places, list(map(short, labels([row.setting for row in rows]))))
@@ -158,10 +162,12 @@ def _named_rows(axes: Axes, places: list[float] | list[int], names: list[str]) -
     axes.grid(visible=False, axis="y")
 
 
-def _parts(row: BenchRow) -> tuple[float, float, float]:
-    """Seconds of full steps, of reuse steps, and of overhead; their sum is the time of the trajectory."""
-    full = row.setting.full_steps * row.full_step_seconds
-    reuse = (row.setting.nfe - row.setting.full_steps) * (row.reuse_step_seconds or 0.0)
+def _parts(row: BenchRow) -> tuple[float, ...]:
+    """Seconds of full, partial and reuse steps, and of overhead; their sum is the time of the trajectory."""
+    setting = row.setting
+    full = setting.full_steps * row.full_step_seconds
+    partial = sum(one.steps * one.seconds for one in row.partial_steps)
+    reuse = (setting.nfe - setting.full_steps - setting.partial_steps) * (row.reuse_step_seconds or 0.0)
     overhead = row.overhead or 0.0
-    inside = row.seconds * (1 - overhead)
-    return inside * full / (full + reuse), inside * reuse / (full + reuse), row.seconds * overhead
+    inside = row.seconds * (1 - overhead) / (full + partial + reuse)
+    return inside * full, inside * partial, inside * reuse, row.seconds * overhead

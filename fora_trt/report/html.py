@@ -134,5 +134,5 @@ def _tiles(advice: Advice) -> list[tuple[str, str]]:
             if one.name in PSNRS & {*row.metrics}
         ),
         ("per image", seconds(row.seconds_per_image)),
-        ("full steps", f"{row.setting.full_steps} of {row.setting.nfe}"),
+        ("full steps", row.setting.computed),
     ]

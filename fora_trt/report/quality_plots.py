@@ -20,6 +20,7 @@ from fora_trt.report.drawing import (
     MARKERS,
     ORANGE,
     PURPLE,
+    YELLOW,
     Plot,
     Theme,
     label_ends,
@@ -30,7 +31,7 @@ from fora_trt.report.drawing import (
     time_unit,
     whole_numbers,
 )
-from fora_trt.report.results import CALIBRATED, FORA, FORECAST, NO_CACHE, Quality, QualityRow
+from fora_trt.report.results import CALIBRATED, FORA, FORECAST, NO_CACHE, PER_LAYER, Quality, QualityRow
 from fora_trt.report.tables import group_names, reference_name
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ METHODS = {
     FORA: (BLUE, "o"),
     FORECAST: (ORANGE, "^"),
     CALIBRATED: (GREEN, "D"),
+    PER_LAYER: (YELLOW, "P"),
     SOLVER: (PURPLE, "s"),
     NO_CACHE: (INK, "v"),
 }

@@ -25,8 +25,8 @@ NO_CACHE = "no cache"
 """Label of the setting without caching, which all others are compared with."""
 
 
-FORA, FORECAST, CALIBRATED = "FORA", "forecast", "calibrated"
-"""What the reuse steps of a setting do; without caching it is `NO_CACHE`."""
+FORA, FORECAST, CALIBRATED, PER_LAYER = "FORA", "forecast", "calibrated", "per layer"
+"""What the steps of a setting that are not full do; without caching it is `NO_CACHE`."""
 
 
 class About(Record):
@@ -74,6 +74,7 @@ class Setting(Record):
     steps: int
     nfe: int
     full_steps: int
+    partial_steps: int = 0
     schedule: str
     method: str = ""
     control_of: str | None = None
@@ -84,6 +85,12 @@ class Setting(Record):
         return self.schedule != NONE
 
     @property
+    def computed(self) -> str:
+        """How many steps are full or partial, in words."""
+        partial = f" and {self.partial_steps} partial" if self.partial_steps else ""
+        return f"{self.full_steps}{partial} of {self.nfe}"
+
+    @property
     def label(self) -> str:
         """Name in tables and plots."""
         if self.control_of is not None:
@@ -91,11 +98,24 @@ class Setting(Record):
         return Path(self.schedule).name if self.caches else NO_CACHE
 
 
+class PartialSteps(Record):
+    """The steps of one partial graph in a schedule: their number, and the median time of one, in seconds.
+
+    `arithmetic` is that of a step, divided by that of a full step.
+    """
+
+    graph: str
+    steps: int
+    arithmetic: float
+    seconds: float
+
+
 class BenchRow(Record):
     """One setting on one backend: medians over the repeats, in seconds.
 
     `speedup` is relative to the same backend without caching at the benchmark's number of steps, also for a control
-    with its fewer steps. `ideal_speedup` assumes that reuse steps cost nothing. `overhead` is the fraction of
+    with its fewer steps. `ideal_speedup` assumes that reuse steps cost nothing, and a partial step what
+    its arithmetic is. `overhead` is the fraction of
     the time outside the engines; None for eager PyTorch on a GPU. `roofline_seconds` is the time that the arithmetic
     and memory traffic of the graphs take at the peak rates of this machine. `peak_memory_bytes` is measured in a
     separate process that runs the first steps without caching, with `fora:3` or with a forecast: memory of the process
@@ -110,6 +130,7 @@ class BenchRow(Record):
     slowest: float
     full_step_seconds: float
     reuse_step_seconds: float | None
+    partial_steps: tuple[PartialSteps, ...] = ()
     overhead: float | None
     speedup: float
     ideal_speedup: float

@@ -79,7 +79,7 @@ def _bench_table(bench: Bench, images: int) -> Table:
         {
             "backend": column(lambda row: row.backend),
             "setting": names,
-            "full steps": column(lambda row: f"{row.setting.full_steps} of {row.setting.nfe}"),
+            "full steps": column(lambda row: row.setting.computed),
             "ideal": column(lambda row: f"{row.ideal_speedup:.2f}x"),
             "speed-up": column(lambda row: f"{row.speedup:.2f}x"),
             "of ideal": column(lambda row: f"{row.of_ideal:.0%}"),
@@ -88,6 +88,7 @@ def _bench_table(bench: Bench, images: int) -> Table:
             "spread": column(lambda row: _spread(row.fastest, row.slowest)),
             "per image": column(lambda row: "" if images == 1 else seconds(row.seconds / images)),
             "full step": column(lambda row: seconds(row.full_step_seconds)),
+            **({"partial step": column(_partial_step)} if any(row.partial_steps for row in rows) else {}),
             "reuse step": column(lambda row: seconds(row.reuse_step_seconds)),
             "overhead": column(lambda row: _figure(row.overhead, ".1%")),
             "roofline": column(lambda row: seconds(row.roofline_seconds)),
@@ -95,6 +96,12 @@ def _bench_table(bench: Bench, images: int) -> Table:
         },
         texts=2,
     )
+
+
+def _partial_step(row: BenchRow) -> str:
+    """The time of a partial step, from the shortest to the longest kind."""
+    times = [one.seconds for one in row.partial_steps]
+    return _spread(min(times), max(times)) if len(times) > 1 else "".join(map(seconds, times))
 
 
 def quality_table(quality: Quality, chosen: Setting | None = None) -> Table:
@@ -110,7 +117,7 @@ def quality_table(quality: Quality, chosen: Setting | None = None) -> Table:
         f"{title}{solution}",
         {
             "setting": labels([row.setting for row in rows]),
-            "full steps": column(lambda row: f"{row.setting.full_steps} of {row.setting.nfe}"),
+            "full steps": column(lambda row: row.setting.computed),
             "per image": column(lambda row: seconds(row.seconds_per_image)),
             "speed-up": column(lambda row: f"{plain / row.seconds_per_image:.2f}x"),
             **{one.column: column(partial(_metric, one)) for one in METRICS.values() if one.each is not None},

@@ -161,7 +161,7 @@ class Denoiser(StepByStep):
                 f"{self.manifest.name} cannot forecast: its full graph folds values that are not linear in the "
                 "features; export it with --optimize conditioning, or leave the forecast out"
             )
-        if layout.weighted and not self.folds and any(step.computes and not step.is_full for step in plan):
+        if layout.weighted and not self.folds and any(step.is_partial for step in plan):
             raise ScheduleError(
                 f"{self.manifest.name} cannot forecast between partial steps: it does not fold sums; export it with "
                 "--optimize fold, or leave the forecast out"

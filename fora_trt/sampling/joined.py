@@ -102,16 +102,20 @@ class JoinedSampler:
         return self._joined.problem
 
     @staticmethod
-    def takes(scheduler_step: SchedulerStep, guidance: Guidance) -> bool:
-        """Whether an image with this scheduler and guidance can join: it takes coefficients, and all steps alike."""
+    def takes(scheduler_step: SchedulerStep, schedule: Schedule, guidance: Guidance) -> bool:
+        """Whether an image with these settings can join: it takes coefficients, all steps alike and none partial."""
         always = guidance.scale <= 1 or (guidance.first == 0 and guidance.last is None)
-        return isinstance(scheduler_step, TabulatedStep) and always
+        return isinstance(scheduler_step, TabulatedStep) and always and not schedule.masks
 
     def member(
         self, scheduler_step: SchedulerStep, schedule: Schedule, given: Conditioning, seed: int, guidance: Guidance
     ) -> Member:
         """One image, which can join later. Raises `InputError` or `ScheduleError` for what the bundle does not take."""
-        assert isinstance(scheduler_step, TabulatedStep) and self.takes(scheduler_step, guidance) and given.images == 1
+        assert (
+            isinstance(scheduler_step, TabulatedStep)
+            and self.takes(scheduler_step, schedule, guidance)
+            and given.images == 1
+        )
         coefficients, scale = scheduler_step.coefficients, guidance.scale
         return Member(
             Track(self._layout_of(schedule)),

@@ -164,12 +164,13 @@ class Batches:
         sampler = JoinedSampler(self._denoiser, 2 * self._most)
         if sampler.problem is not None:
             raise InputError(f"{sampler.problem}; serve it without --join windows")
-        sampler.make_room([self._pipeline.sampling().schedule])
+        if not (usual := self._pipeline.sampling().schedule).masks:
+            sampler.make_room([usual])
         return sampler
 
     def _member(self, image: Image) -> Member | None:
         scheduler_step = image.sampling.scheduler_step
-        if self._sampler is None or not self._sampler.takes(scheduler_step, image.guidance):
+        if self._sampler is None or not self._sampler.takes(scheduler_step, image.sampling.schedule, image.guidance):
             return None
         return self._sampler.member(scheduler_step, image.sampling.schedule, image.given, image.seed, image.guidance)
 

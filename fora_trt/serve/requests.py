@@ -14,7 +14,7 @@ from fora_trt.pipeline import Pipeline, PipelineConfig, Sampling
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.prompts import PromptEncoder
-from fora_trt.schedule import KINDS, Schedule, is_file
+from fora_trt.schedule import Schedule, is_file, is_text_form, text_forms
 from fora_trt.serve.api import Wanted, unprocessable
 from fora_trt.serve.batches import Image
 
@@ -85,7 +85,7 @@ class Requests:
             return self.pipeline.sampling(steps)
         try:
             made = uncached.with_schedule(schedule or "none")
-            self.pipeline.check_model(made.schedule)
+            self.pipeline.check_schedule(made.schedule)
         except (InputError, ScheduleError) as error:
             what = f"this schedule does not fit {self.name} with its scheduler at {steps} steps"
             raise unprocessable("schedule", public(error, what)) from error
@@ -143,9 +143,9 @@ def named_schedule(text: str, schedules: Mapping[str, Schedule]) -> Schedule | s
     """A text form, or the schedule of this name; never a path."""
     if text in schedules:
         return schedules[text]
-    if KINDS.get(text.partition(":")[0]) is not None:
+    if is_text_form(text):
         return text
-    known = ", ".join([*(one.usage for one in KINDS.values()), *schedules])
+    known = ", ".join([text_forms(), *schedules])
     raise unprocessable("schedule", f"there is no such schedule; give one of {known}")
 
 
@@ -163,8 +163,9 @@ def schedules_of(served: Served, bundle: Bundle) -> dict[str, Schedule]:
     found, model = {}, bundle.manifest.model
     own = [bundle.folder / SCHEDULE] if bundle.manifest.schedule == SCHEDULE else []
     for path in (*own, *served.schedules):
-        made = replace(Schedule.from_file(path), text=path.stem)
         try:
+            made = replace(Schedule.from_file(path, bundle.manifest.cache_sites), text=path.stem)
+            bundle.manifest.check_graphs(made.masks)
             made.check_model(model.weights_sha256, model.options.source)
         except ScheduleError:
             continue  # of another model

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fora_trt import __version__
-from fora_trt.bundle import Bundle, Manifest
+from fora_trt.bundle import SCHEDULE, Bundle, Manifest
 from fora_trt.contract import CLASS_LABELS
 from fora_trt.engines.backends import AUTO, BACKENDS
 from fora_trt.errors import InputError, ModelError
 from fora_trt.files import MANIFEST, Record, staging, write_manifest
 from fora_trt.models.parts import vae_at, weights_of_vae
-from fora_trt.schedule import is_file
+from fora_trt.schedule import Schedule, is_file, reads_file
 from fora_trt.serve.requests import check_steps
 from fora_trt.serve.triton_model import BUNDLE, ENGINES, VAE, ModelSettings
 from fora_trt.untrusted import name_problem, shown
@@ -128,7 +128,7 @@ def write_model(config: TritonConfig, repository: Path, force: bool = False) -> 
         _copy_engines(config.engines, bundle.manifest, folder)
         bundle.copy(folder / BUNDLE)
         _copy_vae(config.vae, bundle.manifest, folder)
-        stored = _copy_schedule(config.schedule, folder)
+        stored = _copy_schedule(config.schedule, bundle.manifest, folder)
         (folder / VERSION).mkdir()
         (folder / VERSION / "model.py").write_text(MODEL, encoding="utf-8")
         made = ModelSettings(
@@ -188,13 +188,14 @@ def _copy_vae(vae: str | None, manifest: Manifest, folder: Path) -> None:
         shutil.copyfile(path, folder / VAE / path.name)
 
 
-def _copy_schedule(schedule: str, folder: Path) -> str:
-    """Copy a schedule file; its path in the folder. A text form stays as it is."""
-    if not is_file(schedule):
+def _copy_schedule(schedule: str, manifest: Manifest, folder: Path) -> str:
+    """Copy a schedule that reads a file; its path in the folder. Another text form stays as it is."""
+    if not reads_file(schedule):
         return schedule
+    name = Path(schedule).name if is_file(schedule) else SCHEDULE
     (folder / SCHEDULES).mkdir()
-    shutil.copyfile(schedule, folder / SCHEDULES / Path(schedule).name)
-    return f"{SCHEDULES}/{Path(schedule).name}"
+    Schedule.of_any_length(schedule, manifest.cache_sites).to_file(folder / SCHEDULES / name)
+    return f"{SCHEDULES}/{name}"
 
 
 def instance_group(device: str, instances: int) -> str:

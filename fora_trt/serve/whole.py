@@ -118,8 +118,9 @@ class WholePipeline:
         """The schedule of the request; without one that of the bundle if it fits the steps, else the usual one."""
         if wanted.schedule is not None:
             asked = named_schedule(wanted.schedule, self.schedules)
+            sites = self.pipeline.bundle.manifest.cache_sites
             try:
-                (asked if isinstance(asked, Schedule) else Schedule.from_text(asked, steps)).checked(steps)
+                (asked if isinstance(asked, Schedule) else Schedule.from_text(asked, steps, sites)).checked(steps)
             except ScheduleError as error:
                 raise self._does_not_fit(error, steps) from error
             return asked
