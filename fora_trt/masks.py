@@ -13,9 +13,6 @@ from fora_trt.errors import ScheduleError
 from fora_trt.plan import FULL_STEP, REUSE_STEP, Step
 from fora_trt.untrusted import shown
 
-ATTENTION, FEED_FORWARD = "attention", "feed-forward"
-"""Kinds of cache sites that published routers speak of."""
-
 Masks = Mapping[str, tuple[str, ...]]
 """For the name of each partial graph the module paths of the cache sites that it computes, in their order."""
 
@@ -48,31 +45,9 @@ def plan_of(computed: Sequence[Collection[str]], sites: Sequence[CacheSite]) -> 
 def by_kind(steps: int, intervals: Mapping[str, int], sites: Sequence[CacheSite]) -> list[set[str]]:
     """The sites that each step computes where each kind of site has FORA's rule at an interval of its own.
 
-    Sites of a kind without an interval are computed at every step. Raises `ScheduleError` for a kind that no site has.
+    Sites of a kind without an interval are computed at every step.
     """
-    kinds = [*dict.fromkeys(site.kind for site in sites)]
-    if unknown := [kind for kind in intervals if kind not in kinds]:
-        raise ScheduleError(
-            f"{unknown[0]!r} is neither a kind of schedule nor one of this model's cache sites, which are of the kinds "
-            f"{', '.join(kinds)}"
-        )
     remaining = range(steps - 1, -1, -1)
     return [
         {site.module for site in sites if i == steps - 1 or i % intervals.get(site.kind, 1) == 0} for i in remaining
     ]
-
-
-def by_router(active: Sequence[Collection[int]], sites: Sequence[CacheSite]) -> list[set[str]]:
-    """The sites that each step computes by a router of Learning-to-Cache, whose layer 2k is attention k, 2k + 1 MLP k.
-
-    `active` has the numbers of the layers for each step, in the order of execution. Raises `ScheduleError` for a
-    network that does not consist of as many attentions as MLPs.
-    """
-    layers = [[site.module for site in sites if site.kind == kind] for kind in (ATTENTION, FEED_FORWARD)]
-    attentions, mlps = layers
-    if len(attentions) != len(mlps) or len(attentions) + len(mlps) != len(sites):
-        raise ScheduleError(
-            f"a router of Learning-to-Cache is for networks with an attention and an MLP in each block; this one has "
-            f"{len(attentions)} cache sites of the kind {ATTENTION} and {len(mlps)} of the kind {FEED_FORWARD}"
-        )
-    return [{layers[number % 2][number // 2] for number in one} for one in active]

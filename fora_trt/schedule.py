@@ -21,7 +21,7 @@ from typing import Any, overload
 
 from fora_trt.contract import FULL, REUSE, CacheSite, partial_name
 from fora_trt.errors import ScheduleError
-from fora_trt.masks import Masks, by_kind, by_router, plan_of
+from fora_trt.masks import Masks, by_kind, plan_of
 from fora_trt.plan import (
     FULL_STEP,
     LATEST,
@@ -175,8 +175,7 @@ class Schedule:
             return made if order is None else made.with_forecast(order)
         if Path(text).suffix == ".json":
             return cls.from_file(text, sites).checked(steps)
-        known = ", ".join(one.usage for one in (*KINDS.values(), BY_KIND))
-        raise ScheduleError(f"there is no schedule {text!r}; give {known}, or a .json file")
+        raise _unknown(text)
 
     @classmethod
     def of_any_length(cls, text: str, sites: Sequence[CacheSite]) -> Schedule:
@@ -186,9 +185,9 @@ class Schedule:
         """
         if is_file(text):
             return cls.from_file(text, sites)
-        kind, arguments, order = _parts_of(text)
-        if kind != ROUTER_KIND:
+        if not reads_file(text):
             return cls.from_text(text, OPEN_STEPS, sites)
+        kind, arguments, order = _parts_of(text)
         made = KINDS[kind].made(OPEN_STEPS, arguments, sites)
         return made if order is None else made.with_forecast(order)
 
@@ -439,7 +438,8 @@ class ScheduleKind:
 
     `open` does the same for any number of steps, smaller than the arguments need or unknown (None); see
     `Schedule.open`. A kind without it needs the number of steps. A per-layer kind has `make_for(steps, arguments,
-    sites)` instead, which takes the cache sites of the model.
+    sites)` instead, which takes the cache sites of the model. `reads_file` says that the arguments begin with the path
+    of a file, which also determines the number of steps.
     """
 
     name: str
@@ -447,6 +447,7 @@ class ScheduleKind:
     make: Callable[[int, str], Schedule] | None = None
     open: Callable[[int | None, str], Schedule] | None = None
     make_for: Callable[[int, str, Sequence[CacheSite]], Schedule] | None = None
+    reads_file: bool = False
 
     def made(self, steps: int, arguments: str, sites: Sequence[CacheSite] | None = None) -> Schedule:
         """The schedule of what follows the colon. Raises `ScheduleError`, also for a per-layer kind without sites."""
@@ -459,7 +460,7 @@ class ScheduleKind:
         )
 
 
-KINDS: Registry[ScheduleKind] = Registry("kind of schedule", ScheduleError)
+KINDS: Registry[ScheduleKind] = Registry("kind of schedule", ScheduleError, "fora_trt.published_schedules")
 
 
 def is_file(text: str) -> bool:
@@ -482,12 +483,20 @@ def in_folder(text: str, folder: Path) -> str:
 
 def text_forms() -> str:
     """The text forms that read no file, for messages."""
-    return ", ".join(one.usage for one in (*KINDS.values(), BY_KIND) if one.name != ROUTER_KIND)
+    return ", ".join(one.usage for one in (*KINDS.values(), BY_KIND) if not one.reads_file)
 
 
 def reads_file(text: str) -> bool:
     """Whether a schedule is given as a file, or made from another file, such as a router."""
-    return is_file(text) or text.startswith(f"{ROUTER_KIND}:")
+    kind = _kind_of(text)
+    return is_file(text) if kind is None else kind.reads_file
+
+
+def _unknown(text: str, kinds: Collection[str] = ()) -> ScheduleError:
+    """The error for a text that is no schedule; `kinds` are those of the cache sites, if they are known."""
+    known = ", ".join(one.usage for one in (*KINDS.values(), BY_KIND))
+    of_sites = f" (KIND is {' or '.join(kinds)})" if kinds else ""
+    return ScheduleError(f"there is no schedule {text!r}; give {known}{of_sites}, or a .json file")
 
 
 def _kind_of(text: str) -> ScheduleKind | None:
@@ -689,9 +698,11 @@ def _dense_from(steps: int, arguments: str) -> Schedule:
 
 def _by_kind_from(steps: int, arguments: str, sites: Sequence[CacheSite]) -> Schedule:
     """From the whole text `KIND:N,KIND:N`."""
-    intervals: dict[str, int] = {}
+    kinds, intervals = [*dict.fromkeys(site.kind for site in sites)], dict[str, int]()
     for word in arguments.split(","):
         kind, _, number = word.partition(":")
+        if kind not in kinds:
+            raise _unknown(arguments, kinds)
         interval = _whole(number, f"{word!r} in the schedule {arguments!r}", "a cache interval")
         if kind in intervals or not 1 <= interval <= steps:
             raise ScheduleError(
@@ -699,18 +710,6 @@ def _by_kind_from(steps: int, arguments: str, sites: Sequence[CacheSite]) -> Sch
             )
         intervals[kind] = interval
     return Schedule.of_masks(by_kind(steps, intervals, sites), sites, arguments)
-
-
-def _router_from(steps: int, arguments: str, sites: Sequence[CacheSite]) -> Schedule:
-    from fora_trt.learning_to_cache import THRESHOLD, active_layers
-
-    path, comma, option = arguments.rpartition(",threshold=")
-    try:
-        threshold = float(option) if comma else THRESHOLD
-    except ValueError:
-        raise ScheduleError(f"{option!r} in the schedule 'l2c:{arguments}' is not a number; give {ROUTER}") from None
-    active = active_layers(Path(path if comma else arguments), threshold, len(sites))
-    return Schedule.of_masks(by_router(active, sites), sites, f"l2c:{arguments}")
 
 
 def _full_from(steps: int, arguments: str) -> Schedule:
@@ -725,7 +724,6 @@ EVERY = "every"
 
 FULL_STEPS = "the number of full steps, or every=N for as many as fora:N has"
 INTERVALS = re.compile(r"[a-z-]+:-?\d+(,[a-z-]+:-?\d+)*(,forecast=.*)?")
-ROUTER_KIND, ROUTER = "l2c", "l2c:FILE[,threshold=T]"
 EVEN, DENSE = "even:F[,first=K][,last=K]", "dense:F[,EXPONENT][,first=K][,last=K]"
 
 KINDS.register(ScheduleKind(NONE, NONE, _none_from, _none_from))
@@ -733,6 +731,5 @@ KINDS.register(ScheduleKind("fora", "fora:N", _fora_from, _open_fora_from))
 KINDS.register(ScheduleKind("even", EVEN, _even_from))
 KINDS.register(ScheduleKind("dense", DENSE, _dense_from))
 KINDS.register(ScheduleKind("full", "full:0,K,...", _full_from))
-KINDS.register(ScheduleKind(ROUTER_KIND, ROUTER, make_for=_router_from))
 BY_KIND = ScheduleKind("by-kind", "KIND:N,KIND:N,...", make_for=_by_kind_from)
 """The text form without a name of its own: intervals for kinds of cache sites, such as `attention:2,feed-forward:3`."""

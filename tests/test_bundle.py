@@ -23,7 +23,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a truncated file": (lambda f: os.truncate(f / "full.onnx.data", 100), "has 100 bytes; the manifest records"),
     "an altered graph": (lambda f: flip_a_byte(f / "full.onnx"), "full.onnx was altered"),
-    "altered weights": (lambda f: flip_a_byte(f / "reuse.onnx.data"), "reuse.onnx.data was altered"),
+    "altered weights": (lambda f: flip_a_byte(f / "full.onnx.data"), "full.onnx.data was altered"),
     "an altered scheduler": (lambda f: flip_a_byte(f / "scheduler_config.json"), "scheduler_config.json was altered"),
     "a link": (lambda f: replace_by_link(f / "full.onnx.data"), "full.onnx.data is a link"),
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "is not the manifest of a bundle"),

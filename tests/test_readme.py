@@ -226,7 +226,7 @@ def test_equal_evaluations_are_the_measured_ones() -> None:
 def test_ideal_speedups_in_the_text_follow_from_the_schedule() -> None:
     schedule = Schedule.fora(50, 3)
     for page in ("README.md", "docs/how-it-works.md"):
-        assert f"50/{schedule.full_steps} = {schedule.ideal_speedup:.2f}" in words_of(TEXT[page])
+        assert f"50/{schedule.full_steps} = {schedule.ideal_speedup():.2f}" in words_of(TEXT[page])
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_a_schedule_is_used_by_its_text(exported: Bundle, tmp_path: Path) -> Non
     refused = fora(*common, "--schedule", "middle:2", "--latents-out", tmp_path / "refused.npy")
     assert refused.exit_code == 1
     assert "there is no schedule 'middle:2'; give none, fora:N, " in refused.stderr
-    assert "ends:N, or a .json file" in refused.stderr
+    assert "ends:N, KIND:N,KIND:N,... (KIND is attention or feed-forward), or a .json file" in refused.stderr
 
 
 def test_a_metric_has_a_column_and_a_sentence(exported: Bundle, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_fifty_steps_at_interval_three_has_the_full_steps_of_the_design() -> Non
     schedule = Schedule.fora(50, 3)
     numbers = [49 - k for k, full in enumerate(schedule.full) if full]
     assert numbers == [49, 48, 45, 42, 39, 36, 33, 30, 27, 24, 21, 18, 15, 12, 9, 6, 3, 0]
-    assert schedule.ideal_speedup == pytest.approx(50 / 18)
+    assert schedule.ideal_speedup() == pytest.approx(50 / 18)
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,14 @@ def test_a_text_is_the_schedule_that_it_names(text: str, expected: Schedule) -> 
 
 
 KNOWN = r"none, fora:N, even:F\[,first=K\]\[,last=K\], dense:F\[,EXPONENT\]\[,first=K\]\[,last=K\], full:0,K,\.\.\."
+PER_LAYER = r"l2c:FILE\[,threshold=T\], KIND:N,KIND:N,\.\.\."
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", rf"^there is no schedule ''; give {KNOWN}, or a \.json file$"),
-        ("forra:3", rf"^there is no schedule 'forra:3'; give {KNOWN}, or a \.json file$"),
+        ("", rf"^there is no schedule ''; give {KNOWN}, {PER_LAYER}, or a \.json file$"),
+        ("forra:3", rf"^there is no schedule 'forra:3'; give {KNOWN}, {PER_LAYER}, or a \.json file$"),
         ("FORA:3", "^there is no schedule 'FORA:3'"),
         ("fora", "^the schedule 'fora' lacks the cache interval; the form is fora:N$"),
         ("fora:three", "^'three' in the schedule 'fora:three' is not an integer; give the cache interval$"),
@@ -192,7 +193,7 @@ def test_another_kind_of_schedule_can_be_registered() -> None:
             ScheduleError, match=r"^the schedule 'first:2' needs the number of steps; give Schedule.from_text"
         ):
             Schedule.open("first:2")
-        with pytest.raises(ScheduleError, match=r"give none, .*, full:0,K,\.\.\., first:K, or a"):
+        with pytest.raises(ScheduleError, match=r"give none, .*, full:0,K,\.\.\., .*, first:K, KIND:N,"):
             Schedule.from_text("last:2", 4)
     finally:
         KINDS.unregister("first")
@@ -235,10 +236,10 @@ def test_a_schedule_in_a_file_is_for_its_number_of_steps(tmp_path: Path) -> None
 
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "a list": ([], "expected an object with the keys format_version, steps and made_from"),
+    "a list": ([], "expected an object with the keys format_version, steps, masks and made_from"),
     "an unknown key": (
         {"format_version": 1, "steps": ["full"], "stesp": []},
-        "expected an object with the keys format_version, steps and made_from",
+        "expected an object with the keys format_version, steps, masks and made_from",
     ),
     "no version": ({"steps": ["full"]}, "format_version is None; this version of fora-trt reads 1"),
     "a later version": (
@@ -251,15 +252,15 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "a misspelt step": (
         {"format_version": 1, "steps": ["full", "reuse"]},
-        "step 1 is 'reuse'; expected 'full' or a list of weights such as [1.0]",
+        "step 1 is 'reuse'; expected 'full', a list of weights such as [1.0], or the name of a mask",
     ),
     "a weight in words": (
         {"format_version": 1, "steps": ["full", ["1"]]},
-        "step 1 is ['1']; expected 'full' or a list of weights such as [1.0]",
+        "step 1 is ['1']; expected 'full', a list of weights such as [1.0], or the name of a mask",
     ),
     "a weight that is a flag": (
         {"format_version": 1, "steps": ["full", [True]]},
-        "step 1 is [True]; expected 'full' or a list of weights such as [1.0]",
+        "step 1 is [True]; expected 'full', a list of weights such as [1.0], or the name of a mask",
     ),
     "no step": ({"format_version": 1, "steps": []}, "a schedule must begin with a full step"),
     "reuse first": ({"format_version": 1, "steps": [[1.0], "full"]}, "a schedule must begin with a full step"),

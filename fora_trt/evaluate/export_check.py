@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Bundle, GraphError
-from fora_trt.contract import FULL, LATENTS, PRECISIONS, TIMESTEP
+from fora_trt.contract import FULL, LATENTS, PRECISIONS, REUSE, TIMESTEP
 from fora_trt.engines.backends import AUTO, BACKENDS, backend_from_name
 from fora_trt.engines.base import Engine
 from fora_trt.engines.memory import free_bytes
@@ -63,7 +63,7 @@ class GraphCheck:
     """The `Check` of `bundle_from_model`."""
 
     def measure(self, model: Model, bundle: Bundle) -> Measured:
-        """Errors of the full and the reuse graph, over two trajectories with batches of 3 and of 1.
+        """Errors of the graphs of a step, over two trajectories with batches of 3 and of 1.
 
         In the first, samples have different timesteps, and a window has two reuse steps; the second forecasts if the
         bundle can. A third runs all partial steps, if there are any. No batch is that of the trace, so that a batch
@@ -92,7 +92,8 @@ class GraphCheck:
             except BackendError as error:
                 raise ExportError(f"{bundle.manifest.name} is not written: {error}") from error
             names.append(name)
-        return Measured(errors, f"{' and '.join(names)} ({CPU})")
+        order = (FULL, *bundle.manifest.partial_graphs, REUSE)  # each reads what those before it have computed
+        return Measured({graph: errors[graph] for graph in order}, f"{' and '.join(names)} ({CPU})")
 
     def locate(self, model: Model, bundle: Bundle, graph: str) -> str:
         """The first node of a graph that differs from the same operation in PyTorch, and what to do, in words."""

@@ -25,8 +25,8 @@ class Measured:
     def wrong(self, precision: str) -> str | None:
         """The first graph whose error exceeds the tolerance of the precision; None if no error does.
 
-        The tolerance covers rounding and the order of sums. A reuse step reads what the full graph computed, so the
-        full graph comes first.
+        The tolerance covers rounding and the order of sums. A reuse step reads what the other graphs computed, so
+        it comes last.
         """
         tolerance = GRAPH_TOLERANCE[precision]
         return next((graph for graph, error in self.errors.items() if not error.relative <= tolerance), None)

@@ -7,17 +7,46 @@ compute everything. Steps are counted from the last one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from fora_trt.contract import CacheSite
 from fora_trt.errors import ModelError, ScheduleError
-from fora_trt.models.checkpoint import content_of_file
+from fora_trt.schedule import KINDS, Schedule, ScheduleKind
+
+USAGE = "l2c:FILE[,threshold=T]"
+ATTENTION, FEED_FORWARD = "attention", "feed-forward"
+"""The kinds of cache sites that routers speak of."""
 
 THRESHOLD = 0.1
 """The threshold of the authors' commands."""
+
+
+def schedule_of(steps: int, arguments: str, sites: Sequence[CacheSite]) -> Schedule:
+    """The schedule of `FILE[,threshold=T]`; it has as many steps as the file, whatever `steps` is."""
+    text = f"{L2C.name}:{arguments}"
+    path, comma, option = arguments.rpartition(",threshold=")
+    try:
+        threshold = float(option) if comma else THRESHOLD
+    except ValueError:
+        raise ScheduleError(f"{option!r} in the schedule {text!r} is not a number; give {USAGE}") from None
+    active = active_layers(Path(path if comma else arguments), threshold, len(sites))
+    return Schedule.of_masks(sites_of(active, sites), sites, text)
+
+
+def sites_of(active: Sequence[Collection[int]], sites: Sequence[CacheSite]) -> list[set[str]]:
+    """The sites that each step computes, given the numbers of layers: layer 2k is attention k, 2k + 1 MLP k.
+
+    Raises `ScheduleError` for a network that does not consist of as many attentions as MLPs.
+    """
+    layers = [[site.module for site in sites if site.kind == kind] for kind in (ATTENTION, FEED_FORWARD)]
+    attentions, mlps = layers
+    if len(attentions) != len(mlps) or len(attentions) + len(mlps) != len(sites):
+        raise ScheduleError(
+            f"a router of Learning-to-Cache is for networks with an attention and an MLP in each block; this one has "
+            f"{len(attentions)} cache sites of the kind {ATTENTION} and {len(mlps)} of the kind {FEED_FORWARD}"
+        )
+    return [{layers[number % 2][number // 2] for number in one} for one in active]
 
 
 def active_layers(path: Path, threshold: float, layers: int) -> list[list[int]]:
@@ -25,6 +54,11 @@ def active_layers(path: Path, threshold: float, layers: int) -> list[list[int]]:
 
     Raises `ScheduleError` for a file without routers, or with those of a network that has not this number of layers.
     """
+    import torch
+    from torch import Tensor
+
+    from fora_trt.models.checkpoint import content_of_file
+
     try:
         content = content_of_file(path)
     except ModelError as error:
@@ -49,3 +83,6 @@ def active_layers(path: Path, threshold: float, layers: int) -> list[list[int]]:
     if len(steps) % 2:
         raise ScheduleError(f"{path} has routers for {len(steps)} steps; the first step must be one without a router")
     return steps[::-1]
+
+
+L2C = KINDS.register(ScheduleKind("l2c", USAGE, make_for=schedule_of, reads_file=True))
