@@ -22,8 +22,8 @@ CACHE_INTERVALS = (1, 2, 3, 4, 5, 7, 10)
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     """Graphs, features and the ideal speed-up per cache interval, as values for JSON.
 
-    `arithmetic_kept` is the operations of a reuse step divided by those of a full step, and `partial_graphs` has that
-    and the cache sites that are computed for each partial graph. `ideal_speedup` assumes that a
+    `arithmetic_kept` is the operations of a reuse step divided by those of a full step; `partial_graphs` has that for
+    each partial graph, and the cache sites that it computes, also their number by kind. `ideal_speedup` assumes that a
     reuse step costs nothing; `arithmetic_speedup` counts its operations. `read_bytes` are weights plus the inputs of
     one sample. `kept_bytes_per_sample` is what is stored for reuse steps: features, or their folded sums; with a
     forecast, those of order + 1 full steps, and each computes sums for the reuse steps of order + 1 windows
@@ -54,9 +54,12 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "feature_bytes_per_sample": bytes_of(manifest.features(), 1),
         "arithmetic_kept": kept,
         "partial_graphs": {
-            name: {"computed": computed, "arithmetic_kept": graphs[name].flops / graphs[FULL].flops}
+            name: {
+                "computed": computed,
+                "kinds": dict(Counter(site.kind for site in manifest.cache_sites if site.module in computed)),
+                "arithmetic_kept": graphs[name].flops / graphs[FULL].flops if graphs[FULL].flops else 1.0,
+            }
             for name, computed in manifest.partial_graphs.items()
-            if graphs[FULL].flops
         },
         "steps": STEPS,
         "cache_intervals": {

@@ -22,7 +22,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from fora_trt.bundle import Bundle
 from fora_trt.contract import OPTIMIZATIONS, Optimization
 from fora_trt.evaluate import bench, peak_memory, peaks
+from fora_trt.evaluate.export_check import GraphCheck
+from fora_trt.export.write import bundle_from_model
 from fora_trt.models.sources import model_from_source
+from tests.routers import ddim20_routers, router_file
 from tests.shared import bundle_once, bundles_once, made_once, measured_pilot, one_trace_for_all
 
 ON_CPU = ("onnxruntime", "torch")
@@ -58,7 +61,7 @@ def pipeline_folder(run_folder: Path) -> Path:
 
 
 def _save_pipeline(folder: Path) -> None:
-    _save_transformer(folder, TINY)
+    save_transformer(folder, TINY)
     vae = AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -68,7 +71,7 @@ def _save_pipeline(folder: Path) -> None:
     _save_index(folder, parts)
 
 
-def _save_transformer(folder: Path, sizes: Mapping[str, Any]) -> None:
+def save_transformer(folder: Path, sizes: Mapping[str, Any]) -> None:
     """A DiT with random weights, and its scheduler."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(**sizes)
@@ -134,7 +137,7 @@ def pixels(run_folder: Path) -> Bundle:
 
 
 def save_pixels(folder: Path) -> None:
-    _save_transformer(folder, {**TINY, "in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": 10})
+    save_transformer(folder, {**TINY, "in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": 10})
     _save_index(folder, {"vae": [None, None]})
 
 
@@ -160,6 +163,20 @@ def half_digits(run_folder: Path) -> Bundle:
 def dit_s(run_folder: Path) -> Bundle:
     """The bundle of DiT-S/2 with random weights."""
     return bundle_once(run_folder / "export" / "dit-s-2", lambda: model_from_source("random:DiT-S/2"))
+
+
+@pytest.fixture(scope="session")
+def dit_s_router(run_folder: Path) -> Bundle:
+    """The bundle of DiT-S/2 with random weights and a random router of Learning-to-Cache for 20 steps."""
+
+    def make(unfinished: Path) -> None:
+        file = router_file(run_folder / "dit-s-2-router.pt", ddim20_routers(24))
+        with one_trace_for_all():
+            bundle_from_model(
+                model_from_source("random:DiT-S/2"), unfinished, schedule=f"l2c:{file}", check=GraphCheck()
+            )
+
+    return Bundle.read(made_once(run_folder / "export" / "dit-s-2-router", make))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import psutil
 import pytest
 import torch
 
-from fora_trt import Schedule
 from fora_trt.bundle import Bundle
 from fora_trt.engines.options import EngineOptions
 from fora_trt.evaluate.bench import Benchmark
@@ -37,7 +36,7 @@ def undisturbed(trajectories: Sequence[Trajectory]) -> float:
 
     Other work on a shared machine only adds time, and it leaves some steps alone even where it leaves no trajectory.
     """
-    steps = [[*done.full_seconds, *done.reuse_seconds] for done in trajectories]
+    steps = [[*chain.from_iterable(done.of_graphs.values())] for done in trajectories]
     between = [done.seconds - sum(seconds) for done, seconds in zip(trajectories, steps, strict=True)]
     fastest: list[float] = [min(one) for one in zip(*steps, strict=True)]
     return sum(fastest) + min(between)
@@ -47,15 +46,15 @@ def ratios_to_the_ideal(benchmark: Benchmark) -> dict[str, float]:
     """The speed-up of each cached row over the ideal one."""
     plain, *cached = benchmark.rows[1]
     speedups = [undisturbed(plain.trajectories) / undisturbed(row.trajectories) for row in cached]
-    ideals = [plain.setting.full_steps / row.setting.full_steps for row in cached]
+    ideals = [row.ideal_speedup for row in benchmark.result().rows[1:]]
     return {row.setting.label: speedup / ideal for row, speedup, ideal in zip(cached, speedups, ideals, strict=True)}
 
 
-def benchmark_of(bundle: Bundle, backend: str, cache_intervals: list[int], bound: float) -> Benchmark:
+def benchmark_of(bundle: Bundle, backend: str, schedules: Sequence[str], bound: float) -> Benchmark:
     """Time trajectories of one guided image, all rows in turn, until each cached one reaches `bound`."""
     pipeline, cpu = Pipeline(bundle, steps=STEPS), torch.device("cpu")
-    schedules = [Schedule.fora(STEPS, interval) for interval in cache_intervals]
-    targets, _ = targets_of(pipeline, [backend], schedules, lambda name: cpu, EngineOptions(), references=[])
+    taken = [pipeline.sampling(schedule=one).schedule for one in schedules]
+    targets, _ = targets_of(pipeline, [backend], taken, lambda name: cpu, EngineOptions(), references=[])
     benchmark = Benchmark(pipeline, [replace(one, controls=()) for one in targets])
     image = example_conditioning(bundle.manifest, 1)
     rounds = 3
@@ -65,11 +64,8 @@ def benchmark_of(bundle: Bundle, backend: str, cache_intervals: list[int], bound
         for row in benchmark.rows[1]:
             row.run(image, benchmark.guidance)
     for row in benchmark.rows[1]:
-        full, reuse = (
-            [1e3 * seconds for done in row.trajectories for seconds in getattr(done, kind)]
-            for kind in ("full_seconds", "reuse_seconds")
-        )
-        parts = [f"{name} {min(each):.2f} ms" for name, each in (("full", full), ("reuse", reuse)) if each]
+        times = Trajectory.joined(row.trajectories).of_graphs
+        parts = [f"{name} {1e3 * min(each):.2f} ms" for name, each in times.items()]
         print(f"{row.setting.label}: {row.spread[0]:.2f} to {row.spread[1]:.2f} s; fastest step: {', '.join(parts)}")
     print(f"of the ideal, after {rounds} rounds:", ratios_to_the_ideal(benchmark))
     return benchmark
@@ -77,7 +73,7 @@ def benchmark_of(bundle: Bundle, backend: str, cache_intervals: list[int], bound
 
 def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(dit_s: Bundle) -> None:
     """DiT-S/2, one guided image, so a batch of two: reuse steps, cached trajectories, and a bare one beside its row."""
-    benchmark = benchmark_of(dit_s, "onnxruntime", [2, 3, 5], bound=0.92)
+    benchmark = benchmark_of(dit_s, "onnxruntime", ["fora:2", "fora:3", "fora:5"], bound=0.92)
     assert min(ratios_to_the_ideal(benchmark).values()) >= 0.92
     timing = benchmark.rows[1][2]
     full = min(seconds for done in timing.trajectories for seconds in done.full_seconds)
@@ -100,9 +96,18 @@ def test_reuse_steps_are_cheap_and_a_benchmark_adds_nothing_to_them(dit_s: Bundl
     assert added < 0.02
 
 
+def test_time_follows_the_arithmetic_of_partial_steps(dit_s_router: Bundle) -> None:
+    """DiT-S/2 with a router of Learning-to-Cache for 20 steps; the ideal counts partial steps by their arithmetic."""
+    benchmark = benchmark_of(dit_s_router, "onnxruntime", [str(dit_s_router.schedule)], bound=0.94)
+    (ratio,) = ratios_to_the_ideal(benchmark).values()
+    assert 0.94 <= ratio <= 1.06
+    (row,) = benchmark.result().rows[1:]
+    assert len(row.partial_steps) == 5
+
+
 def test_compiled_graphs_reach_the_ideal(dit_s: Bundle) -> None:
     """DiT-S/2 on `torch-compile`: the graphs of the bundle, folded and compiled."""
-    benchmark = benchmark_of(dit_s, "torch-compile", [3, 5], bound=0.93)
+    benchmark = benchmark_of(dit_s, "torch-compile", ["fora:3", "fora:5"], bound=0.93)
     assert min(ratios_to_the_ideal(benchmark).values()) >= 0.93
 
 

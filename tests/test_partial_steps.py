@@ -2,8 +2,6 @@
 
 import json
 import random
-from argparse import Namespace
-from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,10 @@ from torch import Tensor
 
 from fora_trt import Pipeline, Schedule
 from fora_trt.bundle import Bundle, _check_schedule
-from fora_trt.contract import FULL, OPTIMIZATIONS, REUSE, CacheSite, Optimization, partial_name
+from fora_trt.contract import CONDITIONING_GRAPHS, FULL, OPTIMIZATIONS, REUSE, CacheSite, Optimization, partial_name
+from fora_trt.engines.tensorrt.library import TENSORRT_RTX, library_from_name
+from fora_trt.engines.tensorrt.plan_builder import PlanOptions
+from fora_trt.engines.tensorrt.plan_store import build_plans, default_profile, target_of
 from fora_trt.errors import BundleError, ExportError, ScheduleError
 from fora_trt.evaluate.eager_fora import EagerFora, PlainPredictor
 from fora_trt.evaluate.export_check import GraphCheck
@@ -35,13 +36,16 @@ from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.forecast import ForecastWindow
 from fora_trt.runtime.interface import Predictor
 from fora_trt.sampling.conditioning import example_conditioning
-from tests.conftest import ON_CPU
+from tests.conftest import ON_CPU, TINY, save_transformer
+from tests.routers import ddim20_routers, router_file, scores_of
 from tests.shared import made_once, one_trace_for_all
 
 CPU = torch.device("cpu")
 STEPS, SCALE = 20, 1.5
 TOLERANCE = 1e-5
 """Of the latents after every step, relative to the largest value of the reference."""
+
+DEEP = {"num_layers": 28, "num_attention_heads": 2, "attention_head_dim": 4}
 
 SITES = [
     CacheSite(f"blocks.{block}.{name}", kind, ())
@@ -248,18 +252,6 @@ def test_a_forecast_reads_the_last_steps_that_compute_anything() -> None:
 # -- routers of Learning-to-Cache --------------------------------------------------------------------------------------
 
 
-def router_file(path: Path, scores: Sequence[Tensor]) -> Path:
-    """A file as the authors' training writes it: routers by number, and the arguments of the training."""
-    routers = OrderedDict((f"{number}.prob", one) for number, one in enumerate(scores))
-    torch.save({"routers": routers, "opt": {}, "args": Namespace(model="DiT-XL/2", num_sampling_steps=20)}, path)
-    return path
-
-
-def scores_of(active: Collection[int], layers: int = 6) -> Tensor:
-    """Numbers whose sigmoids are above 0.1 for the active layers alone."""
-    return torch.tensor([1.0 if layer in active else -4.0 for layer in range(layers)])
-
-
 def test_every_second_step_from_the_last_consults_its_router(tmp_path: Path) -> None:
     routers = [{0, 3}, {1}, set(), {2}, {5}, {4}]
     path = router_file(tmp_path / "router.pt", [scores_of(one) for one in routers])
@@ -418,6 +410,75 @@ def test_a_partial_graph_that_is_wrong_is_not_written(tmp_path: Path, monkeypatc
             model_from_source("digits"), tmp_path / "wrong", schedule="attention:2,feed-forward:3", check=GraphCheck()
         )
     assert not (tmp_path / "wrong").exists()
+
+
+# -- Learning-to-Cache as a whole --------------------------------------------------------------------------------------
+
+
+class ReferenceRule(PlainPredictor):
+    """Their rule: an odd step computes all layers; an even one those that its router names, the others as before it.
+
+    Steps are counted from the last one, 19 to 0.
+    """
+
+    def __init__(self, model: Model, bundle: Bundle, routers: Sequence[Tensor]) -> None:
+        self.manifest, self.device = bundle.manifest, CPU
+        self._model, self._step = model, 20
+        self._active = [{*torch.nonzero(torch.sigmoid(one) > 0.1).flatten().tolist()} for one in routers]
+        for block, layer in enumerate(model.module.get_submodule("transformer_blocks").children()):
+            attention, mlp = layer.get_submodule("attn1"), layer.get_submodule("ff")
+            for number, module in ((2 * block, attention), (2 * block + 1, mlp)):
+                module.forward = self._reusing(number, module.forward)
+
+    def _reusing(self, number: int, forward: Any) -> Any:
+        cache: dict[str, Tensor] = {}
+
+        def reusing(*args: Any, **kwargs: Any) -> Tensor:
+            if self._step % 2 == 1 or number in self._active[self._step]:
+                cache["latest"] = forward(*args, **kwargs)
+            return cache["latest"]
+
+        return reusing
+
+    @torch.no_grad()
+    def compute(self, step: Step, latents: Tensor, timestep: Tensor | float, **conditioning: Tensor) -> Tensor:
+        self._step = (self._step or 20) - 1
+        times = torch.as_tensor(timestep).expand(len(latents))
+        inputs = {"latents": latents, "timestep": times, **conditioning}
+        return self._model.spec.call(self._model.module, inputs)
+
+
+@pytest.mark.slow
+def test_a_router_of_the_published_form_has_seven_graphs(run_folder: Path, tmp_path: Path) -> None:
+    """28 blocks, as DiT-XL/2 has."""
+    folder = made_once(run_folder / "checkpoints" / "deep-dit", lambda one: save_transformer(one, {**TINY, **DEEP}))
+    routers = ddim20_routers(56)
+    file = router_file(tmp_path / "DDIM20_router.pt", routers)
+    bundle = bundle_from_model(
+        model_from_source(str(folder)), tmp_path / "deep", schedule=f"l2c:{file}", check=GraphCheck()
+    )
+    assert (len({*bundle.manifest.graphs} - {*CONDITIONING_GRAPHS}), len(bundle.manifest.partial_graphs)) == (7, 5)
+    reopened = Bundle.open(tmp_path / "deep", trust_source=True)
+    file.unlink()  # the bundle has what it said
+    for backend in ON_CPU:
+        pipeline = Pipeline(reopened, backend=backend, steps=20)
+        schedule = pipeline.sampling().schedule
+        assert (schedule.full_steps, schedule.partial_steps) == (11, 7)
+        reference = ReferenceRule(model_from_source(str(folder)), bundle, routers)
+        for scale in (1.0, SCALE):
+            check_equal(latents_of(pipeline, scale), latents_of(pipeline.over(reference), scale))
+
+
+@pytest.mark.slow
+def test_tensorrt_rtx_builds_all_graphs_of_a_router(dit_s_router: Bundle, tmp_path: Path) -> None:
+    target = target_of(library_from_name(TENSORRT_RTX), None)
+    plans, _ = build_plans(dit_s_router, target, PlanOptions(profiles=(default_profile(2),)), tmp_path / "engines")
+    assert plans.manifest.plans.keys() == dit_s_router.manifest.graphs.keys()
+    assert len(plans.manifest.plans) == 9, "two graphs of the conditioning, seven of steps"
+    sizes = {name: plans.manifest.files[one.file].size for name, one in plans.manifest.plans.items()}
+    partial = {name: len(computed) for name, computed in dit_s_router.manifest.partial_graphs.items()}
+    assert [*sorted(partial, key=partial.__getitem__)] == [*sorted(partial, key=sizes.__getitem__)]
+    assert all(sizes["reuse"] < sizes[name] < sizes["full"] for name in partial)
 
 
 # -- bundles -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from fora_trt.cli.options import (
     Numbers,
     Words,
     fitting,
+    own_schedule,
     pipeline_of,
     refuse_given,
     schedules_of,
@@ -109,7 +110,8 @@ def bench(
     timed = list(map(backend_from_name, backends))  # rejects a misspelled name before anything is loaded
     if not any(backend.builds for backend in timed):
         refuse_given("no TensorRT plans are loaded with these --backends", "engines")
-    texts = schedules_of(fitting(cache_intervals, steps), schedules)
+    schedules = schedules or own_schedule(pipeline)
+    texts = schedules_of(fitting(cache_intervals, pipeline.config.steps), schedules)
     taken = [pipeline.sampling(schedule=one).schedule for one in texts]
     if bad := [size for size in batch_sizes if size < 1]:
         raise InputError(f"a batch size is {bad[0]}; at least 1 is needed")

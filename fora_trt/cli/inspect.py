@@ -43,10 +43,12 @@ def inspect(bundle: Path, as_json: bool) -> None:
     click.echo(f"schedule where none is given: {found['schedule']}")
     click.echo(f"a reuse step does {found['arithmetic_kept']:.2%} of the arithmetic of a full step")
     if found["partial_graphs"]:
-        sites = sum(found["cache_sites"].values())
         partial = new_table("partial steps", "graph", "computed cache sites", "arithmetic of a full step")
         for name, one in found["partial_graphs"].items():
-            partial.add_row(name, f"{len(one['computed'])} of {sites}", f"{one['arithmetic_kept']:.1%}")
+            computed = ", ".join(
+                f"{one['kinds'].get(kind, 0)} of {all} {kind}" for kind, all in found["cache_sites"].items()
+            )
+            partial.add_row(name, computed, f"{one['arithmetic_kept']:.1%}")
         print_table(partial)
     table = new_table(
         f"{found['steps']} steps",

@@ -16,7 +16,7 @@ from fora_trt.cli.terminal import bar, say
 from fora_trt.errors import InputError, RoomError
 from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.presets import DEFAULT_INTERVAL, preset, usual_text
-from fora_trt.schedule import fora_text, with_forecast
+from fora_trt.schedule import NONE, fora_text, with_forecast
 
 if TYPE_CHECKING:
     from fora_trt.evaluate.workers import Workers
@@ -309,6 +309,20 @@ def schedule_of(cache_interval: int | None, schedule: str | None, forecast: int 
     if schedule is not None:
         return with_forecast(schedule, forecast)
     return "" if cache_interval is None and forecast is None else usual_text(cache_interval, forecast)
+
+
+def own_schedule(pipeline: Pipeline) -> tuple[str, ...]:
+    """The schedule of the bundle if it has partial steps: the bundle was exported for it.
+
+    Where no number of steps is given, the configuration takes over that of a schedule file.
+    """
+    bundle = pipeline.bundle
+    if not bundle.schedule or not bundle.manifest.partial_graphs:
+        return ()
+    if bundle.scheduled_steps is not None and not is_given("steps"):
+        pipeline.config = replace(pipeline.config, steps=bundle.scheduled_steps)
+    fits = bundle.scheduled_steps in (None, pipeline.sampling(schedule=NONE).nfe)
+    return (bundle.schedule,) if fits else ()
 
 
 def schedules_of(cache_intervals: Sequence[int], schedules: Sequence[str], forecast: int = 0) -> list[str]:

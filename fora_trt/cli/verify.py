@@ -16,6 +16,7 @@ from fora_trt.cli.options import (
     TRUST_SOURCE,
     Numbers,
     fitting,
+    own_schedule,
     pipeline_of,
     schedules_of,
 )
@@ -44,9 +45,10 @@ def verify(
     trust_source: bool,
     as_json: bool,
 ) -> None:
-    """Compare a bundle with PyTorch: a full and a reuse step, then whole cached trajectories.
+    """Compare a bundle with PyTorch: a step of each graph, then whole cached trajectories.
 
-    Without --schedule, one more trajectory forecasts features, at the largest of the cache intervals.
+    Without --schedule, one more trajectory forecasts features, at the largest of the cache intervals, and one has the
+    schedule of the bundle if that has partial steps.
 
     The reference is the checkpoint in PyTorch with caching hooks, in fp32. If the checkpoint is not available, it is
     the bundle's full graph without folding, in fp32; the output names the reference. Exits with 1 if an error exceeds
@@ -62,10 +64,13 @@ def verify(
     settings = {"steps": steps, "backend": backend, "device": device, "engines": engines, "batch_size": 2}
     settings["trust_source"] = trust_source
     pipeline = pipeline_of(bundle, **settings)
-    cache_intervals = fitting(cache_intervals, steps)
+    own = () if schedules else own_schedule(pipeline)
+    cache_intervals = fitting(cache_intervals, pipeline.config.steps)
     reference, description = reference_from_bundle(pipeline.bundle, pipeline.device)
-    if not schedules and pipeline.manifest.can_forecast and max(cache_intervals) > 1:
-        schedules = (text_with_forecast(fora_text(max(cache_intervals)), 2),)
+    if not schedules:
+        forecasts = pipeline.manifest.can_forecast and max(cache_intervals) > 1
+        forecast = (text_with_forecast(fora_text(max(cache_intervals)), 2),) if forecasts else ()
+        schedules = (*forecast, *own)
     comparisons = compare_with_pytorch(pipeline, schedules_of(cache_intervals, schedules), reference)
     title = f"{bundle} on {pipeline.backend.name} ({pipeline.device}) against {description}"
     table = new_table(title, "compared", "maximum error", "relative", "tolerance", "")

@@ -19,7 +19,7 @@ from fora_trt.contract import CONDITIONING_GRAPHS
 from fora_trt.engines.base import Engine, Launch
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.engines.tf32 import without_tf32
-from fora_trt.engines.torch.graph import HALF, Shape, TorchGraph
+from fora_trt.engines.torch.graph import HALF, Shape, Stored, TorchGraph
 from fora_trt.errors import BackendError, first_line
 from fora_trt.quiet import quiet
 
@@ -29,15 +29,22 @@ Step = Callable[..., object]
 class TorchEngine(Engine):
     """Runs a graph as PyTorch modules, one module per batch and window size, with shared weights.
 
-    With `replays`, the second call of a launch on a GPU is captured as a CUDA graph. With `widened`, arithmetic is in
-    fp32 whatever the precision of the graph.
+    Engines that are given the same `stored` also share weights; see `TorchGraph`. With `replays`, the second call of a
+    launch on a GPU is captured as a CUDA graph. With `widened`, arithmetic is in fp32 whatever the precision of the
+    graph.
     """
 
     def __init__(
-        self, path: Path, record: GraphRecord, device: torch.device, replays: bool = False, widened: bool = False
+        self,
+        path: Path,
+        record: GraphRecord,
+        device: torch.device,
+        replays: bool = False,
+        widened: bool = False,
+        stored: Stored | None = None,
     ) -> None:
         super().__init__(record.inputs, record.outputs, device)
-        self._graph, self._replays, self._widened = TorchGraph(path, device, widened), replays, widened
+        self._graph, self._replays, self._widened = TorchGraph(path, device, widened, stored), replays, widened
         self.any_window = device.type == "cpu"
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Launch:
@@ -76,8 +83,8 @@ class TorchEngine(Engine):
 class TorchCompileEngine(TorchEngine):
     """A `TorchEngine` whose modules are compiled at their first run."""
 
-    def __init__(self, path: Path, record: GraphRecord, device: torch.device) -> None:
-        super().__init__(path, record, device, replays=True)
+    def __init__(self, path: Path, record: GraphRecord, device: torch.device, stored: Stored | None = None) -> None:
+        super().__init__(path, record, device, replays=True, stored=stored)
         self.any_window = False  # each number of rows is compiled on its own
         self._compiled: dict[object, Step] = {}
 
@@ -135,17 +142,20 @@ def run_compiled(step: Step, tensors: Sequence[Any], device: torch.device) -> No
 
 def widened_engines(bundle: Bundle, device: torch.device) -> dict[str, Engine]:
     """An engine for each graph, with all arithmetic in fp32. Raises `BackendError` as `engines_from_bundle`."""
-    graphs = bundle.manifest.graphs.items()
-    return {name: TorchEngine(bundle.graph_path(name), record, device, widened=True) for name, record in graphs}
+    graphs, stored = bundle.manifest.graphs.items(), Stored()
+    return {
+        name: TorchEngine(bundle.graph_path(name), record, device, widened=True, stored=stored)
+        for name, record in graphs
+    }
 
 
 def engines_from_bundle(bundle: Bundle, device: torch.device, compiled: bool) -> dict[str, Engine]:
     """An engine for each graph. Raises `BackendError` for a graph with an unsupported operator."""
-    engines: dict[str, Engine] = {}
+    engines, stored = dict[str, Engine](), Stored()
     for name, record in bundle.manifest.graphs.items():
         path, of_a_step = bundle.graph_path(name), name not in CONDITIONING_GRAPHS
         if compiled and of_a_step:
-            engines[name] = TorchCompileEngine(path, record, device)
+            engines[name] = TorchCompileEngine(path, record, device, stored)
         else:
-            engines[name] = TorchEngine(path, record, device, replays=of_a_step)
+            engines[name] = TorchEngine(path, record, device, replays=of_a_step, stored=stored)
     return engines

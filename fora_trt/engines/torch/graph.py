@@ -35,6 +35,10 @@ KNOWN_SIZE = 2**14
 """Largest number of elements of an integer constant (sizes, axes, indices) that is treated as known."""
 
 
+Stored = dict[object, Tensor]
+"""Weights on the device, by their file and their place in it."""
+
+
 @dataclass(frozen=True)
 class Known:
     """A value that is known when the module is made, as a CPU tensor."""
@@ -53,12 +57,14 @@ class Later:
 class TorchGraph:
     """The nodes and weights of an ONNX graph; `module` makes PyTorch modules from them.
 
-    With `widened`, all arithmetic is in fp32, with weights rounded to the precision of the file. Raises `BackendError`
-    for an unsupported operator, and for weights that cannot be read.
+    With `widened`, all arithmetic is in fp32, with weights rounded to the precision of the file. Graphs of one bundle
+    that are given the same `stored` have one copy of the weights that they share. Raises `BackendError` for an
+    unsupported operator, and for weights that cannot be read.
     """
 
-    def __init__(self, path: Path, device: torch.device, widened: bool = False) -> None:
+    def __init__(self, path: Path, device: torch.device, widened: bool = False, stored: Stored | None = None) -> None:
         self.path, self.device, self._widened = path, device, widened
+        self._stored: Stored = {} if stored is None else stored
         model = ir.load(path)
         FuseWeightedSumsPass()(model)
         self.nodes, graph = tuple(model.graph), model.graph
@@ -101,6 +107,11 @@ class TorchGraph:
     def _constant(self, value: ir.Value, graph: ir.Graph) -> Known | Tensor:
         tensor = ir.convenience.get_const_tensor(value)
         assert tensor is not None
+        if isinstance(tensor, ir.ExternalTensor):
+            key = tensor.location, tensor.offset, tensor.dtype, tuple(tensor.shape.numpy())
+            if key not in self._stored:
+                self._stored[key] = _tensor_of(tensor, self.path.parent).to(self.device)
+            return self._stored[key]
         found = _tensor_of(tensor, self.path.parent)
         is_known = found.numel() == 1 or (found.numel() <= KNOWN_SIZE and not found.is_floating_point())
         return Known(found.to(self.computed_in(found.dtype))) if is_known else found.to(self.device)
