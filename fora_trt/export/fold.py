@@ -48,10 +48,7 @@ def fold(full: ir.Model, reuse: ir.Model, kept: Collection[str] = ()) -> bool:
     an operator that does not accept an additional leading dimension reads a value that differs between steps. Then no
     node moves; only the order of the sums in `reuse` changes.
     """
-    _reassociate(reuse.graph)
-    drop_unread(reuse)  # the replaced sums
-    _group(reuse.graph)
-    drop_unread(reuse)
+    gather_sums(reuse)
     featured = featured_values(reuse.graph)
     part = _of_features(early_part(reuse.graph, {LATENTS}), featured)
     differing = _differing(part)
@@ -63,6 +60,14 @@ def fold(full: ir.Model, reuse: ir.Model, kept: Collection[str] = ()) -> bool:
     replace_reads(reuse, {value: edge(name, value, roles[value]) for name, value in folded.items()})
     _drop_features(full, {*kept, *(value.name for value in reuse.graph.inputs)})
     return True
+
+
+def gather_sums(model: ir.Model) -> None:
+    """Bring together the sums of adjacent cached sites of a reuse or partial graph, and compute them in groups."""
+    _reassociate(model.graph)
+    drop_unread(model)  # the replaced sums
+    _group(model.graph)
+    drop_unread(model)
 
 
 def _of_features(part: EarlyPart, featured: set[ir.Value]) -> EarlyPart:

@@ -14,6 +14,7 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 from fora_trt.bundle import tensor_spec
 from fora_trt.contract import DTYPES, Optimization, TensorSpec
 from fora_trt.errors import ExportError
+from fora_trt.export.fold import gather_sums
 from fora_trt.export.hoist import replace_reads
 from fora_trt.export.nodes import edge, role_of, with_role
 from fora_trt.export.slice_projections import SliceProjectionsPass
@@ -61,6 +62,7 @@ def partial_from_full(full: Graph, name: str, features: Collection[str]) -> Grap
     read = [value for value in model.graph.outputs if value.name in features]
     model.graph.outputs[:] = [value for value in model.graph.outputs if value.name not in features]
     replace_reads(model, {value: edge(str(value.name), value, "feature") for value in read})
+    gather_sums(model)
     return _finished(model)
 
 
