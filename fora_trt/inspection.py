@@ -22,6 +22,7 @@ CACHE_INTERVALS = (1, 2, 3, 4, 5, 7, 10)
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     """Graphs, features and the ideal speed-up per cache interval, as values for JSON.
 
+    `cache_sites` counts the sites by kind; `sites` has the kind of each by module path.
     `arithmetic_kept` is the operations of a reuse step divided by those of a full step; `partial_graphs` has that for
     each partial graph, and the cache sites that it computes, also their number by kind. `ideal_speedup` assumes that a
     reuse step costs nothing; `arithmetic_speedup` counts its operations. `read_bytes` are weights plus the inputs of
@@ -49,6 +50,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             for name, one in graphs.items()
         },
         "cache_sites": dict(Counter(site.kind for site in manifest.cache_sites)),
+        "sites": {site.module: site.kind for site in manifest.cache_sites},
         "feature_shapes": list(dict.fromkeys(feature.shape for feature in manifest.features())),
         "schedule": bundle.schedule or usual_text(),
         "feature_bytes_per_sample": bytes_of(manifest.features(), 1),

@@ -26,6 +26,7 @@ from fora_trt.evaluate.verify import graph_errors
 from fora_trt.export.graphs import partial_from_full
 from fora_trt.export.statistics import arithmetic_shares, graph_statistics
 from fora_trt.export.write import bundle_from_model
+from fora_trt.inspection import inspect_bundle
 from fora_trt.masks import by_kind, plan_of
 from fora_trt.models.sources import model_from_source
 from fora_trt.models.spec import Model
@@ -380,6 +381,11 @@ def test_partial_graphs_compute_their_sites_alone(run_folder: Path) -> None:
     full = graph_statistics(bundle.graph_path(FULL)).flops
     attentions = {site.module for site in manifest.cache_sites if site.kind == "attention"}
     assert schedule.masks == manifest.partial_graphs
+    shown = inspect_bundle(bundle)
+    assert shown["sites"] == {site.module: site.kind for site in manifest.cache_sites}
+    for name, found in shown["partial_graphs"].items():
+        assert (found["computed"], found["arithmetic_kept"]) == (manifest.partial_graphs[name], shares[name])
+        assert sum(found["kinds"].values()) == len(found["computed"])
     for name, computed in manifest.partial_graphs.items():
         nodes = onnx.load(bundle.graph_path(name), load_external_data=False).graph.node
         assert sum(node.op_type == "Attention" for node in nodes) == len(attentions & {*computed})

@@ -314,9 +314,14 @@ def test_the_recipe_of_the_formats_is_one(tmp_path: Path) -> None:
 
 
 def test_the_schedule_file_of_the_formats_is_one(tmp_path: Path) -> None:
-    (content,) = blocks_of(TEXT["docs/formats.md"], "json")
-    (tmp_path / "schedule.json").write_text(content)
-    assert Schedule.from_file(tmp_path / "schedule.json").full == (True, False, False, True, False)
+    path = tmp_path / "schedule.json"
+    plain, with_masks = blocks_of(TEXT["docs/formats.md"], "json")
+    path.write_text(plain)
+    assert Schedule.from_file(path).full == (True, False, False, True, False)
+    path.write_text(with_masks)
+    read = Schedule.from_file(path)
+    assert (read.full, read.partial_steps) == ((True, False, False, True), 1)
+    assert [*read.masks.values()] == [("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")]
 
 
 def test_every_key_of_a_report_is_explained() -> None:
