@@ -1,3 +1,5 @@
+import inspect
+import math
 from typing import Any
 
 import pytest
@@ -5,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fora_trt import ModelSpec, TensorSpec
+from fora_trt import InputSpec, ModelSpec, TensorSpec
 from fora_trt.errors import ExportError
 from fora_trt.export.check_batch import check_symbolic_batch
+from fora_trt.export.split import steps_of_module
+from fora_trt.export.traced import program_from_step
+from fora_trt.models.examples import example_inputs
 
 INPUTS = (
     TensorSpec("latents", "float32", ("batch", 3, 8)),
@@ -42,6 +47,19 @@ class Net(nn.Module):
     def counts(self, x: Tensor, mask: Tensor) -> Any:
         return self.table(x) * len(x)
 
+    def halves(self, x: Tensor, mask: Tensor) -> Any:
+        rows = x.repeat_interleave(4, 0)
+        return self.table(rows.view(int(rows.shape[0] / (6 * 6 / 3 / 3)), 4, 3, 8).sum(1))
+
+    def compares(self, x: Tensor, mask: Tensor) -> Any:
+        return self.table(x) if x.shape[0] > 4 else x
+
+    def rounds(self, x: Tensor, mask: Tensor) -> Any:
+        return self.table(x) * math.sqrt(int(x.shape[0] * 0.5))
+
+    def divides(self, x: Tensor, mask: Tensor) -> Any:
+        return self.table(x) * divmod(x.shape[0], 2)[0]
+
     def reads_lengths(self, x: Tensor, mask: Tensor) -> Any:
         return self.table(x)[:, : mask.sum(1).max().item()]
 
@@ -55,6 +73,7 @@ class Net(nn.Module):
         ("loops", CONSTANT),
         ("takes_lists", CONSTANT),
         ("counts", CONSTANT),
+        ("halves", CONSTANT),
         ("reads_lengths", READS),
         ("branches", READS),
     ],
@@ -62,6 +81,26 @@ class Net(nn.Module):
 def test_a_module_that_cannot_be_traced_is_refused_with_the_line(way: str, message: str) -> None:
     with pytest.raises(ExportError, match=message):
         check_symbolic_batch(Net(way), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        (
+            "compares",
+            r"Net computes with the size of the batch in Python at .*tests/test_check_batch\.py:{}, which fits",
+        ),
+        ("rounds", r"Net computes with the size of the batch in Python at .*tests/test_check_batch\.py:{}, which fits"),
+        ("divides", r"Net cannot be traced with a symbolic batch dimension at .*/test_check_batch\.py:{}: unsupported"),
+    ],
+)
+def test_a_module_that_fails_in_the_trace_is_refused_with_the_line(way: str, message: str) -> None:
+    net = Net(way)
+    check_symbolic_batch(net, SPEC)  # does not see it
+    step, _ = steps_of_module(net, SPEC, ["table"])
+    line = inspect.getsourcelines(getattr(Net, way))[1] + 1
+    with pytest.raises(ExportError, match=message.format(line)):
+        program_from_step(step, example_inputs(INPUTS, {"encoder_attention_mask": InputSpec((0, 2))}, 2))
 
 
 def test_a_module_that_computes_on_the_batch_is_not_refused_and_not_changed() -> None:

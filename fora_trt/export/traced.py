@@ -29,7 +29,7 @@ from torch import Tensor
 from fora_trt.bundle import tensor_spec
 from fora_trt.contract import BATCH, FEATURE, FULL, LATENTS, REUSE, CacheSite, Optimization, TensorSpec
 from fora_trt.errors import ExportError, first_line
-from fora_trt.export.check_batch import check_symbolic_batch
+from fora_trt.export.check_batch import check_symbolic_batch, reason_in_words
 from fora_trt.export.check_sites import check_sites
 from fora_trt.export.complex_pairs import rewrite_complex
 from fora_trt.export.crop_constants import CropConstantsPass
@@ -162,10 +162,8 @@ def program_from_step(step: Split, inputs: Mapping[str, Tensor]) -> torch.export
         except ExportError:
             raise
         except Exception as error:  # torch.export raises many exception classes
-            reason = first_line(error)
-            raise ExportError(
-                f"{step.spec.architecture} cannot be traced with a symbolic batch dimension: {reason}"
-            ) from error
+            reason = reason_in_words(error, step.module, step.spec)
+            raise ExportError(f"{step.spec.architecture} {reason}") from error
         rewrite_complex(program, step.spec.architecture)
     return program
 
