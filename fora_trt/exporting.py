@@ -46,6 +46,7 @@ def export(
     *,
     precision: str = "fp32",
     cache: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
     optimize: Optimization = OPTIMIZATIONS[-1],
     schedule: str | None = None,
     component: str | None = None,
@@ -57,17 +58,19 @@ def export(
     """Export a source as a bundle in the folder `target`, by default `export/NAME`.
 
     `source` is what `fora-trt export` takes, or a diffusers pipeline in memory: then the transformer that is loaded is
-    exported, with all changes to its weights. `arguments` are those of a call of the pipeline with one prompt
-    (`height=1024`, `prompt_embeds=...`), or for a name the options of the source (`image_size=(1024, 1024)`).
+    exported, with all changes to its weights. `cache` and `exclude` list kinds of cache sites or patterns over module
+    paths. `arguments` are those of a call of the pipeline with one prompt (`height=1024`, `prompt_embeds=...`), or for
+    a name the options of the source (`image_size=(1024, 1024)`).
 
     A pipeline with several transformers becomes several bundles; the others have the name of their component at the end
     (`wan-transformer_2`), and the result is the bundle of the first. `component` selects one. The pipeline itself does
     not change. Raises `ModelError` for a source that cannot be exported, `ExportError` for graphs that are not written.
     """
+    sites = {name: None if one is None else tuple(one) for name, one in (("cache", cache), ("exclude", exclude))}
     if isinstance(source, str | Path):
-        models = _models_of_name(source, precision, cache, component, arguments)
+        models = _models_of_name(source, precision, component, {**arguments, **sites})
     else:
-        models = _models_of_pipeline(source, precision, cache, component, arguments)
+        models = _models_of_pipeline(source, precision, component, arguments, sites)
     return export_models(models, target, component, opset, optimize, schedule, force, report)[0]
 
 
@@ -132,7 +135,7 @@ def _size_in_words(model: Model) -> str | None:
 
 
 def _models_of_name(
-    source: str | Path, precision: str, cache: Sequence[str] | None, component: str | None, given: dict[str, Any]
+    source: str | Path, precision: str, component: str | None, given: dict[str, Any]
 ) -> Iterator[Model]:
     """The models of a source by name: that of each transformer of a pipeline."""
     try:
@@ -144,21 +147,21 @@ def _models_of_name(
             f"the option {key!r} of the source is not valid: {first['msg']}; the options are "
             f"{', '.join(SourceOptions.model_fields)}"
         ) from error
-    yield from models_of_options(options, precision, cache)
+    yield from models_of_options(options, precision)
 
 
-def models_of_options(options: SourceOptions, precision: str, cache: Sequence[str] | None) -> Iterator[Model]:
+def models_of_options(options: SourceOptions, precision: str) -> Iterator[Model]:
     """The models of a source: that of each transformer of a pipeline, one after the other."""
-    model = model_from_source(options, precision, cache)
+    model = model_from_source(options, precision)
     yield model
     pipeline = model.spec.pipeline
     for other in pipeline.components if pipeline is not None and options.component is None else ():
         if other != model.spec.pipeline.call.component:  # type: ignore[union-attr]
-            yield model_from_source(options.model_copy(update={"component": other}), precision, cache)
+            yield model_from_source(options.model_copy(update={"component": other}), precision)
 
 
 def _models_of_pipeline(
-    pipe: Any, precision: str, cache: Sequence[str] | None, component: str | None, given: dict[str, Any]
+    pipe: Any, precision: str, component: str | None, given: dict[str, Any], sites: dict[str, Any]
 ) -> Iterator[Model]:
     """The models of a pipeline in memory."""
     if precision not in PRECISIONS:
@@ -170,8 +173,8 @@ def _models_of_pipeline(
     waiting = [component]
     while waiting:
         empty = empty_from_pipeline(pipe, waiting.pop(0), given)
-        options = SourceOptions(source=f"{empty.name} in memory", component=component)
-        model = model_from_empty(empty, options, precision, cache)
+        options = SourceOptions(source=f"{empty.name} in memory", component=component, **sites)
+        model = model_from_empty(empty, options, precision)
         yield model
         pipeline = model.spec.pipeline
         if component is None and pipeline is not None and pipeline.call.component == pipeline.components[0]:

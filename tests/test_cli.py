@@ -3,6 +3,7 @@ import logging
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from fora_trt.cli.options import Schedulers
 from fora_trt.doctor import EXTRAS
 from fora_trt.engines.torch import engine as torch_engine
 from fora_trt.errors import ForaWarning
+from fora_trt.exporting import export
 from fora_trt.schedule import Schedule
 
 
@@ -73,6 +75,46 @@ def test_a_checkpoint_goes_through_every_command(pipeline_folder: Path, tmp_path
     inspected = fora("inspect", tmp_path / "mine")
     for text in ("3 attention, 3 feed-forward", "['batch', 16, 16]", "6.0 KiB per sample", "GFLOP", "2.78x"):
         assert text in inspected.stdout
+
+
+def test_excluded_sites_are_not_cached_and_the_manifest_tells_how(pipeline_folder: Path, tmp_path: Path) -> None:
+    chosen = ["--cache", "attention,transformer_blocks.*.ff", "--exclude", "transformer_blocks.0.*", "--exclude"]
+    chosen.append("*.2.ff")
+    made = fora("export", pipeline_folder, "--out", tmp_path, "--name", "some", *chosen)
+    assert made.exit_code == 0, made.output
+    manifest = Bundle.open(tmp_path / "some").manifest
+    sites = [site.module for site in manifest.cache_sites]
+    assert sites == ["transformer_blocks.1.attn1", "transformer_blocks.1.ff", "transformer_blocks.2.attn1"]
+    command = shlex.split(manifest.export_command())
+    assert command[2:5] == [str(pipeline_folder), "--name", "some"]
+    again = fora(*command[1:], "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert Bundle.open(tmp_path / "again" / "some").manifest.cache_sites == manifest.cache_sites
+    assert fora("verify", tmp_path / "some", "--steps", 4, "--cache-intervals", 2).exit_code == 0
+
+    (tmp_path / "some.toml").write_text(f'source = "{pipeline_folder}"\nexclude = ["feed-forward"]\n')
+    assert fora("export", tmp_path / "some.toml", "--out", tmp_path, "--name", "kind").exit_code == 0
+    assert {site.kind for site in Bundle.open(tmp_path / "kind").manifest.cache_sites} == {"attention"}
+    in_python = export(pipeline_folder, tmp_path / "python", exclude=["feed-forward"])
+    assert {site.kind for site in in_python.manifest.cache_sites} == {"attention"}
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [
+        (
+            "blocks.*.ff",
+            "the exclude pattern 'blocks.*.ff' matches no cache site; the cache sites are transformer_",
+        ),
+        ("attention,feed-forward", "--exclude attention and feed-forward leaves no cache site; exclude fewer sites"),
+    ],
+)
+def test_an_exclusion_without_effect_or_without_rest_is_refused(
+    exclude: str, message: str, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    refused = fora("export", pipeline_folder, "--out", tmp_path, "--exclude", exclude)
+    assert refused.exit_code == 1
+    assert message in refused.stderr
 
 
 def test_caching_some_sites_only(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_all_guards_are_in_the_graphs() -> None:
     module = Guarded().eval()
     spec = completed(module, ModelSpec(inputs=INPUTS), "guards:make")
     empty = EmptyModel("guards", module, spec, lambda dtypes: None)
-    model = model_from_empty(empty, SourceOptions(source="guards:make"), "fp32", ["site"])
+    model = model_from_empty(empty, SourceOptions(source="guards:make", cache=("site",)), "fp32")
     graphs = traced_from_model(model, 23, report=lambda stage: None).graphs("none").graphs
     x = torch.randn(2, 3, 8)
     x[0], x[1, 0, :4] = 0, 0

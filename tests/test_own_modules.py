@@ -2,7 +2,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -357,6 +357,7 @@ class Wayward(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.way, self.site, self.other, self.calls = way, nn.Identity(), nn.Identity(), 0
+        self.kept: Any = 0
         self.site.forward = getattr(self, way)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -364,12 +365,27 @@ class Wayward(nn.Module):
         y = self.site(left)
         if self.way == "twice":
             y = self.site(y)
+        if self.way == "keeps":
+            self.kept = left = left + self.kept
+        if self.way == "alternates":
+            self.calls += 1
+            left = left * (self.calls % 2)
+        if self.way == "dropped":
+            left = nn.functional.dropout(left)
+        if self.way == "passes":
+            left = left + self.kept
         if self.way == "interleaves":
             y = y[: len(x)] + y[len(x) :]
         result: Tensor = self.other(y.sum(1, keepdim=True) + left)
         return result
 
     def twice(self, x: Tensor) -> Tensor:
+        return x
+
+    keeps = alternates = dropped = twice
+
+    def passes(self, x: Tensor) -> Tensor:
+        self.kept = x * 2
         return x
 
     def counts(self, x: Tensor) -> Tensor:
@@ -398,12 +414,16 @@ class Wayward(nn.Module):
         ("twice", "site is called more than once in one step"),
         (
             "counts",
-            "output of the cache site site differs between calls with the same inputs "
-            r"\(the module keeps state or draws random numbers\)",
+            "output of the cache site site differs between calls with the same inputs, because the module keeps state "
+            r"between calls \(it sets calls\), so it cannot be cached; give --exclude site",
         ),
-        ("draws", "output of the cache site site differs between calls with the same inputs"),
+        ("draws", "site differs between calls with the same inputs, because the module draws random numbers, so"),
+        ("keeps", r"Wayward keeps state between calls \(it sets kept\), so its prediction differs between calls"),
+        ("alternates", r"Wayward keeps state between calls \(it sets calls\), so its prediction differs between calls"),
+        ("dropped", "Wayward draws random numbers, so its prediction differs between calls with the same inputs; a"),
         ("selects", r"the output of the cache site site has shape \[2, \d+\], but .* for .*; only the first dimension"),
-        ("in_place", "site has side effects"),
+        ("in_place", "site has side effects: it changes its input in place"),
+        ("passes", r"site has side effects \(it sets kept\): it changes .* reads, .*; give --exclude site"),
         ("interleaves", "site does not have the values of each sample in one block along its first dimension"),
         (
             "whole",
@@ -414,17 +434,19 @@ class Wayward(nn.Module):
 )
 def test_a_site_that_cannot_be_cached_is_found_and_named(way: str, message: str) -> None:
     inputs = (TensorSpec("latents", "float32", ("batch", 9)), TensorSpec("timestep", "float32", ("batch",)))
-    spec = ModelSpec(inputs=inputs, conditioning={"latents": InputSpec()})
+    spec = ModelSpec(inputs=inputs, conditioning={"latents": InputSpec()}, architecture="Wayward")
     with pytest.raises(ExportError, match=message):
         check_sites(Wayward(way), spec, ["site"])
 
 
 class Plain(nn.Module):
-    """A network with a site that can be cached; it keeps the sizes of the batches that it is called with."""
+    """A network with a site that can be cached; its class keeps the sizes of the batches of all calls."""
+
+    batches: ClassVar[list[int]] = []
 
     def __init__(self) -> None:
         super().__init__()
-        self.site, self.batches = nn.Linear(9, 9), list[int]()
+        self.site = nn.Linear(9, 9)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self.batches.append(len(x))

@@ -82,7 +82,7 @@ def test_sites_compute_in_half_and_the_stream_between_them_in_fp32(
 
 def test_the_attention_of_a_parallel_block_computes_in_half_like_its_site() -> None:
     pipe, given = PIPELINES["flux"]()
-    (model,) = _models_of_pipeline(pipe, "fp16", None, None, given)
+    (model,) = _models_of_pipeline(pipe, "fp16", None, given, {})
     assert ("single_transformer_blocks.0.proj_out", "parallel") in model.sites
     graph = traced_once(model).full.graph
     attentions = {str(node.name): str(node.outputs[0].dtype) for node in graph if node.op_type == "Attention"}

@@ -43,6 +43,13 @@ DEFAULT_OPSET = 23
     show_default=False,
 )
 @click.option(
+    "--exclude",
+    type=Words(),
+    multiple=True,
+    help="Layers that are not cached: kinds or patterns as for --cache.  [default: none]",
+    show_default=False,
+)
+@click.option(
     "--architecture",
     help="DiT, SiT, PixArt-alpha or PixArt-Sigma, if the tensors do not tell.  [default: detected]",
 )
@@ -109,7 +116,7 @@ def export(source: str, out: Path, measured: bool | None, force: bool, as_json: 
       fora-trt export DiT-XL-2-512x512.pt --vae stabilityai/sd-vae-ft-ema
       fora-trt export results/0050000.pt --weights ema
       fora-trt export my_package.model:make --cache 'blocks.*.attn' --cache 'blocks.*.mlp'
-      fora-trt export random:DiT-S/2 --name s2
+      fora-trt export random:DiT-S/2 --name s2 --exclude 'transformer_blocks.0.*'
       fora-trt export export/pixart-sigma-1024.toml
     """
     recipe = _recipe(source, given)
@@ -138,7 +145,7 @@ def _exported(recipe: Recipe, target: Path, measured: bool | None, force: bool) 
     notes, precision = list[str](), recipe.precision or "fp32"
 
     def models() -> Iterator[Model]:
-        for model in models_of_options(recipe.options(), precision, recipe.cache):
+        for model in models_of_options(recipe.options(), precision):
             for note in model.notes:
                 click.echo(note, err=True)
             notes.extend(model.notes)
@@ -209,7 +216,8 @@ def _recipe(source: str, given: dict[str, Any]) -> Recipe:
 
     recipe = read_recipe(Path(source)) if source.endswith(".toml") else Recipe(source=source)
     given["call"] = dict(given["call"]) or None
-    given["cache"] = tuple(pattern for patterns in given["cache"] for pattern in patterns) if given["cache"] else None
+    for name in ("cache", "exclude"):
+        given[name] = tuple(pattern for patterns in given[name] for pattern in patterns) if given[name] else None
     return recipe.model_copy(update={key: value for key, value in given.items() if value is not None})
 
 

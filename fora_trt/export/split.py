@@ -118,7 +118,7 @@ class FullStep(Split):
                 if path in seen:
                     raise ExportError(
                         f"the cache site {path} is called more than once in one step and cannot be cached; "
-                        "leave it out of --cache"
+                        f"give --exclude {path}"
                     )
                 seen.add(path)
                 self.outputs[path], tensors = _taken_apart(path, result, inputs[0].shape[0])
@@ -207,17 +207,18 @@ def _taken_apart(path: str, result: Any, batch: int) -> tuple[Output, dict[str, 
     if odd := [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *CONSTANTS))]:
         raise ExportError(
             f"the cache site {path} outputs an object of type {type(odd[0]).__name__}; only tensors, alone or in "
-            "tuples, lists and dictionaries, can be cached; leave it out of --cache"
+            "tuples, lists and dictionaries, can be cached; give --exclude "
+            f"{path}"
         )
     for leaf in leaves:
         if isinstance(leaf, Tensor) and (dtype := str(leaf.dtype).removeprefix("torch.")) not in DTYPES:
             raise ExportError(
                 f"the cache site {path} outputs a tensor of dtype {dtype}, and graphs pass only {', '.join(DTYPES)}; "
-                "leave it out of --cache"
+                f"give --exclude {path}"
             )
     count = sum(isinstance(leaf, Tensor) for leaf in leaves)
     if count == 0:
-        raise ExportError(f"the cache site {path} outputs no tensor that could be cached; leave it out of --cache")
+        raise ExportError(f"the cache site {path} outputs no tensor that could be cached; give --exclude {path}")
     names = iter([f"{FEATURE}{path}"] if count == 1 else [f"{FEATURE}{path}.{k}" for k in range(count)])
     named = tuple(next(names) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     tensors: dict[str, Tensor] = {}

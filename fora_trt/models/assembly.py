@@ -50,14 +50,14 @@ def half_and_kept(
     return paths_in_half(module, sites), spec.fp32_in_bf16 if precision == "bf16" else ()
 
 
-def model_from_empty(empty: EmptyModel, options: SourceOptions, precision: str, cache: Sequence[str] | None) -> Model:
+def model_from_empty(empty: EmptyModel, options: SourceOptions, precision: str) -> Model:
     """Find the cache sites, place the weights in the dtypes that `precision` and the sites require, and add casts.
 
     Raises `ExportError` for cache sites that do not exist, `ModelError` for weights or a VAE that do not fit.
     """
     module, spec = empty.module, empty.spec
     _check_vae(spec, empty.parts)
-    sites = find_sites(module, spec.cache_sites, cache)
+    sites = find_sites(module, spec.cache_sites, options.cache, options.exclude or ())
     paths, kept = half_and_kept(module, spec, [path for path, _ in sites], precision)
     empty.fill(dtypes_of_parameters(module, precision, paths, kept))
     # that of a pipeline that was watched has the shift for the exported size

@@ -22,7 +22,7 @@ MEANT_FOR = {
     "component": "pipelines with several transformers",
     "null_class": "state dicts of models with classes",
 }
-"""The kind of source that each option is for; every source takes `vae`."""
+"""The kind of source that each option is for; every source takes `vae`, `cache` and `exclude`."""
 
 
 class InputOptions(BaseModel):
@@ -49,7 +49,8 @@ class SourceOptions(BaseModel):
     `weights` is `ema`, `raw`, or the name of a set of weights in a checkpoint. `null_class` says whether the last row
     of an embedding table of classes is the null class. `folder` is the folder from which a network is imported.
     `frames` is the number of frames of a video, `call` further arguments of a pipeline when it is watched, `component`
-    the transformer of a pipeline with several.
+    the transformer of a pipeline with several. `cache` lists kinds of cache sites or patterns over module paths, all
+    kinds of the architecture by default, and `exclude` those that are left out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +67,8 @@ class SourceOptions(BaseModel):
     frames: int | None = Field(None, ge=1)
     call: dict[str, bool | int | float | str | None] | None = None
     component: str | None = None
+    cache: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
     inputs: dict[str, InputOptions] | None = None
 
     @field_validator("image_size", mode="before")
@@ -89,6 +92,9 @@ class SourceOptions(BaseModel):
             elif isinstance(value, dict):
                 for key, one in value.items():
                     yield from (f"--{option}", f"{key}={json.dumps(one)}")
+            elif name in ("cache", "exclude"):
+                for one in value:
+                    yield from (f"--{option}", one)
             else:
                 yield from (f"--{option}", "x".join(map(str, value)) if isinstance(value, tuple) else str(value))
 

@@ -25,7 +25,6 @@ class Recipe(SourceOptions):
 
     name: str | None = None
     precision: str | None = None
-    cache: tuple[str, ...] | None = None
     opset: int | None = None
     optimize: Optimization | None = None
     schedule: str | None = None

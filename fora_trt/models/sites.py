@@ -14,13 +14,13 @@ OTHER = "module"
 
 
 def find_sites(
-    module: nn.Module, known: Mapping[str, Sequence[str]], cache: Sequence[str] | None
+    module: nn.Module, known: Mapping[str, Sequence[str]], cache: Sequence[str] | None, exclude: Sequence[str] = ()
 ) -> list[tuple[str, str]]:
-    """Module path and kind of every site that `cache` selects, in the order of the module tree.
+    """Module path and kind of every site that `cache` selects and `exclude` does not, in the order of the module tree.
 
     `known` maps the kinds of the architecture to patterns. Each entry of `cache` is such a kind (`attention`) or a
-    pattern over module paths (`transformer_blocks.*.attn1`); None selects all kinds. Raises `ExportError` for an entry
-    that matches nothing, and for a site inside another site.
+    pattern over module paths (`transformer_blocks.*.attn1`), and so is each of `exclude`; None selects all kinds.
+    Raises `ExportError` for an entry that matches nothing, and for a site inside another site.
     """
     name = type(module).__name__
     paths = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
@@ -44,10 +44,27 @@ def find_sites(
             f"no cache sites are given for {name}; give --cache a pattern such as {example}; "
             f"the module contains {_outline(shapes)}"
         )
+    _leave_out(kinds, known, exclude)
     for path in kinds:
         if outer := next((one for one in kinds if path.startswith(f"{one}.")), None):
-            raise ExportError(f"the cache site {path} is inside the cache site {outer}; leave one out of --cache")
+            raise ExportError(f"the cache site {path} is inside the cache site {outer}; give --exclude one of them")
     return [(path, kinds[path]) for path in paths if path in kinds]
+
+
+def _leave_out(kinds: dict[str, str], known: Mapping[str, Sequence[str]], exclude: Sequence[str]) -> None:
+    """Remove the sites that `exclude` names. Raises `ExportError` for an entry without a site, and if none is left."""
+    selected = [*kinds]
+    for unwanted in exclude:
+        patterns = known.get(unwanted, (unwanted,))
+        matched = [path for path in selected if any(matches(path, pattern) for pattern in patterns)]
+        if not matched:
+            raise ExportError(
+                f"the exclude pattern {unwanted!r} matches no cache site; the cache sites are {_outline(selected)}"
+            )
+        for path in matched:
+            kinds.pop(path, None)
+    if not kinds:
+        raise ExportError(f"--exclude {' and '.join(exclude)} leaves no cache site; exclude fewer sites")
 
 
 def matches(path: str, pattern: str) -> bool:

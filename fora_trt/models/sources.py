@@ -49,16 +49,19 @@ def model_from_source(
 ) -> Model:
     """Load the model of `source`, with cache sites in `precision` (fp32, fp16 or bf16) and everything else in fp32.
 
-    `cache` lists kinds of sites or patterns over module paths; None means all kinds of the architecture. Raises
+    `cache` lists kinds of sites or patterns over module paths, in place of `cache` and `exclude` of the options. Raises
     `ModelError` for a source that is unknown or incomplete, `ExportError` for cache sites that do not exist.
     """
-    found = source_from_options(source if isinstance(source, SourceOptions) else SourceOptions(source=source))
+    given = source if isinstance(source, SourceOptions) else SourceOptions(source=source)
+    if cache is not None:
+        given = given.model_copy(update={"cache": tuple(cache), "exclude": None})
+    found = source_from_options(given)
     if precision not in PRECISIONS:
         raise ModelError(f"the precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
     empty, options = found.load(), found.options
     if is_factory(options.source) and options.folder is None:
         options = options.model_copy(update={"folder": folder_of_module(options.source)})
-    return model_from_empty(empty, options, precision, cache)
+    return model_from_empty(empty, options, precision)
 
 
 def source_from_options(given: SourceOptions) -> Source:
