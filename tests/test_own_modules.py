@@ -296,7 +296,9 @@ def test_sites_nobody_reads_are_passed_over_with_a_word(package: str, tmp_path: 
         "export", f"{package}:make", "--cache", "*.attn,blocks.*.attn,spare.mlp", "--name", "own", "--out", tmp_path
     )
     assert made.exit_code == 0, made.output
-    assert "ignoring 2 cache sites whose output no reuse step reads, such as spare.attn" in made.stderr
+    assert "ignoring 2 cache sites that the model never called, such as spare.attn" in made.stderr
+    assert "the model never called 1 of its modules when it was traced, such as spare; their weights" in made.stderr
+    assert "The trace fixes the branch of every condition in Python" in made.stderr
 
 
 @pytest.mark.parametrize(
@@ -321,7 +323,7 @@ def test_sites_nobody_reads_are_passed_over_with_a_word(package: str, tmp_path: 
         ("{}:make", "", "no cache sites are given for Net"),
         ("{}:make", "blocks.*,blocks.*.attn", "the cache site blocks.0.attn is inside the cache site blocks.0"),
         ("{}:make", "blocks.*", "the reuse graph does not depend on the latents if blocks.0, blocks.1 are cached"),
-        ("{}:make", "spare.attn", "does not read the output of any cache site (such as spare.attn)"),
+        ("{}:make", "spare.attn", "the model never calls any of the cache sites, such as spare.attn; the trace fixes"),
     ],
 )
 def test_what_cannot_be_exported_is_named(source: str, cache: str, message: str, package: str, tmp_path: Path) -> None:

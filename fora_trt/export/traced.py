@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from warnings import warn
 
 import onnx_ir as ir
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from fora_trt.bundle import tensor_spec
 from fora_trt.contract import BATCH, FEATURE, FULL, LATENTS, REUSE, CacheSite, Optimization, TensorSpec
-from fora_trt.errors import ExportError, first_line
+from fora_trt.errors import ExportError, ForaWarning, first_line
 from fora_trt.export.check_batch import check_symbolic_batch, reason_in_words
 from fora_trt.export.check_sites import check_sites
 from fora_trt.export.complex_pairs import rewrite_complex
@@ -40,12 +41,13 @@ from fora_trt.export.hoist import drop_unread, replace_reads
 from fora_trt.export.join_projections import JoinProjectionsPass
 from fora_trt.export.logical_wheres import LogicalWheresPass
 from fora_trt.export.near_neutral import near_neutral_hidden
+from fora_trt.export.never_called import SWITCHES, calls_watched, never_called
 from fora_trt.export.nodes import edge, with_role
 from fora_trt.export.optimize import optimized
 from fora_trt.export.patches import PatchRowsPass, PlainTransposesPass
 from fora_trt.export.read_parts import ReadPartsPass
 from fora_trt.export.scatter_slices import ScatterSlicesPass
-from fora_trt.export.split import FullStep, Split, steps_of_module
+from fora_trt.export.split import NEVER_CALLED, FullStep, Split, steps_of_module
 from fora_trt.models.examples import example_inputs
 from fora_trt.models.sites import OTHER
 from fora_trt.models.sources import is_factory
@@ -122,19 +124,31 @@ def traced_from_model(model: Model, opset: int, report: Callable[[str], None]) -
     sites = [
         CacheSite(path, kind, tuple(features[name] for name in step.outputs[path].features if name in read))
         for path, kind in model.sites
+        if step.outputs[path] is not NEVER_CALLED
     ]
-    return TracedModel(model, opset, _sites_that_are_read(sites, report), full, reuse)
+    return TracedModel(model, opset, _sites_that_are_read(sites, paths, report), full, reuse)
 
 
-def _sites_that_are_read(sites: Sequence[CacheSite], report: Callable[[str], None]) -> tuple[CacheSite, ...]:
-    """The sites that have features; the others are ignored and reported."""
-    needless = [site.module for site in sites if not site.features]
-    if len(needless) == len(sites):
+def _sites_that_are_read(
+    sites: Sequence[CacheSite], selected: Sequence[str], report: Callable[[str], None]
+) -> tuple[CacheSite, ...]:
+    """Of the sites that were called, those that have features; the others of the selected ones are reported."""
+    called = [site.module for site in sites]
+    uncalled = [path for path in selected if path not in called]
+    unread = [site.module for site in sites if not site.features]
+    if not called:
         raise ExportError(
-            f"the model does not read the output of any cache site (such as {needless[0]}); give --cache other sites"
+            f"the model never calls any of the cache sites, such as {uncalled[0]}; {SWITCHES}, or give --cache other "
+            "sites"
         )
-    if needless:
-        report(f"ignoring {len(needless)} cache sites whose output no reuse step reads, such as {needless[0]}")
+    if len(unread) == len(sites):
+        raise ExportError(
+            f"the model does not read the output of any cache site (such as {unread[0]}); give --cache other sites"
+        )
+    if uncalled:
+        report(f"ignoring {len(uncalled)} cache sites that the model never called, such as {uncalled[0]}")
+    if unread:
+        report(f"ignoring {len(unread)} cache sites whose output no reuse step reads, such as {unread[0]}")
     return tuple(site for site in sites if site.features)
 
 
@@ -193,7 +207,16 @@ def _traced(step: FullStep, prediction: str, opset: int) -> ir.Model:
     """Trace with `torch.export`, which raises if the batch is specialized, and convert to ONNX without optimization."""
     check_opset(opset)
     inputs = example_inputs(step.spec.inputs, step.spec.conditioning, TRACED_BATCH)
-    model = onnx_from_program(program_from_step(step, inputs), step, opset).model
+    with calls_watched(step.module) as called:
+        program = program_from_step(step, inputs)
+    if never := never_called(step.module, called, program):
+        warn(
+            f"the model never called {len(never)} of its modules when it was traced, such as {never[0]}; their weights "
+            f"are not in the bundle. {SWITCHES[0].upper()}{SWITCHES[1:]}",
+            category=ForaWarning,
+            stacklevel=2,
+        )
+    model = onnx_from_program(program, step, opset).model
     model.graph.name = FULL
     _rename(model.graph, list(inputs), [prediction, *step.features])
     return model
