@@ -76,9 +76,10 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precision of a graph -> dtype of its weights, its cache sites' arithmetic and its features."""
 
 
-Role = Literal["latents", "timestep", "conditioning", "hoisted", "feature", "sum", "function", "prediction"]
-"""Role of a graph input or output. The model's inputs are latents, timestep and conditioning (all others); its output
-is the prediction. Between graphs pass hoisted tensors (outputs of the conditioning graphs), features (outputs of cache
+Role = Literal["latents", "timestep", "noise", "conditioning", "hoisted", "feature", "sum", "function", "prediction"]
+"""Role of a graph input or output. The model's inputs are latents, timestep, noise (normal, drawn anew at every step,
+as the latent of a GAN) and conditioning (all others, which stay the same during a trajectory); its output is the
+prediction. Between graphs pass hoisted tensors (outputs of the conditioning graphs), features (outputs of cache
 sites), sums (folded sums of all gated features) and functions (folded values that are not linear in the features)."""
 
 ROLES_OF_NAMES: dict[str, Role] = {LATENTS: "latents", TIMESTEP: "timestep", NOISE_PREDICTION: "prediction"}

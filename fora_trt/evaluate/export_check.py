@@ -30,6 +30,7 @@ from fora_trt.models.examples import example_inputs
 from fora_trt.models.spec import Model
 from fora_trt.plan import FULL_STEP, REUSE_STEP, Plan, Step, forecast
 from fora_trt.runtime.denoiser import Denoiser
+from fora_trt.runtime.inputs import inputs_of, noise_of
 from fora_trt.runtime.interface import overflow_remedy
 
 CPU = torch.device("cpu")
@@ -152,10 +153,10 @@ def _seconds_of_half(bundle: Bundle, full_samples: int) -> float:
 
 
 def _inputs(model: Model, plan: Plan, batch: int) -> list[dict[str, Tensor]]:
-    """Seeded inputs for each step; latents and timesteps differ between steps, the conditioning does not."""
+    """Seeded inputs for each step; latents, timesteps and noise differ between steps, the conditioning does not."""
     spec = model.spec
     steps = [example_inputs(spec.inputs, spec.conditioning, batch, seed) for seed in range(1, len(plan) + 1)]
-    changing = (LATENTS, TIMESTEP)
+    changing = [one.name for one in spec.inputs if one.role != "conditioning"]
     return [steps[0] | {name: value for name, value in one.items() if name in changing} for one in steps]
 
 
@@ -192,12 +193,14 @@ def _expected(model: Model, bundle: Bundle, plan: Plan, steps: Sequence[Mapping[
 
 
 def _predictions(denoiser: Denoiser, plan: Plan, batch: int, steps: Sequence[Mapping[str, Tensor]]) -> Iterator[Tensor]:
-    given = {name: value for name, value in steps[0].items() if name not in (LATENTS, TIMESTEP)}
+    given = {name: steps[0][name] for name in inputs_of(denoiser.manifest)}
+    drawn = noise_of(denoiser.manifest)
     times = torch.stack([inputs.get(TIMESTEP, torch.zeros(batch)).float() for inputs in steps])  # (S, B)
     run = denoiser.begin(plan, times, given, [batch])
     for number, inputs in enumerate(steps):
         step = run.at(number, batch)
-        yield step.predict(run.offsets[number], inputs[LATENTS], times[number], **given)
+        noise = {name: inputs[name] for name in drawn}
+        yield step.predict(run.offsets[number], inputs[LATENTS], times[number], **given, **noise)
 
 
 def _worse(one: GraphError, other: GraphError | None) -> GraphError:

@@ -17,7 +17,7 @@ from itertools import zip_longest
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
-from fora_trt.contract import FOLDED, LATENTS, WINDOW, Role, of_window
+from fora_trt.contract import FOLDED, WINDOW, Role, of_window
 from fora_trt.export.hoist import EarlyPart, drop_unread, early_part, replace_reads
 from fora_trt.export.linear import featured_values, linear_values
 from fora_trt.export.nodes import (
@@ -27,6 +27,7 @@ from fora_trt.export.nodes import (
     int64_constant,
     is_of_window,
     is_widened,
+    late_inputs,
     new_value,
     role_of,
     with_role,
@@ -50,7 +51,7 @@ def fold(full: ir.Model, reuse: ir.Model, kept: Collection[str] = ()) -> bool:
     """
     gather_sums(reuse)
     featured = featured_values(reuse.graph)
-    part = _of_features(early_part(reuse.graph, {LATENTS}), featured)
+    part = _of_features(early_part(reuse.graph, late_inputs(reuse.graph)), featured)
     differing = _differing(part)
     if differing is None or not part.boundary:
         return False
@@ -86,7 +87,7 @@ def _reassociate(graph: ir.Graph) -> None:
     A late value depends on the latents, an early value does not. Only early values that depend on features are brought
     together; others are added to the late value before them.
     """
-    late = {value for value in graph.inputs if value.name == LATENTS}
+    late = {value for value in graph.inputs if value.name in late_inputs(graph)}
     featured = featured_values(graph)
     for node in tuple(graph):
         if not any(value in late for value in node.inputs):
@@ -141,7 +142,7 @@ def _group(graph: ir.Graph) -> None:
     that are cast to a wider dtype stay in a chain, because stacking would store them in the wider dtype. Compilers fuse
     the chain into one kernel that reads the narrow dtype.
     """
-    part = early_part(graph, {LATENTS})
+    part = early_part(graph, late_inputs(graph))
     differing = _differing(part) or set()
     for total in part.boundary:
         root = total.producer()

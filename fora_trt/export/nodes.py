@@ -11,9 +11,12 @@ from itertools import count
 import numpy as np
 import onnx_ir as ir
 
-from fora_trt.contract import WINDOW, Role
+from fora_trt.contract import LATENTS, WINDOW, Role
 
 _ROLE = "role"
+
+LATE: tuple[Role, ...] = ("latents", "noise")
+"""Roles of the inputs that are known only when their step begins."""
 
 ELEMENTWISE = {
     *("Add", "Sub", "Mul", "Div", "Neg", "Cast", "Identity", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal", "Relu"),
@@ -78,6 +81,11 @@ def role_of(value: ir.Value) -> Role:
     """The role of a graph input or output."""
     role: Role = value.meta[_ROLE]
     return role
+
+
+def late_inputs(graph: ir.Graph) -> set[str]:
+    """Names of the inputs that are known only when their step begins: the latents, and noise that is drawn."""
+    return {str(value.name) for value in graph.inputs if value.name == LATENTS or value.meta.get(_ROLE) in LATE}
 
 
 def is_of_window(value: ir.Value) -> bool:

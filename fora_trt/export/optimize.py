@@ -22,7 +22,7 @@ from fora_trt.contract import (
 )
 from fora_trt.export.fold import fold
 from fora_trt.export.hoist import GraphWriter, Numbering, batch_from, drop_unread, early_part, replace_reads
-from fora_trt.export.nodes import edge, int64_constant, is_of_window, is_read, new_value, nodes_behind, with_role
+from fora_trt.export.nodes import LATE, edge, int64_constant, is_of_window, is_read, new_value, nodes_behind, with_role
 from fora_trt.export.slice_projections import SliceProjectionsPass, take_projection
 
 SINGLE = "hoisted."
@@ -32,10 +32,11 @@ SINGLE = "hoisted."
 def pooled_inputs(inputs: Sequence[TensorSpec]) -> list[str]:
     """Names of the inputs that hold one number or vector per sample: timestep, class, pooled text, also as one token.
 
-    Prompt tokens and their mask are excluded: values that depend only on them are equal at every step.
+    Prompt tokens and their mask are excluded: values that depend only on them are equal at every step. So is noise that
+    is drawn at every step, which nobody knows before.
     """
     longer = {one.name: sum(size != 1 for size in one.shape[1:]) for one in inputs}
-    return [one.name for one in inputs if one.role != "latents" and longer[one.name] <= int(one.is_floating)]
+    return [one.name for one in inputs if one.role not in LATE and longer[one.name] <= int(one.is_floating)]
 
 
 def optimized(

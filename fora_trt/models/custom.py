@@ -36,7 +36,7 @@ from fora_trt.models.options import SourceOptions
 from fora_trt.models.parts import vae_at
 from fora_trt.models.spec import CLASS_GUIDANCE_SCALE, TEXT_GUIDANCE_SCALE, ModelSpec
 
-INPUT_ROLES: tuple[Role, ...] = ("latents", "timestep", "conditioning")
+INPUT_ROLES: tuple[Role, ...] = ("latents", "timestep", "noise", "conditioning")
 
 Call: TypeAlias = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -152,6 +152,10 @@ def _check_dtype(tensor: TensorSpec, conditioning: Mapping[str, InputSpec], sour
         raise ModelError(f"{named} has the dtype {tensor.dtype!r}; give one of {', '.join(DTYPES)}")
     if tensor.name == LATENTS and not tensor.is_floating:
         raise ModelError(f"{named} has the dtype {tensor.dtype}; latents are noise, so give float32")
+    if tensor.role == "noise" and not tensor.is_floating:
+        raise ModelError(
+            f"{named} is drawn at every step and has the dtype {tensor.dtype}; it is noise, so give float32"
+        )
     if not tensor.is_integer and tensor.name != TIMESTEP:
         return
     given = None if tensor.name == TIMESTEP else conditioning.get(tensor.name, InputSpec()).values

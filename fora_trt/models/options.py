@@ -26,13 +26,17 @@ MEANT_FOR = {
 
 
 class InputOptions(BaseModel):
-    """An input of a custom network: shape of one sample, dtype, and the exclusive upper bound `below` of integers."""
+    """An input of a custom network: shape of one sample, dtype, and the exclusive upper bound `below` of integers.
+
+    With `drawn`, it is normal noise that is drawn anew at every step.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shape: tuple[PositiveInt, ...] = ()
     dtype: str = "float32"
     below: PositiveInt | None = None
+    drawn: bool = False
 
     @field_validator("dtype")
     @classmethod
@@ -79,6 +83,9 @@ class SourceOptions(BaseModel):
     @field_validator("inputs")
     @classmethod
     def _begins_as_all_do(cls, inputs: dict[str, InputOptions] | None) -> dict[str, InputOptions] | None:
+        fixed = [name for name in (LATENTS, TIMESTEP) if inputs is not None and name in inputs and inputs[name].drawn]
+        if fixed:
+            raise ValueError(f"{fixed[0]!r} follows from the scheduler and is not drawn at every step")
         if inputs is not None and {LATENTS, TIMESTEP} - inputs.keys():
             raise ValueError(f"the inputs are {', '.join(inputs)}; {LATENTS!r} and {TIMESTEP!r} are needed")
         return inputs
@@ -101,7 +108,10 @@ class SourceOptions(BaseModel):
     def tensors(self) -> tuple[TensorSpec, ...]:
         """The specs of `inputs`."""
         given = self.inputs or {}
-        return tuple(TensorSpec(name, one.dtype, (BATCH, *one.shape)) for name, one in given.items())
+        return tuple(
+            TensorSpec(name, one.dtype, (BATCH, *one.shape), "noise" if one.drawn else "conditioning")
+            for name, one in given.items()
+        )
 
     def conditioning(self) -> dict[str, InputSpec]:
         """The valid values of the inputs that have an upper bound."""

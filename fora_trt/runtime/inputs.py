@@ -10,26 +10,33 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Manifest
-from fora_trt.contract import LATENTS, TIMESTEP, InputSpec, TensorSpec
+from fora_trt.contract import LATENTS, InputSpec, TensorSpec
 from fora_trt.errors import InputError, ShapeError
 from fora_trt.models.examples import default_of
 
 
 def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
-    """The conditioning inputs of the model, by name: all inputs except latents and timestep."""
-    return {tensor.name: tensor for tensor in manifest.inputs if tensor.name not in (LATENTS, TIMESTEP)}
+    """The conditioning inputs of the model, by name: those that stay the same during a trajectory."""
+    return {tensor.name: tensor for tensor in manifest.inputs if tensor.role == "conditioning"}
+
+
+def noise_of(manifest: Manifest) -> dict[str, TensorSpec]:
+    """The inputs of the model that are drawn anew at every step, by name."""
+    return {tensor.name: tensor for tensor in manifest.inputs if tensor.role == "noise"}
 
 
 def completed_inputs(
-    manifest: Manifest, given: Mapping[str, Tensor], batch: int, values: bool = True
+    manifest: Manifest, given: Mapping[str, Tensor], batch: int, values: bool = True, noise: bool = False
 ) -> dict[str, Tensor]:
     """The conditioning inputs, each (B, ...) or (1, ...); a missing input gets its default.
+
+    With `noise`, those that are drawn at every step too, which must be given.
 
     Numbers are checked to be in range; those on a GPU only with `values`, because this waits for the device. Raises
     `ShapeError` for an unknown input or a wrong shape, `InputError` for an input that is missing, not a tensor, of
     another kind of numbers, or out of range.
     """
-    inputs = inputs_of(manifest)
+    inputs = inputs_of(manifest) | (noise_of(manifest) if noise else {})
     takes = f"{manifest.name} takes {', '.join(inputs) or 'no input except latents and timestep'}"
     if unknown := given.keys() - inputs.keys():
         raise ShapeError(f"unknown input {min(unknown)!r}; {takes}")

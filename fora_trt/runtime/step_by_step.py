@@ -20,7 +20,7 @@ from fora_trt.errors import BusyError, ForaWarning, ScheduleError
 from fora_trt.memo import Memo
 from fora_trt.plan import Plan, adapted
 from fora_trt.runtime.access import Access
-from fora_trt.runtime.inputs import check_latents, checked_timestep, completed_inputs
+from fora_trt.runtime.inputs import check_latents, checked_timestep, completed_inputs, inputs_of
 from fora_trt.runtime.interface import Run
 from fora_trt.schedule import Schedule
 
@@ -142,8 +142,9 @@ class StepByStep(ABC):
                 f"the batch size changed to {batch} within a trajectory, but the cached features have another batch "
                 "size; call reset() before the next trajectory"
             )
-        given = completed_inputs(self.manifest, conditioning, batch, values=self._step == 0)
-        followed = self._follow(timestep, given, batch)
+        given = completed_inputs(self.manifest, conditioning, batch, values=self._step == 0, noise=True)
+        fixed = {name: given[name] for name in inputs_of(self.manifest)}
+        followed = self._follow(timestep, fixed, batch)
         step = self._step - followed.first
         prediction = followed.run.at(step, batch).predict(followed.run.offsets[step], latents, timestep, **given)
         self._step += 1

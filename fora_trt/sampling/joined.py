@@ -31,6 +31,7 @@ from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance, guided_channels, mix_guidance
 from fora_trt.sampling.loop import both_halves
 from fora_trt.sampling.scheduler_step import SchedulerStep, TabulatedStep, drawn
+from fora_trt.sampling.step_noise import StepNoise
 from fora_trt.schedule import Schedule
 
 _NUMBERS = count()
@@ -48,6 +49,7 @@ class Member:
     given: dict[str, Tensor]  # (2, ...) if it is guided, else (1, ...)
     scale: float
     generator: torch.Generator
+    noise: StepNoise
     number: int = field(default_factory=_NUMBERS.__next__)
     latents: Tensor | None = None
 
@@ -126,6 +128,7 @@ class JoinedSampler:
             both_halves(given, scale > 1, self._denoiser.manifest.name),
             scale,
             torch.Generator().manual_seed(seed),
+            StepNoise(self._denoiser.manifest, [seed]),
         )
 
     def _layout_of(self, schedule: Schedule) -> Layout:
@@ -188,10 +191,9 @@ class JoinedSampler:
         for offset, numbers in enumerate(rows):
             active = [k for k, length in enumerate(lengths) if offset < length]
             latents = self._state.latents * _beside(numbers[:, 1], self._state.latents)
+            given = {**batch.on_device, **self._step_noise(active, batch)}
             ready = run.at(offset, batch.samples)
-            prediction = ready.predict(
-                offset, batch.sampled(latents), batch.sampled(numbers[:, 0]), **batch.on_device
-            ).float()
+            prediction = ready.predict(offset, batch.sampled(latents), batch.sampled(numbers[:, 0]), **given).float()
             self._advance(batch.mixed(prediction, channels), numbers, active, offset)
             if offset == 0:
                 _wait_for(device)
@@ -204,6 +206,18 @@ class JoinedSampler:
         for one in done:
             one.latents = self._state.latents[members.index(one)].cpu()
         return WindowTimes(marks[0] - began, marks[1] - marks[0]), done
+
+    def _step_noise(self, active: Sequence[int], batch: _Batch) -> dict[str, Tensor]:
+        """Inputs that are drawn at every step, (B + G, ...); those of images that take no step have no meaning."""
+        drawn = {k: self.members[k].noise.next() for k in active}
+        return {
+            name: batch.sampled(
+                torch.cat([drawn.get(k, drawn[active[0]])[name] for k in range(len(self.members))]).to(
+                    self._denoiser.device
+                )
+            )
+            for name in drawn[active[0]]
+        }
 
     def _advance(self, prediction: Tensor, numbers: Tensor, active: Sequence[int], offset: int) -> None:
         """The scheduler step of the active images, at this offset in their windows."""

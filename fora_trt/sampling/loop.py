@@ -20,10 +20,12 @@ from fora_trt.contract import FULL, REUSE
 from fora_trt.engines.cuda_graphs import Replay
 from fora_trt.errors import BackendError, InputError
 from fora_trt.plan import adapted
+from fora_trt.runtime.inputs import noise_of
 from fora_trt.runtime.interface import Predictor, ReadyStep, Run, overflow_remedy
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.guidance import Guidance, guided_channels, mix_guidance
 from fora_trt.sampling.scheduler_step import SchedulerStep
+from fora_trt.sampling.step_noise import StepNoise
 from fora_trt.schedule import Schedule
 
 Watch = Callable[[Iterable[Any]], Iterator[Any]]
@@ -161,6 +163,7 @@ class Sampler:
             batches = [conditioning.images * (1 + now) for now in kinds]
             run = self.denoiser.begin(plan, self.scheduler_step.timesteps, given, batches)
             memory = self.scheduler_step.begin(self.denoiser.manifest.latents.shape, seeds, self.denoiser.device)
+            self._noise = StepNoise(self.denoiser.manifest, seeds)
             self._fill(conditioning.images, given, guidance.scale, frozenset(kinds), (memory, run.generation))
         return BegunTrajectory(self, run, [*map(GuidedStep, run.graphs, run.offsets, guided)])
 
@@ -205,6 +208,8 @@ class Sampler:
         if step.guided:
             latents = torch.cat([latents, latents])
         given = {name: tensor[: len(latents)] for name, tensor in self._given.items()}
+        for name, tensor in self._noise.next().items():  # both halves of a guided step read the same noise
+            given[name] = torch.cat([tensor] * (1 + step.guided)).to(latents.device)
         prediction = self._ready.predict(step.offset, latents, scheduler_step.timestep(), **given).float()
         if not scheduler_step.takes_variance:
             prediction = prediction[:, : manifest.latents.channels]
@@ -214,7 +219,12 @@ class Sampler:
         scheduler_step.advance(prediction)
 
     def _is_capturable(self) -> bool:
-        """Whether steps can be captured; not if the batch changes, which rebinds the engines between replays."""
+        """Whether steps can be captured; not if noise is drawn on the host, or if the batch changes.
+
+        The latter rebinds the engines between replays.
+        """
+        if noise_of(self.denoiser.manifest):
+            return False
         return len(self._guided) == 1 and self.scheduler_step.on_device and self._ready.is_capturable()
 
 
