@@ -291,6 +291,63 @@ def test_the_references_in_pytorch_get_inputs_that_no_graph_reads(
             assert error.relative < 1e-5, graph
 
 
+BRANCHES = """
+import torch
+from torch import nn
+
+class Branches(nn.Module):
+    def __init__(self, merges):
+        super().__init__()
+        self.merges, self.merged = merges, None
+        self.three = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+    def forward(self, x):
+        return self.merged(x) if self.merged is not None else sum(one(x) for one in self.three)
+    def switch_to_deploy(self):
+        if self.merged is not None:
+            return
+        if self.merges == "fails":
+            raise RuntimeError("no")
+        self.merged = nn.Linear(16, 16)
+        self.merged.weight.data = sum(one.weight.data for one in self.three)
+        self.merged.bias.data = sum(one.bias.data for one in self.three) + (self.merges == "other")
+        del self.three
+
+class Net(nn.Module):
+    def __init__(self, merges):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(Branches(merges), nn.GELU()) for _ in range(2))
+    def forward(self, x, t):
+        for block in self.blocks:
+            x = x + block(x) * t[:, None, None] / 1000
+        return x
+
+def right(): return Net("right")
+def other(): return Net("other")
+def fails(): return Net("fails")
+def merged():
+    net = Net("right")
+    [block[0].switch_to_deploy() for block in net.blocks]
+    return net
+"""
+
+
+@pytest.mark.parametrize("way", ["right", "other", "fails", "merged"])
+def test_branches_that_are_not_merged_are_said_to_be(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"branches_{way}.py").write_text(BRANCHES)
+    recipe = f'source = "branches_{way}:{way}"\n[inputs]\nlatents = {{ shape = [6, 16] }}\ntimestep = {{}}\n'
+    (tmp_path / "own.toml").write_text(recipe)
+    made = fora("export", "own.toml", "--cache", "blocks.*", "--out", tmp_path, "--name", "own", "--json")
+    assert made.exit_code == 0, made.output
+    notes = json.loads(made.stdout)["notes"]
+    assert bool(notes) == (way == "right"), notes
+    if way == "right":
+        assert notes[0].startswith(
+            "2 modules are exported with branches for training, such as Branches, which takes 3.0"
+        )
+        assert "call switch_to_deploy() of each in the factory" in made.stderr
+
+
 def test_sites_nobody_reads_are_passed_over_with_a_word(package: str, tmp_path: Path) -> None:
     made = fora(
         "export", f"{package}:make", "--cache", "*.attn,blocks.*.attn,spare.mlp", "--name", "own", "--out", tmp_path

@@ -31,6 +31,7 @@ from fora_trt.contract import (
 from fora_trt.errors import ModelError, first_line
 from fora_trt.models.architectures import Config, PipelineParts, factors_of
 from fora_trt.models.assembly import EmptyModel
+from fora_trt.models.branches import unmerged_branches
 from fora_trt.models.examples import TRAINED_TIMESTEPS, example_inputs
 from fora_trt.models.options import SourceOptions
 from fora_trt.models.parts import vae_at
@@ -57,7 +58,9 @@ def empty_from_factory(options: SourceOptions) -> EmptyModel:
         for name, parameter in module.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
 
-    return EmptyModel(options.source.replace(":", "-"), module, spec, cast, parts=parts)
+    note = unmerged_branches(module, spec)
+    notes = () if note is None else (note,)
+    return EmptyModel(options.source.replace(":", "-"), module, spec, cast, parts=parts, notes=notes)
 
 
 def module_from_factory(options: SourceOptions, autoencoder: Config | None = None) -> tuple[nn.Module, ModelSpec]:
