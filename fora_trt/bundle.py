@@ -158,10 +158,10 @@ class Manifest(Record):
             raise ValueError(problem)
         return self
 
-    def export_command(self, **other: Any) -> str:
+    def export_command(self, schedule: str | None = None, **other: Any) -> str:
         """How to export the bundle again, for messages; what the manifest says is quoted for a shell.
 
-        `other` are options of the source that differ.
+        `schedule` replaces the text form of the bundle's schedule, `other` are options of the source that differ.
         """
         name = in_command(self.name)
         if self.pipeline is not None and self.pipeline.where is None:
@@ -170,7 +170,10 @@ class Manifest(Record):
         if options.inputs is not None:
             return f"fora-trt export RECIPE.toml --name {name} --force"
         precision = () if self.precision == "fp32" else ("--precision", self.precision)
-        words = [in_command(options.source), "--name", name, *precision, *map(in_command, options.words()), "--force"]
+        usual = schedule or (None if self.schedule == SCHEDULE else self.schedule)
+        named = () if usual is None else ("--schedule", in_command(usual))
+        source = map(in_command, options.words())
+        words = [in_command(options.source), "--name", name, *precision, *source, *named, "--force"]
         return " ".join(["fora-trt export", *words])
 
     def features(self) -> list[TensorSpec]:
@@ -193,12 +196,13 @@ class Manifest(Record):
             return REUSE
         return FULL if {*computed} >= {site.module for site in self.cache_sites} else partial_name(computed)
 
-    def check_graphs(self, names: Collection[str]) -> None:
-        """Raise `ScheduleError` unless the bundle has these graphs."""
-        if lacking := sorted({*names} - self.graphs.keys()):
+    def check_graphs(self, names: Collection[str], schedule: str = "SCHEDULE") -> None:
+        """Raise `ScheduleError` unless the bundle has these graphs, which a schedule needs."""
+        if lacking := {*names} - self.graphs.keys():
+            kinds = "a kind of partial step" if len(lacking) == 1 else f"{len(lacking)} kinds of partial steps"
             raise ScheduleError(
-                f"{len(lacking)} of the schedule's kinds of partial steps have no graph in {self.name}; export it with "
-                f"the schedule: {self.export_command()} --schedule SCHEDULE"
+                f"the schedule has {kinds} without a graph in {self.name}; export it with the schedule: "
+                f"{self.export_command(schedule)}"
             )
 
     def unfed(self) -> list[str]:

@@ -417,7 +417,7 @@ class Pipeline:
         model = self.manifest.model
         schedule.check_model(model.weights_sha256, model.options.source)
         if self._predictor is None or isinstance(self._predictor, Denoiser):  # others need no graphs
-            self.manifest.check_graphs(schedule.masks)
+            self.manifest.check_graphs(schedule.masks, schedule.text)
 
     def over(self, predictor: Predictor) -> Pipeline:
         """A pipeline with the same settings that runs its steps with another predictor."""

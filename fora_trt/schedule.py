@@ -703,11 +703,12 @@ def _by_kind_from(steps: int, arguments: str, sites: Sequence[CacheSite]) -> Sch
         kind, _, number = word.partition(":")
         if kind not in kinds:
             raise _unknown(arguments, kinds)
-        interval = _whole(number, f"{word!r} in the schedule {arguments!r}", "a cache interval")
-        if kind in intervals or not 1 <= interval <= steps:
-            raise ScheduleError(
-                f"{word!r} in the schedule {arguments!r} gives an interval a second time, or none from 1 to {steps}"
-            )
+        where = f"{word!r} in the schedule {arguments!r}"
+        interval = _whole(number, where, "a cache interval")
+        if kind in intervals:
+            raise ScheduleError(f"{where} gives the interval of {kind} a second time; remove it")
+        if not 1 <= interval <= steps:
+            raise ScheduleError(f"{where} is no interval from 1 to {steps}, the number of steps")
         intervals[kind] = interval
     return Schedule.of_masks(by_kind(steps, intervals, sites), sites, arguments)
 

@@ -30,6 +30,8 @@ def schedule_of(steps: int, arguments: str, sites: Sequence[CacheSite]) -> Sched
         threshold = float(option) if comma else THRESHOLD
     except ValueError:
         raise ScheduleError(f"{option!r} in the schedule {text!r} is not a number; give {USAGE}") from None
+    if not (path if comma else arguments):
+        raise ScheduleError(f"the schedule {text!r} lacks the file of a router; the form is {USAGE}")
     active = active_layers(Path(path if comma else arguments), threshold, len(sites))
     return Schedule.of_masks(sites_of(active, sites), sites, text)
 
