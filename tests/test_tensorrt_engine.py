@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import util
@@ -38,10 +39,12 @@ from fora_trt.errors import BackendError, InputError, PlanError
 from fora_trt.pipeline import Pipeline
 from fora_trt.plan import FULL_STEP, REUSE_STEP
 from fora_trt.runtime.denoiser import Denoiser
+from fora_trt.runtime.layout import Layout
 from fora_trt.sampling.conditioning import conditioning_of_classes
 from fora_trt.schedule import Schedule
 from tests.tensorrt_bindings import Bindings, NoBindings, names_of, names_of_installed
 from tests.tensorrt_standin import ENUM, GET, MILLISECONDS, SET, Cuda, Recorder, declared
+from tests.test_partial_steps import exported_with_masks
 
 ENGINES = Path(tensorrt_engine.__file__).parent
 SOURCES = [ENGINES / name for name in ("plan_builder.py", "engine.py", "library.py")]
@@ -317,6 +320,44 @@ def test_a_window_is_one_launch_once_it_was_captured(rig: Rig, level: str, optim
     seen = list[int]()
     sampler(given, [0, 1], 1.5, observe=lambda latents: seen.append(len(latents)))
     assert seen == [2] * 10, "who watches the latents sees all"
+
+
+def test_windows_that_begin_with_different_graphs_are_captured_each(
+    rig: Rig, run_folder: Path, pipeline_folder: Path
+) -> None:
+    rig.bundle, schedule, _ = exported_with_masks(run_folder, str(pipeline_folder), "fold")
+    pipeline = rig.pipeline()
+    sampler = pipeline.sampler(pipeline.sampling(schedule.steps, schedule))
+    given = conditioning_of_classes(rig.bundle.manifest, [1, 2])
+    layout = Layout.of(schedule.plan)
+    lengths = Counter(layout.windows)
+    windows = {(layout.graphs[layout.windows.index(window)], length) for window, length in lengths.items()}
+    assert len({graph for graph, _ in windows}) == 5, "four masks and the full graph"
+    steps, launched = Counter(step.graph for step in schedule.plan), []
+    for _ in range(4):
+        mark = rig.mark()
+        done = sampler(given, [0, 1], 1.5)
+        names = rig.names_since(mark)
+        launched.append((names.count("torch.cuda.graph"), names.count("CUDAGraph.replay"), names.count(EXECUTE)))
+        assert {graph: len(times) for graph, times in done.of_graphs.items()} == steps
+    captured = launched[0][0] + launched[1][0]  # engines alone too, where their graph begins windows of two lengths
+    assert captured >= len(windows), "once for each graph that begins a window, and each length of its windows"
+    assert launched[2:] == [(0, len(lengths), 2)] * 2, "the two graphs of the conditioning, for all steps at once"
+
+
+def test_scratch_does_not_move_within_a_trajectory_of_partial_steps(
+    rig: Rig, run_folder: Path, pipeline_folder: Path
+) -> None:
+    """What was captured would read the old one. The engine of the last partial graph needs the most."""
+    rig.recorder.results[SCRATCH] = lambda context: 4096 * int(context.label.split()[-1])
+    rig.bundle, schedule, _ = exported_with_masks(run_folder, str(pipeline_folder), "fold")
+    denoiser = rig.denoiser()
+    for plan in (Schedule.fora(schedule.steps, 2).plan, schedule.plan):
+        run = denoiser.begin(plan, torch.zeros(len(plan)), LABELS, [2])
+        generation = run.generation
+        for step, offset in enumerate(run.offsets):
+            run.at(step, 2).predict(offset, LATENTS, 3, **LABELS)
+        assert run.generation == generation
 
 
 def test_schedules_alternate_and_each_keeps_what_it_captured(rig: Rig, optimized: dict[str, Bundle]) -> None:

@@ -46,6 +46,7 @@ class Window:
         self.engines, self.rows = engines, rows
         self.full, self.reuse, self.graph = engines[FULL], engines[REUSE], FULL
         self.batch = 0
+        self._graphs = {FULL}
         self.generation = next(_GENERATIONS)
         self._folded = folded_of(self.full, self.reuse)
         self._of_window = {name for name, one in {**self.full.inputs, **self.full.outputs}.items() if one.is_of_window}
@@ -56,8 +57,14 @@ class Window:
         self._scratch: tuple[int, ...] | None = None
 
     def begin(self, layout: Layout) -> None:
-        """Start a trajectory with this layout."""
-        self._layout = layout
+        """Start a trajectory with this layout; engines of graphs that no trajectory before it has had are bound now.
+
+        Scratch memory may move then, so it must be before a step is captured.
+        """
+        self._layout, self._graphs = layout, {*layout.graphs}
+        if self.batch:
+            self._bind()
+            self._notice_scratch()
 
     def select(self, step: int) -> None:
         """Select the graph that begins the window of step number `step`, and what the rest of the window reads."""
@@ -81,6 +88,10 @@ class Window:
             self._renew()
             self._bind()
             self.batch = batch
+        self._notice_scratch()
+
+    def _notice_scratch(self) -> None:
+        """Change `generation` if the scratch memory of an engine has moved."""
         scratch = tuple(engine.scratch_address() for engine in self.engines.values())
         if scratch != self._scratch:
             self._scratch = scratch
@@ -137,9 +148,11 @@ class Window:
         return [*specs.values()]
 
     def _bind(self) -> None:
-        """Bind in advance what any trajectory runs."""
-        for turn in range(self.turns):
-            self._launch(0, turn, self.rows)
+        """Bind in advance what a trajectory runs, as far as it is not bound."""
+        for graph in sorted(self._graphs):
+            self.graph = graph
+            for turn in range(self.turns):
+                self._launch(0, turn, self.rows)
         if self._has_reuse:
             self._launch(1)
 
