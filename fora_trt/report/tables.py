@@ -40,8 +40,8 @@ class Table:
 
 
 MISSED_LEAST = (
-    "spread", "roofline", "recall", "peak memory", "per image", "full step", "precision", "overhead", "full steps",
-    "SSIM", "of ideal", "latent error", "ideal", "as asked", "reuse step",
+    "spread", "roofline", "recall", "peak memory", "per image", "precision", "overhead", "full steps", "SSIM",
+    "of ideal", "latent error", "ideal", "as asked", "full step", "partial step", "reuse step",
 )  # fmt: skip
 """Columns that a narrow terminal leaves out, in the order in which they are dropped."""
 
