@@ -23,10 +23,12 @@ from fora_trt.cli.options import (
     SCHEDULER,
     SEED,
     TIMESTEP_SPACING,
+    TRUST_SOURCE,
     conditioning_in_turn,
     grouped,
     is_given,
     pipeline_of,
+    refuse_given,
     with_room,
     workers_of,
 )
@@ -35,8 +37,10 @@ from fora_trt.errors import InputError
 from fora_trt.interruption import caught
 
 if TYPE_CHECKING:
-    from fora_trt.evaluate.calibrate import Calibrated, Calibration
+    from fora_trt.evaluate.calibrate import Calibrated, Calibration, Wanted
+    from fora_trt.evaluate.workers import Workers
     from fora_trt.pipeline import Pipeline
+    from fora_trt.sampling.conditioning import Conditioning
 
 
 @click.command()
@@ -47,6 +51,16 @@ if TYPE_CHECKING:
     click.option("--full-steps", type=click.IntRange(min=2), help="Number of full steps."),
     click.option("--speedup", type=click.FloatRange(min=1), help="Ideal speed-up: as many full steps as it allows."),
     click.option("--max-loss", type=float, help="PSNR in dB: as few full steps as reach it."),
+)
+@grouped(
+    "layers",
+    click.option("--per-layer", is_flag=True, help="Find the layers that each step computes, in partial steps."),
+    click.option(
+        "--max-graphs",
+        type=click.IntRange(min=2),
+        default=8,
+        help="Most graphs of a per-layer schedule, the full and the reuse graph among them.",
+    ),
 )
 @click.option("--num-images", type=click.IntRange(min=1), default=16, help="Images of the calibration.")
 @INPUTS_IN_TURN
@@ -61,6 +75,7 @@ if TYPE_CHECKING:
     BACKEND,
     DEVICE,
     ENGINES,
+    TRUST_SOURCE,
 )
 @SEED
 @PARALLEL
@@ -70,6 +85,7 @@ def calibrate(
     bundle: Path,
     output: Path,
     goal: dict[str, Any],
+    layers: dict[str, Any],
     num_images: int,
     wanted: dict[str, Any],
     settings: dict[str, Any],
@@ -86,13 +102,18 @@ def calibrate(
     command then goes on where it stopped. With --workers the batches of a trial are shared; without --batch-size there
     is one for each worker. `run`, `sample`, `bench` and `quality` take the file with --schedule.
 
+    With --per-layer a step may compute some layers and read the others from the cache. The trials run in PyTorch, and
+    the bundle is exported again with the file: it then has a graph for each kind of step.
+
     \b
     Examples:
       fora-trt calibrate export/digits --full-steps 18 -o digits-18.json
       fora-trt calibrate export/dit-xl-2-256 --speedup 3 --steps 50 -o dit-3x.json
+      fora-trt calibrate export/digits --full-steps 18 --per-layer --max-graphs 8 -o digits-layers.json
     """
+    _check_options(layers["per_layer"])
     pipeline = pipeline_of(bundle, **settings)
-    from fora_trt.evaluate.calibrate import Calibration, Wanted, read_trials, trials_file
+    from fora_trt.evaluate.calibrate import Wanted, read_trials, trials_file
     from fora_trt.files import only_writer
     from fora_trt.images.save import check_new, writable_file
     from fora_trt.report.environment import versions
@@ -102,12 +123,14 @@ def calibrate(
     writable_file(output)
     check_new(output, force or trials_file(output).exists())  # an interrupted search wrote the best so far
     asked = Wanted(images=num_images, seed=seed, **goal)
+    if layers["per_layer"]:
+        pipeline = _in_pytorch(pipeline)
     given = conditioning_in_turn(pipeline, wanted, 2 * num_images)
     workers = workers_of(pipeline, parallel)
-    identity = _identity(pipeline, asked, given.digest(), settings)
+    identity = _identity(pipeline, asked, given.digest(), settings, layers)
     with only_writer(output, InputError):  # of the trials too
         known = read_trials(trials_file(output), identity)
-        calibration = Calibration(pipeline, given, asked, known, watched("denoising"), workers)
+        calibration = _calibration(pipeline, given, asked, known, workers, layers)
         if workers is not None and not is_given("batch_size"):
             pipeline.config = replace(pipeline.config, batch_size=calibration.shared_among(workers.number()))
         found = with_room(pipeline, lambda: _found(calibration, trials_file(output), identity))
@@ -115,15 +138,53 @@ def calibrate(
         if not found.interrupted:
             trials_file(output).unlink(missing_ok=True)
     if as_json:
-        print_json({"output": output, **found.model_dump(mode="json"), "versions": versions()})
+        shown = found.model_dump(mode="json", exclude_none=True)
+        print_json({"output": output, **shown, "versions": versions()})
     else:
-        _show(found, output, calibration.plain.nfe)
+        _show(found, output, calibration)
     if found.interrupted:
         click.echo("interrupted: this is the best schedule so far; the same command goes on from here", err=True)
         click.get_current_context().exit(130)
 
 
-def _identity(pipeline: Pipeline, asked: Any, conditioning: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _check_options(per_layer: bool) -> None:
+    """Refuse options that have no effect."""
+    if per_layer:
+        refuse_given("with --per-layer the trials run in PyTorch", "backend", "engines")
+        refuse_given("with --per-layer the trials run in this process", "workers", "ray_address")
+    else:
+        refuse_given("only --per-layer finds partial steps", "max_graphs")
+        refuse_given("the trials run the graphs of the bundle; its source is loaded with --per-layer", "trust_source")
+
+
+def _in_pytorch(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with the module that its bundle was exported from."""
+    from fora_trt.evaluate.eager_fora import EagerFora
+    from fora_trt.evaluate.targets import device_of
+    from fora_trt.report.results import EAGER
+
+    return pipeline.over(EagerFora(pipeline.bundle, device_of(EAGER, pipeline.config.device)))
+
+
+def _calibration(
+    pipeline: Pipeline,
+    given: Conditioning,
+    asked: Wanted,
+    known: dict[str, float],
+    workers: Workers | None,
+    layers: dict[str, Any],
+) -> Calibration:
+    from fora_trt.evaluate.calibrate import Calibration
+    from fora_trt.evaluate.calibrate_layers import LayerCalibration
+
+    if layers["per_layer"]:
+        return LayerCalibration(pipeline, given, asked, layers["max_graphs"], known, watched("denoising"))
+    return Calibration(pipeline, given, asked, known, watched("denoising"), workers)
+
+
+def _identity(
+    pipeline: Pipeline, asked: Wanted, conditioning: str, settings: dict[str, Any], layers: dict[str, Any]
+) -> dict[str, Any]:
     """Everything that trials depend on, as values for JSON."""
     kept = ("steps", "guidance_scale", "guidance_interval", "scheduler", "timestep_spacing")
     return json.loads(  # type: ignore[no-any-return] # an object
@@ -133,6 +194,7 @@ def _identity(pipeline: Pipeline, asked: Any, conditioning: str, settings: dict[
                 "conditioning": conditioning,
                 **asked.model_dump(mode="json"),
                 **{name: settings[name] for name in kept},
+                **(layers if layers["per_layer"] else {}),
             }
         )
     )
@@ -156,16 +218,24 @@ def _found(calibration: Calibration, trials: Path, identity: dict[str, Any]) -> 
         return calibration.so_far()
 
 
-def _show(found: Calibrated, output: Path, nfe: int) -> None:
+def _show(found: Calibrated, output: Path, calibration: Calibration) -> None:
     """Print the comparison on other images."""
+    from fora_trt.evaluate.calibrate_layers import LayersCalibrated, export_command
+
+    nfe, layers = calibration.plain.nfe, isinstance(found, LayersCalibrated)
     if found.compared:
         title = f"{found.images} other images; PSNR against no caching"
-        table = new_table(title, "setting", "steps", "full steps", "ideal speed-up", "PSNR")
+        cost = "arithmetic" if layers else "ideal speed-up"
+        table = new_table(title, "setting", "steps", "full steps", cost, "PSNR")
         for row in found.compared:
-            speedup = f"{nfe / row.full_steps:.2f}x"
-            table.add_row(row.label, str(row.steps), str(row.full_steps), speedup, f"{row.psnr:.1f} dB")
+            of_row = f"{nfe / row.full_steps:.2f}x" if row.arithmetic is None else f"{row.arithmetic:.1%}"
+            table.add_row(row.label, str(row.steps), str(row.full_steps), of_row, f"{row.psnr:.1f} dB")
         print_table(table)
     steps = ", ".join(map(str, found.full_steps))
     weights = f"forecast order {found.order}{' with fitted weights' if found.fitted else ''}"
     click.echo(f"full steps {steps}; {weights}; computed as much as {found.spent:.1f} samplings")
     click.echo(f"wrote {output}")
+    if isinstance(found, LayersCalibrated):
+        click.echo(f"{found.graphs} graphs; to export them: {export_command(calibration.pipeline.bundle, str(output))}")
+        if found.advice is not None:
+            click.echo(found.advice)

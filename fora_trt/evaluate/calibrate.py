@@ -76,12 +76,16 @@ class Wanted(Record):
 
 
 class Compared(Record):
-    """A setting on images that the calibration did not use; PSNR in dB is the mean over the images."""
+    """A setting on images that the calibration did not use; PSNR in dB is the mean over the images.
+
+    `arithmetic` is that of the setting divided by that of no caching; a per-layer calibration has it.
+    """
 
     label: str
     steps: int
     full_steps: int
     psnr: float
+    arithmetic: float | None = None
 
 
 class Calibrated(Record):
@@ -105,7 +109,8 @@ class Trials:
     """Compares settings with no caching on numbered images, and counts what was computed.
 
     `known` has the PSNR of earlier trials, by setting and image; it makes an interrupted calibration go on where it
-    was. `spent` is in trajectories without caching of all calibration images.
+    was. `spent` is in trajectories without caching of all calibration images, from the full steps that a schedule takes
+    as long as (`full_steps_of`). `trajectories` computes them.
     """
 
     def __init__(
@@ -121,19 +126,20 @@ class Trials:
         self.plain, self.known, self.spent = plain, known, 0.0
         self._pipeline, self._wanted = pipeline, wanted
         self.guidance = pipeline.guidance(given, plain)
-        self._trajectories = Trajectories(pipeline, given, self.guidance, wanted.seed)
+        self.trajectories = Trajectories(pipeline, given, self.guidance, wanted.seed)
         self._references: dict[int, Tensor] = {}
         self._watch_steps, self._workers = watch_steps, workers
         self._crew: tuple[int, Crew] | None = None
         self._charged: set[str] = set()
+        self.full_steps_of: Callable[[Schedule], float] = lambda schedule: schedule.full_steps
 
     def psnr(self, sampling: Sampling, images: Sequence[int]) -> float:
         """Mean PSNR in dB of these images; those that are not known are computed at once."""
         what = f"{sampling.name}, {sampling.steps}, {sampling.schedule.digest()}"
         keys = {image: f"{what} on image {image}" for image in images}
         for image, key in keys.items():
-            self._charge(key, sampling.schedule.full_steps)
-            self._charge(f"image {image}", self.plain.nfe)
+            self.charge(key, self.full_steps_of(sampling.schedule))
+            self.charge(f"image {image}", self.plain.nfe)
         new = [image for image, key in keys.items() if key not in self.known]
         if new:
             missing = [image for image in new if image not in self._references]
@@ -146,16 +152,16 @@ class Trials:
 
     def observed(self, images: Sequence[int], ahead: int) -> Observed:
         """What the steps of these images read without caching; `ahead` is the largest distance of steps."""
-        self._charge("observed", len(images) * self.plain.nfe)
+        self.charge("observed", len(images) * self.plain.nfe)
         if (crew := self._workers_now()) is not None:
             found: Observed = crew.call("observed", self.plain, images, ahead)
             return found
-        return self._trajectories.observed(self.plain, images, ahead)
+        return self.trajectories.observed(self.plain, images, ahead)
 
     def _latents(self, sampling: Sampling, images: Sequence[int]) -> Tensor:
         """Final latents (N, C, H, W)."""
         if (crew := self._workers_now()) is None:
-            return self._trajectories.latents(sampling, images, self._watch_steps)
+            return self.trajectories.latents(sampling, images, self._watch_steps)
         size = self._pipeline.config.batch_size
         batches = [(sampling, images[at : at + size]) for at in range(0, len(images), size)]
         found = {tuple(some): latents for (_, some), latents in crew.map("latents", batches)}
@@ -165,10 +171,10 @@ class Trials:
         """The workers, if there are any; they start again if the batch size has changed."""
         size = self._pipeline.config.batch_size
         if self._workers is not None and (self._crew is None or self._crew[0] != size):
-            self._crew = size, self._workers.crew(self._trajectories)
+            self._crew = size, self._workers.crew(self.trajectories)
         return None if self._crew is None else self._crew[1]
 
-    def _charge(self, what: str, evaluations: int) -> None:
+    def charge(self, what: str, evaluations: float) -> None:
         """Count what a trial or a reference image takes, once; also where its result is known from before."""
         if what not in self._charged:
             self._charged.add(what)
@@ -186,18 +192,18 @@ class Trajectories:
 
     def latents(self, sampling: Sampling, images: Sequence[int], watch_steps: Watch = iter) -> Tensor:
         """Final latents (N, C, H, W) of images."""
-        given, seeds = self._inputs(images)
+        given, seeds = self.inputs(images)
         sampler, size = self.pipeline.sampler(sampling), self.pipeline.config.batch_size
         return sampler.in_batches(given, seeds, self.guidance, size, watch_steps).latents
 
     def observed(self, plain: Sampling, images: Sequence[int], ahead: int) -> Observed:
         """What the steps of images read without caching."""
-        given, seeds = self._inputs(images)
+        given, seeds = self.inputs(images)
         denoiser = self.pipeline.denoiser
         assert isinstance(denoiser, Denoiser)
         return Observed.of(denoiser, plain, given, seeds, self.guidance, self.pipeline.config.batch_size, ahead)
 
-    def _inputs(self, images: Sequence[int]) -> tuple[Conditioning, list[int]]:
+    def inputs(self, images: Sequence[int]) -> tuple[Conditioning, list[int]]:
         """Conditioning and seeds of images."""
         given = self.given.at([image % self.given.images for image in images])
         return given, [self.seed + image for image in images]
@@ -219,8 +225,11 @@ class Found:
 class Calibration:
     """One calibration. `run` searches, `result` measures the schedule that it found.
 
-    `known` are the results of an interrupted calibration with the same settings, which are not computed again.
+    `known` are the results of an interrupted calibration with the same settings, which are not computed again. `label`
+    is the name of the result in the comparison.
     """
+
+    label = "calibrated"
 
     def __init__(
         self,
@@ -237,11 +246,7 @@ class Calibration:
         """
         self.pipeline, self.wanted = pipeline, wanted
         self.plain = pipeline.sampling(schedule=NONE)
-        if not pipeline.manifest.can_forecast:
-            raise ScheduleError(
-                f"{pipeline.manifest.name} cannot forecast, so it cannot be calibrated: its full graph folds values "
-                "that are not linear in the features; export it with --optimize conditioning"
-            )
+        self._check()
         if wanted.images < 1:
             raise InputError(f"the number of images is {wanted.images}; at least 1 is needed")
         self.trials = Trials(pipeline, self.plain, given, wanted, {} if known is None else known, watch_steps, workers)
@@ -252,6 +257,13 @@ class Calibration:
         self._others = range(wanted.images, 2 * wanted.images)
         self._full_steps = self._number()
         self._weighed: Callable[[Schedule], Schedule] = _unchanged
+
+    def _check(self) -> None:
+        if not self.pipeline.manifest.can_forecast:
+            raise ScheduleError(
+                f"{self.pipeline.manifest.name} cannot forecast, so it cannot be calibrated: its full graph folds "
+                "values that are not linear in the features; export it with --optimize conditioning"
+            )
 
     def shared_among(self, workers: int) -> int:
         """The batch size with which a trial of a few images has a batch for each worker."""
@@ -307,11 +319,14 @@ class Calibration:
         assert self.wanted.max_loss is not None
         while least < most:
             middle = (least + most) // 2
-            schedule = Schedule.dense(self.plain.nfe, middle).with_forecast(ORDER)
-            found = self.trials.psnr(self.plain.with_schedule(schedule), self._few)
+            found = self._measured(self._with_number(middle), self._few).psnr
             yield f"{middle} full steps: {found:.1f} dB"
             least, most = (least, middle) if found >= self.wanted.max_loss else (middle + 1, most)
         self._full_steps = least
+
+    def _with_number(self, full_steps: int) -> Schedule:
+        """The schedule that stands for all with this number of full steps."""
+        return Schedule.dense(self.plain.nfe, full_steps).with_forecast(ORDER)
 
     def _dense(self, exponent: float) -> Schedule:
         return Schedule.dense(self.plain.nfe, self._full_steps, exponent).with_forecast(ORDER)
@@ -393,7 +408,7 @@ class Calibration:
     def result(self, report: Callable[[str], None] = lambda line: None) -> Calibrated:
         """Measure the best schedule on other images, beside its rivals."""
         assert self.best is not None
-        rows = [self._row("calibrated", self.plain.with_schedule(self.best.schedule))]
+        rows = [self._row(self.label, self.plain.with_schedule(self.best.schedule))]
         for rival in self._rivals():
             report(f"measuring {rival.text} on other images")
             rows.append(self._row(rival.text, self.plain.with_schedule(rival)))
@@ -443,7 +458,7 @@ class Calibration:
             "timesteps": [round(time, 4) for time in plain.scheduler_step.timesteps.tolist()],
             "guidance_scale": self.trials.guidance.scale,
             "seed": self.wanted.seed,
-            **found.model_dump(mode="json"),
+            **found.model_dump(mode="json", exclude_none=True),
         }
         text = replace(self.best.schedule, made_from=made_from).to_json()
         write_whole(path, lambda file: file.write(text.encode()))

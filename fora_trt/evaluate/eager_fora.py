@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fora_trt.bundle import Bundle, Manifest
 from fora_trt.contract import LATENTS, PRECISIONS, TIMESTEP
 from fora_trt.engines.memory import bytes_of, check_room
 from fora_trt.engines.tf32 import without_tf32
 from fora_trt.evaluate.source_module import model_from_bundle, with_unread_inputs
+from fora_trt.masks import Masks
 from fora_trt.models.precision import cast_all
 from fora_trt.plan import FULL_STEP, LATEST, Plan, Step, depth_of, offsets_of
 from fora_trt.quiet import quiet
@@ -116,6 +118,10 @@ def forecast_of(kept: Sequence[Any], weights: Sequence[float], batch: int, full_
     return torch.as_tensor(total).to(latest.dtype)
 
 
+def _is_floating(one: Any) -> bool:
+    return isinstance(one, Tensor) and one.is_floating_point()
+
+
 class EagerFora(PlainPredictor):
     """Computes in fp32, or with `cast_whole` entirely in the bundle's precision.
 
@@ -134,6 +140,7 @@ class EagerFora(PlainPredictor):
         self._spec = model.spec
         self._dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in model.spec.inputs}
         self._step, self._batch, self._full_batch = FULL_STEP, 0, 0
+        self._kept: dict[str, list[Any]] = {}
         for site in bundle.manifest.cache_sites:
             module = self.module.get_submodule(site.module)
             module.forward = self._cached(site.module, module.forward)
@@ -150,8 +157,21 @@ class EagerFora(PlainPredictor):
             self._full_batch = self._batch
         return result
 
+    def add_graphs(self, masks: Masks) -> None:
+        """Take steps with these masks too, which the bundle need not have graphs for."""
+        known = {**self.manifest.partial_graphs, **masks}
+        self.manifest = self.manifest.model_copy(update={"partial_graphs": known})
+
+    def features(self) -> dict[str, Tensor]:
+        """What each cache site that was called has put out at the last full or partial step, flattened: (B, V)."""
+        leaves = {path: tree_leaves(kept[0]) for path, kept in self._kept.items() if kept}
+        return {
+            path: torch.cat([one.reshape(self._full_batch, -1) for one in values if _is_floating(one)], dim=1).float()
+            for path, values in leaves.items()
+        }
+
     def _cached(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        kept: list[Any] = []
+        kept = self._kept.setdefault(path, [])
 
         def cached(*args: Any, **kwargs: Any) -> Any:
             read = partial(forecast_of, batch=self._batch, full_batch=self._full_batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,35 @@ def arithmetic_shares(bundle: Bundle) -> dict[str, float]:
     names = (FULL, *bundle.manifest.partial_graphs, REUSE)
     full, *others = (graph_statistics(bundle.graph_path(name)).flops for name in names)
     return {name: one / full if full else 1.0 for name, one in zip(names[1:], others, strict=True)}
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Counts the FLOPs per sample of steps that read some features instead of computing them, from the full graph.
+
+    A step computes what its outputs need: the prediction, the features that it does not read and what the full graph
+    makes of them for later steps. So everything between the first computed cache site and the prediction counts.
+    """
+
+    graph: ir.Graph
+
+    @classmethod
+    def of(cls, path: Path) -> StepFlops:
+        """From the ONNX file of a full graph."""
+        return cls(ir.load(path).graph)
+
+    def reading(self, features: Collection[str]) -> int:
+        """FLOPs of a step that reads the features with these names. Raises `BundleError` for an unknown feature."""
+        seen, waiting = set[ir.Node](), [*self.graph.outputs]
+        if absent := {*features} - {str(value.name) for node in self.graph for value in node.outputs}:
+            raise BundleError(f"the full graph does not compute {min(absent)} under this name; export it again")
+        while waiting:
+            value = waiting.pop()
+            node = None if value.name in features else value.producer()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [one for one in node.inputs if one is not None]
+        return sum(map(_flops, seen))
 
 
 def _flops(node: ir.Node) -> int:
