@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 import fora_trt
-from benchmarks import diffusers_tests, pipeline_steps, pipelines, serving
+from benchmarks import diffusers_tests, per_layer, pipeline_steps, pipelines, serving
 from benchmarks.equal_evaluations import newest_ways, table_of
 from benchmarks.readme_picture import LABELS, PICTURE, measured_rows, pictures_of, rows_of
 from benchmarks.readme_tables import OF_THE_CPU, measurement_lines, newest_content, newest_result, readme_lines
@@ -202,6 +202,18 @@ def test_reuse_steps_of_pipelines_take_the_measured_share_of_a_full_one() -> Non
         assert one["level"] == "fold"
         assert one["full"]["median"] > 0.1
         assert one["reuse"]["median"] < 0.03 * one["full"]["median"], one["name"]
+
+
+def test_per_layer_schedules_are_the_measured_ones() -> None:
+    _, _, rest = MEASUREMENTS.partition("<!-- table of benchmarks/per_layer.py -->\n")
+    result = per_layer.newest()
+    assert rest.partition("\n<!-- end")[0].splitlines() == per_layer.table_of(result)
+    assert re.fullmatch(r"[0-9a-f]{40}", result["environment"]["commit"]), "measured on changes that no commit holds"
+    ways = {one["label"]: one for one in result["ways"]}
+    (found,) = (one for label, one in ways.items() if label.startswith("per-layer ("))
+    assert found["full_steps"] <= ways["fora:3"]["full_steps"]
+    told = "Per-layer calibration reaches {:.1f} dB, and full and reuse steps {:.1f} dB with the same arithmetic."
+    assert told.format(found["psnr"], ways["calibrated"]["psnr"]) in words_of(MEASUREMENTS)
 
 
 def test_equal_evaluations_are_the_measured_ones() -> None:
