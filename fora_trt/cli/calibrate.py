@@ -236,6 +236,8 @@ def _show(found: Calibrated, output: Path, calibration: Calibration) -> None:
     click.echo(f"full steps {steps}; {weights}; computed as much as {found.spent:.1f} samplings")
     click.echo(f"wrote {output}")
     if isinstance(found, LayersCalibrated):
-        click.echo(f"{found.graphs} graphs; to export them: {export_command(calibration.pipeline.bundle, str(output))}")
+        bundle = calibration.pipeline.bundle
+        exports = f"{found.graphs} graphs; to export them: {export_command(bundle, str(output))}"
+        click.echo(exports if found.graphs > 2 else "no step is partial, so the bundle has all graphs of the schedule")
         if found.advice is not None:
             click.echo(found.advice)
