@@ -102,8 +102,8 @@ def calibrate(
     command then goes on where it stopped. With --workers the batches of a trial are shared; without --batch-size there
     is one for each worker. `run`, `sample`, `bench` and `quality` take the file with --schedule.
 
-    With --per-layer a step may compute some layers and read the others from the cache. The trials run in PyTorch, and
-    the bundle is exported again with the file: it then has a graph for each kind of step.
+    With --per-layer a step may compute some layers and read the others from the cache. Its trials run in PyTorch; to
+    use the file, export the bundle again with it, so that it has a graph for each kind of step.
 
     \b
     Examples:
@@ -116,7 +116,6 @@ def calibrate(
     from fora_trt.evaluate.calibrate import Wanted, read_trials, trials_file
     from fora_trt.files import only_writer
     from fora_trt.images.save import check_new, writable_file
-    from fora_trt.report.environment import versions
 
     if output.suffix != ".json":
         raise click.BadParameter(f"{output} does not end in .json", param_hint="--output")
@@ -137,11 +136,7 @@ def calibrate(
         calibration.write(output, found)
         if not found.interrupted:
             trials_file(output).unlink(missing_ok=True)
-    if as_json:
-        shown = found.model_dump(mode="json", exclude_none=True)
-        print_json({"output": output, **shown, "versions": versions()})
-    else:
-        _show(found, output, calibration)
+    _show(found, output, calibration, as_json)
     if found.interrupted:
         click.echo("interrupted: this is the best schedule so far; the same command goes on from here", err=True)
         click.get_current_context().exit(130)
@@ -218,9 +213,14 @@ def _found(calibration: Calibration, trials: Path, identity: dict[str, Any]) -> 
         return calibration.so_far()
 
 
-def _show(found: Calibrated, output: Path, calibration: Calibration) -> None:
+def _show(found: Calibrated, output: Path, calibration: Calibration, as_json: bool) -> None:
     """Print the comparison on other images."""
     from fora_trt.evaluate.calibrate_layers import LayersCalibrated, export_command
+    from fora_trt.report.environment import versions
+
+    if as_json:
+        print_json({"output": output, **found.model_dump(mode="json", exclude_none=True), "versions": versions()})
+        return
 
     nfe, layers = calibration.plain.nfe, isinstance(found, LayersCalibrated)
     if found.compared:
