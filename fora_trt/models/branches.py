@@ -39,7 +39,8 @@ def unmerged_branches(module: nn.Module, spec: ModelSpec) -> str | None:
     if before <= after and not fewer:
         return None
     kind, name = found[0]
-    more = f", which takes {before / after:.1f} times the arithmetic of the merged network" if before > after else ""
+    times = before / max(after, 1)
+    more = f", which takes {times:.1f} times the arithmetic of the merged network" if times > 1.05 else ""
     return (
         f"{len(found)} modules are exported with branches for training, such as {kind}{more}; call {name}() of each in "
         "the factory, after the weights are loaded and eval() was called"
