@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 import fora_trt
-from benchmarks import diffusers_tests, per_layer, pipeline_steps, pipelines, serving
+from benchmarks import diffusers_tests, originals, per_layer, pipeline_steps, pipelines, serving
 from benchmarks.equal_evaluations import newest_ways, table_of
 from benchmarks.readme_picture import LABELS, PICTURE, measured_rows, pictures_of, rows_of
 from benchmarks.readme_tables import OF_THE_CPU, measurement_lines, newest_content, newest_result, readme_lines
@@ -164,6 +164,15 @@ def test_the_table_of_pipelines_is_the_measured_one() -> None:
     assert rest.partition("\n<!-- end")[0].splitlines() == [*pipelines.table_of(result["outcomes"])]
     through = [one for one in result["outcomes"] if one["refused"] is None]
     assert max(max(*one["errors"].values(), one["verified"]) for one in through) < 1e-5
+
+
+def test_the_table_of_the_code_of_other_systems_is_the_measured_one() -> None:
+    _, _, rest = TEXT["docs/originals.md"].partition("<!-- table of benchmarks/originals.py -->\n")
+    result = newest_content("originals")
+    assert rest.partition("\n<!-- end")[0].splitlines() == [*originals.table_of(result["rows"])]
+    assert re.fullmatch(r"[0-9a-f]{40}", result["environment"]["commit"]), "measured on a clean checkout"
+    assert max(error for row in result["rows"] for error in row["errors"].values()) < 1e-4
+    assert all(f"| {row['name'].partition(',')[0]} |" in TEXT["docs/originals.md"] for row in result["rows"])
 
 
 def test_the_table_of_the_tests_of_diffusers_is_the_measured_one() -> None:
