@@ -165,7 +165,8 @@ class Manifest(Record):
         """
         name = in_command(self.name)
         if self.pipeline is not None and self.pipeline.where is None:
-            return f"fora_trt.export(pipe, {shown(self.name)!r}, force=True) in Python"
+            asked = "" if schedule is None else f", schedule={shown(schedule)!r}"
+            return f"fora_trt.export(pipe, {shown(self.name)!r}{asked}, force=True) in Python"
         options = self.model.options.model_copy(update=other)
         if options.inputs is not None:
             return f"fora-trt export RECIPE.toml --name {name} --force"

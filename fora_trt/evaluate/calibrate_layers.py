@@ -34,7 +34,6 @@ from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.sampling.conditioning import Conditioning
 from fora_trt.sampling.loop import Watch
 from fora_trt.schedule import Schedule
-from fora_trt.untrusted import in_command
 
 MOST_GRAPHS = 8
 GROUPS = (2, 3, 4)
@@ -229,4 +228,4 @@ def advice_of(psnr: Mapping[str, float], without_partial_steps: Sequence[str]) -
 
 def export_command(bundle: Bundle, schedule: str) -> str:
     """How to export the bundle again with the graphs of a schedule file."""
-    return f"{bundle.manifest.export_command()} --schedule {in_command(schedule)}"
+    return bundle.manifest.export_command(schedule)

@@ -20,6 +20,7 @@ from fora_trt.bundle import Bundle, Manifest
 from fora_trt.contract import LATENTS, PRECISIONS, TIMESTEP
 from fora_trt.engines.memory import bytes_of, check_room
 from fora_trt.engines.tf32 import without_tf32
+from fora_trt.errors import ScheduleError
 from fora_trt.evaluate.source_module import model_from_bundle, with_unread_inputs
 from fora_trt.masks import Masks
 from fora_trt.models.precision import cast_all
@@ -46,7 +47,9 @@ class PlainPredictor(ABC):
         batches: Sequence[int],
         first: int = 0,
     ) -> PlainRun:
-        """Check that the batch fits the device's memory (`InputError` if not); compute nothing."""
+        """Compute nothing; raise `InputError` for a batch that does not fit, `ScheduleError` for unknown masks."""
+        if unknown := {step.graph for step in plan if step.is_partial} - self.manifest.partial_graphs.keys():
+            raise ScheduleError(f"no mask is known for {len(unknown)} kinds of partial steps of the schedule")
         self.depth, batch = depth_of(plan), max(batches)
         if (self.depth, batch) > self._room_for:  # once per size: the features kept later would count as used
             check_room(batch, self.device, lambda count: self.depth * bytes_of(self.manifest.features(), count))
@@ -177,8 +180,8 @@ class EagerFora(PlainPredictor):
             read = partial(forecast_of, batch=self._batch, full_batch=self._full_batch)
             if not self._step.computes:
                 return read(kept, self._step.weights)
-            computed = self.manifest.partial_graphs.get(self._step.graph)
-            latest = forward(*args, **kwargs) if computed is None or path in computed else read(kept[:1], LATEST)
+            computes = self._step.is_full or path in self.manifest.partial_graphs[self._step.graph]
+            latest = forward(*args, **kwargs) if computes else read(kept[:1], LATEST)
             kept[:] = [latest, *kept[: self.depth - 1]]
             return latest
 
