@@ -315,7 +315,8 @@ class Bundle:
     ) -> None:
         """Write the bundle to another folder, with another schedule and the `config.json` of a transformer beside it.
 
-        Without a schedule all files stay as they are. Raises `InputError` if the folder holds anything but a bundle.
+        Without a schedule all files stay as they are. Raises `InputError` if the folder holds anything but a bundle,
+        `ScheduleError` for a schedule whose graphs the bundle lacks.
         """
         if target.exists() and not _has_manifest(target):
             raise InputError(f"{target} exists and is not a bundle, so it is not replaced; choose a new folder")
@@ -324,12 +325,13 @@ class Bundle:
             for name in files:
                 shutil.copyfile(self.folder / name, folder / name)
             named = self.manifest.schedule if schedule is None else schedule
-            if schedule is not None and (isinstance(schedule, Schedule) or reads_file(schedule)):
+            if schedule is not None:
                 sites = self.manifest.cache_sites
-                read = schedule if isinstance(schedule, Schedule) else Schedule.of_any_length(schedule, sites)
-                self.manifest.check_graphs(read.masks)
-                read.to_file(folder / SCHEDULE)
-                files[SCHEDULE], named = record_of(folder / SCHEDULE), SCHEDULE
+                made = schedule if isinstance(schedule, Schedule) else Schedule.of_any_length(schedule, sites)
+                self.manifest.check_graphs(made.masks, made.text)
+                if isinstance(schedule, Schedule) or reads_file(schedule):
+                    made.to_file(folder / SCHEDULE)
+                    files[SCHEDULE], named = record_of(folder / SCHEDULE), SCHEDULE
             if config is not None:
                 (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
             write_manifest(folder, self.manifest.model_copy(update={"schedule": named, "files": files}))

@@ -508,6 +508,18 @@ def test_a_schedule_whose_graphs_are_not_in_the_bundle_is_refused(run_folder: Pa
         denoiser.layout_of(schedule.plan)
 
 
+def test_a_copy_takes_only_schedules_whose_graphs_there_are(run_folder: Path, digits: Bundle, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    with pytest.raises(ScheduleError, match="has a kind of partial step without a graph in digits; export it with the"):
+        digits.copy(target, "attention:2")
+    assert not target.exists()
+    bundle, schedule, _ = exported_with_masks(run_folder, "digits", "fold")
+    bundle.copy(target, "fora:4")
+    assert Bundle.open(target).schedule == "fora:4"
+    bundle.copy(target, schedule)
+    assert Pipeline(Bundle.open(target), steps=STEPS).sampling().schedule == schedule
+
+
 def test_a_bundle_uses_the_schedule_that_it_was_exported_with(run_folder: Path) -> None:
     bundle, schedule, _ = exported_with_masks(run_folder, "digits", "fold")
     made = Pipeline(bundle, backend="onnxruntime", steps=STEPS)(class_labels=[1])
