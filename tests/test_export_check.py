@@ -204,7 +204,7 @@ def test_integer_features_are_not_extrapolated(networks: str) -> None:
             "blocks.0.attn outputs a tensor of dtype complex64, and graphs pass only float32, float16",
         ),
         ("unsigned", (), "the cache site blocks.0.attn outputs a tensor of dtype uint16"),
-        ("in_place", (), "or its output is changed in place), so it cannot be cached"),
+        ("in_place", (), "or its output is changed in place, so it cannot be cached"),
         (
             "nan",
             (),
