@@ -47,11 +47,12 @@ from fora_trt.files import (
     clear_unfinished,
     read_manifest,
     record_of,
+    sha256_of,
     staging,
     write_manifest,
 )
 from fora_trt.graph_check import check_graph, dtype_of, edge_problem
-from fora_trt.models.options import SourceOptions
+from fora_trt.models.options import SourceOptions, problem_of_ranges
 from fora_trt.schedule import OPEN_STEPS, Schedule, reads_file
 from fora_trt.untrusted import checked, in_command, name_problem, read_json, shown
 
@@ -126,6 +127,17 @@ class GraphRecord(Record):
     outputs: tuple[TensorSpec, ...]
 
 
+class VariantRecord(Record):
+    """Another network for some timesteps: a bundle in a folder of this one, by the digest of its manifest file.
+
+    It runs the steps whose timestep is at least `timesteps[0]` and less than `timesteps[1]`.
+    """
+
+    folder: PlainName
+    timesteps: tuple[float, float]
+    sha256: str
+
+
 class Manifest(Record):
     """The content of a bundle's `manifest.json`; `export/README.md` explains each field."""
 
@@ -147,6 +159,7 @@ class Manifest(Record):
     pipeline: PipelineSpec | None = None
     schedule: str | None = None
     partial_graphs: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    variants: tuple[VariantRecord, ...] = ()
     files: dict[str, FileRecord]
     measured_error: dict[str, GraphError] | None
     measured_on: str | None = None
@@ -168,7 +181,7 @@ class Manifest(Record):
             asked = "" if schedule is None else f", schedule={shown(schedule)!r}"
             return f"fora_trt.export(pipe, {shown(self.name)!r}{asked}, force=True) in Python"
         options = self.model.options.model_copy(update=other)
-        if options.inputs is not None:
+        if options.inputs is not None or options.variants:
             return f"fora-trt export RECIPE.toml --name {name} --force"
         precision = () if self.precision == "fp32" else ("--precision", self.precision)
         usual = schedule or (None if self.schedule == SCHEDULE else self.schedule)
@@ -204,6 +217,14 @@ class Manifest(Record):
             raise ScheduleError(
                 f"the schedule has {kinds} without a graph in {self.name}; export it with the schedule: "
                 f"{self.export_command(schedule)}"
+            )
+
+    def check_one_network(self, what: str) -> None:
+        """Raise `InputError` if the bundle has variants, for what takes bundles of one network only."""
+        if self.variants:
+            raise InputError(
+                f"{self.name} has other networks for some timesteps, which {what} does not take; run, sample, quality "
+                f"and verify do, and {what} takes the bundle of each: {', '.join(one.folder for one in self.variants)}"
             )
 
     def unfed(self) -> list[str]:
@@ -293,6 +314,7 @@ class Bundle:
         if manifest.schedule is not None:
             _check_schedule(folder, manifest, mend)
         self._check_constants()
+        self._check_variants()
         self.scheduler_config  # noqa: B018 # raises for a file that is no configuration
 
     def graph_path(self, name: str) -> Path:
@@ -324,6 +346,8 @@ class Bundle:
             files = {name: one for name, one in self.manifest.files.items() if schedule is None or name != SCHEDULE}
             for name in files:
                 shutil.copyfile(self.folder / name, folder / name)
+            for variant in self.manifest.variants:
+                shutil.copytree(self.folder / variant.folder, folder / variant.folder)
             named = self.manifest.schedule if schedule is None else schedule
             if schedule is not None:
                 sites = self.manifest.cache_sites
@@ -335,6 +359,24 @@ class Bundle:
             if config is not None:
                 (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
             write_manifest(folder, self.manifest.model_copy(update={"schedule": named, "files": files}))
+
+    @property
+    def variants(self) -> list[tuple[tuple[float, float], Bundle]]:
+        """The bundles of other networks, each with its range of timesteps."""
+        records = self.manifest.variants
+        return [(one.timesteps, Bundle.read(self.folder / one.folder, self.trust_source)) for one in records]
+
+    def _check_variants(self) -> None:
+        for record in self.manifest.variants:
+            folder = self.folder / record.folder
+            if folder.is_symlink() or not _has_manifest(folder) or sha256_of(folder / MANIFEST) != record.sha256:
+                raise BundleError(
+                    f"{folder} is not the bundle that the manifest of {self.folder} names for some timesteps; "
+                    f"{self._mend}"
+                )
+            other = Bundle.open(folder).manifest
+            if problem := problem_of_variant(self.manifest, other):
+                raise BundleError(f"{folder} {problem}; {self._mend}")
 
     @property
     def _mend(self) -> str:
@@ -430,11 +472,25 @@ def _check_schedule(folder: Path, manifest: Manifest, mend: str) -> None:
         raise BundleError(f"the schedule in the manifest of {folder} is not valid: {error}; {mend}") from error
 
 
+def problem_of_variant(usual: Manifest, other: Manifest) -> str | None:
+    """Why a bundle cannot run some timesteps in place of another, as the end of a sentence; None if it can."""
+    known = {one.name: (one.dtype, one.shape) for one in usual.inputs}
+    if unknown := [one.name for one in other.inputs if known.get(one.name) != (one.dtype, one.shape)]:
+        return f"takes '{shown(unknown[0])}', which {usual.name} does not take with this shape and dtype"
+    if usual.latents != other.latents or usual.guidance != other.guidance or other.precision != usual.precision:
+        return f"has other latents, another guidance or another precision than {usual.name}"
+    if other.variants or other.pipeline is not None or usual.pipeline is not None:
+        return "has variants itself, or is of a diffusers pipeline"
+    return None
+
+
 def _problems(manifest: Manifest) -> Iterator[str]:
     """The values of a manifest that do not fit together, or exceed a limit, as sentences."""
     if unknown := manifest.graphs.keys() - GRAPHS - manifest.partial_graphs.keys():
         yield f"there is a graph '{shown(min(unknown))}'; the graphs are {', '.join(sorted(GRAPHS))}"
     yield from _problems_of_partial_graphs(manifest)
+    if manifest.variants and (problem := problem_of_ranges([one.timesteps for one in manifest.variants])):
+        yield problem
     edges: list[tuple[str, Sequence[TensorSpec], Sequence[TensorSpec]]] = [("the model", manifest.inputs, ())]
     edges += [(f"the {name} graph", graph.inputs, graph.outputs) for name, graph in manifest.graphs.items()]
     edges.append(("the cache sites", (), manifest.features()))

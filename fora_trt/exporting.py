@@ -104,6 +104,9 @@ def export_models(
             check_scheduler(model.scheduler, model.latents.learned_sigma)
         if (size := _size_in_words(model)) is not None:
             report(size)
+        if (others := model.options.variants) and pipeline is not None:
+            raise ModelError("variants are for networks without a pipeline of their own; export the pipeline alone")
+        own = model.options
         bundle = bundle_from_model(
             model,
             folders[0],
@@ -114,6 +117,7 @@ def export_models(
             force=force,
             report=report,
             measure=partial(measure, target=folders[0]),
+            variants=((one.timesteps, model_from_source(own.of_variant(one), model.precision)) for one in others),
         )
         written.append(bundle)
     return written

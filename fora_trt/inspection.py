@@ -63,6 +63,14 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             }
             for name, computed in manifest.partial_graphs.items()
         },
+        "variants": [
+            {
+                "folder": str(other.folder),
+                "timesteps": timesteps,
+                "arithmetic": graph_statistics(other.graph_path(FULL)).flops / max(1, graphs[FULL].flops),
+            }
+            for timesteps, other in bundle.variants
+        ],
         "steps": STEPS,
         "cache_intervals": {
             interval: {

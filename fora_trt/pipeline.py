@@ -33,6 +33,7 @@ from fora_trt.presets import usual_text
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.inputs import integer_of
 from fora_trt.runtime.interface import Predictor
+from fora_trt.runtime.variants import networks_of, variants_of
 from fora_trt.sampling.conditioning import Conditioning, usual_guidance_scale
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.sampling.loop import Sampler, Trajectory, Watch
@@ -220,7 +221,7 @@ class Pipeline:
 
         There, the bundle must be in the same folder. Raises `TypeError` for a pipeline with another predictor.
         """
-        if self._predictor is not None and not isinstance(self._predictor, Denoiser):
+        if self._predictor is not None and not self._denoisers:
             raise TypeError(f"a pipeline with a {type(self._predictor).__name__} cannot be pickled")
         folder, vae = self.bundle.folder.absolute(), self.config.vae
         config = replace(
@@ -253,8 +254,8 @@ class Pipeline:
         `BusyError` in a process that was forked after the engines were started. Threads that call a pipeline at once
         wait for each other.
         """
-        if isinstance(self._predictor, Denoiser):
-            self._predictor.access.check_process()
+        for denoiser in self._denoisers:
+            denoiser.access.check_process()
         with self._one_call:
             return self._made(class_labels, prompt, negative_prompt, conditioning, num_images, steps, seed, watch)
 
@@ -416,8 +417,19 @@ class Pipeline:
         """Raise `ScheduleError` for a schedule that was calibrated for another model, or whose graphs there are not."""
         model = self.manifest.model
         schedule.check_model(model.weights_sha256, model.options.source)
-        if self._predictor is None or isinstance(self._predictor, Denoiser):  # others need no graphs
+        if schedule.masks and self.manifest.variants:
+            raise ScheduleError(
+                f"{self.manifest.name} has other networks for some timesteps, and a schedule with partial steps is for "
+                "the layers of one; give a schedule of full and reuse steps"
+            )
+        if self._predictor is None or self._denoisers:  # others need no graphs
             self.manifest.check_graphs(schedule.masks, schedule.text)
+
+    @property
+    def _denoisers(self) -> Sequence[Denoiser]:
+        """The running denoisers: one for each network; none before the start, and for a predictor without engines."""
+        found = [] if self._predictor is None else networks_of(self._predictor)
+        return [one for one in found if isinstance(one, Denoiser)]
 
     def over(self, predictor: Predictor) -> Pipeline:
         """A pipeline with the same settings that runs its steps with another predictor."""
@@ -434,8 +446,11 @@ class Pipeline:
         if self._predictor is None or (self._built_for is not None and batch > self._built_for):
             self._built_for = batch if self.backend.builds else None
             options = EngineOptions(Path(self.config.engines), batch, self.report, self._progress)
-            engines = self.backend.engines(self.bundle, self.device, options)
-            self._predictor = Denoiser(engines, self.manifest, self.backend.name)
+            denoisers = [
+                Denoiser(self.backend.engines(one, self.device, options), one.manifest, self.backend.name)
+                for one in (self.bundle, *(bundle for _, bundle in self.bundle.variants))
+            ]
+            self._predictor = variants_of(self.manifest, denoisers)
         return self._predictor
 
     def sampler(self, sampling: Sampling) -> Sampler:

@@ -101,6 +101,7 @@ def bench(
     settings = {"steps": steps, "scheduler": scheduler, "guidance_scale": guidance_scale, "engines": engines}
     settings["trust_source"] = trust_source
     pipeline = pipeline_of(bundle, **settings)
+    pipeline.manifest.check_one_network("bench")
     from fora_trt.engines.backends import backend_from_name
     from fora_trt.evaluate.bench import Benchmark
     from fora_trt.evaluate.targets import device_of, targets_of

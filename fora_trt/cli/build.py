@@ -97,22 +97,24 @@ def build(
         optimization_level=optimization_level,
         workspace_gib=workspace,
     )
-    with bar() as progress:
-        plans, reused = build_plans(
-            Bundle.read(bundle),
-            target,
-            options,
-            out,
-            timing_cache=timing_cache,
-            force=force,
-            report=say,
-            progress=progress,
-        )
+    opened = Bundle.read(bundle)
+    made = []
+    for one in (opened, *(other for _, other in opened.variants)):
+        with bar() as progress:
+            made.append(
+                build_plans(
+                    one, target, options, out, timing_cache=timing_cache, force=force, report=say, progress=progress
+                )
+            )
     if as_json:
-        found = {"folder": str(plans.folder), "reused": reused, **plans.manifest.model_dump(mode="json")}
-        print_json(found)
+        first, *others = [
+            {"folder": str(plans.folder), "reused": reused, **plans.manifest.model_dump(mode="json")}
+            for plans, reused in made
+        ]
+        print_json({**first, **({"variants": others} if others else {})})
         return
-    _show(plans, reused)
+    for plans, reused in made:
+        _show(plans, reused)
 
 
 def _show(plans: PlanSet, reused: bool) -> None:

@@ -113,6 +113,7 @@ def calibrate(
     """
     _check_options(layers["per_layer"])
     pipeline = pipeline_of(bundle, **settings)
+    pipeline.manifest.check_one_network("calibrate")
     from fora_trt.evaluate.calibrate import Wanted, read_trials, trials_file
     from fora_trt.files import only_writer
     from fora_trt.images.save import check_new, writable_file

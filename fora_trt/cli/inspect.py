@@ -50,6 +50,12 @@ def inspect(bundle: Path, as_json: bool) -> None:
             )
             partial.add_row(name, computed, f"{one['arithmetic_kept']:.1%}")
         print_table(partial)
+    if found["variants"]:
+        variants = new_table("other networks", "bundle", "timesteps", "arithmetic of a full step")
+        for one in found["variants"]:
+            low, high = one["timesteps"]
+            variants.add_row(one["folder"], f"{low:g} to below {high:g}", f"{one['arithmetic']:.1%}")
+        print_table(variants)
     table = new_table(
         f"{found['steps']} steps",
         "cache interval",

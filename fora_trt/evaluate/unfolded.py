@@ -20,6 +20,7 @@ from fora_trt.errors import BackendError, SourceError
 from fora_trt.evaluate.eager_fora import EagerFora, PlainPredictor, forecast_of
 from fora_trt.plan import Step
 from fora_trt.runtime.interface import Predictor
+from fora_trt.runtime.variants import variants_of
 
 
 def reference_from_bundle(bundle: Bundle, device: torch.device) -> tuple[Predictor, str]:
@@ -27,10 +28,14 @@ def reference_from_bundle(bundle: Bundle, device: torch.device) -> tuple[Predict
 
     Raises `BackendError` if the source exists but its weights differ from the bundle's.
     """
+    bundles = [bundle, *(one for _, one in bundle.variants)]
+    found: list[Predictor]
     try:
-        return EagerFora(bundle, device), "PyTorch"
+        found, name = [EagerFora(one, device) for one in bundles], "PyTorch"
     except SourceError:
-        return UnfoldedFora(bundle, device), "the unfolded full graph (the checkpoint is not available)"
+        found = [UnfoldedFora(one, device) for one in bundles]
+        name = "the unfolded full graph (the checkpoint is not available)"
+    return variants_of(bundle.manifest, found), name
 
 
 class UnfoldedFora(PlainPredictor):

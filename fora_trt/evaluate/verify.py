@@ -20,6 +20,7 @@ from fora_trt.pipeline import Pipeline
 from fora_trt.plan import FULL_STEP, REUSE_STEP, Step
 from fora_trt.runtime.denoiser import Denoiser
 from fora_trt.runtime.interface import Predictor
+from fora_trt.runtime.variants import networks_of
 from fora_trt.sampling.conditioning import example_conditioning
 from fora_trt.sampling.guidance import Guidance
 from fora_trt.schedule import NONE, Schedule
@@ -58,11 +59,14 @@ def compare_with_pytorch(
     computed the features that it reads. `reference` defaults to that of `reference_from_bundle`. Raises `BackendError`.
     """
     bundle, precision = pipeline.bundle, pipeline.manifest.precision
-    denoiser = pipeline.start(2, Guidance(GUIDANCE_SCALE))
-    assert isinstance(denoiser, Denoiser)
+    running = pipeline.start(2, Guidance(GUIDANCE_SCALE))
     reference = reference or reference_from_bundle(bundle, pipeline.device)[0]
-    for graph, error in graph_errors(denoiser, reference, batch=2):
-        yield Comparison(f"{graph} graph", error, GRAPH_TOLERANCE[precision])
+    networks = [*zip(networks_of(running), networks_of(reference), strict=True)]
+    for number, (denoiser, plain) in enumerate(networks):
+        assert isinstance(denoiser, Denoiser)
+        where = f" of variant {number}" if number else ""
+        for graph, error in graph_errors(denoiser, plain, batch=2):
+            yield Comparison(f"{graph} graph{where}", error, GRAPH_TOLERANCE[precision])
     if not pipeline.manifest.denoises_all_latents:  # no trajectory without the loop of its own pipeline
         return
     for schedule, error in trajectory_errors(pipeline, pipeline.over(reference), schedules):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,15 @@ from fora_trt.bundle import (
     Manifest,
     ModelRecord,
     TrajectoryError,
+    VariantRecord,
+    problem_of_variant,
 )
 from fora_trt.contract import OPTIMIZATIONS, CacheSite, Optimization
 from fora_trt.errors import BundleError, ExportError, ScheduleError
 from fora_trt.export.check import GRAPH_TOLERANCE, Check, Measured
 from fora_trt.export.graphs import Writer
 from fora_trt.export.traced import TracedModel, check_opset, traced_from_model
-from fora_trt.files import record_of, staging, write_manifest
+from fora_trt.files import MANIFEST, record_of, sha256_of, staging, write_manifest
 from fora_trt.masks import Masks
 from fora_trt.models.spec import Model
 from fora_trt.schedule import Schedule, reads_file
@@ -58,6 +60,7 @@ def bundle_from_model(
     force: bool = False,
     report: Callable[[str], None] = lambda stage: None,
     measure: Callable[[Bundle], TrajectoryError | None] = lambda staged: None,
+    variants: Iterable[tuple[tuple[float, float], Model]] = (),
 ) -> Bundle:
     """Split, trace, optimize, check and write `model` as the bundle `target`; the folder name is the bundle's name.
 
@@ -65,9 +68,10 @@ def bundle_from_model(
     model does not support it, or if the optimized graphs exceed the tolerance; graphs that exceed it at every level are
     not written. `schedule` is the text form or the file of the schedule that is used where none is given; a file is
     copied into the bundle. `report` is called with the name of each stage as it begins. `measure` is called with the
-    bundle in its temporary folder, before the manifest file is written; the manifest records the result. Raises
-    `ExportError`, `ScheduleError` for a schedule that is not valid or not for this model, and the exceptions of
-    `measure`; then `target` is unchanged.
+    bundle in its temporary folder, before the manifest file is written; the manifest records the result. `variants` are
+    networks for ranges of timesteps; each is loaded after the one before it is written, and becomes a bundle within
+    this one. Raises `ExportError`, `ScheduleError` for a schedule that is not valid or not for this model, and the
+    exceptions of `measure`; then `target` is unchanged.
     """
     check_opset(opset)
     if schedule is not None:  # raises early
@@ -102,7 +106,15 @@ def bundle_from_model(
             _check_schedule(usual, manifest)
         write_manifest(folder, manifest)
         _check_that_it_opens(folder, target)
-        del traced  # frees memory for `measure`, which loads the model again
+        del traced  # frees memory for `measure`, which loads the model again, and for the other networks
+        for number, (timesteps, other) in enumerate(variants, 1):
+            own = bundle_from_model(
+                other, folder / f"{target.name}-variant-{number}", check=check, opset=opset, optimization=optimization, report=report
+            )  # fmt: skip
+            if problem := problem_of_variant(manifest, own.manifest):
+                raise ExportError(f"the variant {other.options.source} {problem}")
+            record = VariantRecord(folder=own.folder.name, timesteps=timesteps, sha256=sha256_of(own.folder / MANIFEST))
+            manifest = manifest.model_copy(update={"variants": (*manifest.variants, record)})
         trajectory_error = measure(Bundle(folder, manifest, trust_source=True))
         manifest = manifest.model_copy(update={"trajectory_error": trajectory_error})
         write_manifest(folder, manifest)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, field_validator
 
 from fora_trt.contract import BATCH, DTYPES, LATENTS, TIMESTEP, InputSpec, TensorSpec
 from fora_trt.errors import ModelError
@@ -23,6 +24,17 @@ MEANT_FOR = {
     "null_class": "state dicts of models with classes",
 }
 """The kind of source that each option is for; every source takes `vae`, `cache` and `exclude`."""
+
+
+def problem_of_ranges(ranges: Sequence[tuple[float, float]]) -> str | None:
+    """What is wrong with ranges of timesteps; None if each rises and none overlaps another."""
+    for low, high in ranges:
+        if not low < high:
+            return f"the range of timesteps {low:g} to {high:g} does not rise"
+    for (_, high), (low, _) in pairwise(sorted(ranges)):
+        if low < high:
+            return f"two ranges of timesteps overlap from {low:g} to {high:g}"
+    return None
 
 
 class InputOptions(BaseModel):
@@ -46,6 +58,17 @@ class InputOptions(BaseModel):
         return dtype
 
 
+class VariantOptions(BaseModel):
+    """Another network for the timesteps from `timesteps[0]` up to, but without, `timesteps[1]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    timesteps: tuple[FiniteFloat, FiniteFloat]
+    cache: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+
+
 class SourceOptions(BaseModel):
     """A source and its options; None means that the source determines the value.
 
@@ -54,7 +77,8 @@ class SourceOptions(BaseModel):
     of an embedding table of classes is the null class. `folder` is the folder from which a network is imported.
     `frames` is the number of frames of a video, `call` further arguments of a pipeline when it is watched, `component`
     the transformer of a pipeline with several. `cache` lists kinds of cache sites or patterns over module paths, all
-    kinds of the architecture by default, and `exclude` those that are left out.
+    kinds of the architecture by default, and `exclude` those that are left out. `variants` are other networks for some
+    timesteps, which take the same inputs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,6 +98,7 @@ class SourceOptions(BaseModel):
     cache: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     inputs: dict[str, InputOptions] | None = None
+    variants: tuple[VariantOptions, ...] = ()
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -90,9 +115,24 @@ class SourceOptions(BaseModel):
             raise ValueError(f"the inputs are {', '.join(inputs)}; {LATENTS!r} and {TIMESTEP!r} are needed")
         return inputs
 
+    @field_validator("variants")
+    @classmethod
+    def _apart(cls, variants: tuple[VariantOptions, ...]) -> tuple[VariantOptions, ...]:
+        if problem := problem_of_ranges([one.timesteps for one in variants]):
+            raise ValueError(problem)
+        return variants
+
+    def of_variant(self, variant: VariantOptions) -> SourceOptions:
+        """The options with which the network of a variant is loaded."""
+        return self.model_copy(
+            update={"source": variant.source, "cache": variant.cache, "exclude": variant.exclude, "variants": ()}
+        )
+
     def words(self) -> Iterator[str]:
-        """The options as words of the command `fora-trt export`; `source`, `folder` and `inputs` are none."""
-        for name, value in self.model_dump(exclude={"source", "folder", "inputs"}, exclude_none=True).items():
+        """The options as words of the command `fora-trt export`; only a recipe has `inputs` and `variants`."""
+        for name, value in self.model_dump(
+            exclude={"source", "folder", "inputs", "variants"}, exclude_none=True
+        ).items():
             option = name.replace("_", "-")
             if isinstance(value, bool):
                 yield f"--{option}" if value else f"--no-{option}"

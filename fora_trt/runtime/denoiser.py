@@ -70,6 +70,7 @@ def load(
             'schedule="fora:3", schedule=Schedule.fora(steps, 3) or cache_interval=3'
         )
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    opened.manifest.check_one_network("load")
     chosen = backend_from_name(backend, opened.manifest, str(device))
     where = device if isinstance(device, torch.device) else device_from_name(device, chosen)
     rule = usual_text(cache_interval, forecast) if schedule is None else with_forecast(schedule, forecast)

@@ -30,19 +30,19 @@ class Variants:
     """
 
     def __init__(self, usual: Predictor, others: Sequence[tuple[Range, Predictor]]) -> None:
-        self._predictors = [usual, *(one for _, one in others)]
+        self.predictors = [usual, *(one for _, one in others)]
         self._ranges = [one for one, _ in others]
         self._latest: Predictor = usual
 
     @property
     def manifest(self) -> Manifest:
         """The manifest of the bundle, which is that of the usual network."""
-        return self._predictors[0].manifest
+        return self.predictors[0].manifest
 
     @property
     def device(self) -> torch.device:
         """The device that computes the steps."""
-        return self._predictors[0].device
+        return self.predictors[0].device
 
     def begin(
         self,
@@ -70,7 +70,7 @@ class Variants:
         for number, steps in parts:
             given = timesteps[steps[0] : steps[-1] + 1]
             own = whole[first + steps[0] : first + steps[-1] + 1]
-            begun.append(Part(number, steps[0], self._predictors[number].begin(own, given, conditioning, batches)))
+            begun.append(Part(number, steps[0], self.predictors[number].begin(own, given, conditioning, batches)))
         return VariantRun(self, begun)
 
     def first_not_finite(self) -> str | None:
@@ -79,7 +79,9 @@ class Variants:
 
     def _number_of(self, timesteps: Sequence[float]) -> int:
         """The number of the network that runs a step, whose samples have these timesteps."""
-        found = {next((k for k, (low, high) in enumerate(self._ranges, 1) if low <= one < high), 0) for one in timesteps}
+        found = {
+            next((k for k, (low, high) in enumerate(self._ranges, 1) if low <= one < high), 0) for one in timesteps
+        }
         if len(found) > 1:
             raise InputError(f"{self.manifest.name} needs one timestep for all samples of a step: it has variants")
         return found.pop()
@@ -119,7 +121,7 @@ class VariantRun:
     def at(self, step: int, batch: int) -> VariantStep:
         """Prepare a step and the rest of its window."""
         part = next(one for one in reversed(self.parts) if one.first <= step)
-        self.variants._latest = self.variants._predictors[part.number]
+        self.variants._latest = self.variants.predictors[part.number]
         return VariantStep(part.number, part.run.at(step - part.first, batch))
 
 
@@ -142,3 +144,15 @@ class VariantStep:
     def is_capturable(self) -> bool:
         """Whether the steps from this one to the end of its window can be captured in a CUDA graph."""
         return self.step.is_capturable()
+
+
+def variants_of(manifest: Manifest, predictors: Sequence[Predictor]) -> Predictor:
+    """One predictor for a bundle, given those of its networks: the usual one first, then those of the variants."""
+    usual, *others = predictors
+    ranges = [record.timesteps for record in manifest.variants]
+    return Variants(usual, [*zip(ranges, others, strict=True)]) if others else usual
+
+
+def networks_of(predictor: Predictor) -> Sequence[Predictor]:
+    """The predictors of all networks: the usual one first, then those of the variants."""
+    return predictor.predictors if isinstance(predictor, Variants) else [predictor]

@@ -112,6 +112,7 @@ def write_model(config: TritonConfig, repository: Path, force: bool = False) -> 
             f"{config.bundle} was exported from a diffusers pipeline, whose loop does not run in Triton; serve it with "
             "fora-trt serve"
         )
+    bundle.manifest.check_one_network("Triton's model")
     name = bundle.folder.resolve().name if config.name is None else config.name
     if problem := name_problem(name):
         raise InputError(f"the name '{shown(name)}' {problem}; give another --name")
