@@ -65,7 +65,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         },
         "variants": [
             {
-                "folder": str(other.folder),
+                "folder": other.folder.name,
                 "timesteps": timesteps,
                 "arithmetic": graph_statistics(other.graph_path(FULL)).flops / max(1, graphs[FULL].flops),
             }

@@ -108,8 +108,9 @@ def bundle_from_model(
         _check_that_it_opens(folder, target)
         del traced  # frees memory for `measure`, which loads the model again, and for the other networks
         for number, (timesteps, other) in enumerate(variants, 1):
+            place = folder / f"{target.name}-variant-{number}"
             own = bundle_from_model(
-                other, folder / f"{target.name}-variant-{number}", check=check, opset=opset, optimization=optimization, report=report
+                other, place, check=check, opset=opset, optimization=optimization, report=report
             )  # fmt: skip
             if problem := problem_of_variant(manifest, own.manifest):
                 raise ExportError(f"the variant {other.options.source} {problem}")

@@ -138,6 +138,7 @@ def check(config: ServeConfig) -> tuple[str, ...]:
             check_steps(name, default_steps(pipeline_of(served)), config.limits.steps)
             continue
         pipeline = Pipeline(served.pipeline)
+        pipeline.manifest.check_one_network("serve")
         pipeline.decoder  # noqa: B018 # raises for a missing VAE
         if pipeline.manifest.text is not None:
             PromptEncoder(pipeline.manifest, pipeline.device).check()
