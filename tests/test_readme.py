@@ -328,7 +328,7 @@ def test_commands_of_a_page_are_taken_with_their_values() -> None:
 
 def test_the_recipe_of_the_formats_is_one(tmp_path: Path) -> None:
     recipes = [block for block in blocks_of(TEXT["docs/formats.md"], "toml") if block.startswith("source")]
-    assert len(recipes) == 2
+    assert len(recipes) == 3
     for recipe in recipes:
         (tmp_path / "recipe.toml").write_text(recipe)
         assert read_recipe(tmp_path / "recipe.toml").source

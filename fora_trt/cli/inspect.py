@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -42,20 +43,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
     click.echo(f"optimization: {found['optimization']}")
     click.echo(f"schedule where none is given: {found['schedule']}")
     click.echo(f"a reuse step does {found['arithmetic_kept']:.2%} of the arithmetic of a full step")
-    if found["partial_graphs"]:
-        partial = new_table("partial steps", "graph", "computed cache sites", "arithmetic of a full step")
-        for name, one in found["partial_graphs"].items():
-            computed = ", ".join(
-                f"{one['kinds'].get(kind, 0)} of {all} {kind}" for kind, all in found["cache_sites"].items()
-            )
-            partial.add_row(name, computed, f"{one['arithmetic_kept']:.1%}")
-        print_table(partial)
-    if found["variants"]:
-        variants = new_table("other networks", "bundle", "timesteps", "arithmetic of a full step")
-        for one in found["variants"]:
-            low, high = one["timesteps"]
-            variants.add_row(one["folder"], f"{low:g} to below {high:g}", f"{one['arithmetic']:.1%}")
-        print_table(variants)
+    _show_partial_steps(found)
+    _show_variants(found)
     table = new_table(
         f"{found['steps']} steps",
         "cache interval",
@@ -75,3 +64,25 @@ def inspect(bundle: Path, as_json: bool) -> None:
             *map(in_bytes, row["forecast_bytes_per_sample"].values()),
         )
     print_table(table)
+
+
+def _show_partial_steps(found: dict[str, Any]) -> None:
+    """Print the partial graphs, if there are any."""
+    if found["partial_graphs"]:
+        partial = new_table("partial steps", "graph", "computed cache sites", "arithmetic of a full step")
+        for name, one in found["partial_graphs"].items():
+            computed = ", ".join(
+                f"{one['kinds'].get(kind, 0)} of {all} {kind}" for kind, all in found["cache_sites"].items()
+            )
+            partial.add_row(name, computed, f"{one['arithmetic_kept']:.1%}")
+        print_table(partial)
+
+
+def _show_variants(found: dict[str, Any]) -> None:
+    """Print the networks for some timesteps, if there are any."""
+    if found["variants"]:
+        variants = new_table("other networks", "bundle", "timesteps", "arithmetic of a full step")
+        for one in found["variants"]:
+            low, high = one["timesteps"]
+            variants.add_row(one["folder"], f"{low:g} to below {high:g}", f"{one['arithmetic']:.1%}")
+        print_table(variants)
