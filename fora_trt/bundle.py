@@ -346,8 +346,10 @@ class Bundle:
             files = {name: one for name, one in self.manifest.files.items() if schedule is None or name != SCHEDULE}
             for name in files:
                 shutil.copyfile(self.folder / name, folder / name)
-            for variant in self.manifest.variants:
-                shutil.copytree(self.folder / variant.folder, folder / variant.folder)
+            for _, other in self.variants:
+                (folder / other.folder.name).mkdir()
+                for name in (*other.manifest.files, MANIFEST):
+                    shutil.copyfile(other.folder / name, folder / other.folder.name / name)
             named = self.manifest.schedule if schedule is None else schedule
             if schedule is not None:
                 sites = self.manifest.cache_sites

@@ -104,9 +104,8 @@ def export_models(
             check_scheduler(model.scheduler, model.latents.learned_sigma)
         if (size := _size_in_words(model)) is not None:
             report(size)
-        if (others := model.options.variants) and pipeline is not None:
+        if model.options.variants and pipeline is not None:
             raise ModelError("variants are for networks without a pipeline of their own; export the pipeline alone")
-        own = model.options
         bundle = bundle_from_model(
             model,
             folders[0],
@@ -117,10 +116,17 @@ def export_models(
             force=force,
             report=report,
             measure=partial(measure, target=folders[0]),
-            variants=((one.timesteps, model_from_source(own.of_variant(one), model.precision)) for one in others),
+            variants=_variants_of(model, report),
         )
         written.append(bundle)
     return written
+
+
+def _variants_of(model: Model, report: Callable[[str], None]) -> Iterator[tuple[tuple[float, float], Model]]:
+    """The networks for some timesteps, each loaded when it is asked for."""
+    for one in model.options.variants:
+        report(f"loading {one.source} for the timesteps {one.timesteps[0]:g} to {one.timesteps[1]:g}")
+        yield one.timesteps, model_from_source(model.options.of_variant(one), model.precision)
 
 
 def _size_in_words(model: Model) -> str | None:

@@ -175,6 +175,8 @@ def _show(bundle: Bundle) -> None:
     if (whole := manifest.trajectory_error) is not None:
         shown = ", ".join(f"{error.relative:.1e} ({schedule})" for schedule, error in whole.errors.items())
         click.echo(f"error of {whole.steps} steps relative to fp32, on {whole.backend}: {shown}")
+    for _, other in bundle.variants:
+        _show(other)
 
 
 def _trajectory_error(staged: Bundle, target: Path, asked: bool) -> TrajectoryError | None:
