@@ -184,7 +184,7 @@ class Manifest(Record):
         if options.inputs is not None or options.variants:
             return f"fora-trt export RECIPE.toml --name {name} --force"
         precision = () if self.precision == "fp32" else ("--precision", self.precision)
-        usual = schedule or (None if self.schedule == SCHEDULE else self.schedule)
+        usual = schedule or ("FILE" if self.schedule == SCHEDULE else self.schedule)
         named = () if usual is None else ("--schedule", in_command(usual))
         source = map(in_command, options.words())
         words = [in_command(options.source), "--name", name, *precision, *source, *named, "--force"]
@@ -469,9 +469,10 @@ def _check_schedule(folder: Path, manifest: Manifest, mend: str) -> None:
             raise ScheduleError(f"'{shown(schedule)}' is a file; only {SCHEDULE} of the bundle is read")
         else:
             made = Schedule.from_text(schedule, OPEN_STEPS, sites)
-        manifest.check_graphs(made.masks)
     except ScheduleError as error:
         raise BundleError(f"the schedule in the manifest of {folder} is not valid: {error}; {mend}") from error
+    if made.masks.keys() - manifest.graphs.keys():
+        raise BundleError(f"the schedule of {folder} has partial steps whose graph is missing; {mend}")
 
 
 def problem_of_variant(usual: Manifest, other: Manifest) -> str | None:

@@ -56,6 +56,7 @@ class Result:
     seconds: float
     full_steps: int
     reuse_steps: int
+    partial_steps: int = 0
 
 
 def attach(pipe: Any, bundle: str | Path | Bundle, **settings: Any) -> dict[str, DenoiserTransformer]:
@@ -268,9 +269,11 @@ class DiffusersPipeline:
         except ModelError as error:
             raise InputError(str(error)) from error
 
-    def _counts(self) -> tuple[int, int]:
+    def _counts(self) -> tuple[int, int, int]:
         ours = self.transformers.values()
-        return sum(one.full_steps for one in ours), sum(one.reuse_steps for one in ours)
+        kinds = ("full_steps", "reuse_steps", "partial_steps")
+        full, reuse, partial = (sum(getattr(one, kind) for one in ours) for kind in kinds)
+        return full, reuse, partial
 
     def _arguments(self, prompts: Sequence[str], num_images: int, extra: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the pipeline's call. Raises `InputError` for one that it does not take."""

@@ -23,6 +23,8 @@ def plan_of(computed: Sequence[Collection[str]], sites: Sequence[CacheSite]) -> 
     Raises `ScheduleError` for a path that is no site.
     """
     order = [site.module for site in sites]
+    if odd := [one for one in computed if isinstance(one, str) or not isinstance(one, Collection)]:
+        raise ScheduleError(f"what a step computes is {shown(repr(odd[0]))}; give a collection of module paths")
     if unknown := sorted({path for one in computed for path in one} - {*order}):
         raise ScheduleError(
             f"the schedule computes {shown(unknown[0])}, which is no cache site of this model; its sites are "

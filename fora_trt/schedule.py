@@ -398,14 +398,13 @@ def _plan_from(content: Any) -> tuple[tuple[Step, ...], Masks]:
 
 def _names_of(masks: Any) -> dict[str, tuple[str, tuple[str, ...]]]:
     """For each mask of a schedule file the name of its graph, and the cache sites that it computes."""
-    if (
-        not isinstance(masks, dict)
-        or FULL in masks
-        or not all(
-            isinstance(mask, list) and mask and all(isinstance(one, str) for one in mask) for mask in masks.values()
-        )
-    ):
-        raise ScheduleError(f"'masks' must be an object with lists of module paths, and none of them named {FULL!r}")
+    if not isinstance(masks, dict) or FULL in masks:
+        raise ScheduleError(f"'masks' must be an object with a list of module paths by name, and no name {FULL!r}")
+    for name, mask in masks.items():
+        if not isinstance(mask, list) or not mask or not all(isinstance(one, str) for one in mask):
+            raise ScheduleError(
+                f"the mask {shown(repr(name))} is {shown(repr(mask))}; expected a list of module paths, not empty"
+            )
     return {name: (partial_name(mask), tuple(mask)) for name, mask in masks.items()}
 
 
@@ -708,7 +707,7 @@ def _by_kind_from(steps: int, arguments: str, sites: Sequence[CacheSite]) -> Sch
         if kind in intervals:
             raise ScheduleError(f"{where} gives the interval of {kind} a second time; remove it")
         if not 1 <= interval <= steps:
-            raise ScheduleError(f"{where} is no interval from 1 to {steps}, the number of steps")
+            raise ScheduleError(f"{where} is no interval from 1 to {steps}")
         intervals[kind] = interval
     return Schedule.of_masks(by_kind(steps, intervals, sites), sites, arguments)
 

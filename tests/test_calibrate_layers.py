@@ -224,7 +224,7 @@ def test_the_command_writes_a_schedule_and_says_how_to_export_it(digits: Bundle,
     assert fora(*command).exit_code == 1, "the file exists"
     again = fora(*command, "--force")
     assert again.exit_code == 0, again.output
-    assert f"fora-trt export digits --name digits --schedule {path} --force" in again.stdout
+    assert f"fora-trt export digits --name digits-layers --schedule {path} --force" in again.stdout
     assert ("full and reuse steps alone are better here" in again.stdout) == ("advice" in found)
     assert Schedule.from_file(path, digits.manifest.cache_sites) == schedule
 

@@ -151,6 +151,9 @@ def test_a_mask_of_all_sites_is_a_full_step_and_one_of_none_a_reuse_step() -> No
     assert masks == {name: (PATHS[0], PATHS[3])}, "one graph for one set of sites, in the order of the network"
     with pytest.raises(ScheduleError, match=r"^the schedule computes blocks\.9\.mlp, which is no cache site of this"):
         plan_of([PATHS, ["blocks.9.mlp"]], SITES)
+    for odd in ("blocks.0.mlp", None):
+        with pytest.raises(ScheduleError, match=r"^what a step computes is .*; give a collection of module paths$"):
+            plan_of([PATHS, odd], SITES)  # type: ignore[list-item]
 
 
 def test_each_kind_of_site_has_an_interval_of_its_own() -> None:
@@ -169,11 +172,14 @@ def test_each_kind_of_site_has_an_interval_of_its_own() -> None:
     ("text", "message"),
     [
         ("attention:2,wings:3", "there is no schedule 'attention:2,wings:3'; give none, fora:N, "),
-        ("attention:0", "'attention:0' in the schedule 'attention:0' is no interval from 1 to 8, the number of steps"),
-        ("attention:9", "'attention:9' in the schedule 'attention:9' is no interval from 1 to 8, the number of steps"),
+        ("attention:0", "'attention:0' in the schedule 'attention:0' is no interval from 1 to 8"),
+        ("attention:9", "'attention:9' in the schedule 'attention:9' is no interval from 1 to 8"),
         ("attention:2,attention:3", "'attention:3' in the schedule 'attention:2,attention:3' gives the interval of"),
         ("attention:2.5", "there is no schedule 'attention:2.5'; give none, fora:N, "),
-        ("l2c:", "the schedule 'l2c:' lacks the file of a router; the form is l2c:FILE[,threshold=T]"),
+        ("l2c:", "the schedule 'l2c:' has not the form l2c:FILE[,threshold=T]"),
+        ("l2c:x.pt,treshold=0.2", "the schedule 'l2c:x.pt,treshold=0.2' has not the form l2c:FILE[,threshold=T]"),
+        ("l2c:x.pt,threshold=7", "the threshold in the schedule 'l2c:x.pt,threshold=7' is not between 0 and 1"),
+        ("l2c:x.pt,threshold=nan", "the threshold in the schedule 'l2c:x.pt,threshold=nan' is not between 0 and 1"),
         ("l2c:nowhere.pt", "the router cannot be read: "),
         ("l2c:nowhere.pt,threshold=high", "'high' in the schedule 'l2c:nowhere.pt,threshold=high' is not a number"),
     ],
@@ -216,10 +222,14 @@ def test_a_schedule_file_names_the_mask_of_each_step(tmp_path: Path) -> None:
         ),
         (
             {"masks": {"early": []}},
-            "'masks' must be an object with lists of module paths, and none of them named 'full'",
+            "the mask 'early' is []; expected a list of module paths, not empty",
         ),
-        ({"masks": {"full": ["blocks.0.attn"]}}, "'masks' must be an object with lists of module paths"),
-        ({"masks": ["early"]}, "'masks' must be an object with lists of module paths"),
+        (
+            {"masks": {"full": ["blocks.0.attn"]}},
+            "'masks' must be an object with a list of module paths by name",
+        ),
+        ({"masks": ["early"]}, "'masks' must be an object with a list of module paths by name"),
+        ({"masks": {"early": "blocks.0.attn"}}, "the mask 'early' is 'blocks.0.attn'; expected a list of module paths"),
         (
             {"masks": {"early": ["blocks.7.attn"]}},
             "the schedule computes blocks.7.attn, which is no cache site of this",
@@ -338,6 +348,15 @@ def test_forecasts_after_partial_steps(run_folder: Path, order: int) -> None:
         assert isinstance(denoiser, Denoiser)
         windows.append(type(denoiser.window))
     assert windows == [AccumulatingWindow, ForecastWindow]
+
+
+def test_a_bundle_that_does_not_fold_is_not_exported_with_such_a_forecast(tmp_path: Path) -> None:
+    with one_trace_for_all(), pytest.raises(ScheduleError, match="which needs folded sums, and the level of x is cond"):
+        bundle_from_model(
+            model_from_source("digits"), tmp_path / "x", schedule="attention:2,feed-forward:3,forecast=1",
+            check=GraphCheck(), optimization="conditioning",
+        )  # fmt: skip
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_bundle_that_does_not_fold_cannot_forecast_between_partial_steps(run_folder: Path) -> None:

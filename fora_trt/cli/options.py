@@ -143,7 +143,10 @@ ENGINES = click.option(
 WITHOUT_PLANS = "no TensorRT plans are loaded with --backend {}"
 """Why `ENGINES` has no effect."""
 
-SCHEDULE_FORMS = "fora:3, even:18, dense:18,0.3 or full:0,1,4, each also with ,forecast=2; or a .json file"
+SCHEDULE_FORMS = (
+    "fora:3, even:18, dense:18,0.3, full:0,1,4 or attention:2,feed-forward:3, each also with ,forecast=2; "
+    "or a .json file"
+)
 SCHEDULES = click.option(
     "--schedule",
     "schedules",

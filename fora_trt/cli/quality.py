@@ -38,7 +38,7 @@ from fora_trt.plan import HIGHEST_ORDER
 from fora_trt.presets import USUAL_ORDER
 
 if TYPE_CHECKING:
-    from fora_trt.bundle import Manifest
+    from fora_trt.bundle import Bundle
     from fora_trt.report.results import Quality
 
 
@@ -131,7 +131,7 @@ def quality(
         images=num_images,
         schedulers=schedulers or (None,),
         steps=steps,
-        schedules=_schedules(pipeline.manifest, steps, cache_intervals, forecast, schedules),
+        schedules=_schedules(pipeline.bundle, steps, cache_intervals, forecast, schedules),
         seed=seed,
         keep_images=not no_images,
         truth_steps=truth_steps,
@@ -162,10 +162,14 @@ def _show(out: Path, found: Quality, recommendation: str, kept: bool) -> None:
 
 
 def _schedules(
-    manifest: Manifest, steps: tuple[int, ...], cache_intervals: tuple[int, ...], forecast: int, given: tuple[str, ...]
+    bundle: Bundle, steps: tuple[int, ...], cache_intervals: tuple[int, ...], forecast: int, given: tuple[str, ...]
 ) -> tuple[str, ...]:
     """All schedules to compare; by default without a forecast for a bundle that cannot forecast."""
+    manifest = bundle.manifest
     if not manifest.can_forecast:
         refuse_given(f"{manifest.name} cannot forecast; export it with --optimize conditioning", "forecast")
         forecast = 0
+    own = bundle.scheduled_steps
+    if not given and manifest.partial_graphs and bundle.schedule and (own is None or own in steps):
+        given = (bundle.schedule,)  # the bundle was exported for it
     return tuple(schedules_of(fitting(cache_intervals, min(steps)), given, forecast))

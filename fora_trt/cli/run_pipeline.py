@@ -92,10 +92,11 @@ def run_pipeline(
     if as_json:
         print_json({**figures, "output": written})
         return
+    partial = f", {result.partial_steps} partial" if result.partial_steps else ""
     made = f"{figures['results']} {'result' if figures['results'] == 1 else 'results'}"
     click.echo(
         f"{made} in {result.seconds:.2f} s on {figures['backend']} ({figures['device']}): "
-        f"{steps} steps, {result.full_steps} full and {result.reuse_steps} reuse calls of the transformer"
+        f"{steps} steps, {result.full_steps} full{partial} and {result.reuse_steps} reuse calls of the transformer"
     )
     click.echo(f"wrote {written}")
 
@@ -135,6 +136,7 @@ def _figures(
         "schedule": pipeline.schedule,
         "full_steps": result.full_steps,
         "reuse_steps": result.reuse_steps,
+        "partial_steps": result.partial_steps,
         "seconds": result.seconds,
     }
 

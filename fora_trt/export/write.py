@@ -129,6 +129,11 @@ def _check_schedule(schedule: Schedule, manifest: Manifest) -> None:
             f"{schedule.text} forecasts, but the full graph of {manifest.name} folds values that are not linear in the "
             "features; export it with --optimize conditioning, or give a schedule without a forecast"
         )
+    if schedule.depth > 1 and schedule.masks and manifest.optimization != "fold":
+        raise ScheduleError(
+            f"{schedule.text} forecasts between partial steps, which needs folded sums, and the level of "
+            f"{manifest.name} is {manifest.optimization}; export it with --optimize fold, or leave the forecast out"
+        )
 
 
 def _check_that_it_opens(folder: Path, target: Path) -> None:

@@ -25,14 +25,17 @@ THRESHOLD = 0.1
 def schedule_of(steps: int, arguments: str, sites: Sequence[CacheSite]) -> Schedule:
     """The schedule of `FILE[,threshold=T]`; it has as many steps as the file, whatever `steps` is."""
     text = f"{L2C.name}:{arguments}"
-    path, comma, option = arguments.rpartition(",threshold=")
+    path, _, option = arguments.partition(",")
+    name, _, value = option.partition("=")
+    if not path or (option and name != "threshold"):
+        raise ScheduleError(f"the schedule {text!r} has not the form {USAGE}")
     try:
-        threshold = float(option) if comma else THRESHOLD
+        threshold = float(value) if option else THRESHOLD
     except ValueError:
-        raise ScheduleError(f"{option!r} in the schedule {text!r} is not a number; give {USAGE}") from None
-    if not (path if comma else arguments):
-        raise ScheduleError(f"the schedule {text!r} lacks the file of a router; the form is {USAGE}")
-    active = active_layers(Path(path if comma else arguments), threshold, len(sites))
+        raise ScheduleError(f"{value!r} in the schedule {text!r} is not a number; give {USAGE}") from None
+    if not 0 < threshold < 1:
+        raise ScheduleError(f"the threshold in the schedule {text!r} is not between 0 and 1, as sigmoids are")
+    active = active_layers(Path(path), threshold, len(sites))
     return Schedule.of_masks(sites_of(active, sites), sites, text)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fora_trt.bundle import Manifest
+from fora_trt.contract import FULL, REUSE
 from fora_trt.errors import BusyError, ForaWarning, ScheduleError
 from fora_trt.memo import Memo
 from fora_trt.plan import Plan, adapted
@@ -46,10 +47,11 @@ class _Followed:
 
 @dataclass
 class Taken:
-    """Numbers of full and of reuse steps that were taken."""
+    """Numbers of full, of reuse and of partial steps that were taken."""
 
     full: int = 0
     reuse: int = 0
+    partial: int = 0
 
 
 class StepByStep(ABC):
@@ -148,10 +150,10 @@ class StepByStep(ABC):
         step = self._step - followed.first
         prediction = followed.run.at(step, batch).predict(followed.run.offsets[step], latents, timestep, **given)
         self._step += 1
-        if followed.run.offsets[step] == 0:
-            self.taken.full += 1
-        else:
-            self.taken.reuse += 1
+        graph = followed.run.graphs[step]
+        self.taken.full += graph == FULL
+        self.taken.reuse += graph == REUSE
+        self.taken.partial += graph not in (FULL, REUSE)
         return prediction
 
     def reset(self, schedule: Schedule | None = None, timesteps: Tensor | None = None) -> None:
@@ -204,8 +206,9 @@ class StepByStep(ABC):
         if announced and known is not None and not changed and known.has(given):
             return known
         if self.folds and not plan[first].is_full:
+            kind = "partial" if plan[first].is_partial else "reuse"
             warn(
-                "running a full step instead of a reuse step: this timestep was not announced, so no sum was "
+                f"running a full step instead of a {kind} step: this timestep was not announced, so no sum was "
                 "precomputed; call as_transformer(pipe) or reset(timesteps=...), keep the conditioning fixed "
                 "during a trajectory, or export with --optimize conditioning",
                 category=ForaWarning,

@@ -115,6 +115,11 @@ class DenoiserTransformer(nn.Module):
         return sum(slot.denoiser.taken.reuse for slot in self._slots.values())
 
     @property
+    def partial_steps(self) -> int:
+        """Number of partial steps that all slots have run so far."""
+        return sum(slot.denoiser.taken.partial for slot in self._slots.values())
+
+    @property
     def device(self) -> torch.device:
         """The device of the engines."""
         return self.denoiser.device
