@@ -139,8 +139,8 @@ def _size_in_words(model: Model) -> str | None:
     needed, free = MEMORY * stored, free_bytes(torch.device("cpu"))
     doubt = "" if needed <= free else f", and only {gibibytes(free)} are free"
     return (
-        f"{count / 1e9:.1f} billion parameters: {gibibytes(stored)} on disk for each graph that reads them, at most "
-        f"about {gibibytes(needed)} of memory{doubt}"
+        f"{count / 1e9:.1f} billion parameters: {gibibytes(stored)} on disk, at most about {gibibytes(needed)} of "
+        f"memory{doubt}"
     )
 
 
