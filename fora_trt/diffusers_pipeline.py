@@ -200,8 +200,8 @@ class DiffusersPipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - began
-        full, reuse = (after - one for after, one in zip(self._counts(), before, strict=True))
-        return _result(made, decoded, seconds, full, reuse)
+        full, reuse, partial = (after - one for after, one in zip(self._counts(), before, strict=True))
+        return _result(made, decoded, seconds, full, reuse, partial)
 
     def use_schedule(self, schedule: Schedule | str) -> None:
         """Run the next calls with another schedule; the engines must have started."""
@@ -348,14 +348,14 @@ def _parts(folder: Path) -> list[str]:
     return [name for name, one in index.items() if isinstance(one, list)]
 
 
-def _result(made: Any, decodes: bool, seconds: float, full: int, reuse: int) -> Result:
+def _result(made: Any, decodes: bool, seconds: float, full: int, reuse: int, partial: int) -> Result:
     """What a pipeline returned, in one form."""
     found = next(getattr(made, name) for name in ("images", "frames", "audios", "sample") if hasattr(made, name))
     if not decodes:
-        return Result([], torch.as_tensor(found).float().cpu(), seconds, full, reuse)
+        return Result([], torch.as_tensor(found).float().cpu(), seconds, full, reuse, partial)
     if not isinstance(found, list) or not found:
         raise InputError(f"the pipeline made {type(found).__name__}, which is neither images nor videos")
     pictures = [[one] if isinstance(one, Image.Image) else list(one) for one in found]
     if not all(isinstance(frame, Image.Image) for one in pictures for frame in one):
         raise InputError("the pipeline made neither images nor videos; only these can be written")
-    return Result(pictures, None, seconds, full, reuse)
+    return Result(pictures, None, seconds, full, reuse, partial)
