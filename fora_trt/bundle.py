@@ -204,12 +204,6 @@ class Manifest(Record):
         """Whether the prediction has the channels of the latents; if it has fewer, some of the input are no noise."""
         return not has_fewer_channels(self.graphs[FULL].outputs[0].shape[1:], self.latents.shape)
 
-    def graph_of(self, computed: Collection[str]) -> str:
-        """Name of the graph that computes the cache sites with these module paths: full, reuse or a partial one."""
-        if not computed:
-            return REUSE
-        return FULL if {*computed} >= {site.module for site in self.cache_sites} else partial_name(computed)
-
     def check_graphs(self, names: Collection[str], schedule: str = "SCHEDULE") -> None:
         """Raise `ScheduleError` unless the bundle has these graphs, which a schedule needs."""
         if lacking := {*names} - self.graphs.keys():

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from fora_trt.contract import CacheSite, partial_name
 from fora_trt.errors import ScheduleError
-from fora_trt.plan import FULL_STEP, REUSE_STEP, Step
+from fora_trt.plan import FULL_STEP, REUSE_STEP, Step, full_by_fora
 from fora_trt.untrusted import shown
 
 Masks = Mapping[str, tuple[str, ...]]
@@ -49,7 +49,5 @@ def by_kind(steps: int, intervals: Mapping[str, int], sites: Sequence[CacheSite]
 
     Sites of a kind without an interval are computed at every step.
     """
-    remaining = range(steps - 1, -1, -1)
-    return [
-        {site.module for site in sites if i == steps - 1 or i % intervals.get(site.kind, 1) == 0} for i in remaining
-    ]
+    full = {site.kind: full_by_fora(steps, intervals.get(site.kind, 1)) for site in sites}
+    return [{site.module for site in sites if full[site.kind][number]} for number in range(steps)]

@@ -58,6 +58,11 @@ Plan = Sequence[Step]
 """The steps of a trajectory in the order of execution; the first is full."""
 
 
+def full_by_fora(steps: int, cache_interval: int) -> tuple[bool, ...]:
+    """For each step whether FORA's rule makes it full: step i, counted down to 0, if it is the first or N divides i."""
+    return tuple(i == steps - 1 or i % cache_interval == 0 for i in range(steps - 1, -1, -1))
+
+
 def lagrange_weights(full_steps: Sequence[int], step: int) -> tuple[float, ...]:
     """Weights of Lagrange extrapolation from full steps, given by their rising numbers, to a step; the latest first.
 

@@ -30,6 +30,7 @@ from fora_trt.plan import (
     Step,
     depth_of,
     forecast,
+    full_by_fora,
     offsets_of,
     readers_of,
     rows_of,
@@ -99,8 +100,7 @@ class Schedule:
                 f"the cache interval {cache_interval} is larger than the number of steps {steps}; "
                 f"choose an interval from 1 to {steps}"
             )
-        remaining = range(steps - 1, -1, -1)
-        return cls.from_flags((i == steps - 1 or i % cache_interval == 0 for i in remaining), text)
+        return cls.from_flags(full_by_fora(steps, cache_interval), text)
 
     @classmethod
     def fora_nearest(cls, steps: int, full_steps: int) -> Schedule:
@@ -499,7 +499,7 @@ def _unknown(text: str, kinds: Collection[str] = ()) -> ScheduleError:
 
 
 def _kind_of(text: str) -> ScheduleKind | None:
-    """The kind of a text form; None for a file, and for a kind that there is not."""
+    """The kind of a text form; None for a file and for an unknown kind."""
     return KINDS.get(text.partition(":")[0]) or (BY_KIND if INTERVALS.fullmatch(text) else None)
 
 

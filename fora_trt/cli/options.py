@@ -229,10 +229,16 @@ class SamplingOptions:
         Where neither steps nor a schedule are given, the steps are those of the schedule file in the bundle.
         """
         pipeline = pipeline_of(bundle, **vars(self))
-        own = pipeline.bundle.scheduled_steps
-        if own is not None and not self.schedule and not is_given("steps"):
-            pipeline.config = replace(pipeline.config, steps=own)
+        if not self.schedule:
+            _take_scheduled_steps(pipeline)
         return pipeline
+
+
+def _take_scheduled_steps(pipeline: Pipeline) -> None:
+    """Where no number of steps was given, take that of the schedule file in the bundle, if there is one."""
+    own = pipeline.bundle.scheduled_steps
+    if own is not None and not is_given("steps"):
+        pipeline.config = replace(pipeline.config, steps=own)
 
 
 def pipeline_of(bundle: Path, **settings: Any) -> Pipeline:
@@ -322,8 +328,7 @@ def own_schedule(pipeline: Pipeline) -> tuple[str, ...]:
     bundle = pipeline.bundle
     if not bundle.schedule or not bundle.manifest.partial_graphs:
         return ()
-    if bundle.scheduled_steps is not None and not is_given("steps"):
-        pipeline.config = replace(pipeline.config, steps=bundle.scheduled_steps)
+    _take_scheduled_steps(pipeline)
     fits = bundle.scheduled_steps in (None, pipeline.sampling(schedule=NONE).nfe)
     return (bundle.schedule,) if fits else ()
 

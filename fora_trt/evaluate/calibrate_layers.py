@@ -227,6 +227,6 @@ def advice_of(psnr: Mapping[str, float], without_partial_steps: Sequence[str]) -
 
 
 def export_command(bundle: Bundle, schedule: str) -> str:
-    """How to export the model with the graphs of a schedule file, beside the bundle that there is."""
+    """The command that exports the model with the graphs of a schedule file, as another bundle."""
     other = bundle.manifest.model_copy(update={"name": f"{bundle.manifest.name}-layers"})
     return other.export_command(schedule)

@@ -166,7 +166,7 @@ class EagerFora(PlainPredictor):
         self.manifest = self.manifest.model_copy(update={"partial_graphs": known})
 
     def features(self) -> dict[str, Tensor]:
-        """What each cache site that was called has put out at the last full or partial step, flattened: (B, V)."""
+        """The latest output of each cache site that was called, flattened: (B, V)."""
         leaves = {path: tree_leaves(kept[0]) for path, kept in self._kept.items() if kept}
         return {
             path: torch.cat([one.reshape(self._full_batch, -1) for one in values if _is_floating(one)], dim=1).float()

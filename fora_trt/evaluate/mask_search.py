@@ -89,7 +89,7 @@ def merged(computed: Computed, costs: Numbers, partial: int) -> Computed:
         first, second = (used[one] for one in divmod(int(added.argmin()), len(used)))
         masks = numpy.vstack([masks, masks[first] | masks[second]])
         of_step[(of_step == first) | (of_step == second)] = len(masks) - 1
-        masks, number = _numbered(masks)  # the union may be a mask that there is
+        masks, number = _numbered(masks)  # the union may equal another mask
         of_step = number[of_step]
 
 

@@ -117,7 +117,7 @@ def check_sites(module: nn.Module, spec: ModelSpec, sites: Sequence[str]) -> Non
         )
     if replayed:
         return
-    run(other)  # what is kept now is that of other inputs, as at a reuse step
+    run(other)  # so that state is of other inputs, as at a reuse step
     for path in sites:  # one of them; each costs a full step
         if not replays([path]):
             raise ExportError(

@@ -87,7 +87,8 @@ def _reassociate(graph: ir.Graph) -> None:
     A late value depends on the latents, an early value does not. Only early values that depend on features are brought
     together; others are added to the late value before them.
     """
-    late = {value for value in graph.inputs if value.name in late_inputs(graph)}
+    names = late_inputs(graph)
+    late = {value for value in graph.inputs if value.name in names}
     featured = featured_values(graph)
     for node in tuple(graph):
         if not any(value in late for value in node.inputs):

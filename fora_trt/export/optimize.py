@@ -33,7 +33,7 @@ def pooled_inputs(inputs: Sequence[TensorSpec]) -> list[str]:
     """Names of the inputs that hold one number or vector per sample: timestep, class, pooled text, also as one token.
 
     Prompt tokens and their mask are excluded: values that depend only on them are equal at every step. So is noise that
-    is drawn at every step, which nobody knows before.
+    is drawn at every step, whose values are unknown before it.
     """
     longer = {one.name: sum(size != 1 for size in one.shape[1:]) for one in inputs}
     return [one.name for one in inputs if one.role not in LATE and longer[one.name] <= int(one.is_floating)]

@@ -96,6 +96,17 @@ class Split(nn.Module):
         named = {tensor.name: value for tensor, value in zip(self.spec.inputs, inputs, strict=True)}
         return self.spec.call(self.module, named)
 
+    @contextmanager
+    def replaying(self, paths: Iterable[str], features: Sequence[str], tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Within the block, the sites at `paths` output `features`, which follow the inputs in `tensors`."""
+        given = dict(zip(features, tensors[len(self.spec.inputs) :], strict=True))
+
+        def replay(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self.outputs[path].of(given, tensors[0])
+
+        with _forwards_replaced(self.module, paths, replay):
+            yield
+
 
 class FullStep(Split):
     """Inputs -> (prediction, features in the order of their sites): all features, or only those in `kept`.
@@ -154,20 +165,14 @@ class ReuseStep(Split):
         return [*super().names, *self.features]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor]:
-        count = len(self.spec.inputs)
-        given = dict(zip(self.features, tensors[count:], strict=True))
-
-        def replay(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self.outputs[path].of(given, tensors[0])
-
-        with _forwards_replaced(self.module, self.sites, replay):
-            return (self.predict(tensors[:count]),)
+        with self.replaying(self.sites, self.features, tensors):
+            return (self.predict(tensors[: len(self.spec.inputs)]),)
 
 
 class PartialStep(Split):
     """(inputs, the features of the sites that it does not compute) -> (prediction, the features of the others).
 
-    The full step must run first. `given` and `features` name the features, in order.
+    The full step must run first. `given` names the features that it takes, `full.features` those that it outputs.
     """
 
     def __init__(self, step: Split, computed: Collection[str]) -> None:
@@ -180,15 +185,9 @@ class PartialStep(Split):
         return [*super().names, *self.given]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        count = len(self.spec.inputs)
-        given = dict(zip(self.given, tensors[count:], strict=True))
-
-        def replay(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self.outputs[path].of(given, tensors[0])
-
-        with _forwards_replaced(self.module, [path for path in self.sites if path not in self.full.sites], replay):
-            results: tuple[Tensor, ...] = self.full(*tensors[:count])
-        return results
+        cached = [path for path in self.sites if path not in self.full.sites]
+        with self.replaying(cached, self.given, tensors):
+            return self.full.forward(*tensors[: len(self.spec.inputs)])
 
 
 def steps_of_module(

@@ -243,7 +243,7 @@ class EngineRun:
         """The offset of each step in its window."""
         return self.layout.offsets
 
-    @property
+    @cached_property
     def graphs(self) -> Sequence[str]:
         """The graph of each step."""
         layout = self.layout
